@@ -1,0 +1,50 @@
+"""Sparse attention, head-level guidance and endless video for stock diffusers models and pipelines."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# a wheel holds kernels/, guidance/, pipelines/ and apps/ inside genattn/; a checkout holds them beside it
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+__version__ = "0.1.0"
+
+# name -> module that holds it; resolved on first use, so that `import genattn` costs nothing beyond the standard library
+_EXPORTS = {
+    "DensePattern": "genattn.patterns.dense",
+    "GenAttnError": "genattn.errors",
+    "NeighborhoodPattern": "genattn.patterns.neighborhood",
+    "Pattern": "genattn.patterns.pattern",
+    "RadialPattern": "genattn.patterns.radial",
+    "Schedule": "genattn.schedule",
+    "TokenLayout": "genattn.token_layout",
+    "apply": "genattn.apply",
+    "attention": "genattn.attention",
+    "long_video": "genattn.pipelines.long_video",
+}
+__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from genattn.apply import apply as apply
+    from genattn.attention import attention as attention
+    from genattn.errors import GenAttnError as GenAttnError
+    from genattn.patterns.dense import DensePattern as DensePattern
+    from genattn.patterns.neighborhood import NeighborhoodPattern as NeighborhoodPattern
+    from genattn.patterns.pattern import Pattern as Pattern
+    from genattn.patterns.radial import RadialPattern as RadialPattern
+    from genattn.schedule import Schedule as Schedule
+    from genattn.token_layout import TokenLayout as TokenLayout
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'genattn' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value  # a submodule of the same name (genattn.apply) must not shadow the function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

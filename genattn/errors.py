@@ -1,0 +1,5 @@
+"""The one error of the package: what must hold, what came, what to do."""
+
+
+class GenAttnError(ValueError):
+    """Raised for every request that cannot be served, before work starts."""

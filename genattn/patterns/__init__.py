@@ -1,0 +1,1 @@
+"""Which tokens may look at which: one pattern per file."""
