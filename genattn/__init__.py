@@ -20,15 +20,15 @@ _EXPORTS = {
     "RadialPattern": "genattn.patterns.radial",
     "Schedule": "genattn.schedule",
     "TokenLayout": "genattn.token_layout",
-    "apply": "genattn.apply",
-    "attention": "genattn.attention",
+    "apply": "genattn.inject",
+    "attention": "genattn.functional",
     "long_video": "genattn.pipelines.long_video",
 }
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from genattn.apply import apply as apply
-    from genattn.attention import attention as attention
+    from genattn.inject import apply as apply
+    from genattn.functional import attention as attention
     from genattn.errors import GenAttnError as GenAttnError
     from genattn.patterns.dense import DensePattern as DensePattern
     from genattn.patterns.neighborhood import NeighborhoodPattern as NeighborhoodPattern
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'genattn' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(_EXPORTS[name]), name)
-    globals()[name] = value  # a submodule of the same name (genattn.apply) must not shadow the function
+    globals()[name] = value
     return value
 
 

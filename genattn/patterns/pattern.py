@@ -1,0 +1,66 @@
+"""What every pattern is: frozen settings that say, from geometry alone, which query may see which key.
+
+Each pattern gives an element rule (the definition), a block plan (analytic, no S x S tensor) and a picture of both.
+"""
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from threading import Lock
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.kernels.block_plan import BlockPlan
+from genattn.kernels.element_rule import ElementRule
+from genattn.token_layout import TokenLayout
+
+MASK_LIMIT = 16_384
+_PLAN_CACHE: "OrderedDict[tuple[object, ...], BlockPlan]" = OrderedDict()
+_PLAN_CACHE_SIZE = 32
+_LOCK = Lock()
+
+
+class Pattern(ABC):
+    """Base of the patterns. Subclasses are frozen, hashable dataclasses: equal settings are equal patterns."""
+
+    @abstractmethod
+    def rule(self, layout: TokenLayout) -> ElementRule:
+        """The definition: which query token sees which key token of `layout`."""
+
+    @abstractmethod
+    def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
+        """The block plan, from geometry, without an S x S tensor. Called through `plan`, which caches."""
+
+    def check(self, layout: TokenLayout) -> None:  # noqa: B027
+        """Raise GenAttnError if this pattern cannot serve `layout`, saying the nearest legal setting."""
+
+    def mask(self, layout: TokenLayout) -> torch.Tensor:
+        """Bool [S, S], or [H, S, S] when heads differ: True where row (query) sees column (key).
+
+        Raises GenAttnError above 16,384 tokens: the mask is for looking at and for tests, `plan` is for running.
+        """
+        if layout.seqlen > MASK_LIMIT:
+            raise GenAttnError(
+                f"mask() is for at most {MASK_LIMIT} tokens, got {layout.seqlen}; use plan(), which needs no S x S tensor"
+            )
+        self.check(layout)
+        index = torch.arange(layout.seqlen)
+        visible = self.rule(layout)(index[:, None], index[None, :])
+        return visible[0] if visible.shape[0] == 1 else visible
+
+    def plan(self, layout: TokenLayout, block_q: int = 128, block_k: int = 128) -> BlockPlan:
+        """The block plan for tiles of `block_q` x `block_k` tokens; cached by pattern, layout and tile sizes."""
+        if block_q < 1 or block_k < 1:
+            raise GenAttnError(f"block_q and block_k must be >= 1, got {block_q} and {block_k}")
+        key = (self, layout, block_q, block_k)
+        with _LOCK:
+            if key in _PLAN_CACHE:
+                _PLAN_CACHE.move_to_end(key)
+                return _PLAN_CACHE[key]
+        self.check(layout)
+        plan = self.build_plan(layout, block_q, block_k)
+        with _LOCK:
+            _PLAN_CACHE[key] = plan
+            while len(_PLAN_CACHE) > _PLAN_CACHE_SIZE:
+                _PLAN_CACHE.popitem(last=False)
+        return plan

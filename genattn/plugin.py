@@ -1,0 +1,114 @@
+"""What travels along the seam: sites, the state of one denoiser forward, one attention call, and what a plugin may do with it.
+
+    stock processor -> dispatch -> [plugin 1 [plugin 2 [... the user's own dense backend]]]
+
+Plugins form a chain in the order in which they were applied; the first is outermost. Each gets the call and `inner`, which runs
+the rest of the chain. A pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
+"""
+
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from genattn.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SiteKind = Literal["self", "joint", "cross", "temporal", "spatial", "refiner"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model.
+
+    name: module path, e.g. "blocks.3.attn1". stack: the list of blocks it belongs to. layer: index within the stack.
+    depth: index over all stacks in execution order (double-stream blocks, then single-stream). kind: what attends to what.
+    heads: number of query heads.
+    """
+
+    name: str
+    stack: str
+    layer: int
+    depth: int
+    kind: SiteKind
+    heads: int
+
+
+@dataclass
+class Run:
+    """State of one forward of the denoiser, read at its root; captured per forward, so recomputation sees the same.
+
+    step: 0-based index of the sampling step, -1 when unknown. num_steps: steps of the run, None when unknown.
+    timestep: the largest entry, in the model's own scale. sigma: noise level where the pipeline or scheduler tells it.
+    pass_name: "cond", "uncond", "cond_uncond" (one batch) or what the pipeline calls it; None when unknown.
+    layout: tokens of the self/joint attention, None when the family has no adapter. options: per-call options.
+    """
+
+    step: int = -1
+    num_steps: int | None = None
+    timestep: float | None = None
+    sigma: float | None = None
+    pass_name: str | None = None
+    layout: TokenLayout | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fraction(self) -> float | None:
+        """Position in the run, 0 at the first step and below 1 at the last; None when the number of steps is unknown."""
+        return None if self.num_steps is None or self.step < 0 else self.step / self.num_steps
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention core, heads-last: query [B, Sq, H, D], key and value [B, Sk, Hk, D].
+
+    mask: as the processor gave it (None, bool or additive, [B, Sk], [B, 1, 1, Sk], [B, 1, Sq, Sk], [B, H, Sq, Sk]).
+    layout: segments of this call's sequence when known (may differ from run.layout: spatial or temporal sites).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+    is_causal: bool
+    enable_gqa: bool
+    site: AttentionSite
+    run: Run
+    layout: TokenLayout | None
+
+    def with_tensors(self, **changes: Any) -> "AttentionCall":
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+Inner = Callable[[AttentionCall], torch.Tensor]
+
+
+class Plugin(ABC):  # noqa: B024
+    """What a user applies. Subclasses override what they need; settings are checked in their constructors and in `attach`."""
+
+    def attach(self, model: "nn.Module", sites: Sequence[AttentionSite]) -> None:  # noqa: B027
+        """Called once per denoiser before anything is changed; raise GenAttnError if this model cannot be served."""
+
+    def wants(self, site: AttentionSite) -> bool:
+        """Whether `attention` is to be called at `site`; everything else stays untouched."""
+        return site.kind in ("self", "joint")
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """Answer one attention call, [B, Sq, H, D]."""
+        return inner(call)
+
+    def forward(
+        self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]
+    ) -> Any:
+        """Answer one forward of the denoiser; `inner(*args, **kwargs)` runs it. Guidance adds its passes here."""
+        return inner(*args, **kwargs)
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and counters for `report()`, JSON-ready."""
+        return {"plugin": type(self).__name__}

@@ -1,0 +1,155 @@
+"""The token sequence of one attention call, as a list of segments.
+
+    text(7) | grid(8, 6, 10)            CogVideoX, FLUX: text first
+    grid(8, 6, 10) | text(7)            HunyuanVideo, SD3: text last
+    text | grid(1, 64, 64) | reference(1, 64, 64)      FLUX Kontext
+    text/2 | grid[0:240] | text/2 | grid[240:480]      two ranks of Ulysses context parallelism
+
+Never only (frames, height, width) + text: references, registers and padding are segments of their own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+
+from genattn.errors import GenAttnError
+
+SegmentKind = Literal["text", "grid", "reference", "register", "padding"]
+_KINDS = ("text", "grid", "reference", "register", "padding")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens.
+
+    `shape` is `(n,)` for text, registers and padding, and the raster shape (1 to 3 axes: frames, height, width) for a grid or
+    a reference. `start` and `stop` cut a piece out of a raster when a grid is scattered over several segments.
+    """
+
+    kind: SegmentKind
+    shape: tuple[int, ...]
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise GenAttnError(f"segment kind must be one of {', '.join(_KINDS)}, got {self.kind!r}")
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if not 1 <= len(self.shape) <= 3 or any(n < 1 for n in self.shape):
+            raise GenAttnError(f"a segment needs 1 to 3 axes of at least one token each, got shape {self.shape}")
+        stop = math.prod(self.shape) if self.stop is None else self.stop
+        if not 0 <= self.start < stop <= math.prod(self.shape):
+            raise GenAttnError(
+                f"a piece of {self.shape} must lie in [0, {math.prod(self.shape)}], got [{self.start}, {self.stop}]"
+            )
+        object.__setattr__(self, "stop", stop)
+
+    @property
+    def length(self) -> int:
+        """Tokens in this segment."""
+        assert self.stop is not None
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Segments in the order in which the tokens stand in the sequence.
+
+    All `grid` segments are pieces of one grid of the same shape. Everything that is not grid or padding is global: it sees
+    every token and every token sees it. Padding is never a key.
+    """
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", tuple(self.segments))
+        if not self.segments:
+            raise GenAttnError("a layout needs at least one segment, got none")
+        shapes = {s.shape for s in self.segments if s.kind == "grid"}
+        if len(shapes) > 1:
+            raise GenAttnError(
+                f"all grid segments must be pieces of one grid, got shapes {sorted(shapes)}; "
+                "call the further images 'reference'"
+            )
+        pieces = sorted((s.start, s.stop or 0) for s in self.segments if s.kind == "grid")
+        ends = [0] + [stop for _, stop in pieces]
+        total = math.prod(next(iter(shapes))) if shapes else 0
+        if pieces and ([start for start, _ in pieces] != ends[:-1] or ends[-1] != total):
+            raise GenAttnError(f"the grid pieces must cover [0, {total}] once, got {pieces}")
+
+    @classmethod
+    def from_grid(cls, grid: Sequence[int], text_before: int = 0, text_after: int = 0) -> "TokenLayout":
+        """A grid of 1 to 3 axes (frames, height, width) with text before or after it."""
+        if text_before < 0 or text_after < 0:
+            raise GenAttnError(f"text lengths must be >= 0, got text_before={text_before}, text_after={text_after}")
+        parts = [Segment("grid", tuple(grid))]
+        if text_before:
+            parts.insert(0, Segment("text", (text_before,)))
+        if text_after:
+            parts.append(Segment("text", (text_after,)))
+        return cls(tuple(parts))
+
+    @cached_property
+    def grid(self) -> tuple[int, ...] | None:
+        """Raster shape of the grid, 1 to 3 axes, or None when there is none."""
+        return next((s.shape for s in self.segments if s.kind == "grid"), None)
+
+    @cached_property
+    def grid3(self) -> tuple[int, int, int]:
+        """The grid's (frames, height, width), with leading axes of one for images and lines."""
+        shape = self.grid or (0, 0, 0)
+        return (1,) * (3 - len(shape)) + shape  # type: ignore[return-value]
+
+    @cached_property
+    def seqlen(self) -> int:
+        """Tokens in the sequence."""
+        return sum(s.length for s in self.segments)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Position of each segment's first token."""
+        ends = [0]
+        for segment in self.segments:
+            ends.append(ends[-1] + segment.length)
+        return tuple(ends[:-1])
+
+    @property
+    def raster_index(self) -> torch.Tensor:
+        """Int64 [S]: raster position in the grid, -1 for global tokens, -2 for padding."""
+        return _raster_index(self)
+
+    @property
+    def grid_positions(self) -> torch.Tensor:
+        """Int64 [prod(grid)]: place in the sequence of each grid token, in raster order."""
+        return _grid_positions(self)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the grid is one segment, so that raster order is sequence order."""
+        return sum(s.kind == "grid" for s in self.segments) == 1
+
+    def describe(self) -> str:
+        """One line for logs: `text 7 + grid 8x6x10`."""
+        return " + ".join(f"{s.kind} {'x'.join(map(str, s.shape))}" for s in self.segments)
+
+
+@lru_cache(maxsize=64)
+def _raster_index(layout: TokenLayout) -> torch.Tensor:
+    codes = {"padding": -2, "text": -1, "reference": -1, "register": -1}
+    return torch.cat(
+        [
+            torch.arange(s.start, s.stop) if s.kind == "grid" else torch.full((s.length,), codes[s.kind])
+            for s in layout.segments
+        ]
+    )
+
+
+@lru_cache(maxsize=64)
+def _grid_positions(layout: TokenLayout) -> torch.Tensor:
+    index = _raster_index(layout)
+    places = torch.nonzero(index >= 0).flatten()
+    return places[torch.argsort(index[places])]
