@@ -24,12 +24,12 @@ _EXPORTS = {
     "attention": "genattn.functional",
     "long_video": "genattn.pipelines.long_video",
 }
-__all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604
+__all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from genattn.inject import apply as apply
-    from genattn.functional import attention as attention
     from genattn.errors import GenAttnError as GenAttnError
+    from genattn.functional import attention as attention
+    from genattn.inject import apply as apply
     from genattn.patterns.dense import DensePattern as DensePattern
     from genattn.patterns.neighborhood import NeighborhoodPattern as NeighborhoodPattern
     from genattn.patterns.pattern import Pattern as Pattern

@@ -103,9 +103,7 @@ class Plugin(ABC):  # noqa: B024
         """Answer one attention call, [B, Sq, H, D]."""
         return inner(call)
 
-    def forward(
-        self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]
-    ) -> Any:
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]) -> Any:
         """Answer one forward of the denoiser; `inner(*args, **kwargs)` runs it. Guidance adds its passes here."""
         return inner(*args, **kwargs)
 

@@ -41,7 +41,7 @@ class Segment:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         if not 1 <= len(self.shape) <= 3 or any(n < 1 for n in self.shape):
             raise GenAttnError(f"a segment needs 1 to 3 axes of at least one token each, got shape {self.shape}")
-        stop = math.prod(self.shape) if self.stop is None else self.stop
+        stop: int = math.prod(self.shape) if self.stop is None else self.stop
         if not 0 <= self.start < stop <= math.prod(self.shape):
             raise GenAttnError(
                 f"a piece of {self.shape} must lie in [0, {math.prod(self.shape)}], got [{self.start}, {self.stop}]"
@@ -142,7 +142,7 @@ def _raster_index(layout: TokenLayout) -> torch.Tensor:
     codes = {"padding": -2, "text": -1, "reference": -1, "register": -1}
     return torch.cat(
         [
-            torch.arange(s.start, s.stop) if s.kind == "grid" else torch.full((s.length,), codes[s.kind])
+            torch.arange(s.start, s.start + s.length) if s.kind == "grid" else torch.full((s.length,), codes[s.kind])
             for s in layout.segments
         ]
     )

@@ -125,9 +125,7 @@ class BlockPlan:
         flat = counts[:, 0].flatten().cumsum(0)
         ptr[:, 1:] = flat.view(self.num_heads, -1)
         ptr[1:, 0] = ptr[:-1, -1]
-        return BlockPlan(
-            self.key_tiles, self.query_tiles, ptr, columns, counts[:, 1], self.rule, self.seqlen_k, self.seqlen_q
-        )
+        return BlockPlan(self.key_tiles, self.query_tiles, ptr, columns, counts[:, 1], self.rule, self.seqlen_k, self.seqlen_q)
 
 
 def _invert(plan: BlockPlan, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

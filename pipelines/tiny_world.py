@@ -192,9 +192,7 @@ def render(scene: Scene, frames: int = 29, height: int = 64, width: int = 64) ->
         GenAttnError: for fewer than 1 frame or 8 pixels.
     """
     if frames < 1 or height < 8 or width < 8:
-        raise GenAttnError(
-            f"frames must be >= 1, height and width >= 8, got {frames} frames of {height}x{width}; ask for more"
-        )
+        raise GenAttnError(f"frames must be >= 1, height and width >= 8, got {frames} frames of {height}x{width}; ask for more")
     clip = np.empty((frames, height, width, 3), np.float32)
     clip[:] = BACKGROUNDS[scene.background]
     time = np.linspace(0.0, 1.0, frames, dtype=np.float32) if frames > 1 else np.full(1, 0.5, np.float32)
