@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all set-up themselves; both can be run again without downloading anything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install demo test test-all lint types bench tables clean
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "genattn needs Python 3.10 to 3.13, got $$($(PYTHON) --version); try: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "the venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"; exit 2; }
+
+# torch goes first and alone: through the constraints it takes the build that the machine offers, not the largest one
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,train]' --config-settings editable_mode=strict
+	@touch $@
+
+demo: install
+	$(BIN)/genattn generate --prompt "a red circle moves right on a dark background" --compare-dense --out out/demo.mp4
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-all: install
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy genattn kernels guidance pipelines apps
+
+bench: install
+	$(BIN)/genattn bench attention --quick
+
+tables: install
+	$(BIN)/python -m genattn.apps.readme_tables
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
