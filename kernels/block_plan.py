@@ -7,12 +7,17 @@ A tile is a list of token indices, so tiles may be boxes of a grid as well as ru
 address and nothing is permuted or padded in memory. No S x S tensor anywhere.
 """
 
+import itertools
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from genattn.kernels.element_rule import ElementRule
+
+_HANDLES: "weakref.WeakValueDictionary[int, BlockPlan]" = weakref.WeakValueDictionary()
+_NEXT_HANDLE = itertools.count(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,18 @@ class BlockPlan:
         return self.columns.device
 
     @cached_property
+    def cache(self) -> dict[object, object]:
+        """Room for what a backend derives from this plan once: packed tables, groups, copies on other devices."""
+        return {}
+
+    @cached_property
+    def handle(self) -> torch.Tensor:
+        """Int64 scalar on the CPU that names this plan inside a library op; see `plan_of_handle`."""
+        number = next(_NEXT_HANDLE)
+        _HANDLES[number] = self
+        return torch.tensor(number)
+
+    @cached_property
     def row_lengths(self) -> torch.Tensor:
         """Int64 [N, NQ]: key tiles per query tile."""
         return self.row_ptr.long().diff(dim=1)
@@ -99,9 +116,15 @@ class BlockPlan:
         return 4.0 * batch * heads * head_dim * self.density * self.seqlen_q * self.seqlen_k
 
     def to(self, device: torch.device | str) -> "BlockPlan":
-        """The plan with its lists on `device`."""
-        if torch.device(device) == self.device:
+        """The plan with its lists on `device`; the copy is kept."""
+        device = torch.empty(0, device=device).device
+        if device == self.device:
             return self
+        if device not in self.cache:
+            self.cache[device] = self._copy_to(device)
+        return self.cache[device]  # type: ignore[return-value]
+
+    def _copy_to(self, device: torch.device) -> "BlockPlan":
         return BlockPlan(
             self.query_tiles.to(device),
             self.key_tiles.to(device),
@@ -126,6 +149,14 @@ class BlockPlan:
         ptr[:, 1:] = flat.view(self.num_heads, -1)
         ptr[1:, 0] = ptr[:-1, -1]
         return BlockPlan(self.key_tiles, self.query_tiles, ptr, columns, counts[:, 1], self.rule, self.seqlen_k, self.seqlen_q)
+
+
+def plan_of_handle(handle: torch.Tensor) -> BlockPlan:
+    """The living plan that `BlockPlan.handle` names."""
+    plan = _HANDLES.get(int(handle))
+    if plan is None:
+        raise ValueError(f"the plan behind handle {int(handle)} must be alive, it is gone; keep a reference to the BlockPlan")
+    return plan
 
 
 def _invert(plan: BlockPlan, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,55 @@
+"""Attention under a pattern, as a plain function of tensors: the one call below everything else.
+
+out = attention(query, key, value, RadialPattern(), TokenLayout.from_grid((21, 30, 52), text_after=0))
+"""
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.kernels.block_plan import BlockPlan
+from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
+from genattn.patterns.pattern import Pattern
+from genattn.token_layout import TokenLayout
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: Pattern,
+    layout: TokenLayout,
+    impl: str = "auto",
+    return_lse: bool = False,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Self-attention in which `pattern` says which token of `layout` sees which.
+
+    query [B, S, H, D]; key, value [B, S, Hk, D] with Hk a divisor of H; S = layout.seqlen. key_mask bool [B, S] hides keys
+    per sample (padded text). Returns [B, S, H, D], or with lse [B, S, H] (natural log, float32).
+
+    impl: "auto", or the name of a backend (`genattn.kernels.block_sparse.IMPLS`). Raises GenAttnError with the reason when
+    the named one cannot serve, or when shapes do not fit the layout.
+    """
+    if query.ndim != 4 or query.shape[1] != layout.seqlen:
+        raise GenAttnError(
+            f"query must be [B, S, H, D] with S = {layout.seqlen} for the layout {layout.describe()!r}, "
+            f"got {tuple(query.shape)}"
+        )
+    plan = plan_for(query, pattern, layout)
+    try:
+        return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
+    except ValueError as error:
+        raise GenAttnError(str(error)) from error
+
+
+def explain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto"
+) -> tuple[str, dict[str, str]]:
+    """What `attention` would run for these tensors, and why not each backend it passed over."""
+    return choose_impl(query, key, value, plan_for(query, pattern, layout), impl=impl)
+
+
+def plan_for(query: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
+    """The block plan of `pattern` with the tile sizes that suit the device of `query`."""
+    return pattern.plan(layout, 128, 128).to(query.device)

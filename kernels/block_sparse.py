@@ -1,0 +1,103 @@
+"""Block-sparse attention: the public entry, and the choice of what computes it.
+
+    block_sparse_attention(query, key, value, plan)      impl="auto" takes the first backend that has no objection
+
+Every backend answers `why_not(...)` with a reason or None. Who names a backend that cannot serve gets the reason as an
+error; "auto" goes on to the next, and `choose_impl` tells what it took and why not the ones before.
+"""
+
+import torch
+
+from genattn.kernels.block_plan import BlockPlan
+from genattn.kernels.cpu_grouped import grouped_attention, why_not_grouped
+from genattn.kernels.reference import reference_attention
+from genattn.kernels.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
+
+IMPLS = ("auto", "grouped", "sdpa", "reference")
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `query` over the keys that `plan` lets it see.
+
+    query [B, Sq, H, D]; key, value [B, Sk, Hk, D], Hk a divisor of H (grouped queries); any strides; fp16, bf16, fp32
+    (float64 in "reference"). scale: default D ** -0.5. key_mask: bool [B, Sk], False hides a key from every query.
+    Returns out [B, Sq, H, D], or (out, lse) with lse [B, Sq, H] the natural log of the softmax's denominator. A query that
+    sees nothing gets zeros and -inf.
+
+    Raises ValueError for shapes that do not fit together, and with the reason when the named `impl` cannot serve.
+    """
+    check_inputs(query, key, value, plan, key_mask)
+    chosen, _ = choose_impl(query, key, value, plan, impl=impl, return_lse=return_lse)
+    plan = plan.to(query.device)
+    if chosen == "sdpa":
+        return sdpa_mask_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
+    run = grouped_attention if chosen == "grouped" else reference_attention
+    out, lse = run(query, key, value, plan, scale=scale, key_mask=key_mask)
+    return (out, lse) if return_lse else out
+
+
+def choose_impl(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> tuple[str, dict[str, str]]:
+    """(the backend that will run, {backend passed over: reason})."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    reasons: dict[str, str] = {}
+    for name in IMPLS[1:] if impl == "auto" else (impl,):
+        reason = _why_not(name, query, plan, return_lse, needs_grad)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons.values())}; use impl='auto'")
+
+
+def _why_not(name: str, query: torch.Tensor, plan: BlockPlan, return_lse: bool, needs_grad: bool) -> str | None:
+    if name == "grouped":
+        return "it has no backward" if needs_grad else why_not_grouped(query, plan)
+    if name == "sdpa":
+        return why_not_sdpa_mask(query, plan, return_lse)
+    return None
+
+
+def check_inputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, key_mask: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless the tensors fit together and fit the plan."""
+    if query.ndim != 4 or key.ndim != 4 or value.shape != key.shape:
+        raise ValueError(
+            "query must be [B, Sq, H, D], key and value [B, Sk, Hk, D], "
+            f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            "query and key must agree in batch and head dim, and key heads must divide query heads, "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if (query.shape[1], key.shape[1]) != (plan.seqlen_q, plan.seqlen_k):
+        raise ValueError(
+            f"the plan is for {plan.seqlen_q} queries and {plan.seqlen_k} keys, got {query.shape[1]} and {key.shape[1]}"
+        )
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(f"query, key and value must share one floating type, got {query.dtype}, {key.dtype}, {value.dtype}")
+    heads = max(plan.num_heads, 1 if plan.rule is None else plan.rule.num_heads)
+    if heads not in (1, query.shape[2]):
+        raise ValueError(f"the plan is for {heads} heads, got {query.shape[2]} query heads; build it for 1 or {query.shape[2]}")
+    if key_mask is not None and (key_mask.shape != key.shape[:2] or key_mask.dtype != torch.bool):
+        raise ValueError(f"key_mask must be bool {tuple(key.shape[:2])}, got {key_mask.dtype} {tuple(key_mask.shape)}")

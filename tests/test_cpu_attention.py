@@ -1,0 +1,67 @@
+"""Every CPU backend against the definition, over drawn plans."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genattn.kernels.block_sparse import block_sparse_attention
+from genattn.kernels.random_plan import random_plan
+from genattn.kernels.reference import reference_attention
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
+
+
+def _inputs(plan, heads, kv_heads, dim, batch, dtype, seed):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(batch, plan.seqlen_q, heads, dim)] + [(batch, plan.seqlen_k, kv_heads, dim)] * 2
+    return [torch.randn(s, generator=draw).to(dtype) for s in shapes]
+
+
+def _assert_close(got, inputs, plan, dtype, key_mask=None):
+    out, lse = reference_attention(*(x.double() for x in inputs), plan, key_mask=key_mask)
+    assert not got[0].isnan().any()
+    error = (got[0].double() - out).norm() / out.norm().clamp_min(1e-30)
+    assert error <= BOUNDS[dtype]
+    assert torch.equal(torch.isneginf(got[1]), torch.isneginf(lse))
+    finite = torch.isfinite(lse)
+    assert (got[1].double() - lse)[finite].abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("impl", ["grouped", "reference"])
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=st.integers(0, 10_000),
+    scattered=st.booleans(),
+    heads=st.sampled_from([(2, 2, 1), (4, 2, 1), (4, 2, 4), (3, 1, 3)]),
+    dim=st.sampled_from([8, 16, 24, 40, 72]),
+    batch=st.sampled_from([1, 2]),
+    dtype=st.sampled_from(list(BOUNDS)),
+    blocks=st.sampled_from([(16, 16), (8, 24), (40, 16)]),
+    masked=st.booleans(),
+)
+def test_backend_matches_definition(impl, seed, scattered, heads, dim, batch, dtype, blocks, masked):
+    heads, kv_heads, plan_heads = heads
+    plan = random_plan(seed, globals_=4, padding=3, heads=plan_heads, scattered=scattered, block_q=blocks[0], block_k=blocks[1])
+    inputs = _inputs(plan, heads, kv_heads, dim, batch, dtype, seed)
+    key_mask = torch.rand(batch, plan.seqlen_k, generator=torch.Generator().manual_seed(seed)) < 0.7 if masked else None
+    got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
+    _assert_close(got, inputs, plan, dtype, key_mask)
+
+
+@pytest.mark.parametrize("impl", ["grouped", "sdpa"])
+def test_strides_do_not_matter(impl):
+    plan = random_plan(7, heads=1)
+    query, key, value = _inputs(plan, 2, 2, 16, 1, torch.float32, 0)
+    odd = [x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1) for x in (query, key, value)]
+    a = block_sparse_attention(query, key, value, plan, impl=impl)
+    torch.testing.assert_close(a, block_sparse_attention(*odd, plan, impl=impl))
+
+
+def test_sdpa_matches_definition():
+    plan = random_plan(11, heads=2, padding=2)
+    inputs = _inputs(plan, 2, 1, 16, 2, torch.float32, 0)
+    key_mask = torch.rand(2, plan.seqlen_k) < 0.6
+    out = block_sparse_attention(*inputs, plan, impl="sdpa", key_mask=key_mask)
+    expected = reference_attention(*inputs, plan, key_mask=key_mask)[0]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
