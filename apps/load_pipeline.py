@@ -1,0 +1,121 @@
+"""Open a diffusers pipeline from a folder or a hub id, and say in one line what is missing when it cannot be opened.
+
+A folder is looked through before anything is loaded: a model that was copied half-way must not fail after minutes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import genattn
+from genattn.errors import GenAttnError
+
+WEIGHTS = (".safetensors", ".gguf")
+_NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor")
+
+
+def shipped_model(name: str = "tiny-wan") -> Path:
+    """Folder of a tiny pipeline that comes with the package.
+
+    Raises GenAttnError if this installation has none of that name.
+    """
+    for root in genattn.__path__:
+        folder = Path(root) / "assets" / name
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise GenAttnError(f"this installation has no shipped model {name!r}; give --model PATH_OR_ID")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise GenAttnError if `folder` is not a whole diffusers pipeline: what is missing, by name."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise GenAttnError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    components = {k: v for k, v in _read_json(index).items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
+    for name, (_, cls) in components.items():
+        part = folder / name
+        if not part.is_dir() or not any(part.iterdir()):
+            raise GenAttnError(f"{folder} is incomplete: component {name!r} ({cls}) has no folder; copy the model again")
+        if not str(cls).removesuffix("Fast").endswith(_NO_WEIGHTS):
+            _check_weights(part)
+
+
+def _check_weights(part: Path) -> None:
+    for index in part.glob("*.safetensors.index*.json"):
+        missing = sorted({f for f in _read_json(index)["weight_map"].values() if not (part / f).is_file()})
+        if missing:
+            raise GenAttnError(f"{part} is incomplete: {', '.join(missing)} missing; copy the model again")
+    weights = [f for f in part.iterdir() if f.suffix in WEIGHTS]
+    if not weights:
+        raise GenAttnError(f"{part} has no weights in safetensors form; other formats are not loaded, convert them first")
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header promises a length; a file that was cut off on the way is shorter."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise GenAttnError(f"{file} is damaged ({error}); copy the model again") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise GenAttnError(f"{file} cannot be read as JSON ({error}); copy the model again") from None
+    return content
+
+
+def load_pipeline(model: str | Path | None, dtype: str = "auto", device: str | None = None) -> Any:
+    """A pipeline on its device, from a folder, a hub id or (None) the shipped tiny-wan.
+
+    Args:
+        model: folder or hub id. Only safetensors weights are read and no remote code is run.
+        dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "float16" or "bfloat16".
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes the accelerator if there is one.
+
+    Raises:
+        GenAttnError: the folder is not whole, the id cannot be reached, or the dtype or device is not there.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    place = pick_device(device)
+    source = str(shipped_model() if model is None else model)
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise GenAttnError(f"there is no folder {source!r}, and a hub id has the form owner/name; check --model")
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype != "auto" and dtype not in kinds:
+        raise GenAttnError(f"dtype must be auto, {', '.join(kinds)}, got {dtype!r}")
+    kind = kinds.get(dtype, torch.float32 if place == "cpu" else torch.bfloat16)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=kind, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None
+    return pipe.to(place)
+
+
+def pick_device(device: str | None) -> str:
+    """`device` if this machine has it, or the best one there is.
+
+    Raises GenAttnError naming the devices that are there.
+    """
+    import torch
+
+    there = ["cpu"]
+    if torch.accelerator.is_available():
+        there.insert(0, str(torch.accelerator.current_accelerator()))
+    if device is None:
+        return there[0]
+    if device.split(":")[0] not in {d.split(":")[0] for d in there}:
+        raise GenAttnError(f"device must be one of {', '.join(there)} on this machine, got {device!r}")
+    return device

@@ -1,0 +1,103 @@
+"""Files a command leaves behind: checked before work starts, written beside their name and moved when whole.
+
+A run that is stopped leaves no file that looks finished. Prompt, seed and settings travel in the file's metadata.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from genattn.errors import GenAttnError
+
+CONTAINERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+VIDEO_SUFFIXES = tuple(CONTAINERS)
+IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+Frames = npt.NDArray[np.uint8]
+
+
+def check_out(path: Path, suffixes: Sequence[str]) -> None:
+    """Make the folder of `path` and prove that it can be written.
+
+    Raises:
+        GenAttnError: another suffix than `suffixes`, a folder of that name, or no right to write there.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise GenAttnError(f"--out must end in {', '.join(suffixes)}, got {str(path)!r}")
+    if path.is_dir():
+        raise GenAttnError(f"--out must name a file, but {str(path)!r} is a folder; add a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise GenAttnError(f"--out {str(path)!r} cannot be written: {error.strerror or error}") from None
+
+
+def write_video(path: Path, frames: Frames, fps: float, metadata: Mapping[str, Any]) -> None:
+    """H.264 video of uint8 frames [T, H, W, 3] at `fps` frames a second, `metadata` as JSON in its comment."""
+    import av
+
+    part = _part(path)
+    rate = Fraction(fps).limit_denominator(1001)
+    try:
+        with av.open(
+            str(part), "w", format={".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}[path.suffix.lower()]
+        ) as container:
+            container.metadata["comment"] = json.dumps(metadata)
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
+            stream.height, stream.width = frames.shape[1:3]
+            # chroma at half resolution needs even sizes
+            stream.pix_fmt = "yuv420p" if not (stream.height % 2 or stream.width % 2) else "yuv444p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_video(path: Path) -> tuple[Frames, dict[str, Any]]:
+    """Frames uint8 [T, H, W, 3] and the metadata that `write_video` put in."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames: Frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])  # type: ignore[assignment]
+        tags = {name.lower(): value for name, value in container.metadata.items()}  # Matroska writes them in capitals
+    return frames, json.loads(tags.get("comment", "{}"))
+
+
+def write_image(path: Path, image: Frames, metadata: Mapping[str, Any]) -> None:
+    """A picture uint8 [H, W, 3]; PNG carries `metadata` as a text chunk."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    part = _part(path)
+    info = PngInfo()
+    info.add_text("parameters", json.dumps(metadata))
+    try:
+        kind = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower(), path.suffix[1:].upper())
+        Image.fromarray(image).save(part, format=kind, **({"pnginfo": info} if kind == "PNG" else {}))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON, moved into place when whole."""
+    part = _part(path)
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
