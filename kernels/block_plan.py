@@ -89,6 +89,24 @@ class BlockPlan:
         return self.row_ptr.long().diff(dim=1)
 
     @cached_property
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per entry of `columns`: int64 row of the list it stands in (head * NQ + query tile), bool whether it is partial."""
+        lengths = self.row_lengths.flatten()
+        row = torch.repeat_interleave(torch.arange(lengths.numel(), device=self.device), lengths)
+        place = torch.arange(row.numel(), device=self.device) - (lengths.cumsum(0) - lengths)[row]
+        return row, place >= self.num_full.flatten().long()[row]
+
+    @cached_property
+    def covers_queries(self) -> bool:
+        """Whether every query stands in a tile, so that a kernel writes every row of the output."""
+        return int((self.query_tiles >= 0).sum()) == self.seqlen_q
+
+    @cached_property
+    def mask_heads(self) -> int:
+        """1 when lists and rule are the same for all heads, else the number of query heads."""
+        return max(self.num_heads, 1 if self.rule is None else self.rule.num_heads)
+
+    @cached_property
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(query lanes, key lanes) in use, per visited tile pair, int64 [nnz]."""
         lanes_q = (self.query_tiles >= 0).sum(1).repeat(self.num_heads)

@@ -10,10 +10,11 @@ import torch
 
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.cpu_grouped import grouped_attention, why_not_grouped
+from genattn.kernels.cpu_native import native_attention, why_not_native
 from genattn.kernels.reference import reference_attention
 from genattn.kernels.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
 
-IMPLS = ("auto", "grouped", "sdpa", "reference")
+IMPLS = ("auto", "cpu", "grouped", "sdpa", "reference")
 
 
 def block_sparse_attention(
@@ -41,7 +42,7 @@ def block_sparse_attention(
     plan = plan.to(query.device)
     if chosen == "sdpa":
         return sdpa_mask_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
-    run = grouped_attention if chosen == "grouped" else reference_attention
+    run = {"cpu": native_attention, "grouped": grouped_attention, "reference": reference_attention}[chosen]
     out, lse = run(query, key, value, plan, scale=scale, key_mask=key_mask)
     return (out, lse) if return_lse else out
 
@@ -69,6 +70,8 @@ def choose_impl(
 
 
 def _why_not(name: str, query: torch.Tensor, plan: BlockPlan, return_lse: bool, needs_grad: bool) -> str | None:
+    if name == "cpu":
+        return "it has no backward" if needs_grad else why_not_native(query, plan)
     if name == "grouped":
         return "it has no backward" if needs_grad else why_not_grouped(query, plan)
     if name == "sdpa":
@@ -96,8 +99,9 @@ def check_inputs(
         )
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(f"query, key and value must share one floating type, got {query.dtype}, {key.dtype}, {value.dtype}")
-    heads = max(plan.num_heads, 1 if plan.rule is None else plan.rule.num_heads)
-    if heads not in (1, query.shape[2]):
-        raise ValueError(f"the plan is for {heads} heads, got {query.shape[2]} query heads; build it for 1 or {query.shape[2]}")
+    if plan.mask_heads not in (1, query.shape[2]):
+        raise ValueError(
+            f"the plan is for {plan.mask_heads} heads, got {query.shape[2]} query heads; build it for 1 or as many"
+        )
     if key_mask is not None and (key_mask.shape != key.shape[:2] or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask must be bool {tuple(key.shape[:2])}, got {key_mask.dtype} {tuple(key_mask.shape)}")

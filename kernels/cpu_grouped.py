@@ -95,8 +95,7 @@ def _call_mask(part: Group, key_mask: torch.Tensor | None) -> torch.Tensor | Non
 def _groups(plan: BlockPlan) -> list[list[Group]]:
     """Per list of the plan (one, or one per head) its groups; kept in the plan."""
     if "groups" not in plan.cache:
-        heads = max(plan.num_heads, 1 if plan.rule is None else plan.rule.num_heads)
-        plan.cache["groups"] = [list(_groups_of(plan, head)) for head in range(heads)]
+        plan.cache["groups"] = [_groups_of(plan, head) for head in range(plan.mask_heads)]
     return plan.cache["groups"]  # type: ignore[return-value]
 
 

@@ -89,21 +89,29 @@ class GridRule:
 
 @dataclass(frozen=True, eq=False)
 class BlockRule:
-    """Visibility given per tile of `block` consecutive tokens: table bool [N, ceil(S/block), ceil(S/block)]."""
+    """Visibility given per block of `block` places: table bool [N, NB, NB].
+
+    place: int32 [S], where each token stands when the blocks are cut; -1 global, -2 padding. None: its index in the sequence.
+    """
 
     table: torch.Tensor
     block: int
+    place: torch.Tensor | None = None
 
     @property
     def num_heads(self) -> int:
         return self.table.shape[0]
 
     def __call__(self, query_index: torch.Tensor, key_index: torch.Tensor) -> torch.Tensor:
-        query, key = torch.broadcast_tensors(query_index // self.block, key_index // self.block)
-        return self.table[:, query, key]
+        if self.place is not None:
+            query_index, key_index = self.place[query_index].long(), self.place[key_index].long()
+        query, key = torch.broadcast_tensors(query_index, key_index)
+        seen = self.table[:, query.clamp_min(0) // self.block, key.clamp_min(0) // self.block]
+        return (seen | (query < 0) | (key < 0)) & (key != PADDING)
 
     def to(self, device: torch.device | str) -> "BlockRule":
-        return BlockRule(self.table.to(device), self.block)
+        place = None if self.place is None else self.place.to(device)
+        return BlockRule(self.table.to(device), self.block, place)
 
 
 @dataclass(frozen=True, eq=False)

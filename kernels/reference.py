@@ -93,9 +93,6 @@ def _tile_states(plan: BlockPlan) -> torch.Tensor:
     """Int8 [N, NQ, NK]: 0 not visited, 1 partial, 2 full."""
     heads, tiles = plan.num_full.shape
     states = torch.zeros(heads * tiles, plan.key_tiles.shape[0], dtype=torch.int8, device=plan.device)
-    lengths = plan.row_lengths.flatten()
-    row = torch.repeat_interleave(torch.arange(heads * tiles, device=plan.device), lengths)
-    place = torch.arange(row.numel(), device=plan.device) - (lengths.cumsum(0) - lengths)[row]
-    full = place < plan.num_full.flatten().long()[row]
-    states[row, plan.columns.long()] = torch.where(full, 2, 1).to(torch.int8)
+    row, partial = plan.entries
+    states[row, plan.columns.long()] = torch.where(partial, 1, 2).to(torch.int8)
     return states.view(heads, tiles, -1)

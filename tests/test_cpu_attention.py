@@ -28,7 +28,7 @@ def _assert_close(got, inputs, plan, dtype, key_mask=None):
     assert (got[1].double() - lse)[finite].abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("impl", ["grouped", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "grouped", "reference"])
 @settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 10_000),
@@ -49,7 +49,7 @@ def test_backend_matches_definition(impl, seed, scattered, heads, dim, batch, dt
     _assert_close(got, inputs, plan, dtype, key_mask)
 
 
-@pytest.mark.parametrize("impl", ["grouped", "sdpa"])
+@pytest.mark.parametrize("impl", ["cpu", "grouped", "sdpa"])
 def test_strides_do_not_matter(impl):
     plan = random_plan(7, heads=1)
     query, key, value = _inputs(plan, 2, 2, 16, 1, torch.float32, 0)
