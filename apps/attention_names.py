@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
 
 
-def _radial(variant: str) -> Callable[..., Pattern]:
+def _radial(variant: Literal["paper", "official", "genattn"]) -> Callable[..., Pattern]:
     def make(**options: Any) -> Pattern:
         from genattn.patterns.radial import RadialPattern
 
