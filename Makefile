@@ -42,7 +42,7 @@ bench: install
 	$(BIN)/genattn bench attention --quick
 
 tables: install
-	$(BIN)/python -m genattn.apps.readme_tables
+	$(BIN)/python -m genattn.apps.readme_parts
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

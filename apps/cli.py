@@ -72,7 +72,9 @@ def compare_command(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; give it several times for several.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     held_out: Annotated[int, typer.Option(help="Add so many held-out captions of the tiny world.")] = 0,
-    attention: Annotated[list[str] | None, typer.Option(help="NAME or NAME@DENSE_STEPS (radial@0.5); give it several times.")] = None,
+    attention: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME@DENSE_STEPS (radial@0.5); give it several times.")
+    ] = None,
     model: options.Model = None,
     frames: options.FrameCount = None,
     height: options.Height = None,

@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,3 +45,14 @@ def _nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def random_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole stock WanPipeline with random weights, as `save_pretrained` writes it."""
+    from genattn.pipelines.tiny_random import build_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "random-wan"
+    pipe, _ = build_pipeline("wan")
+    pipe.save_pretrained(folder)
+    return folder

@@ -1,0 +1,123 @@
+"""README's generated parts: tables from the files under assets/, the picture from the shipped model.
+
+    <!-- begin generated: quality -->     everything between the marks is replaced,
+    <!-- end generated: quality -->       the rest of the page is left alone
+
+`python -m genattn.apps.readme_parts [--check]` rewrites README.md, or fails when it is not what the files say.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from genattn.errors import GenAttnError
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, str]
+
+
+def fill(page: str, parts: dict[str, str]) -> str:
+    """`page` with each marked part replaced.
+
+    Raises GenAttnError when a part has no marks in the page, or marks have no part.
+    """
+    marked = re.findall(r"<!-- begin generated: (\S+) -->", page)
+    if sorted(marked) != sorted(parts):
+        raise GenAttnError(f"the page marks {sorted(marked)}, the parts are {sorted(parts)}; they must be the same")
+    for name, text in parts.items():
+        form = re.compile(rf"(<!-- begin generated: {name} -->\n).*?(<!-- end generated: {name} -->)", re.DOTALL)
+        page, count = form.subn(lambda m, text=text: m.group(1) + text.strip() + "\n" + m.group(2), page)  # type: ignore[misc]
+        if count != 1:
+            raise GenAttnError(f"part {name} must have one begin and one end mark, found {count} pairs")
+    return page
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table; the first column is left-aligned, the others right."""
+    lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1)), *(" | ".join(r) for r in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def quality_table(file: Path) -> str:
+    """Dense against sparse on the shipped model: the newest comparison in `file`."""
+    rows = _newest(_read(file))
+    names = {
+        "attention": "attention",
+        "density": "scores computed",
+        "seconds": "seconds a clip",
+        "speedup": "speed-up",
+        "peak_memory_gb": "peak GB",
+        "psnr": "PSNR dB",
+        "ssim": "SSIM",
+        "colour": "colour",
+        "shape": "shape",
+        "motion": "motion",
+    }
+    shown = [n for n in names if any(r.get(n) for r in rows)]
+    body = [[_label(r["attention"])] + [_cell(r, n) for n in shown[1:]] for r in rows]
+    first = rows[0]
+    note = (
+        f"tiny-wan, {first['height']} x {first['width']} x {first['num_frames']}, {first['num_inference_steps']} steps, "
+        f"{first['n']} held-out prompts, same seeds; colour, shape, motion: share of clips in which the oracle finds what was "
+        f"asked. {first['device']}, torch {first['torch_version']}, diffusers {first['diffusers_version']}, {first['date']}, "
+        f"commit {first['commit']}. At {_tokens(first)} tokens attention is a small part of a step: this table is about "
+        "quality, the one below about speed."
+    )
+    return f"{markdown_table([names[n] for n in shown], body)}\n\n<sub>{note}</sub>"
+
+
+def _label(name: str) -> str:
+    base, _, steps = name.partition("@")
+    return f"{base}, dense steps {steps}" if steps else base
+
+
+def _cell(row: Row, name: str) -> str:
+    if not row.get(name):
+        return "-"
+    value = f"{float(row[name]):.3g}"
+    spread = f"{name}_low"
+    return f"{value} [{float(row[spread]):.3g}, {float(row[f'{name}_high']):.3g}]" if row.get(spread) else value
+
+
+def _tokens(row: Row) -> int:
+    frames = (int(row["num_frames"]) - 1) // 4 + 1
+    return frames * (int(row["height"]) // 8) * (int(row["width"]) // 8)
+
+
+def _read(file: Path) -> list[Row]:
+    if not file.is_file():
+        raise GenAttnError(f"{file} is not there; measure first (make bench)")
+    with file.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def _newest(rows: Sequence[Row]) -> list[Row]:
+    """The last block of rows that begins with the dense one."""
+    start = max(i for i, r in enumerate(rows) if r["attention"] == "dense")
+    return list(rows[start:])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite README.md, or with --check tell whether it is up to date (exit code 1 if not)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--check", action="store_true")
+    options: Any = parser.parse_args(arguments)
+    page = (ROOT / "README.md").read_text()
+    wanted = fill(page, {name: make() for name, make in PARTS.items()})
+    if options.check:
+        return int(wanted != page)
+    (ROOT / "README.md").write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
