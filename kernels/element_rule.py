@@ -23,8 +23,10 @@ GLOBAL, PADDING = -1, -2
 class ElementRule(Protocol):
     """A callable on token indices; the slow twin that defines every kernel's partial tile."""
 
-    num_heads: int
-    """1, or the number of query heads when heads differ."""
+    @property
+    def num_heads(self) -> int:
+        """1, or the number of query heads when heads differ."""
+        ...
 
     def __call__(self, query_index: torch.Tensor, key_index: torch.Tensor) -> torch.Tensor:
         """Visibility for int64 indices that broadcast to [...]: bool [num_heads, ...]."""

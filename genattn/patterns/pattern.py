@@ -31,6 +31,10 @@ class Pattern(ABC):
     def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
         """The block plan, from geometry, without an S x S tensor. Called through `plan`, which caches."""
 
+    def for_layer(self, layer: int, num_layers: int) -> "Pattern":
+        """The pattern of one layer, 0 <= layer < num_layers in execution order; itself unless layers differ."""
+        return self
+
     def check(self, layout: TokenLayout) -> None:  # noqa: B027
         """Raise GenAttnError if this pattern cannot serve `layout`, saying the nearest legal setting."""
 
