@@ -193,11 +193,17 @@ def render(scene: Scene, frames: int = 29, height: int = 64, width: int = 64) ->
     """
     if frames < 1 or height < 8 or width < 8:
         raise GenAttnError(f"frames must be >= 1, height and width >= 8, got {frames} frames of {height}x{width}; ask for more")
-    clip = np.empty((frames, height, width, 3), np.float32)
-    clip[:] = BACKGROUNDS[scene.background]
     time = np.linspace(0.0, 1.0, frames, dtype=np.float32) if frames > 1 else np.full(1, 0.5, np.float32)
+    return render_at(scene, time, height, width)
+
+
+def render_at(scene: Scene, time: Floats, height: int, width: int) -> UInt8Clip:
+    """Draw a scene at any moments: uint8 [T, H, W, 3] for `time` float [T], fractions of the clip in [0, 1]."""
+    clip = np.empty((len(time), height, width, 3), np.float32)
+    clip[:] = BACKGROUNDS[scene.background]
     for thing, track in zip(scene.objects, trajectories(scene, time), strict=True):
-        alpha = coverage(thing.shape, track * (width, height, min(width, height)), height, width)[..., None]
+        scale = np.array([width, height, min(width, height)], np.float32)
+        alpha = coverage(thing.shape, track * scale, height, width)[..., None]
         clip += alpha * (np.asarray(COLOURS[thing.colour], np.float32) - clip)
     return np.round(clip).astype(np.uint8)
 
