@@ -7,9 +7,10 @@ the rest of the chain. A pattern answers itself or calls `inner` (dense); SoftPA
 """
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -26,8 +27,9 @@ class AttentionSite:
     """One attention module of a model.
 
     name: module path, e.g. "blocks.3.attn1". stack: the list of blocks it belongs to. layer: index within the stack.
-    depth: index over all stacks in execution order (double-stream blocks, then single-stream). kind: what attends to what.
-    heads: number of query heads.
+    depth: index over all stacks in execution order (double-stream blocks, then single-stream); -1 outside them.
+    kind: what attends to what. heads: number of query heads. model: component of the pipeline, e.g. "transformer_2".
+    unreachable: why its attention never comes by here (linear attention, an old processor); empty when it does.
     """
 
     name: str
@@ -36,6 +38,8 @@ class AttentionSite:
     depth: int
     kind: SiteKind
     heads: int
+    model: str = ""
+    unreachable: str = ""
 
 
 @dataclass
@@ -44,8 +48,11 @@ class Run:
 
     step: 0-based index of the sampling step, -1 when unknown. num_steps: steps of the run, None when unknown.
     timestep: the largest entry, in the model's own scale. sigma: noise level where the pipeline or scheduler tells it.
-    pass_name: "cond", "uncond", "cond_uncond" (one batch) or what the pipeline calls it; None when unknown.
-    layout: tokens of the self/joint attention, None when the family has no adapter. options: per-call options.
+    pass_name: "cond", "uncond", "cond_uncond" (one batch) or what the pipeline calls it; None when unknown; an extra pass
+    adds its own name: "cond+softpag". extra: that name alone, None in the pipeline's own passes.
+    layout: tokens of the self/joint attention, None when the family has no adapter; why_no_layout says why.
+    options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
+    model: the denoiser.
     """
 
     step: int = -1
@@ -55,31 +62,70 @@ class Run:
     pass_name: str | None = None
     layout: TokenLayout | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    extra: str | None = None
+    why_no_layout: str = ""
+    model: "nn.Module | None" = field(default=None, repr=False, compare=False)
+    scoped: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    enter_extra: "Callable[[Run, str], AbstractContextManager[Run]] | None" = field(default=None, repr=False, compare=False)
 
     @property
     def fraction(self) -> float | None:
         """Position in the run, 0 at the first step and below 1 at the last; None when the number of steps is unknown."""
         return None if self.num_steps is None or self.step < 0 else self.step / self.num_steps
 
+    def options_of(self, plugin: "Plugin") -> Mapping[str, Any]:
+        """The options that hold for `plugin` in this forward: its handle's, overridden by the call's."""
+        return self.scoped.get(id(plugin), self.options)
+
+    def extra_pass(self, name: str) -> "AbstractContextManager[Run]":
+        """Around an extra `inner(...)` of `Plugin.forward`: the attention calls inside see pass_name "cond+name".
+
+        The extra pass gets its own cache context, so that First Block Cache and its kin keep separate states.
+        """
+        if self.enter_extra is not None:
+            return self.enter_extra(self, name)
+        return nullcontext(replace(self, pass_name=f"{self.pass_name or 'pass'}+{name}", extra=name))
+
+
+@dataclass
+class CallRecord:
+    """What became of one attention call; plugins write it, `report()` adds it up."""
+
+    sparse: bool = False
+    density: float = 1.0
+    reason: str = ""
+    edited: bool = False
+
+    def ran_sparse(self, density: float) -> None:
+        """The call was answered under a pattern that computed `density` of the scores, in (0, 1]."""
+        self.sparse, self.density = True, density
+
+    def stayed_dense(self, reason: str) -> None:
+        """The call went to the dense backend, for this reason."""
+        self.reason = reason
+
 
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of the attention core, heads-last: query [B, Sq, H, D], key and value [B, Sk, Hk, D].
 
-    mask: as the processor gave it (None, bool or additive, [B, Sk], [B, 1, 1, Sk], [B, 1, Sq, Sk], [B, H, Sq, Sk]).
-    layout: segments of this call's sequence when known (may differ from run.layout: spatial or temporal sites).
+    mask: as the processor gave it (None, bool or additive, [B, Sk], [B, 1, 1, Sk], [B, 1, Sq, Sk], [B, H, Sq, Sk], or flex's
+    BlockMask). layout: segments of this call's sequence when known (may differ from run.layout: spatial or temporal sites).
+    head_offset: index of the first head, when context parallelism has left this process only some of them.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    mask: torch.Tensor | None
+    mask: Any
     scale: float | None
     is_causal: bool
     enable_gqa: bool
     site: AttentionSite
     run: Run
     layout: TokenLayout | None
+    record: CallRecord = field(default_factory=CallRecord)
+    head_offset: int = 0
 
     def with_tensors(self, **changes: Any) -> "AttentionCall":
         """A copy with some fields replaced."""
@@ -92,12 +138,24 @@ Inner = Callable[[AttentionCall], torch.Tensor]
 class Plugin(ABC):  # noqa: B024
     """What a user applies. Subclasses override what they need; settings are checked in their constructors and in `attach`."""
 
+    option_names: ClassVar[frozenset[str]] = frozenset()
+    """Keys that may come in the per-call options, besides `enabled` and `num_steps`."""
+
     def attach(self, model: "nn.Module", sites: Sequence[AttentionSite]) -> None:  # noqa: B027
         """Called once per denoiser before anything is changed; raise GenAttnError if this model cannot be served."""
+
+    def detach(self, model: "nn.Module") -> None:  # noqa: B027
+        """Called once per denoiser when the handle is removed; drop what was kept for it."""
 
     def wants(self, site: AttentionSite) -> bool:
         """Whether `attention` is to be called at `site`; everything else stays untouched."""
         return site.kind in ("self", "joint")
+
+    def check_options(self, options: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise GenAttnError for a per-call option of this plugin whose value is out of range."""
+
+    def begin_run(self, run: Run) -> None:  # noqa: B027
+        """Called before the first forward of every sampling run; forget what belongs to the last one."""
 
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Answer one attention call, [B, Sq, H, D]."""

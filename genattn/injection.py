@@ -1,0 +1,204 @@
+"""One denoiser with plugins on it: its marks, its chain, the run that is going on, and the way back to stock."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from genattn.denoiser import HERE, INJECTION, checkpoints_carry, current_run, denoiser_class, other_cache_context, run_of
+from genattn.families import family_of
+from genattn.plugin import AttentionCall, CallRecord, Plugin, Run
+from genattn.report import event_pair
+from genattn.root_inputs import RootInputs
+from genattn.seam import MARK, Mark, StockCore, acquire_processor, release_processor, set_class, stock_class
+from genattn.sites import find_sites, layout_at
+from genattn.steps import StepTracker
+
+if TYPE_CHECKING:
+    from genattn.inject import Handle
+
+
+class Injection:
+    """State of one injected model. Handles join and leave; the last one to leave puts the model back."""
+
+    def __init__(self, model: nn.Module, name: str, tracker: StepTracker) -> None:
+        self.model, self.name, self.tracker = model, name, tracker
+        self.family = family_of(model)
+        self.inputs = RootInputs(stock_class(model), self.family)
+        self.handles: list[Handle] = []
+        self.cache: list[list[Any]] = []
+        self.found = find_sites(model, name, self.family)
+        self.blocks = 1 + max((site.depth for _, site in self.found), default=-1)
+        self.marks: list[Mark] = []
+        self._wrappers: list[Plugin] = []
+        self._processors: dict[int, tuple[Any, list[str]]] = {}
+
+    def join(self, handle: "Handle") -> None:
+        """Add a handle; the first one changes the model."""
+        self.handles.append(handle)
+        if len(self.handles) == 1:
+            self._install()
+        self._chain_up()
+
+    def leave(self, handle: "Handle") -> None:
+        """Take a handle away; the last one restores the model."""
+        self.handles.remove(handle)
+        if self.handles:
+            self._chain_up()
+        else:
+            self._uninstall()
+
+    def _install(self) -> None:
+        for module, site in self.found:
+            mark = Mark(site, self)
+            module.__dict__[MARK] = mark
+            self.marks.append(mark)
+        self.model.__dict__[INJECTION] = self
+        stock: Any = type(self.model)
+        set_class(self.model, denoiser_class(stock))
+        self.sync()
+
+    def _uninstall(self) -> None:
+        set_class(self.model, stock_class(self.model))
+        del self.model.__dict__[INJECTION]
+        for module, _ in self.found:
+            module.__dict__.pop(MARK, None)
+        for processor, opened in self._processors.values():
+            release_processor(processor, opened)
+        self._processors.clear()
+        self.marks.clear()
+
+    def sync(self) -> None:
+        """Mark processors that came after us: fused projections, IP-Adapter, set_attn_processor."""
+        for module, _ in self.found:
+            processor = module.processor
+            if id(processor) not in self._processors:
+                self._processors[id(processor)] = (processor, acquire_processor(processor))
+
+    def _chain_up(self) -> None:
+        pairs = [(plugin, handle) for handle in self.handles for plugin in handle.plugins]
+        self._wrappers = [plugin for plugin, _ in pairs if type(plugin).forward is not Plugin.forward]
+        editors = [(plugin, handle) for plugin, handle in pairs if type(plugin).attention is not Plugin.attention]
+        for mark in self.marks:
+            mark.chain = tuple((plugin, handle) for plugin, handle in editors if plugin.wants(mark.site))
+
+    def forward(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The whole of one forward: read the root, run the plugins' wrappers, then stock."""
+        self.sync()
+        kwargs, told = self.inputs.take_options(kwargs)
+        run = self._begin(args, kwargs, told)
+        for handle in self.handles:
+            handle.before_forward(self, run)
+        chain = self._stock_with_layout(stock, args, kwargs)
+        for plugin in reversed(self._wrappers):
+            if run.options_of(plugin).get("enabled", True):
+                chain = _wrapped(plugin, chain)
+        with current_run(run), checkpoints_carry(self.model, run):
+            result = chain(*args, **kwargs)
+        for handle in self.handles:
+            handle.after_forward(self, run)
+        return result
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: Mapping[str, Any]) -> Run:
+        merged: dict[str, Any] = {}
+        for handle in self.handles:
+            merged.update(handle.current_options)
+        merged.update(told)
+        for handle in self.handles:
+            handle.check_options(told)
+        bound = self.inputs.bind(self.model, args, kwargs)
+        pass_name, cache_told = (self.cache[-1][0], self.cache[-1][1]) if self.cache else (None, {})
+        timestep = self.inputs.timestep(bound)
+        rising = self.family is not None and self.family.rising
+        position = self.tracker.observe(timestep, cache_told, merged.get("num_steps"), rising)
+        layout, why = self.inputs.layout(self.model, bound)
+        run = Run(
+            step=position.step,
+            num_steps=position.num_steps,
+            timestep=timestep,
+            sigma=position.sigma,
+            pass_name=pass_name or self.tracker.guess_pass(self.family.cfg if self.family else None),
+            layout=layout,
+            options=merged,
+            why_no_layout=why,
+            model=self.model,
+            scoped={id(p): {**h.current_options, **told} for h in self.handles for p in h.plugins},
+            enter_extra=self._extra_pass,
+        )
+        if position.is_new_run:
+            for handle in self.handles:
+                handle.begin_run(run)
+        return run
+
+    def _stock_with_layout(
+        self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """Stock forward; a plugin that passes other inputs (one half of the batch, a longer text) gets their layout."""
+
+        def call(*given: Any, **named: Any) -> Any:
+            run = run_of(self.model)
+            if run is None or (given is args and named is kwargs):
+                return stock(*given, **named)
+            layout, why = self.inputs.layout(self.model, self.inputs.bind(self.model, given, named))
+            if layout == run.layout:
+                return stock(*given, **named)
+            with current_run(replace(run, layout=layout, why_no_layout=why)):
+                return stock(*given, **named)
+
+        return call
+
+    @contextlib.contextmanager
+    def _extra_pass(self, run: Run, name: str) -> Iterator[Run]:
+        extra = replace(run, pass_name=f"{run.pass_name or 'pass'}+{name}", extra=name)
+        with contextlib.ExitStack() as stack:
+            if self.cache:
+                stack.enter_context(other_cache_context(self.model, stock_class(self.model), self.cache[-1], name))
+            yield stack.enter_context(current_run(extra))
+
+    def attend(
+        self,
+        mark: Mark,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mask: Any,
+        flags: dict[str, Any],
+        core: StockCore,
+    ) -> torch.Tensor:
+        """Run the chain of `mark` over one call of the core."""
+        if not mark.chain:
+            return core(*tensors, mask, **flags)
+        run = run_of(self.model) or Run(
+            model=self.model, why_no_layout="the block was called outside of the denoiser's forward"
+        )
+        layout = layout_at(mark.site, self.family, run, tensors[0].shape[1], tensors[1].shape[1])
+        call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
+        events, began = event_pair(call.query), time.perf_counter()
+        out = _through(mark.chain, 0, call, core)
+        seconds = time.perf_counter() - began
+        if events is not None:
+            events[1].record()
+        for handle in dict.fromkeys(handle for _, handle in mark.chain):
+            handle.count(mark.site, call, seconds, events)
+        return out
+
+
+def _wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        assert HERE.run is not None
+        return plugin.forward(HERE.run, args, kwargs, inner)
+
+    return call
+
+
+def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: StockCore) -> torch.Tensor:
+    """The call through the plugins from `place` on, then to the user's own backend."""
+    if place == len(chain):
+        return core(call.query, call.key, call.value, call.mask, call.scale, call.is_causal, call.enable_gqa)
+    plugin = chain[place][0]
+    if not call.run.options_of(plugin).get("enabled", True):
+        call.record.stayed_dense("switched off (enabled=False)")
+        return _through(chain, place + 1, call, core)
+    return plugin.attention(call, lambda inner: _through(chain, place + 1, inner, core))

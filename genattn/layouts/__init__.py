@@ -1,0 +1,1 @@
+"""Where the tokens of each model family stand: one small function per family, collected in `genattn.families`."""

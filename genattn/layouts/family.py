@@ -1,0 +1,70 @@
+"""What must be known about a model family, and nothing more: its blocks, its kinds of attention, its tokens, its timestep."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from genattn.plugin import SiteKind
+from genattn.token_layout import Segment, TokenLayout
+
+LayoutFunction = Callable[[Any, Mapping[str, Any]], TokenLayout | None]
+SiteLayout = Callable[[SiteKind, int, TokenLayout], TokenLayout | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of denoisers that share their structure.
+
+    name: short name. models: class names in diffusers. stacks: block lists in execution order.
+    kinds: (end of the module path, kind); the first that fits decides, "self" when none does.
+    layout: denoiser inputs by name -> segments of the self or joint attention.
+    site_layout: for attention over other tokens than `layout` says (temporal, spatial): (kind, length, run's layout) ->
+    segments.
+    timestep: name of the argument. rising: whether it grows while sampling. cfg: how guidance passes come when the pipeline
+    gives no cache context. reads_values: inputs of which `layout` reads values, not only shapes.
+    text_varies: sequences may hold fewer text tokens than the inputs have. note: what a user should know.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    stacks: tuple[str, ...]
+    layout: LayoutFunction
+    kinds: tuple[tuple[str, SiteKind], ...] = (("attn2", "cross"),)
+    site_layout: SiteLayout | None = None
+    timestep: str = "timestep"
+    rising: bool = False
+    cfg: str | None = None
+    reads_values: tuple[str, ...] = field(default=())
+    text_varies: bool = False
+    note: str = ""
+
+
+def text(length: int) -> list[Segment]:
+    """A text segment, or nothing."""
+    return [Segment("text", (int(length),))] if length else []
+
+
+def grid(*shape: int) -> list[Segment]:
+    """The grid segment."""
+    return [Segment("grid", tuple(int(n) for n in shape))]
+
+
+def references(*shapes: tuple[int, ...]) -> list[Segment]:
+    """Reference images behind or before the grid."""
+    return [Segment("reference", tuple(int(n) for n in shape)) for shape in shapes]
+
+
+def padding(length: int) -> list[Segment]:
+    """Tokens that fill up; no padding segment when there are none."""
+    return [Segment("padding", (int(length),))] if length > 0 else []
+
+
+def layout(*parts: list[Segment]) -> TokenLayout:
+    """The parts one behind the other."""
+    return TokenLayout(tuple(segment for part in parts for segment in part))
+
+
+def patched(latents: Any, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(frames, height, width) in tokens of latents [B, C, F, H, W] under a patch (frames, height, width)."""
+    frames, height, width = latents.shape[2:]
+    return frames // patch[0], height // patch[1], width // patch[2]

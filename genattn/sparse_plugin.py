@@ -1,0 +1,140 @@
+"""A pattern on the seam: sparse where schedule, mask and layout allow it, else the user's own backend, the reason noted."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.functional import attention
+from genattn.masks import key_mask
+from genattn.patterns.dense import DensePattern
+from genattn.patterns.pattern import Pattern
+from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.schedule import Schedule
+from genattn.token_layout import TokenLayout
+
+
+class SparsePlugin(Plugin):
+    """`pattern` on every self and joint attention, when `schedule` says so. impl: as in `genattn.attention`.
+
+    A backend that is named must serve every sparse call, or its reason comes as a GenAttnError; "auto" takes the best one.
+    """
+
+    option_names: ClassVar[frozenset[str]] = Schedule.names() | {"impl"}
+
+    def __init__(self, pattern: Pattern, schedule: Schedule | None = None, impl: str = "auto") -> None:
+        if not isinstance(pattern, Pattern):
+            raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
+        self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
+        self._blocks: dict[int, int] = {}
+        self._last: tuple[Any, Any] | None = None
+        self._mask: tuple[Any, Any] | None = None
+
+    def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        """Refuse models whose self-attention cannot be made sparse."""
+        wanted = [site for site in sites if self.wants(site)]
+        name = model.__class__.__name__
+        if not wanted:
+            raise GenAttnError(f"{name} has no self or joint attention for a pattern; its sites are {_kinds(sites)}")
+        hidden = [site for site in wanted if site.unreachable]
+        if len(hidden) == len(wanted):
+            raise GenAttnError(f"{name} cannot run sparse: {hidden[0].unreachable}")
+        self._blocks[id(model)] = 1 + max(site.depth for site in sites)
+
+    def detach(self, model: nn.Module) -> None:
+        """Forget the model."""
+        self._blocks.pop(id(model), None)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Schedule settings are checked as in its constructor."""
+        self.schedule.with_options(options)
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """Sparse, or `inner` with a reason."""
+        options = call.run.options_of(self)
+        schedule = self.schedule.with_options(options)
+        blocks = self._blocks.get(id(call.run.model), 0)
+        reason = schedule.why_dense(call.run, call.site, call.query.shape[1], blocks) or self.why_not(call)
+        if reason:
+            return _dense(call, inner, reason)
+        keys, reason = self._key_mask(call)
+        if reason:
+            return _dense(call, inner, reason)
+        assert call.layout is not None
+        out = attention(
+            call.query,
+            call.key,
+            call.value,
+            self.pattern,
+            call.layout,
+            impl=options.get("impl", self.impl),
+            scale=call.scale,
+            key_mask=keys,
+        )
+        call.record.ran_sparse(self.density(call.layout))
+        return out  # type: ignore[return-value]
+
+    def why_not(self, call: AttentionCall) -> str:
+        """The reason for which this pattern cannot answer the call, empty when it can."""
+        if isinstance(self.pattern, DensePattern):
+            return "the pattern is dense"
+        if call.is_causal:
+            return "the call is causal"
+        if call.layout is None:
+            return _why_no_layout(call)
+        if call.layout.grid is None:
+            return f"the layout {call.layout.describe()!r} has no grid"
+        try:
+            self.pattern.check(call.layout)
+        except GenAttnError as error:
+            return f"{type(self.pattern).__name__} does not serve this layout: {error}"
+        return ""
+
+    def _key_mask(self, call: AttentionCall) -> tuple[torch.Tensor | None, str]:
+        """`key_mask`, read once for a tensor that all layers share: reading it waits for the device."""
+        if call.mask is None:
+            return None, ""
+        version = getattr(call.mask, "_version", None)
+        if self._mask is not None and self._mask[0][0]() is call.mask and self._mask[0][1:] == (version, call.query.shape[:2]):
+            return self._mask[1]  # type: ignore[no-any-return]
+        answer = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
+        self._mask = ((weakref.ref(call.mask), version, call.query.shape[:2]), answer)
+        return answer
+
+    def density(self, layout: TokenLayout) -> float:
+        """Share of the scores that the pattern computes."""
+        if self._last is None or self._last[0] != layout:
+            self._last = (layout, self.pattern.plan(layout).density)
+        return float(self._last[1])
+
+    def describe(self) -> dict[str, Any]:
+        """Pattern, schedule, backend."""
+        settings: dict[str, Any] = asdict(self.pattern) if is_dataclass(self.pattern) else {}
+        return {
+            "plugin": type(self).__name__,
+            "pattern": {"type": type(self.pattern).__name__, **settings},
+            "schedule": asdict(self.schedule),
+            "impl": self.impl,
+        }
+
+
+def _dense(call: AttentionCall, inner: Inner, reason: str) -> torch.Tensor:
+    call.record.stayed_dense(reason)
+    return inner(call)
+
+
+def _why_no_layout(call: AttentionCall) -> str:
+    run, queries, keys = call.run, call.query.shape[1], call.key.shape[1]
+    if queries != keys:
+        return f"{queries} queries look at {keys} keys: not self-attention over one sequence"
+    if run.layout is None:
+        return run.why_no_layout or "no layout is known"
+    return f"the layout {run.layout.describe()!r} has {run.layout.seqlen} tokens, the call has {queries}"
+
+
+def _kinds(sites: Sequence[AttentionSite]) -> str:
+    return ", ".join(sorted({site.kind for site in sites})) or "none"
