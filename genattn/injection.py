@@ -126,6 +126,7 @@ class Injection:
             options=merged,
             why_no_layout=why,
             model=self.model,
+            pipe=self.tracker.pipe,
             scoped={id(p): {**h.current_options, **told} for h in self.handles for p in h.plugins},
             enter_extra=self._extra_pass,
         )

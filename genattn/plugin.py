@@ -52,7 +52,7 @@ class Run:
     adds its own name: "cond+softpag". extra: that name alone, None in the pipeline's own passes.
     layout: tokens of the self/joint attention, None when the family has no adapter; why_no_layout says why.
     options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
-    model: the denoiser.
+    model: the denoiser. pipe: the pipeline, None where plugins were applied to a bare model.
     """
 
     step: int = -1
@@ -65,6 +65,7 @@ class Run:
     extra: str | None = None
     why_no_layout: str = ""
     model: "nn.Module | None" = field(default=None, repr=False, compare=False)
+    pipe: Any = field(default=None, repr=False, compare=False)
     scoped: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
     enter_extra: "Callable[[Run, str], AbstractContextManager[Run]] | None" = field(default=None, repr=False, compare=False)
 

@@ -35,6 +35,11 @@ class StepTracker:
         self._visits: list[tuple[float, float | None]] = []
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline, None for a bare model."""
+        return self._pipe()
+
+    @property
     def has_pipe(self) -> bool:
         """Whether a scheduler can be asked."""
         return self._pipe() is not None
