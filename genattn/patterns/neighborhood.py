@@ -6,9 +6,8 @@
     ####.                     ####..                   ####....                 .#.#.#
     #####                     .. ####                  ####....                 #.#.#.
 
-Hassani et al., arXiv 2504.16922 (GNA) and 2204.07143 (NA). A query sees a key if every axis shows it;
-`axis_window` has the rule of one axis. Text, references and registers see and are seen by all in the same softmax. Tiles are boxes of the grid, chosen per
-grid; sliding-tile attention (STA) is the case stride = tile, window = odd multiple of the tile.
+Hassani et al., arXiv 2504.16922 (GNA) and 2204.07143 (NA). A query sees a key if every axis shows it; `axis_window` has the
+rule of one axis. Text, references and registers see and are seen by all, in the same softmax. Tiles are boxes chosen per grid.
 """
 
 from collections.abc import Sequence
