@@ -35,7 +35,7 @@ class KeyFrames:
 
     Attributes:
         tokens: int64 [T, n], places in the sequence of the keys of each edited frame.
-        kept: int64 [R], keys whose mass stays as it is; may be empty.
+        kept: int64 [R], keys whose mass stays as it is: text, references, a first frame left alone; may be empty.
         queries: int64 [Q], rows that are edited: every grid token, in raster order.
         others: int64 [S - Q], rows that stay as they are; may be empty.
     """
@@ -93,9 +93,8 @@ def key_frames(layout: TokenLayout, keep_first: bool = False) -> KeyFrames:
         )
     index = layout.raster_index
     places = layout.grid_positions.view(frames, -1)
-    outside = torch.nonzero(index == -1).flatten()
     others = torch.nonzero(index < 0).flatten()
-    kept = torch.cat([places[0], outside]) if keep_first else outside
+    kept = torch.cat([places[0], others]) if keep_first else others
     return KeyFrames(places[int(keep_first) :], kept, layout.grid_positions, others)
 
 
@@ -161,7 +160,7 @@ def edited_attention(
     measured = marginal[conditional]
     scalars = solve(total / (measured.numel() // frames.frames), edit, frames.frames, beta)
     out = _sum_outputs(outputs, scalars, with_map=base is None).to(query.dtype)
-    return EditedAttention(_place(out, query, key, value, frames, scale, key_mask, base), scalars, marginal)
+    return EditedAttention(_place(out, query, key, value, frames, scale, key_mask, plan, base), scalars, marginal)
 
 
 def restrict_keys(plan: BlockPlan, tokens: torch.Tensor) -> BlockPlan:
@@ -321,16 +320,20 @@ def _place(
     frames: KeyFrames,
     scale: float | None,
     key_mask: torch.Tensor | None,
+    plan: BlockPlan | None,
     base: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Put the edited rows into the sequence; the other rows come from `base`, or attend to all keys."""
+    """Put the edited rows into the sequence; the other rows come from `base`, or attend as without an edit."""
     if base is not None:
         return base.index_add(1, frames.queries, out.to(base.dtype))
     whole = torch.empty_like(query)
     whole[:, frames.queries] = out
-    if frames.others.numel():
+    if frames.others.numel() and plan is None:
         rows = query.index_select(1, frames.others)
         whole[:, frames.others] = _attend(rows, key, value, scale, key_mask)[0]
+    elif frames.others.numel():
+        stock = block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
+        whole[:, frames.others] = stock[:, frames.others]
     return whole
 
 

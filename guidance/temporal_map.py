@@ -216,7 +216,8 @@ def anchor_share(edit: MapEdit, anchor_energy: torch.Tensor, disparity2: torch.T
         frames: F. The anchor's motion is its distance from the uniform map, sqrt(anchor_energy - 1 / F).
     """
     if edit.alpha != "auto":
-        return torch.full_like(disparity2, edit.alpha)
+        # nothing is taken where there is no anchor, or no difference to it
+        return torch.where(disparity2 > 0, edit.alpha, torch.zeros_like(disparity2))
     motion = (anchor_energy - 1.0 / frames).clamp_min(1e-12)
     relative = (disparity2.clamp_min(0) / motion).sqrt()
     return (1.0 - AUTO_DISPARITY / relative.clamp_min(1e-6)).clamp(0.0, 1.0)

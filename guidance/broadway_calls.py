@@ -1,0 +1,74 @@
+"""Reading one forward: the latents' shape, and which part of the batch is conditional."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from genattn.errors import GenAttnError
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Samples, height and width of the latents [B, C, F, H, W] a denoiser was given."""
+
+    batch: int
+    height: int
+    width: int
+
+    def places(self, sequences: int) -> tuple[int, int]:
+        """(h, w) of the resolution level at which there are `sequences` = B * h * w places; levels halve, rounding up.
+
+        An extra pass may run one half of a batch, so B may be half of `batch`.
+
+        Raises:
+            GenAttnError: where no level has that many places.
+        """
+        height, width = self.height, self.width
+        while True:
+            if height * width * self.batch in (sequences, 2 * sequences):
+                return height, width
+            if height * width == 1:
+                raise GenAttnError(
+                    f"a temporal attention must have one sequence per place of a {self.height}x{self.width} latent "
+                    f"or of a halved one, for {self.batch} samples; got {sequences} sequences"
+                )
+            height, width = -(-height // 2), -(-width // 2)
+
+
+def clip_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ClipShape | None:
+    """The latents' shape from a denoiser's arguments; None where no 5-D tensor stands first or under its usual name."""
+    for value in (*args[:1], kwargs.get("sample"), kwargs.get("hidden_states")):
+        if isinstance(value, torch.Tensor) and value.ndim == 5:
+            return ClipShape(value.shape[0], value.shape[3], value.shape[4])
+    return None
+
+
+def conditional_part(setting: str | tuple[float, float], pass_name: str | None, batch: int | None) -> tuple[float, float]:
+    """The conditional part of a batch as fractions.
+
+    "auto": all of a pass of its own; the second half of [uncond; cond]; where the pass is unknown, the second half of an
+    even batch, as published, and all of an odd one.
+
+    Args:
+        setting: "auto", "all" or (first, last). pass_name: as `Run` has it. batch: samples in this forward, if known.
+    """
+    if setting == "all":
+        return 0.0, 1.0
+    if not isinstance(setting, str):
+        return setting
+    if pass_name == "cond_uncond" or (pass_name is None and batch is not None and batch % 2 == 0):
+        return 0.5, 1.0
+    return 0.0, 1.0
+
+
+def entries(part: tuple[float, float], length: int) -> slice:
+    """The part of an axis whose outermost index is the sample.
+
+    Raises:
+        GenAttnError: where the part is empty.
+    """
+    first, last = round(part[0] * length), round(part[1] * length)
+    if first >= last:
+        raise GenAttnError(f"the conditional part must hold at least one sample, got {part} of {length}; widen it or use 'all'")
+    return slice(first, last)
