@@ -1,10 +1,11 @@
 """Attention patterns with a name of their own that are settings of generalized neighborhood attention.
 
-sliding_window   stride 1                         NA, arXiv 2204.07143
-dilated_window   stride 1, dilation > 1           DiNA, arXiv 2209.15001
-blocked          stride = window                  window self-attention as in Swin, arXiv 2103.14030 (a ragged last block takes
-                                                  the last `window` tokens instead of padding)
-sliding_tile     stride = tile, window = odd n tiles      STA, arXiv 2502.04507
+    sliding_window   stride 1                         NA, arXiv 2204.07143
+    dilated_window   stride 1, dilation > 1           DiNA, arXiv 2209.15001
+    blocked          stride = window                  window self-attention as in Swin, arXiv 2103.14030
+    sliding_tile     stride = tile, window = n tiles  STA, arXiv 2502.04507; n odd
+
+A ragged last block takes the last `window` tokens (it overlaps the one before) instead of padding.
 """
 
 from collections.abc import Sequence
