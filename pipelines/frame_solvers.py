@@ -41,6 +41,10 @@ class FrameSolver(ABC):
     ) -> tuple[torch.Tensor, State]:
         """One level down for every frame: sample, prediction and noise [B, C, F, H, W], levels int64 [F], each >= 0."""
 
+    def direction_gain(self, levels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """How much of the model's noise direction a step from each level puts into the result, [1, 1, F, 1, 1]."""
+        return self.grid.at(self.grid.sigma, levels - 1, like)
+
     def settings(self) -> dict[str, Any]:
         """JSON-ready; two solvers with equal settings do the same."""
         grid = self.grid
@@ -99,6 +103,11 @@ class SingleStepSolver(FrameSolver):
             direction = (1 - share.square()).clamp(min=0).sqrt() * direction + share * noise
         alpha, sigma = grid.at(self.target_alpha, levels, sample), grid.at(self.target_sigma, levels, sample)
         return (alpha * clean + sigma * direction).to(sample.dtype), {}
+
+    def direction_gain(self, levels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """See FrameSolver.direction_gain; the fresh share of the noise is no direction of the model's."""
+        share = self.grid.at(self.share, levels, like)
+        return self.grid.at(self.target_sigma, levels, like) * (1 - share.square()).clamp(min=0).sqrt()
 
     def settings(self) -> dict[str, Any]:
         """See FrameSolver.settings."""

@@ -1,0 +1,135 @@
+"""A run on disk: tensors in safetensors, the rest in JSON, replaced as a whole so that there is always one complete checkpoint.
+
+    DIR/checkpoint.json          versions, settings, fingerprint of the model, counters; names the tensor file
+    DIR/state-<tick>.safetensors queue, solver history, decoder caches, memory
+
+The tensor file is written first under a new name, the JSON is then replaced in one rename, and only then the old tensor file
+goes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import genattn
+from genattn.errors import GenAttnError
+
+FORMAT = 1
+_NAME = "checkpoint.json"
+
+
+def model_fingerprint(models: Mapping[str, Any]) -> str:
+    """A short hash over names, shapes and a sample of the values of all parameters; tells checkpoints and adapters apart."""
+    digest = hashlib.sha256()
+    for part, model in sorted(models.items()):
+        digest.update(f"{part}:{type(model).__name__}".encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 16)][:16]
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> Path:
+    """Put a checkpoint into `folder`, replacing the one there; gives the tensor file's path.
+
+    record: JSON-ready; must hold "tick". A failed write (disk full) leaves the old checkpoint and is raised as OSError.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / f"state-{int(record['tick']):08d}.safetensors"
+    previous = _read(folder)
+    scratch = folder / "state.partial"
+    try:
+        _write_tensors(scratch, tensors)
+        os.replace(scratch, state)
+        body = {"format": FORMAT, "genattn": genattn.__version__, "tensors": state.name, **record}
+        _write_whole(folder / _NAME, json.dumps(body, indent=1))
+    except Exception:
+        scratch.unlink(missing_ok=True)
+        raise
+    if previous is not None and previous.get("tensors") != state.name:
+        (folder / str(previous["tensors"])).unlink(missing_ok=True)
+    return state
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    except OSError:
+        raise
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own
+        raise OSError(str(error)) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    scratch = path.with_suffix(".partial")
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / _NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON part of a checkpoint; refuses a folder without one, or of a version that this one cannot read."""
+    folder = Path(folder)
+    try:
+        record = _read(folder)
+    except json.JSONDecodeError as error:
+        raise GenAttnError(
+            f"{folder / _NAME} is no valid JSON ({error}); it was changed by hand, start the run anew"
+        ) from error
+    if record is None:
+        raise GenAttnError(f"{folder} holds no {_NAME}; pass the folder of a run that was started with folder=...")
+    if record.get("format") != FORMAT:
+        raise GenAttnError(f"{folder} was written in checkpoint format {record.get('format')}, this version reads {FORMAT}")
+    if record.get("genattn") != genattn.__version__:
+        raise GenAttnError(
+            f"{folder} was written by genattn {record.get('genattn')}, this is {genattn.__version__}; "
+            "a run goes on to the bit only with the version that began it"
+        )
+    return record
+
+
+def read_tensors(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensor part of a checkpoint."""
+    path = Path(folder) / Path(str(record["tensors"])).name
+    if not path.exists():
+        raise GenAttnError(f"{path} is named by the checkpoint and must exist; it was moved or deleted")
+    return dict(load_file(path))
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Refuse to go on when settings differ; names what differs, old and new."""
+    flat_saved, flat_now = _flat(saved), _flat(now)
+    wrong = [k for k in sorted(flat_saved.keys() | flat_now.keys()) if flat_saved.get(k) != flat_now.get(k)]
+    if wrong:
+        shown = "; ".join(f"{k} was {flat_saved.get(k)!r}, is {flat_now.get(k)!r}" for k in wrong[:4])
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise GenAttnError(f"the checkpoint belongs to other {what}: {shown}{more}; resume with what began the run")
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping):
+        out: dict[str, Any] = {}
+        for key, value in tree.items():
+            out.update(_flat(value, f"{name}.{key}" if name else str(key)))
+        return out
+    return {name: json.loads(json.dumps(tree))}
