@@ -21,7 +21,12 @@ from genattn.errors import GenAttnError
 from genattn.guidance.broadway_blocks import GuidedSites, choose_sites
 from genattn.guidance.broadway_calls import ClipShape, clip_shape, conditional_part, entries
 from genattn.guidance.broadway_motion import motion_attention, motion_map
-from genattn.guidance.broadway_neighbours import neighbours_inside, refuse_patterns_outside, sparse_plan
+from genattn.guidance.broadway_neighbours import (
+    has_wrapper_outside,
+    neighbours_inside,
+    refuse_patterns_outside,
+    sparse_plan,
+)
 from genattn.guidance.broadway_report import BroadWayReport
 from genattn.guidance.delta import Window
 from genattn.guidance.frame_marginal import EditedAttention, KeyFrames, edited_attention, key_frames
@@ -53,6 +58,10 @@ class _Forward:
         """The anchor's map; an extra pass that skipped the anchor shares it with the pass it belongs to."""
         own = self.maps.get((extra, source, index))
         return self.maps.get((None, source, index)) if own is None else own
+
+    def of_main_pass(self) -> "_Forward":
+        """The maps alone, for an extra pass that another plugin runs as a forward of its own."""
+        return _Forward(self.conditional, self.clip, maps={k: v for k, v in self.maps.items() if k[0] is None})
 
 
 class BroadWay(Plugin):
@@ -125,6 +134,7 @@ class BroadWay(Plugin):
         self.report = BroadWayReport()
         self._guided: GuidedSites | None = None
         self._forwards: dict[tuple[int, int], _Forward] = {}
+        self._last: dict[tuple[int, int], tuple[int, _Forward]] = {}
         self._betas: dict[tuple[int, int, str, int], tuple[int, torch.Tensor]] = {}
         self._frames: dict[tuple[TokenLayout, torch.device], KeyFrames] = {}
 
@@ -179,6 +189,7 @@ class BroadWay(Plugin):
         """Forget the denoiser's blocks."""
         self._guided = None
         self._betas.clear()
+        self._last.clear()
         self._frames.clear()
 
     def _edit_with(self, options: Mapping[str, Any]) -> MapEdit:
@@ -192,6 +203,7 @@ class BroadWay(Plugin):
     def begin_run(self, run: Run) -> None:
         """Forget the factors of the last run; what was measured stays in `report`."""
         self._betas.clear()
+        self._last.clear()
 
     def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]) -> Any:
         """Run one forward of the denoiser; maps live as long as it does."""
@@ -201,11 +213,17 @@ class BroadWay(Plugin):
         clip = clip_shape(args, kwargs)
         part = conditional_part(self.conditional, run.pass_name, clip.batch if clip else None)
         place = _place_of(run)
-        self._forwards[place] = _Forward(part, clip)
+        step, last = self._last.get(place, (None, None))
+        shared = last.maps if run.extra and last is not None and step == run.step else {}
+        self._forwards[place] = state = _Forward(part, clip, maps=dict(shared))
         try:
             return inner(*args, **kwargs)
         finally:
             del self._forwards[place]
+            if run.extra is None:
+                self._last.pop(place, None)
+                if has_wrapper_outside(run, self):
+                    self._last[place] = (run.step, state.of_main_pass())
 
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Answer one guided attention, [B, S, H, D]; outside the window, hand it on."""

@@ -57,6 +57,14 @@ def refuse_patterns_outside(run: Run, plugin: Plugin) -> None:
                 )
 
 
+def has_wrapper_outside(run: Run, plugin: Plugin) -> bool:
+    """Whether a plugin applied before `plugin` wraps the denoiser's forward: it may run extra passes of its own."""
+    injection = None if run.model is None else run.model.__dict__.get(INJECTION)
+    plugins = [] if injection is None else [p for handle in injection.handles for p in handle.plugins]
+    before = plugins[: plugins.index(plugin)] if plugin in plugins else []
+    return any(type(other).forward is not Plugin.forward for other in before)
+
+
 def _chain(run: Run, site: AttentionSite, plugin: Plugin) -> tuple[list[Plugin], list[Plugin]]:
     """The enabled plugins at a site (outside of `plugin`, inside of it); both empty where it does not act."""
     injection = None if run.model is None else run.model.__dict__.get(INJECTION)
