@@ -75,10 +75,7 @@ def resolve_heads(heads: HeadsLike, layers: LayerMap, u: float = 1.0) -> HeadWei
     default = check_weight("u", u)
     found: HeadWeights = {}
     for name, weight in _items(heads):
-        named = [name] if isinstance(name, tuple) else None
-        own = weight
-        if named is None:
-            named, own = _parse(name, layers, weight)
+        named, own = ([name], weight) if isinstance(name, tuple) else _parse(name, layers, weight)
         for head in named:
             _check_head(head, layers)
             value = default if own is None else check_weight(f"u of {head_name(head)}", own)
@@ -137,7 +134,8 @@ def _parse(name: str, layers: LayerMap, weight: float | None) -> tuple[list[Head
     match = _NAME.fullmatch(name)
     if match is None:
         raise GenAttnError(
-            f"heads must be written like L11H15, L2H0-5, L7 or L11H15:0.3, got {name!r}; this model has {describe_layers(layers)}"
+            f"heads must be written like L11H15, L2H0-5, L7 or L11H15:0.3, got {name!r}; "
+            f"this model has {describe_layers(layers)}"
         )
     first, last, low, high, own = match.groups()
     chosen = range(int(first), int(last or first) + 1)
