@@ -18,9 +18,10 @@ import torch
 
 from genattn.axis_codes import box_codes
 from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import BlockRule, ElementRule, GridRule
+from genattn.kernels.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule
 
 _CHUNK = 4_000_000
+EXACT_ELEMENTS = 100_000_000
 NONE, SOME, ALL = 0, 1, 2
 
 
@@ -159,14 +160,20 @@ def _merge(codes: np.ndarray, pieces: Pieces, axis: int, start: int = 0, stop: i
 
 
 def plan_from_codes(
-    codes: TileCodes, query_tiles: torch.Tensor, key_tiles: torch.Tensor, rule: ElementRule | None, seqlen: int
+    codes: TileCodes,
+    query_tiles: torch.Tensor,
+    key_tiles: torch.Tensor,
+    rule: ElementRule | None,
+    seqlen: int,
+    choice: Sequence[int] | None = None,
 ) -> BlockPlan:
-    """Compress the codes into lists, a few query tiles at a time."""
+    """Compress the codes into lists, a few query tiles at a time. choice: per head, which of the codes' heads it follows."""
     tiles, per_head = query_tiles.shape[0], []
     step = max(1, _CHUNK // max(1, key_tiles.shape[0]))
     for head in range(codes.num_heads):
         chunks = [_compress(codes.rows(head, i, min(i + step, tiles))) for i in range(0, tiles, step)]
         per_head.append(tuple(np.concatenate(part) for part in zip(*chunks)))
+    per_head = per_head if choice is None else [per_head[c] for c in choice]
     return _to_plan(per_head, query_tiles, key_tiles, rule, seqlen)
 
 
@@ -216,14 +223,65 @@ def _to_plan(
 
 
 def tile_codes(rule: ElementRule, query_tiles: torch.Tensor, key_tiles: torch.Tensor) -> TileCodes:
-    """Codes of every tile pair under `rule`."""
+    """Codes of every tile pair under `rule`. Raises TypeError for rules that are not defined by geometry."""
     if isinstance(rule, GridRule):
         return GridCodes(rule, query_tiles, key_tiles)
     if isinstance(rule, BlockRule):
         return BlockCodes(rule, query_tiles, key_tiles)
+    if isinstance(rule, CombinedRule):
+        return CombinedCodes(rule, query_tiles, key_tiles)
     raise TypeError(f"no analytic tile codes for {type(rule).__name__}")
 
 
 def plan_from_rule(rule: ElementRule, query_tiles: torch.Tensor, key_tiles: torch.Tensor, seqlen: int) -> BlockPlan:
     """The exact plan of `rule` on given tiles: listed iff the rule sees any pair, full iff it sees all."""
-    return plan_from_codes(tile_codes(rule, query_tiles, key_tiles), query_tiles, key_tiles, rule, seqlen)
+    if not isinstance(rule, PerHeadRule):
+        return plan_from_codes(tile_codes(rule, query_tiles, key_tiles), query_tiles, key_tiles, rule, seqlen)
+    each = StackedCodes([tile_codes(r, query_tiles, key_tiles) for r in rule.rules])
+    return plan_from_codes(each, query_tiles, key_tiles, rule, seqlen, rule.choice)
+
+
+class StackedCodes:
+    """Codes of several rules of one head each, one after the other."""
+
+    def __init__(self, parts: Sequence[TileCodes]) -> None:
+        self.parts, self.num_heads = parts, len(parts)
+
+    def rows(self, head: int, start: int, stop: int) -> np.ndarray:
+        return self.parts[head].rows(0, start, stop)
+
+
+class CombinedCodes:
+    """Codes of a union or an intersection.
+
+    Where all parts see something but none everything, the parts do not tell; those tile pairs are looked up element by element,
+    up to `EXACT_ELEMENTS` per plan. Beyond that they count as partly visible, which is safe: the rule decides inside.
+    """
+
+    def __init__(self, rule: CombinedRule, query_tiles: torch.Tensor, key_tiles: torch.Tensor) -> None:
+        self.rule, self.num_heads = rule, rule.num_heads
+        self.parts = [tile_codes(r, query_tiles, key_tiles) for r in rule.rules]
+        self.tiles = query_tiles, key_tiles
+        self.budget = EXACT_ELEMENTS
+
+    def rows(self, head: int, start: int, stop: int) -> np.ndarray:
+        parts = [p.rows(head if p.num_heads > 1 else 0, start, stop) for p in self.parts]
+        codes = np.maximum.reduce(parts) if self.rule.op == "any" else np.minimum.reduce(parts)
+        open_parts = np.sum([part == SOME for part in parts], axis=0)
+        unclear = np.flatnonzero((codes == SOME) & (open_parts > 1))
+        lanes = self.tiles[0].shape[1] * self.tiles[1].shape[1]
+        for first in range(0, unclear.size, max(1, _CHUNK // lanes)):
+            some = unclear[first : first + max(1, _CHUNK // lanes)]
+            self.budget -= some.size * lanes
+            if self.budget < 0:
+                break
+            row, column = np.divmod(some, codes.shape[1])
+            codes[row, column] = self._look(head, row + start, column)
+        return codes
+
+    def _look(self, head: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        query, key = self.tiles[0][row].long()[:, :, None], self.tiles[1][column].long()[:, None, :]
+        used = (query >= 0) & (key >= 0)
+        seen = self.rule(query.clamp_min(0), key.clamp_min(0))[head]
+        some, every = (seen & used).flatten(1).any(1), (seen | ~used).flatten(1).all(1)
+        return (some.to(torch.uint8) + every.to(torch.uint8)).numpy()

@@ -35,6 +35,12 @@ class Pattern(ABC):
         """The pattern of one layer, 0 <= layer < num_layers in execution order; itself unless layers differ."""
         return self
 
+    def plan_for(
+        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int = 128, block_k: int = 128
+    ) -> BlockPlan:
+        """The plan for actual queries [B, S, H, D] and keys [B, S, Hk, D]; only content-adaptive patterns look at them."""
+        return self.plan(layout, block_q, block_k)
+
     def check(self, layout: TokenLayout) -> None:  # noqa: B027
         """Raise GenAttnError if this pattern cannot serve `layout`, saying the nearest legal setting."""
 

@@ -27,7 +27,7 @@ from genattn.kernels.element_rule import ElementRule, GridRule
 from genattn.patterns.dense import dense_rule, dense_tiles
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial_official import official_rule
-from genattn.plan_build import plan_from_rule
+from genattn.plan_build import plan_from_codes, tile_codes
 from genattn.tiles import best_box, cell_edges, cell_tiles, query_key_tiles, token_coords
 from genattn.token_layout import TokenLayout
 
@@ -122,7 +122,11 @@ class RadialPattern(Pattern):
             raster_q = cell_tiles(shape, cells, block_q)
             raster_k = raster_q if block_q == block_k else cell_tiles(shape, cells, block_k)
             tiles = query_key_tiles(layout, raster_q, raster_k)
-        return plan_from_rule(self.rule(layout), *tiles, layout.seqlen)
+        # heads of equal decay share their lists
+        distinct = tuple(dict.fromkeys(self.decays))
+        codes, rule = tile_codes(replace(self, decay=distinct).rule(layout), *tiles), self.rule(layout)
+        choice = [distinct.index(d) for d in self.decays] if rule.num_heads > 1 else None
+        return plan_from_codes(codes, *tiles, rule, layout.seqlen, choice)
 
     def _raster(self, layout: TokenLayout) -> tuple[int, int, int]:
         """(frames, rows, columns) on which windows are drawn: for strips a frame is one row."""

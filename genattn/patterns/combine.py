@@ -1,0 +1,151 @@
+"""Patterns made of patterns: union, intersection, one per head, one per layer.
+
+    Union(a, b)            what a or b shows             Intersection(a, b)     what both show
+    PerHead((a, b), (0, 0, 1, 1))                        PerLayer((a, b), (0, 1, 1))
+
+All parts of a plan need the same tiles. Each part proposes its own; the tiles with the least work for all parts are taken.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.kernels.block_plan import BlockPlan
+from genattn.kernels.element_rule import CombinedRule, ElementRule, PerHeadRule
+from genattn.patterns.pattern import Pattern
+from genattn.plan_build import plan_from_rule
+from genattn.token_layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class _Parts(Pattern):
+    patterns: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", tuple(self.patterns))
+        if not self.patterns or not all(isinstance(p, Pattern) for p in self.patterns):
+            raise GenAttnError(f"{type(self).__name__} needs at least one pattern, got {self.patterns!r}")
+
+    def check(self, layout: TokenLayout) -> None:
+        """Every part must serve the layout."""
+        for pattern in self.patterns:
+            pattern.check(layout)
+
+    def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
+        """The exact plan on the tiles of the part whose tiles cost least."""
+        rule = self.rule(layout)
+        proposals = {p: p.plan(layout, block_q, block_k) for p in dict.fromkeys(self.patterns)}
+        if len(proposals) == 1 and rule.num_heads == 1:
+            return next(iter(proposals.values()))
+        plans = [plan_from_rule(rule, p.query_tiles, p.key_tiles, layout.seqlen) for p in _distinct(proposals.values())]
+        return min(plans, key=lambda plan: plan.columns.numel())
+
+
+def _distinct(plans: Iterable[BlockPlan]) -> list[BlockPlan]:
+    kept: list[BlockPlan] = []
+    for plan in plans:
+        if not any(_same(plan.query_tiles, k.query_tiles) and _same(plan.key_tiles, k.key_tiles) for k in kept):
+            kept.append(plan)
+    return kept
+
+
+def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+@dataclass(frozen=True)
+class _Combined(_Parts):
+    def __init__(self, *patterns: Pattern) -> None:
+        object.__setattr__(self, "patterns", patterns)
+        self.__post_init__()
+
+    def for_layer(self, layer: int, num_layers: int) -> Pattern:
+        """The combination of the parts' patterns for one layer."""
+        return type(self)(*(p.for_layer(layer, num_layers) for p in self.patterns))
+
+
+@dataclass(frozen=True, init=False)
+class Union(_Combined):
+    """A query sees what any of the patterns shows it: `Union(a, b, ...)`."""
+
+    def rule(self, layout: TokenLayout) -> ElementRule:
+        """Any of the parts' rules."""
+        return _combined(self.patterns, layout, "any")
+
+
+@dataclass(frozen=True, init=False)
+class Intersection(_Combined):
+    """A query sees what all of the patterns show it: `Intersection(a, b, ...)`."""
+
+    def rule(self, layout: TokenLayout) -> ElementRule:
+        """All of the parts' rules."""
+        return _combined(self.patterns, layout, "all")
+
+
+def _combined(patterns: Sequence[Pattern], layout: TokenLayout, op: str) -> ElementRule:
+    rules = tuple(p.rule(layout) for p in patterns)
+    try:
+        return CombinedRule(rules, op)
+    except ValueError as error:
+        raise GenAttnError(f"{error}; give every per-head setting one value per head of the model") from None
+
+
+@dataclass(frozen=True)
+class PerHead(_Parts):
+    """Head h follows `patterns[choice[h]]`; without `choice` there is one pattern per head."""
+
+    choice: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set_choice(self, "head")
+
+    def for_layer(self, layer: int, num_layers: int) -> Pattern:
+        """The same heads with the parts' patterns for one layer."""
+        return PerHead(tuple(p.for_layer(layer, num_layers) for p in self.patterns), self.choice)
+
+    def rule(self, layout: TokenLayout) -> ElementRule:
+        """One rule per head. Raises GenAttnError if a part already differs by head."""
+        rules = tuple(p.rule(layout) for p in self.patterns)
+        if any(rule.num_heads > 1 for rule in rules):
+            raise GenAttnError("PerHead needs parts that are the same for all heads, got one with per-head settings")
+        assert self.choice is not None
+        return PerHeadRule(rules, self.choice)
+
+
+@dataclass(frozen=True)
+class PerLayer(_Parts):
+    """Layer n (in execution order) follows `patterns[choice[n]]`; without `choice` there is one pattern per layer."""
+
+    choice: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set_choice(self, "layer")
+
+    def for_layer(self, layer: int, num_layers: int) -> Pattern:
+        """The pattern of one layer. Raises GenAttnError if `choice` has not one entry per layer."""
+        assert self.choice is not None
+        if len(self.choice) != num_layers or not 0 <= layer < num_layers:
+            raise GenAttnError(
+                f"PerLayer needs one entry per layer, got {len(self.choice)} entries for layer {layer} of {num_layers}"
+            )
+        return self.patterns[self.choice[layer]].for_layer(layer, num_layers)
+
+    def check(self, layout: TokenLayout) -> None:
+        """A pattern that differs by layer has no single mask."""
+        raise GenAttnError("PerLayer has one mask per layer; call for_layer(layer, num_layers) first")
+
+    def rule(self, layout: TokenLayout) -> ElementRule:
+        """Not defined for all layers at once."""
+        self.check(layout)
+        raise AssertionError  # check has raised
+
+
+def _set_choice(pattern: PerHead | PerLayer, what: str) -> None:
+    choice = tuple(range(len(pattern.patterns))) if pattern.choice is None else tuple(int(c) for c in pattern.choice)
+    if not choice or not all(0 <= c < len(pattern.patterns) for c in choice):
+        raise GenAttnError(f"choice must name a pattern 0..{len(pattern.patterns) - 1} for every {what}, got {tuple(choice)}")
+    object.__setattr__(pattern, "choice", choice)

@@ -1,0 +1,93 @@
+"""A few grid tokens that see everything and are seen by everything, on top of another pattern.
+
+    GlobalTokens(pattern, frames=(0, -1))          whole frames: anchors for a long clip
+    GlobalTokens(pattern, every=(1, 8, 8))         a coarse lattice: one token in 64 carries news across the picture
+
+The chosen tokens get tiles of their own, so that they do not make the tiles they stood in dense.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.kernels.block_plan import BlockPlan
+from genattn.kernels.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule
+from genattn.patterns.pattern import Pattern
+from genattn.plan_build import plan_from_rule
+from genattn.tiles import run_raster
+from genattn.token_layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class GlobalTokens(Pattern):
+    """`pattern` plus global tokens. frames: indices, negative from the end. every: a step per (frames, height, width)."""
+
+    pattern: Pattern
+    frames: tuple[int, ...] = ()
+    every: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frames", tuple(int(f) for f in self.frames))
+        if self.every is not None:
+            object.__setattr__(self, "every", tuple(int(n) for n in self.every))
+            if len(self.every) != 3 or min(self.every) < 1:
+                raise GenAttnError(f"every must give a step >= 1 for frames, height and width, got {self.every}")
+        if not self.frames and self.every is None:
+            raise GenAttnError("GlobalTokens needs frames or every, got neither; e.g. frames=(0,) or every=(1, 8, 8)")
+
+    def for_layer(self, layer: int, num_layers: int) -> "GlobalTokens":
+        """With the inner pattern of one layer."""
+        return replace(self, pattern=self.pattern.for_layer(layer, num_layers))
+
+    def check(self, layout: TokenLayout) -> None:
+        """The frames must exist."""
+        self.pattern.check(layout)
+        count = layout.grid3[0]
+        wrong = [f for f in self.frames if not -count <= f < count]
+        if wrong and layout.grid is not None:
+            raise GenAttnError(f"frames must lie between {-count} and {count - 1}, got {wrong}")
+
+    def tokens(self, layout: TokenLayout) -> torch.Tensor:
+        """Int64, ascending: places in the sequence of the grid tokens that are made global."""
+        if layout.grid is None:
+            return torch.empty(0, dtype=torch.int64)
+        chosen = np.zeros(layout.grid3, dtype=bool)
+        chosen[list(self.frames)] = True
+        if self.every is not None:
+            chosen[tuple(slice(None, None, step) for step in self.every)] = True
+        return layout.grid_positions[torch.from_numpy(chosen.reshape(-1))].sort().values
+
+    def rule(self, layout: TokenLayout) -> ElementRule:
+        """The inner rule with the chosen tokens marked global."""
+        return _with_globals(self.pattern.rule(layout), self.tokens(layout), layout)
+
+    def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
+        """The inner pattern's tiles without the chosen tokens, and tiles for those."""
+        inner, tokens = self.pattern.plan(layout, block_q, block_k), self.tokens(layout)
+        query, key = (_set_apart(tiles, tokens) for tiles in (inner.query_tiles, inner.key_tiles))
+        return plan_from_rule(self.rule(layout), query, key, layout.seqlen)
+
+
+def _set_apart(tiles: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    block = tiles.shape[1]
+    rest = torch.where(torch.isin(tiles, tokens.to(torch.int32)), -1, tiles)
+    rest = rest.gather(1, (rest < 0).to(torch.uint8).argsort(dim=1, stable=True))
+    runs = torch.from_numpy(run_raster(tokens.numel(), block))
+    own = torch.where(runs >= 0, tokens[runs.clamp_min(0)] if tokens.numel() else runs, -1).to(torch.int32)
+    return torch.cat([own, rest[(rest >= 0).any(1)]])
+
+
+def _with_globals(rule: ElementRule, tokens: torch.Tensor, layout: TokenLayout) -> ElementRule:
+    if isinstance(rule, GridRule):
+        coords = rule.coords.clone()
+        coords[tokens] = torch.tensor([-1, 0, 0], dtype=coords.dtype)
+        return replace(rule, coords=coords)
+    if isinstance(rule, BlockRule):
+        place = layout.raster_index.to(torch.int32) if rule.place is None else rule.place.clone()
+        place[tokens] = -1
+        return replace(rule, place=place)
+    if isinstance(rule, CombinedRule | PerHeadRule):
+        return replace(rule, rules=tuple(_with_globals(r, tokens, layout) for r in rule.rules))
+    raise GenAttnError(f"GlobalTokens does not serve {type(rule).__name__}")
