@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import click
 import typer
@@ -164,18 +164,18 @@ def main() -> None:
     """Entry point of `genattn` and `python -m genattn`."""
     try:
         code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
     except GenAttnError as error:
         _fail(str(error), 2)
-    except click.exceptions.Abort:
-        _fail("stopped; no unfinished file was left", 130)
-    except KeyboardInterrupt:
-        _fail("stopped; no unfinished file was left", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = 130
     except click.ClickException as error:
         error.show()
         sys.exit(2)
+    if code == 130:  # typer turns an interrupt into this exit code and says nothing
+        _fail("stopped; no unfinished file was left", 130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"genattn: {message}", file=sys.stderr)
     sys.exit(code)

@@ -11,7 +11,6 @@ import genattn
 from genattn.errors import GenAttnError
 
 WEIGHTS = (".safetensors", ".gguf")
-_NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor")
 
 
 def shipped_model(name: str = "tiny-wan") -> Path:
@@ -36,8 +35,10 @@ def check_folder(folder: Path) -> None:
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):
             raise GenAttnError(f"{folder} is incomplete: component {name!r} ({cls}) has no folder; copy the model again")
-        if not str(cls).removesuffix("Fast").endswith(_NO_WEIGHTS):
+        if (part / "config.json").is_file():  # models have it; tokenizers, schedulers and processors name theirs otherwise
             _check_weights(part)
+        elif not any(part.glob("*.json")):
+            raise GenAttnError(f"{part} is incomplete: component {name!r} ({cls}) has no config; copy the model again")
 
 
 def _check_weights(part: Path) -> None:
@@ -83,8 +84,9 @@ def load_pipeline(model: str | Path | None, dtype: str = "auto", device: str | N
     Raises:
         GenAttnError: the folder is not whole, the id cannot be reached, or the dtype or device is not there.
     """
+    import diffusers
     import torch
-    from diffusers import DiffusionPipeline
+    from packaging.version import Version
 
     place = pick_device(device)
     source = str(shipped_model() if model is None else model)
@@ -96,8 +98,10 @@ def load_pipeline(model: str | Path | None, dtype: str = "auto", device: str | N
     if dtype != "auto" and dtype not in kinds:
         raise GenAttnError(f"dtype must be auto, {', '.join(kinds)}, got {dtype!r}")
     kind = kinds.get(dtype, torch.float32 if place == "cpu" else torch.bfloat16)
+    # the argument's name changed; the old one warns, the new one is ignored by older versions
+    keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=kind, use_safetensors=True)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **{keyword: kind})
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None

@@ -29,7 +29,11 @@ Frames = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class RunResult:
-    """One sampling run: frames uint8 [T, H, W, 3], its time, peak memory and share of attention computed."""
+    """One sampling run: frames uint8 [T, H, W, 3], its time and peak memory.
+
+    density: share of the self-attention scores computed over the whole run. sparse_density: over the sparse calls alone.
+    notes: why nothing was sparse, when nothing was.
+    """
 
     attention: str
     frames: Frames
@@ -207,9 +211,9 @@ def run_once(pipe: Any, call: Mapping[str, Any], prompt: str, seed: int, attenti
     frames = to_uint8(output.frames[0] if hasattr(output, "frames") else output.images)
     if report is None:
         return RunResult(attention.name, frames, seconds, _peak_memory_gb(), 1.0, None)
-    return RunResult(
-        attention.name, frames, seconds, _peak_memory_gb(), report.density, report.sparse_density, tuple(report.notes)
-    )
+    notes = () if report.sparse_calls else (report.verdict, *report.dense_reasons)
+    computed = report.flops / report.flops_dense if report.flops_dense else 1.0
+    return RunResult(attention.name, frames, seconds, _peak_memory_gb(), computed, report.density, notes)
 
 
 def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> Frames:

@@ -51,5 +51,12 @@ def explain_attention(
 
 
 def plan_for(query: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
-    """The block plan of `pattern` with the tile sizes that suit the device of `query`."""
-    return pattern.plan(layout, 128, 128).to(query.device)
+    """The block plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence."""
+    block = tile_size(layout.seqlen, query.device.type)
+    return pattern.plan(layout, block, block).to(query.device)
+
+
+def tile_size(seqlen: int, device: str) -> int:
+    """Tokens per tile side: 128 for long sequences; smaller where a few tiles of 128 would hold every pair and skip nothing."""
+    smallest = 16 if device == "cpu" else 64  # a GPU's matrix units want 64 rows
+    return max(smallest, min(128, 1 << max(1, seqlen // 32).bit_length() - 1))

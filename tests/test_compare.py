@@ -10,7 +10,7 @@ from genattn.errors import GenAttnError
 
 
 def test_rows(random_wan_folder: Path) -> None:
-    settings = SamplingSettings(model=str(random_wan_folder), frames=9, height=32, width=32, steps=2, guidance_scale=1.0)
+    settings = SamplingSettings(model=str(random_wan_folder), frames=17, height=128, width=128, steps=2, guidance_scale=1.0)
     seen: list[tuple[int, int]] = []
     wanted = [parse_attention("radial@0", dense_layers=0), parse_attention("radial@2")]
     rows = compare(["a cat", "a dog"], wanted, settings, seed=7, on_sample=lambda *at: seen.append(at))

@@ -23,7 +23,7 @@ RADIAL = AttentionSettings("radial", pattern_from_name("radial"), dense_steps=1,
 
 @pytest.fixture
 def settings(random_wan_folder: Path) -> SamplingSettings:
-    return SamplingSettings(model=str(random_wan_folder), frames=9, height=32, width=32, steps=2, guidance_scale=3.0)
+    return SamplingSettings(model=str(random_wan_folder), frames=17, height=128, width=128, steps=2, guidance_scale=3.0)
 
 
 def _request(settings: SamplingSettings, out: Path, **changes: object) -> GenerateRequest:
@@ -35,9 +35,9 @@ def test_files_and_report(settings: SamplingSettings, tmp_path: Path) -> None:
     report = generate(_request(settings, tmp_path / "a.mp4", compare_dense=True, seed=4))
     assert sorted(os.listdir(tmp_path)) == ["a.dense.mp4", "a.json", "a.mp4", "a.side-by-side.mp4"]
     frames, tags = read_video(tmp_path / "a.mp4")
-    assert frames.shape == (9, 32, 32, 3)
+    assert frames.shape == (17, 128, 128, 3)
     assert (tags["seed"], tags["prompt"], tags["attention"]) == (4, "a cat", "radial")
-    assert read_video(tmp_path / "a.side-by-side.mp4")[0].shape == (9, 32, 64, 3)
+    assert read_video(tmp_path / "a.side-by-side.mp4")[0].shape == (17, 128, 256, 3)
     assert json.loads((tmp_path / "a.json").read_text()) == report
     sparse, dense = report["runs"]
     assert 0 < sparse["sparse_density"] < 1
@@ -153,7 +153,7 @@ def test_one_line_and_exit_code_2(random_wan_folder: Path, tmp_path: Path) -> No
         done = subprocess.run(_command(*base, *more), capture_output=True, text=True, timeout=120)
         assert done.returncode == 2
         assert message in done.stderr
-        assert done.stderr.strip().count("\n") <= 3, done.stderr  # the loaders' own bars at most
+        assert done.stderr.count("genattn: ") == 1
         assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
 

@@ -41,6 +41,12 @@ def test_missing_component(folder: Path, component: str) -> None:
         check_folder(folder)
 
 
+def test_missing_config(folder: Path) -> None:
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(GenAttnError, match="component 'vae' .* has no config"):
+        check_folder(folder)
+
+
 def test_missing_weights(folder: Path) -> None:
     next((folder / "vae").glob("*.safetensors")).unlink()
     with pytest.raises(GenAttnError, match="has no weights in safetensors form"):
