@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional import attention
+from genattn.functional import attention, plan_for
 from genattn.masks import key_mask
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
@@ -31,7 +31,6 @@ class SparsePlugin(Plugin):
             raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
         self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
         self._blocks: dict[int, int] = {}
-        self._last: tuple[Any, Any] | None = None
         self._mask: tuple[Any, Any] | None = None
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
@@ -48,6 +47,10 @@ class SparsePlugin(Plugin):
     def detach(self, model: nn.Module) -> None:
         """Forget the model."""
         self._blocks.pop(id(model), None)
+
+    def wants(self, site: AttentionSite) -> bool:
+        """Attention over a grid: all of it, or one frame of it."""
+        return site.kind in ("self", "joint", "spatial")
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Schedule settings are checked as in its constructor."""
@@ -75,7 +78,7 @@ class SparsePlugin(Plugin):
             scale=call.scale,
             key_mask=keys,
         )
-        call.record.ran_sparse(self.density(call.layout))
+        call.record.ran_sparse(plan_for(call.query, self.pattern, call.layout).density)
         return out  # type: ignore[return-value]
 
     def why_not(self, call: AttentionCall) -> str:
@@ -104,12 +107,6 @@ class SparsePlugin(Plugin):
         answer = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
         self._mask = ((weakref.ref(call.mask), version, call.query.shape[:2]), answer)
         return answer
-
-    def density(self, layout: TokenLayout) -> float:
-        """Share of the scores that the pattern computes."""
-        if self._last is None or self._last[0] != layout:
-            self._last = (layout, self.pattern.plan(layout).density)
-        return float(self._last[1])
 
     def describe(self) -> dict[str, Any]:
         """Pattern, schedule, backend."""
