@@ -15,7 +15,6 @@ from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
 from genattn.schedule import Schedule
-from genattn.token_layout import TokenLayout
 
 
 class SparsePlugin(Plugin):
