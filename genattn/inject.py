@@ -119,16 +119,17 @@ class Handle:
         if not self._active:
             return
         self._active = False
-        self._tell_if_blind()
         for injection in self._injections:
             injection.leave(self)
             for plugin in self.plugins:
                 plugin.detach(injection.model)
+        self._tell_if_blind()
 
     def __enter__(self) -> "Handle":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._told = self._told or kind is not None  # an exception on its way out says more
         self.remove()
 
     @contextlib.contextmanager

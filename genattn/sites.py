@@ -45,6 +45,8 @@ def find_sites(model: nn.Module, component: str, family: Family | None) -> list[
         kind = _kind_of(name, block, family)
         stack, layer = block.rsplit(".", 1) if block else (name.rsplit(".", 1)[0], "0")
         depth = depths[block] if block else -1
+        if family is not None and family.side_by_side and block:
+            depth = int(layer)
         heads = int(getattr(module, "heads", 0) or 0)
         site = AttentionSite(name, stack, int(layer), depth, kind, heads, component, unreachable_reason(module.processor))
         sites.append((module, site))

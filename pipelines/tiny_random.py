@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny_random_models import MODELS
+from genattn.pipelines.tiny_random_models import MODELS, settle
 from genattn.pipelines.tiny_random_pipes import PIPELINES
 
 
@@ -35,6 +35,7 @@ def build_model(family: str, seed: int = 0, **config: Any) -> nn.Module:
     spec = _known(family, MODELS)
     torch.manual_seed(seed)
     model: nn.Module = spec.build({**spec.config, **config}).eval()
+    settle(model, spec.zero, seed)
     return model
 
 

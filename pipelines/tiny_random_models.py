@@ -1,111 +1,59 @@
-"""Settings and inputs of the tiny denoisers; sizes from diffusers' own model tests."""
+"""Settings and inputs of the tiny denoisers; the sizes follow diffusers' own model tests, the grids are never square."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import diffusers
 import torch
-from torch import nn
 
-Inputs = Callable[[torch.Generator], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TinyModel:
-    """A class of diffusers by name, its settings, and a function that draws inputs."""
-
-    model: str
-    config: dict[str, Any]
-    inputs: Inputs
-
-    def build(self, config: dict[str, Any]) -> nn.Module:
-        """The model with random weights."""
-        return getattr(diffusers, self.model)(**config)  # type: ignore[no-any-return]
-
-
-def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    """Normal noise from `generator`."""
-    return torch.randn(shape, generator=generator)
-
-
-def image_ids(height: int, width: int, columns: int = 3, reference: int = 0) -> torch.Tensor:
-    """Token positions (reference, row, column[, ...]) of one image in raster order, [H * W, columns]."""
-    ids = torch.zeros(height * width, columns)
-    ids[:, 0] = reference
-    ids[:, 1] = torch.arange(height).repeat_interleave(width)
-    ids[:, 2] = torch.arange(width).repeat(height)
-    return ids
-
-
-def _wan(g: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": normal(g, 1, 16, 3, 16, 12),
-        "encoder_hidden_states": normal(g, 1, 12, 32),
-        "timestep": torch.tensor([500]),
-    }
-
-
-def _sd3(g: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": normal(g, 2, 4, 12, 16),
-        "encoder_hidden_states": normal(g, 2, 9, 32),
-        "pooled_projections": normal(g, 2, 64),
-        "timestep": torch.tensor([500, 500]),
-    }
-
-
-def _flux(g: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": normal(g, 1, 8 * 12, 4),
-        "encoder_hidden_states": normal(g, 1, 10, 32),
-        "pooled_projections": normal(g, 1, 32),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": image_ids(8, 12),
-        "txt_ids": torch.zeros(10, 3),
-    }
-
-
-WAN = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 32,
-    "freq_dim": 256,
-    "ffn_dim": 32,
-    "num_layers": 3,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 32,
-}
-SD3 = {
-    "sample_size": 32,
-    "patch_size": 1,
-    "in_channels": 4,
-    "num_layers": 3,
-    "attention_head_dim": 8,
-    "num_attention_heads": 4,
-    "caption_projection_dim": 32,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 64,
-    "out_channels": 4,
-}
-FLUX = {
-    "patch_size": 1,
-    "in_channels": 4,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 32,
-    "axes_dims_rope": [4, 4, 8],
-}
+from genattn.pipelines import tiny_random_images as images
+from genattn.pipelines import tiny_random_videos as videos
+from genattn.pipelines.tiny_random_spec import TinyModel
 
 MODELS: dict[str, TinyModel] = {
-    "wan": TinyModel("WanTransformer3DModel", WAN, _wan),
-    "sd3": TinyModel("SD3Transformer2DModel", SD3, _sd3),
-    "flux": TinyModel("FluxTransformer2DModel", FLUX, _flux),
+    "wan": TinyModel("WanTransformer3DModel", videos.WAN, videos.wan),
+    "wan-i2v": TinyModel("WanTransformer3DModel", videos.WAN_I2V, videos.wan_i2v),
+    "wan-ti2v": TinyModel("WanTransformer3DModel", videos.WAN, videos.wan_ti2v),
+    "wan-vace": TinyModel("WanVACETransformer3DModel", videos.WAN_VACE, videos.wan_vace),
+    "wan-animate": TinyModel("WanAnimateTransformer3DModel", videos.WAN_ANIMATE, videos.wan_animate),
+    "skyreels": TinyModel("SkyReelsV2Transformer3DModel", videos.SKYREELS, videos.wan),
+    "hunyuan-video": TinyModel("HunyuanVideoTransformer3DModel", videos.HUNYUAN, videos.hunyuan),
+    "hunyuan-video-1.5": TinyModel("HunyuanVideo15Transformer3DModel", videos.HUNYUAN_15, videos.hunyuan_15),
+    "framepack": TinyModel("HunyuanVideoFramepackTransformer3DModel", videos.FRAMEPACK, videos.framepack),
+    "mochi": TinyModel("MochiTransformer3DModel", videos.MOCHI, videos.mochi, zero=("pos_frequencies",)),
+    "cogvideox": TinyModel("CogVideoXTransformer3DModel", videos.COGVIDEOX, videos.cogvideox),
+    "cogvideox-1.5": TinyModel("CogVideoXTransformer3DModel", videos.COGVIDEOX_15, videos.cogvideox_15),
+    "ltx": TinyModel("LTXVideoTransformer3DModel", videos.LTX, videos.ltx),
+    "ltx-condition": TinyModel("LTXVideoTransformer3DModel", videos.LTX, videos.ltx_condition),
+    "ltx2": TinyModel("LTX2VideoTransformer3DModel", videos.LTX2, videos.ltx2),
+    "cosmos": TinyModel("CosmosTransformer3DModel", videos.COSMOS, videos.cosmos),
+    "latte": TinyModel("LatteTransformer3DModel", videos.LATTE, videos.latte),
+    "animatediff": TinyModel("UNetMotionModel", images.ANIMATEDIFF, images.animatediff),
+    "flux": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux),
+    "flux-kontext": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux_kontext),
+    "flux2": TinyModel("Flux2Transformer2DModel", images.FLUX2, images.flux2),
+    "sd3": TinyModel("SD3Transformer2DModel", images.SD3, images.sd3),
+    "sd3.5": TinyModel("SD3Transformer2DModel", images.SD35, images.sd3),
+    "qwen-image": TinyModel("QwenImageTransformer2DModel", images.QWEN, images.qwen),
+    "qwen-image-edit": TinyModel("QwenImageTransformer2DModel", images.QWEN, images.qwen_edit),
+    "z-image": TinyModel("ZImageTransformer2DModel", images.Z_IMAGE, images.z_image),
+    "hidream": TinyModel("HiDreamImageTransformer2DModel", images.HIDREAM, images.hidream),
+    "pixart": TinyModel("PixArtTransformer2DModel", images.PIXART, images.pixart),
+    "sana": TinyModel("SanaTransformer2DModel", images.SANA, images.sana),
+    "lumina2": TinyModel("Lumina2Transformer2DModel", images.LUMINA2, images.lumina2),
+    "aura-flow": TinyModel("AuraFlowTransformer2DModel", images.AURA_FLOW, images.aura_flow),
+    "chroma": TinyModel("ChromaTransformer2DModel", images.CHROMA, images.chroma),
+    "unet": TinyModel("UNet2DConditionModel", images.UNET, images.unet),
+    "unet-xl": TinyModel("UNet2DConditionModel", images.UNET_XL, images.unet_xl),
 }
+
+
+def settle(model: torch.nn.Module, zero: tuple[str, ...], seed: int) -> None:
+    """Give every parameter a finite value that counts.
+
+    `zero` names parameters that stock code leaves uninitialised. Matrices that start at zero (AdaLN gates, motion modules'
+    outputs) are filled with small noise: behind a zero no test would see what the attention did.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in zero:
+                parameter.zero_()
+            elif parameter.ndim > 1 and not bool(parameter.count_nonzero()):
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))

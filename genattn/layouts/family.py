@@ -22,7 +22,8 @@ class Family:
     segments.
     timestep: name of the argument. rising: whether it grows while sampling. cfg: how guidance passes come when the pipeline
     gives no cache context. reads_values: inputs of which `layout` reads values, not only shapes.
-    text_varies: sequences may hold fewer text tokens than the inputs have. note: what a user should know.
+    text_varies: sequences may hold fewer text tokens than the inputs have. side_by_side: the stacks run through the layers
+    together, so that block 0 of each is a first block. note: what a user should know.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family:
     cfg: str | None = None
     reads_values: tuple[str, ...] = field(default=())
     text_varies: bool = False
+    side_by_side: bool = False
     note: str = ""
 
 
@@ -54,9 +56,9 @@ def references(*shapes: tuple[int, ...]) -> list[Segment]:
     return [Segment("reference", tuple(int(n) for n in shape)) for shape in shapes]
 
 
-def padding(length: int) -> list[Segment]:
-    """Tokens that fill up; no padding segment when there are none."""
-    return [Segment("padding", (int(length),))] if length > 0 else []
+def registers(length: int) -> list[Segment]:
+    """Learned tokens, also those that fill up and are attended to; nothing when there are none."""
+    return [Segment("register", (int(length),))] if length > 0 else []
 
 
 def layout(*parts: list[Segment]) -> TokenLayout:
