@@ -60,16 +60,21 @@ def axis_table(axis: AxisWindow, cut_q: AxisCut, cut_k: AxisCut) -> np.ndarray:
     return table
 
 
+def unions(axis: AxisWindow, cut: AxisCut) -> tuple[np.ndarray, np.ndarray]:
+    """(first, end), int64 [parts]: the run of keys, in group order, that a part sees. Not for circular axes."""
+    sizes = [group.members.size for group in axis.groups]
+    begin = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    low = np.concatenate([g.low for g in axis.groups]) + begin
+    high = np.concatenate([g.high for g in axis.groups]) + begin
+    return low[cut.array[:-1]], high[cut.array[1:] - 1]
+
+
 def visits(axis: AxisWindow, cut_q: AxisCut, cut_k: AxisCut) -> np.ndarray:
     """Int64 [parts_q]: key parts that each query part visits, in O(parts)."""
     if axis.circular:
         return np.count_nonzero(axis_table(axis, cut_q, cut_k), axis=1)
-    base = np.concatenate([np.full(g.members.size, g.members[0]) for g in axis.groups])
-    begin = np.searchsorted(base, base, side="left")
-    low = np.concatenate([g.low for g in axis.groups]) + begin
-    high = np.concatenate([g.high for g in axis.groups]) + begin
-    first, last = low[cut_q.array[:-1]], high[cut_q.array[1:] - 1] - 1
-    part_of = [np.searchsorted(cut_k.array, key, side="right") for key in (first, last)]
+    first, end = unions(axis, cut_q)
+    part_of = [np.searchsorted(cut_k.array, key, side="right") for key in (first, end - 1)]
     return part_of[1] - part_of[0] + 1
 
 
