@@ -1,0 +1,53 @@
+"""How the commands show what they found: tables for people, JSON for programs."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(content: Any) -> None:
+    """JSON on standard output, nothing else."""
+    typer.echo(json.dumps(content, indent=2, default=str))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str = "", names: Iterable[str] | None = None) -> None:
+    """Rows as a table; `NAME_low` and `NAME_high` are shown as an interval behind NAME."""
+    shown = [name for name in (names or rows[0]) if any(name in row for row in rows)]
+    shown = [name for name in shown if not name.endswith(("_low", "_high"))]
+    table = Table(*shown, title=title or None)
+    for row in rows:
+        table.add_row(*(_cell(row, name) for name in shown))
+    Console().print(table)
+
+
+def print_lines(*lines: str) -> None:
+    """Plain lines, not coloured."""
+    console = Console()
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{text} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if f"{name}_low" in row else text
+
+
+def print_clips(report: Mapping[str, Any]) -> None:
+    """The runs of one generate report, its warnings and its files."""
+    judged = ("colour", "shape", "motion")
+    rows = []
+    for run in report["runs"]:
+        oracle = run.get("oracle") or {}
+        rows.append({**run, **{name: "yes" if oracle[name] else "no" for name in judged if name in oracle}})
+    title = f"{report['prompt']!r}, seed {report['seed']}, {report['num_inference_steps']} steps, {report['device']}"
+    print_table(rows, title, ["attention", "seconds", "density", "peak_memory_gb", "psnr", "ssim", *judged])
+    print_lines(*(f"note: {line}" for line in [*report["warnings"], *(n for run in report["runs"] for n in run["notes"])]))
+    print_lines("wrote " + ", ".join([*report["files"], str(Path(report["files"][0]).with_suffix(".json"))]))
