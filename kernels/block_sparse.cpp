@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -34,7 +34,7 @@ typedef unsigned vu __attribute__((vector_size(VL * 4)));
 static inline vf load(const float* p) { return *(const vfu*)p; }
 static inline void store(float* p, vf x) { *(vfu*)p = x; }
 static inline vi loadi(const int* p) { return *(const viu*)p; }
-static inline vf splat(float x) { return vf{} + x; }
+static inline vf splat(float x) { return x - vf{}; }  // x - 0 folds to a bare broadcast, 0 + x does not
 static inline vi splati(int x) { return vi{} + x; }
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -52,11 +52,12 @@ struct Call {
   const int32_t *query_tiles, *key_tiles, *row_ptr, *columns, *num_full;
   const Rule* rules;            // or null
   const int32_t* rule_of_head;  // [heads] index into rules
-  const int32_t* slots;         // [mask_heads, nnz] row of `bits`, or null
-  const uint16_t* bits;         // [unique, BQ, words] one bit per lane
+  const int32_t* slots;         // [slot_rows, nnz], rows 1 or heads: index into bits and spans, -1 for full tiles; or null
+  uint16_t* bits;               // [slots, BQ, words] one bit per lane
+  int16_t* spans;               // [slots, 4] see Span
   int64_t stride[4][3];         // query, key, value, out: batch, token, head (elements)
   int64_t nnz, workspace;       // bytes that packed keys and values may take
-  int32_t batch, heads, kv_heads, dim, seqlen_q, seqlen_k, tiles_q, tiles_k, block_q, block_k, lists, mask_heads;
+  int32_t batch, heads, kv_heads, dim, seqlen_q, seqlen_k, tiles_q, tiles_k, block_q, block_k, lists, slot_rows;
   int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
   float scale;
@@ -97,27 +98,47 @@ struct F16 {
 // ---- 2^x; -inf and deep underflow give 0, NaN stays NaN
 
 static inline vf exp2v(vf x) {
-  const vf c6 = splat(1.5403530e-4f), c5 = splat(1.3333558e-3f), c4 = splat(9.6181291e-3f), c3 = splat(5.5504109e-2f),
-           c2 = splat(2.4022651e-1f), c1 = splat(6.9314718e-1f), c0 = splat(1.0f);
+  // minimax on [-0.5, 0.5], relative error 9e-8
+  const vf c5 = splat(1.32646971e-3f), c4 = splat(9.67151101e-3f), c3 = splat(5.55073404e-2f), c2 = splat(2.40222426e-1f),
+           c1 = splat(6.93146980e-1f), c0 = splat(1.0f);
 #ifdef __AVX512F__
   x = (vf)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // NaN comes from the second operand
   vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0);
   vf f = x - whole;
-  vf p = ((((((c6 * f + c5) * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
+  vf p = (((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
   const vf floor_ = splat(-126.f), magic = splat(12582912.f);
   vf y = x < floor_ ? floor_ : x;
   vf t = y + magic, f = y - (t - magic);
   vi whole = (vi)t - (vi)magic;
-  vf p = ((((((c6 * f + c5) * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
+  vf p = (((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
   vf r = (vf)((vi)p + (whole << 23));
   return x >= floor_ ? r : (x < floor_ ? vf{} : x);
 #endif
 }
 
+#if defined(__AVX512F__)
+static inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline float max_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline float sum_of(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+#elif defined(__AVX__)
+static inline vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline float max_of(vf v) {
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
+static inline float sum_of(vf v) {
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
+#else
+static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 static inline float max_of(vf v) { float m = v[0]; for (int j = 1; j < VL; j++) m = v[j] > m ? v[j] : m; return m; }
 static inline float sum_of(vf v) { float s = 0; for (int j = 0; j < VL; j++) s += v[j]; return s; }
+#endif
 
 // ---- matrix product: C[rows, W*VL] (+)= A[rows, depth] * B[depth, W*VL], B packed as one panel
 
@@ -153,12 +174,16 @@ static void panel(const float* A, int lda, const float* B, float* C, int ldc, in
   for (; i < rows; i++) micro<ADD, 1, W>(A + i * lda, lda, B, C + i * ldc, ldc, depth);
 }
 
-// B: columns cut into panels of NR, the last one narrower
+// B: `columns` cut into panels of NR, the last one narrower, each `full_depth` deep and used from its row `skip`; only panels
+// that meet [from, to) are computed
 template <bool ADD>
-static void product(const float* A, int lda, const float* B, float* C, int ldc, int rows, int depth, int columns) {
-  int at = 0;
-  for (; at + NR <= columns; at += NR) panel<ADD, NV>(A, lda, B + (size_t)at * depth, C + at, ldc, rows, depth);
-  const float* rest = B + (size_t)at * depth;
+static void product(const float* A, int lda, const float* B, float* C, int ldc, int rows, int depth, int columns, int full_depth, int skip,
+                    int from, int to) {
+  int at = from / NR * NR;
+  for (; at + NR <= columns && at < to; at += NR)
+    panel<ADD, NV>(A, lda, B + (size_t)at * full_depth + (size_t)skip * NR, C + at, ldc, rows, depth);
+  if (at >= to) return;
+  const float* rest = B + (size_t)at * full_depth + (size_t)skip * (columns - at);
   switch ((columns - at) / VL) {
     case 1: panel<ADD, 1>(A, lda, rest, C + at, ldc, rows, depth); break;
     case 2: panel<ADD, 2>(A, lda, rest, C + at, ldc, rows, depth); break;
@@ -173,7 +198,12 @@ struct KeyTile {  // coordinates of a key tile's lanes, and which frames it hold
   std::vector<int> t, y, x, y_rest, x_rest, frames;
 };
 
-static void read_tile(KeyTile& tile, const Rule& rule, const int32_t* lanes, int block, int padded) {
+static int rule_count(const Call& c) { return 1 + *std::max_element(c.rule_of_head, c.rule_of_head + c.heads); }
+
+static void read_tile(KeyTile& tile, const Call& c, int64_t index) {  // index: rule * tiles_k + key tile
+  const Rule& rule = c.rules[index / c.tiles_k];
+  const int block = c.block_k, padded = round_up(block, VL);
+  const int32_t* lanes = c.key_tiles + (size_t)(index % c.tiles_k) * block;
   for (auto* v : {&tile.t, &tile.y, &tile.x, &tile.y_rest, &tile.x_rest}) v->assign(padded, 0);
   tile.frames.clear();
   for (int i = 0; i < padded; i++) {
@@ -200,10 +230,23 @@ static inline vi inside(const Window& w, vi at) {
   return (vi)((vu)ahead < (vu)splati(w.width));
 }
 
-// visible lanes of one query row as 0 / -1
-static void rule_row(int* seen, const Rule& r, int head, const int32_t* query, const KeyTile& tile, int padded) {
+static inline unsigned bits_of(vi m) {  // one bit per lane of a comparison
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m);
+#elif defined(__AVX__)
+  return (unsigned)_mm256_movemask_ps((__m256)m);
+#else
+  unsigned u = 0;
+  for (int j = 0; j < VL; j++) u |= (unsigned)(m[j] & 1) << j;
+  return u;
+#endif
+}
+
+// visible lanes of one query row, one bit each; words must be zero before
+static void rule_row(uint16_t* words, const Rule& r, int head, const int32_t* query, const KeyTile& tile, int padded) {
   const bool grid = query[0] >= 0;
-  for (int j = 0; j < padded; j += VL) *(viu*)(seen + j) = grid ? loadi(&tile.t[j]) == -1 : loadi(&tile.t[j]) != -2;
+  for (int j = 0; j < padded; j += VL)
+    words[j / 16] |= bits_of(grid ? (vi)(loadi(&tile.t[j]) == -1) : (vi)(loadi(&tile.t[j]) != -2)) << (j % 16);
   if (!grid) return;
   for (int frame : tile.frames) {
     int cls = r.frame_class[((size_t)head * r.frames + query[0]) * r.frames + frame];
@@ -213,42 +256,73 @@ static void rule_row(int* seen, const Rule& r, int head, const int32_t* query, c
       vi m = (loadi(&tile.t[j]) == frame) & inside(wy, loadi(&tile.y[j])) & inside(wx, loadi(&tile.x[j]));
       if (r.dilation[0] > 1) m &= loadi(&tile.y_rest[j]) == wy.rest;
       if (r.dilation[1] > 1) m &= loadi(&tile.x_rest[j]) == wx.rest;
-      *(viu*)(seen + j) |= m;
+      words[j / 16] |= bits_of(m) << (j % 16);
     }
   }
 }
 
-static void bits_row(int* seen, const uint16_t* words, int padded) {
-  const vi one = splati(1);
-  vi lane;
-  for (int j = 0; j < VL; j++) lane[j] = j;
-  for (int j = 0; j < padded; j += VL) {
-    int word = words[j / 16] >> (j % 16);
-    *(viu*)(seen + j) = ((splati(word) >> lane) & one) != 0;
-  }
+// the part of a tile pair in which anything is visible: query lanes [top, bottom), key lanes [left, right) in whole vectors
+struct Span { int16_t left, right, top, bottom; };
+
+static Span span_of(const uint16_t* bits, int rows, int words) {
+  Span s{INT16_MAX, 0, INT16_MAX, 0};
+  for (int i = 0; i < rows; i++)
+    for (int w = 0; w < words; w++)
+      if (unsigned u = bits[(size_t)i * words + w]) {
+        s.left = std::min<int>(s.left, w * 16 + __builtin_ctz(u));
+        s.right = std::max<int>(s.right, w * 16 + 32 - __builtin_clz(u));
+        s.top = std::min<int>(s.top, i);
+        s.bottom = i + 1;
+      }
+  if (!s.right) return {0, 0, 0, 0};
+  s.left = s.left / VL * VL;
+  s.right = round_up(s.right, VL);
+  return s;
+}
+
+static Span rule_tile(uint16_t* bits, const Rule& r, int head, const int32_t* lanes, const KeyTile& tile, int rows, int words, int padded) {
+  memset(bits, 0, (size_t)rows * words * 2);
+  for (int i = 0; i < rows; i++)
+    if (lanes[i] >= 0) rule_row(bits + (size_t)i * words, r, head, r.coords + (size_t)lanes[i] * 3, tile, padded);
+  return span_of(bits, rows, words);
+}
+
+static inline vf hide(vf x, const uint16_t* words, int at) {  // -inf where the bit is not set
+  const vf hidden = splat(-INFINITY);
+#if defined(__AVX512F__)
+  return (vf)_mm512_mask_mov_ps((__m512)hidden, words[at / 16], (__m512)x);
+#else
+  vi bit;
+  for (int j = 0; j < VL; j++) bit[j] = 1 << j;
+  return ((splati(words[at / 16] >> (at % 16)) & bit) != 0) ? x : hidden;
+#endif
 }
 
 // ---- one query tile
 
 struct Scratch {
   std::vector<float> q, s, acc, m, l;
-  std::vector<int> seen;
+  std::vector<uint16_t> bits;
 };
 
-// online softmax of one row of scores; `bias` is null or 0 / -inf per lane, `seen` null or 0 / -1
-static inline void softmax_row(float* s, int width, float& m, float& l, float* acc, int acc_width, const float* bias, const int* seen) {
+// online softmax of lanes [from, to) of one row of scores; `bias` is null or 0 / -inf per lane, `seen` null or one bit per lane
+static inline void softmax_row(float* s, int from, int to, float& m, float& l, float* acc, int acc_width, const float* bias, const uint16_t* seen) {
   vf top = splat(-INFINITY);
-  for (int j = 0; j < width; j += VL) {
-    vf x = load(s + j);
-    if (seen) x = loadi(seen + j) ? x : splat(-INFINITY);
-    if (bias) x += load(bias + j);
-    if (seen || bias) store(s + j, x);
-    top = top > x ? top : x;
+  if (!seen && !bias) {
+    for (int j = from; j < to; j += VL) top = larger(top, load(s + j));
+  } else {
+    for (int j = from; j < to; j += VL) {
+      vf x = load(s + j);
+      if (seen) x = hide(x, seen, j);
+      if (bias) x += load(bias + j);
+      store(s + j, x);
+      top = larger(top, x);
+    }
   }
   float high = max_of(top);
   high = high > m ? high : m;
   vf offset = splat(high == -INFINITY ? 0.f : high), sum = {};
-  for (int j = 0; j < width; j += VL) {
+  for (int j = from; j < to; j += VL) {
     vf p = exp2v(load(s + j) - offset);
     store(s + j, p);
     sum += p;
@@ -262,46 +336,67 @@ static inline void softmax_row(float* s, int width, float& m, float& l, float* a
   l += sum_of(sum);
 }
 
+// bring the i-th of n shares of a tile near, while the softmax keeps the arithmetic units busy
+static inline void fetch_share(const float* tile, int floats, int i, int n) {
+  for (int at = (int)((int64_t)floats * i / n) & ~15; at < (int64_t)floats * (i + 1) / n; at += 16) __builtin_prefetch(tile + at, 0, 2);
+}
+
 struct Packed {  // keys and values of one (batch, key head), tile after tile
   float *keys, *values, *bias;
   uint8_t* holes;
+  int16_t* used;  // lanes up to the last one in use, in whole vectors
 };
+
+// one visited tile pair: scores, softmax, and the weighted values into the accumulator
+static void visit(const Call& c, const Packed& kv, Scratch& w, int kt, int next_kt, Span span, const uint16_t* bits) {
+  const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), words = (c.block_k + 15) / 16;
+  const float* bias = kv.holes[kt] ? kv.bias + (size_t)kt * BK : nullptr;
+  const float *keys = kv.keys + (size_t)kt * BK * D, *values = kv.values + (size_t)kt * BK * DP, *next = kv.keys + (size_t)next_kt * BK * D;
+  float *s = &w.s[(size_t)span.top * BK], *acc = &w.acc[(size_t)span.top * DP];
+  const int rows = span.bottom - span.top;
+  product<false>(&w.q[(size_t)span.top * D], D, keys, s, BK, rows, D, BK, D, 0, span.left, span.right);
+  for (int i = 0; i < rows; i++) {
+    fetch_share(values + (size_t)span.left * NR, (span.right - span.left) * DP, i, rows);
+    fetch_share(next, BK * D, i, rows);
+    const uint16_t* seen = bits ? bits + (size_t)(span.top + i) * words : nullptr;
+    softmax_row(s + (size_t)i * BK, span.left, span.right, w.m[span.top + i], w.l[span.top + i], acc + (size_t)i * DP, DP, bias, seen);
+  }
+  product<true>(s + span.left, BK, values, acc, DP, rows, span.right - span.left, DP, BK, span.left, 0, DP);
+}
 
 template <typename T>
 static void query_tile(const Call& c, const Packed& kv, const std::vector<KeyTile>& tiles, Scratch& w, int b, int h, int tile) {
-  const int D = c.dim, DP = round_up(D, VL), BQ = c.block_q, BK = round_up(c.block_k, VL);
+  const int D = c.dim, DP = round_up(D, VL), BQ = c.block_q, BK = round_up(c.block_k, VL), words = (c.block_k + 15) / 16;
   const int32_t* lanes = c.query_tiles + (size_t)tile * BQ;
   const int list = c.lists == 1 ? 0 : h;
   const float factor = c.scale * 1.4426950408889634f;
+  int used = 0;
   for (int i = 0; i < BQ; i++) {
     float* row = &w.q[(size_t)i * D];
     if (lanes[i] < 0) { std::fill(row, row + D, 0.f); continue; }
+    used = i + 1;
     const T* src = (const T*)c.query + b * c.stride[0][0] + lanes[i] * c.stride[0][1] + h * c.stride[0][2];
     for (int d = 0; d < D; d++) row[d] = src[d].get() * factor;
   }
   std::fill(w.acc.begin(), w.acc.end(), 0.f);
   std::fill(w.m.begin(), w.m.end(), -INFINITY);
   std::fill(w.l.begin(), w.l.end(), 0.f);
-  const int64_t first = c.row_ptr[(size_t)list * (c.tiles_q + 1) + tile], last = c.row_ptr[(size_t)list * (c.tiles_q + 1) + tile + 1];
-  const int64_t ragged = first + c.num_full[(size_t)list * c.tiles_q + tile];
-  const Rule* rule = c.rules ? c.rules + c.rule_of_head[h] : nullptr;
-  const size_t words = (c.block_k + 15) / 16;
+  const int32_t* ptr = c.row_ptr + (size_t)list * (c.tiles_q + 1) + tile;
+  const int64_t first = ptr[0], last = ptr[1], ragged = first + c.num_full[(size_t)list * c.tiles_q + tile];
   for (int64_t e = first; e < last; e++) {
-    const int kt = c.columns[e];
-    const float* bias = kv.holes[kt] ? kv.bias + (size_t)kt * BK : nullptr;
-    const bool partial = e >= ragged;
-    const uint16_t* bits = partial && c.slots ? c.bits + (size_t)c.slots[(c.mask_heads == 1 ? 0 : h) * c.nnz + e] * BQ * words : nullptr;
-    product<false>(w.q.data(), D, kv.keys + (size_t)kt * BK * D, w.s.data(), BK, BQ, D, BK);
-    for (int i = 0; i < BQ; i++) {
-      int* seen = nullptr;
-      if (partial && lanes[i] >= 0) {
-        seen = w.seen.data();
-        if (rule) rule_row(seen, *rule, rule->heads == 1 ? 0 : h, rule->coords + (size_t)lanes[i] * 3, tiles[(size_t)c.rule_of_head[h] * c.tiles_k + kt], BK);
-        else bits_row(seen, bits + i * words, BK);
-      }
-      softmax_row(&w.s[(size_t)i * BK], BK, w.m[i], w.l[i], &w.acc[(size_t)i * DP], DP, bias, seen);
+    const int kt = c.columns[e], next = c.columns[e + 1 < last ? e + 1 : e];
+    Span span{0, kv.used[kt], 0, (int16_t)used};
+    const uint16_t* bits = nullptr;
+    if (e >= ragged && c.slots) {
+      const size_t slot = c.slots[(c.slot_rows == 1 ? 0 : h) * c.nnz + e];
+      bits = c.bits + slot * BQ * words;
+      memcpy(&span, c.spans + slot * 4, sizeof span);
+    } else if (e >= ragged) {
+      const Rule& r = c.rules[c.rule_of_head[h]];
+      span = rule_tile(w.bits.data(), r, r.heads == 1 ? 0 : h, lanes, tiles[(size_t)c.rule_of_head[h] * c.tiles_k + kt], BQ, words, BK);
+      bits = w.bits.data();
     }
-    product<true>(w.s.data(), BK, kv.values + (size_t)kt * BK * DP, w.acc.data(), DP, BQ, BK, DP);
+    if (span.right > span.left && span.bottom > span.top) visit(c, kv, w, kt, next, span, bits);
   }
   for (int i = 0; i < BQ; i++) {
     if (lanes[i] < 0) continue;
@@ -319,10 +414,12 @@ static void pack_tile(const Call& c, const Packed& kv, std::vector<float>& rows,
   const int32_t* lanes = c.key_tiles + (size_t)kt * c.block_k;
   float *keys = kv.keys + (size_t)kt * BK * D, *values = kv.values + (size_t)kt * BK * DP, *bias = kv.bias + (size_t)kt * BK;
   kv.holes[kt] = 0;
+  kv.used[kt] = 0;
   for (int i = 0; i < BK; i++) {
     bool used = i < c.block_k && lanes[i] >= 0 && (!c.key_mask || c.key_mask[(size_t)b * c.seqlen_k + lanes[i]]);
     bias[i] = used ? 0.f : -INFINITY;
-    if (!used) kv.holes[kt] = 1;
+    if (used) kv.used[kt] = (int16_t)round_up(i + 1, VL);
+    else kv.holes[kt] = 1;
     const T* k = used ? (const T*)c.key + b * c.stride[1][0] + lanes[i] * c.stride[1][1] + kh * c.stride[1][2] : nullptr;
     for (int d = 0; d < D; d++) rows[(size_t)i * D + d] = used ? k[d].get() : 0.f;
   }
@@ -352,24 +449,23 @@ static int run(const Call& c) {
   const int64_t total = (int64_t)c.batch * c.kv_heads;
   const int64_t fit = std::max<int64_t>(1, c.workspace / (int64_t)((key_floats + value_floats + lane_floats) * 4));
   const int64_t chunk = std::min(total, fit);
-  const int rules = c.rules ? 1 + *std::max_element(c.rule_of_head, c.rule_of_head + c.heads) : 0;
+  const int rules = c.rules && !c.slots ? rule_count(c) : 0;
   std::vector<KeyTile> tiles((size_t)rules * c.tiles_k);
   std::vector<Packed> packed(chunk);
   bool ok = true;
   for (auto& p : packed) {
-    p = {(float*)take(key_floats * 4), (float*)take(value_floats * 4), (float*)take(lane_floats * 4), (uint8_t*)take(c.tiles_k)};
-    ok = ok && p.keys && p.values && p.bias && p.holes;
+    p = {(float*)take(key_floats * 4), (float*)take(value_floats * 4), (float*)take(lane_floats * 4), (uint8_t*)take(c.tiles_k), (int16_t*)take((size_t)c.tiles_k * 2)};
+    ok = ok && p.keys && p.values && p.bias && p.holes && p.used;
   }
   if (ok) {
 #pragma omp parallel num_threads(c.threads)
     {
       Scratch w;
       w.q.resize((size_t)c.block_q * c.dim); w.s.resize((size_t)c.block_q * BK); w.acc.resize((size_t)c.block_q * DP);
-      w.m.resize(c.block_q); w.l.resize(c.block_q); w.seen.resize(BK);
+      w.m.resize(c.block_q); w.l.resize(c.block_q); w.bits.resize((size_t)c.block_q * ((c.block_k + 15) / 16));
       std::vector<float> rows((size_t)BK * c.dim);
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < (int64_t)tiles.size(); t++)
-        read_tile(tiles[t], c.rules[t / c.tiles_k], c.key_tiles + (size_t)(t % c.tiles_k) * c.block_k, c.block_k, BK);
+      for (int64_t t = 0; t < (int64_t)tiles.size(); t++) read_tile(tiles[t], c, t);
       for (int64_t start = 0; start < total; start += chunk) {
         const int64_t now = std::min(chunk, total - start);
 #pragma omp for schedule(static)
@@ -386,11 +482,44 @@ static int run(const Call& c) {
       }
     }
   }
-  for (auto& p : packed) { free(p.keys); free(p.values); free(p.bias); free(p.holes); }
+  for (auto& p : packed) { free(p.keys); free(p.values); free(p.bias); free(p.holes); free(p.used); }
   return ok ? 0 : 1;
 }
 
 extern "C" int genattn_vector_lanes() { return VL; }
+
+// fill in `bits` from the grid rules, for every entry that has a slot
+extern "C" void genattn_evaluate_rules(const Call* call) {
+  const Call& c = *call;
+  const int BK = round_up(c.block_k, VL), words = (c.block_k + 15) / 16;
+  std::vector<KeyTile> tiles((size_t)rule_count(c) * c.tiles_k);
+#pragma omp parallel num_threads(c.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < (int64_t)tiles.size(); t++) read_tile(tiles[t], c, t);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t t = 0; t < (int64_t)c.heads * c.tiles_q; t++) {
+      const int h = (int)(t / c.tiles_q), tile = (int)(t % c.tiles_q), rule = c.rule_of_head[h];
+      const int32_t* ptr = c.row_ptr + (size_t)(c.lists == 1 ? 0 : h) * (c.tiles_q + 1) + tile;
+      for (int64_t e = ptr[0]; e < ptr[1]; e++) {
+        const int64_t slot = c.slots[(c.slot_rows == 1 ? 0 : h) * c.nnz + e];
+        if (slot < 0) continue;
+        rule_tile(c.bits + (size_t)slot * c.block_q * words, c.rules[rule], c.rules[rule].heads == 1 ? 0 : h,
+                  c.query_tiles + (size_t)tile * c.block_q, tiles[(size_t)rule * c.tiles_k + c.columns[e]], c.block_q, words, BK);
+      }
+    }
+  }
+}
+
+// fill in `spans` from `bits`
+extern "C" void genattn_measure_spans(const Call* call, int64_t slots) {
+  const int words = (call->block_k + 15) / 16;
+#pragma omp parallel for schedule(static) num_threads(call->threads)
+  for (int64_t i = 0; i < slots; i++) {
+    Span s = span_of(call->bits + (size_t)i * call->block_q * words, call->block_q, words);
+    memcpy(call->spans + i * 4, &s, sizeof s);
+  }
+}
 
 // 0 done, 1 out of memory, 2 unknown dtype
 extern "C" int genattn_block_sparse_forward(const Call* call) {

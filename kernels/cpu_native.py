@@ -1,12 +1,14 @@
 """Block-sparse attention on the CPU by the C++ kernel: the host side of `block_sparse.cpp`.
 
-Partial tiles of a GridRule (also one per head) are decided inside the kernel from the rule's tables; any other rule is
-evaluated once per plan into packed bits, equal tiles stored once.
+Partial tiles become packed bits, one per score, once per plan: grid rules (also one per head) are evaluated in C++ from their
+tables, any other rule by calling it. From the bits the kernel also knows which part of a tile anything is visible in and
+skips the rest. Where the bits of a grid rule would take too much memory, they are made anew for each tile visited.
 """
 
 import ctypes
 
 import torch
+import torch.nn.functional as F
 
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.element_rule import ElementRule, GridRule, PerHeadRule
@@ -14,7 +16,7 @@ from genattn.kernels.native_build import native_library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WORKSPACE = 256 << 20
-_BITS_LIMIT = 2 << 30
+_BITS_LIMIT = 1 << 30
 _TILES_AT_ONCE = 64
 
 
@@ -28,9 +30,9 @@ class _Rule(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _tensors = ("query", "key", "value", "out", "lse", "key_mask")
-    _lists = ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full", "rules", "rule_of_head", "slots", "bits")
+    _lists = ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full", "rules", "rule_of_head", "slots", "bits", "spans")
     _shape = ("batch", "heads", "kv_heads", "dim", "seqlen_q", "seqlen_k")
-    _tiles = ("tiles_q", "tiles_k", "block_q", "block_k", "lists", "mask_heads")
+    _tiles = ("tiles_q", "tiles_k", "block_q", "block_k", "lists", "slot_rows")
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _tensors + _lists),
         ("stride", ctypes.c_int64 * 3 * 4),
@@ -47,11 +49,9 @@ def why_not_native(query: torch.Tensor, plan: BlockPlan) -> str | None:
         return f"it is for CPU tensors, got {query.device.type}"
     if query.dtype not in _DTYPES:
         return f"the dtype must be float32, bfloat16 or float16, got {query.dtype}"
-    if plan.rule is not None and _grid_rules(plan.rule) is None:
-        partial = plan.columns.numel() - int(plan.num_full.sum())
-        size = partial * plan.block_q * -(-plan.block_k // 16) * 2 * max(1, plan.rule.num_heads // plan.num_heads)
-        if size > _BITS_LIMIT:
-            return f"the packed masks of its partial tiles must stay under {_BITS_LIMIT >> 20} MiB, got {size >> 20} MiB"
+    if plan.rule is not None and _grid_rules(plan.rule) is None and _bits_size(plan) > _BITS_LIMIT:
+        limit, size = _BITS_LIMIT >> 20, _bits_size(plan) >> 20
+        return f"the packed masks of its partial tiles must stay under {limit} MiB, got {size} MiB"
     library = native_library()
     return library if isinstance(library, str) else None
 
@@ -93,26 +93,38 @@ def native_attention(
     return out, lse
 
 
-def _point_at_plan(call: _Call, plan: BlockPlan, heads: int) -> list[object]:
-    """Fill in the plan's lists and its masks; returns what must stay alive during the call."""
-    lists = {name: getattr(plan, name) for name in ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full")}
+def _point_at_lists(call: _Call, plan: BlockPlan) -> list[object]:
     alive: list[object] = []
-    for name, tensor in lists.items():
-        tensor = tensor.to(torch.int32).contiguous()
+    for name in ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full"):
+        tensor = getattr(plan, name).to(torch.int32).contiguous()
         alive.append(tensor)
         setattr(call, name, tensor.data_ptr())
     call.tiles_q, call.block_q = plan.query_tiles.shape
     call.tiles_k, call.block_k = plan.key_tiles.shape
-    call.lists, call.nnz, call.mask_heads = plan.num_heads, plan.columns.numel(), 1
+    call.lists, call.nnz, call.slot_rows = plan.num_heads, plan.columns.numel(), 1
+    return alive
+
+
+def _point_at_plan(call: _Call, plan: BlockPlan, heads: int) -> list[object]:
+    """Fill in the plan's lists and its masks; returns what must stay alive during the call."""
+    alive = _point_at_lists(call, plan)
     if plan.rule is None:
         return alive
-    grids = _grid_rules(plan.rule)
+    alive += _point_at_rules(call, plan.rule, heads)
+    masks = _masks(plan)
+    if masks is not None:
+        call.slots, call.bits, call.spans = (tensor.data_ptr() for tensor in masks)
+        call.slot_rows = masks[0].shape[0]
+    return alive
+
+
+def _point_at_rules(call: _Call, rule: ElementRule, heads: int) -> list[object]:
+    grids = _grid_rules(rule)
     if grids is None:
-        slots, bits = _packed_masks(plan)
-        call.slots, call.bits, call.mask_heads = slots.data_ptr(), bits.data_ptr(), slots.shape[0]
-        return [*alive, slots, bits]
+        return []
     rules, choice = grids
-    table = (_Rule * len(rules))(*(_rule_struct(rule, alive) for rule in rules))
+    alive: list[object] = []
+    table = (_Rule * len(rules))(*(_rule_struct(grid, alive) for grid in rules))
     of_head = torch.tensor(choice * heads if len(choice) == 1 else choice, dtype=torch.int32)
     call.rules, call.rule_of_head = ctypes.addressof(table), of_head.data_ptr()
     return [*alive, table, of_head]
@@ -141,36 +153,64 @@ def _rule_struct(rule: GridRule, alive: list[object]) -> _Rule:
     return struct
 
 
-def _packed_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slots int32 [mask heads, nnz], bits int16 [unique tiles, BQ, words]); kept in the plan."""
-    if "packed" not in plan.cache:
-        plan.cache["packed"] = _pack_masks(plan)
-    return plan.cache["packed"]  # type: ignore[return-value]
+def _masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(slots int32 [1 or heads, nnz], bits int16 [slots, BQ, words], spans int16 [slots, 4]); kept in the plan.
+
+    None when they would be too large to keep: grid rules are then evaluated again in every call.
+    """
+    if "masks" not in plan.cache:
+        plan.cache["masks"] = None if _bits_size(plan) > _BITS_LIMIT else _build_masks(plan)
+    return plan.cache["masks"]  # type: ignore[return-value]
 
 
-def _pack_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+def _bits_size(plan: BlockPlan) -> int:
+    """Bytes of one bit per score of the partial tiles."""
+    partial = int(plan.entries[1].sum()) * (plan.mask_heads // plan.num_heads)
+    return partial * plan.block_q * -(-plan.block_k // 16) * 2
+
+
+def _build_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    library = native_library()
     assert plan.rule is not None
-    words = -(-plan.block_k // 16)
-    weights = 1 << torch.arange(16, dtype=torch.int32)
-    slots = torch.full((plan.mask_heads, plan.columns.numel()), -1, dtype=torch.int32)
-    known: dict[bytes, int] = {}
-    rows: list[torch.Tensor] = []
-    tile_of_entry, partial = plan.entries
+    assert not isinstance(library, str)
+    slots = _slots(plan)
+    count = int(slots.max()) + 1
+    bits = torch.zeros(count, plan.block_q, -(-plan.block_k // 16), dtype=torch.int16)
+    spans = torch.zeros(count, 4, dtype=torch.int16)
+    call = _Call(slots=slots.data_ptr(), bits=bits.data_ptr(), spans=spans.data_ptr())
+    alive = [*_point_at_lists(call, plan), *_point_at_rules(call, plan.rule, plan.mask_heads)]
+    call.slot_rows, call.heads, call.threads = slots.shape[0], plan.mask_heads, torch.get_num_threads()
+    if call.rules:
+        library.genattn_evaluate_rules(ctypes.byref(call))
+    else:
+        _evaluate_rule(plan, slots, bits)
+    library.genattn_measure_spans(ctypes.byref(call), ctypes.c_int64(count))
+    del alive
+    return slots, bits, spans
+
+
+def _slots(plan: BlockPlan) -> torch.Tensor:
+    """Partial entries counted through, int32 [1, nnz], or [heads, nnz] when heads share lists but not rules; -1 elsewhere."""
+    partial = plan.entries[1]
+    owned = partial.expand(plan.mask_heads // plan.num_heads, -1)
+    return torch.where(owned, owned.flatten().cumsum(0).view_as(owned) - 1, -1).to(torch.int32)
+
+
+def _evaluate_rule(plan: BlockPlan, slots: torch.Tensor, bits: torch.Tensor) -> None:
+    """Fill `bits` by calling the rule; for rules that the kernel does not know."""
+    assert plan.rule is not None
+    row, partial = plan.entries
+    tile = row % plan.query_tiles.shape[0]
+    # bit 15 of an int16 is its sign
+    weights = torch.tensor([1 << i for i in range(15)] + [-(1 << 15)], dtype=torch.int32)
     for chunk in torch.nonzero(partial).flatten().split(_TILES_AT_ONCE):
-        queries = plan.query_tiles[tile_of_entry[chunk] % plan.query_tiles.shape[0]].long()
-        keys = plan.key_tiles[plan.columns[chunk].long()].long()
-        seen = plan.rule(queries.clamp_min(0)[:, :, None], keys.clamp_min(0)[:, None, :])
-        seen = seen & (keys >= 0)[:, None, :] & (queries >= 0)[:, :, None]
-        seen = torch.nn.functional.pad(seen, (0, words * 16 - plan.block_k)).unflatten(-1, (words, 16))
+        queries = plan.query_tiles[tile[chunk]].long()[:, :, None]
+        keys = plan.key_tiles[plan.columns[chunk].long()].long()[:, None, :]
+        seen = plan.rule(queries.clamp_min(0), keys.clamp_min(0)) & (queries >= 0) & (keys >= 0)
+        seen = F.pad(seen, (0, bits.shape[2] * 16 - plan.block_k)).unflatten(-1, (bits.shape[2], 16))
         packed = (seen.int() * weights).sum(-1).to(torch.int16)
-        for i, entry in enumerate(chunk.tolist()):
-            list_head = int(tile_of_entry[entry]) // plan.query_tiles.shape[0]
-            for head in range(slots.shape[0]):
-                if plan.num_heads > 1 and head != list_head:
-                    continue
-                bits = packed[head if packed.shape[0] > 1 else 0, i]
-                slot = known.setdefault(bits.numpy().tobytes(), len(rows))
-                if slot == len(rows):
-                    rows.append(bits)
-                slots[head, entry] = slot
-    return slots, torch.stack(rows) if rows else torch.zeros(1, plan.block_q, words, dtype=torch.int16)
+        if packed.shape[0] > slots.shape[0]:
+            # lists per head: each entry belongs to one head
+            head = torch.div(row[chunk], plan.query_tiles.shape[0], rounding_mode="floor")
+            packed = packed[head, torch.arange(chunk.numel())][None]
+        bits[slots[:, chunk].long()] = packed.expand(slots.shape[0], -1, -1, -1)
