@@ -211,7 +211,7 @@ class BroadWay(Plugin):
             return inner(*args, **kwargs)
         refuse_patterns_outside(run, self)
         clip = clip_shape(args, kwargs)
-        part = conditional_part(self.conditional, run.pass_name, clip.batch if clip else None)
+        part = conditional_part(self.conditional, run.pass_name, clip.batch if clip else None, run.model)
         place = _place_of(run)
         step, last = self._last.get(place, (None, None))
         shared = last.maps if run.extra and last is not None and step == run.step else {}

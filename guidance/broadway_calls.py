@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from genattn.errors import GenAttnError
 
@@ -44,22 +45,35 @@ def clip_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ClipShape | Non
     return None
 
 
-def conditional_part(setting: str | tuple[float, float], pass_name: str | None, batch: int | None) -> tuple[float, float]:
+def conditional_part(
+    setting: str | tuple[float, float], pass_name: str | None, batch: int | None, model: nn.Module | None = None
+) -> tuple[float, float]:
     """The conditional part of a batch as fractions.
 
-    "auto": all of a pass of its own; the second half of [uncond; cond]; where the pass is unknown, the second half of an
-    even batch, as published, and all of an odd one.
+    "auto": all of a pass of its own; the second half of [uncond; cond]; the middle third of diffusers' PAG pipelines'
+    [uncond; cond; perturbed]; where the pass is unknown, the second half of an even batch, as published, and all of an odd one.
 
     Args:
         setting: "auto", "all" or (first, last). pass_name: as `Run` has it. batch: samples in this forward, if known.
+        model: the denoiser, whose processors tell of PAG.
     """
     if setting == "all":
         return 0.0, 1.0
     if not isinstance(setting, str):
         return setting
+    perturbed = _pag_processor(model)
+    if perturbed:
+        return (1 / 3, 2 / 3) if perturbed.startswith("PAGCFG") else (0.0, 0.5)
     if pass_name == "cond_uncond" or (pass_name is None and batch is not None and batch % 2 == 0):
         return 0.5, 1.0
     return 0.0, 1.0
+
+
+def _pag_processor(model: nn.Module | None) -> str:
+    """Class of the processors by which a diffusers pipeline perturbs a part of the batch; empty when it does not."""
+    processors = getattr(model, "attn_processors", None) or {}
+    names = {processor.__class__.__name__ for processor in processors.values()}
+    return next((name for name in sorted(names) if name.startswith("PAG")), "")
 
 
 def entries(part: tuple[float, float], length: int) -> slice:

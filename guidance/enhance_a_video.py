@@ -8,6 +8,7 @@ One number per attention, from a map that costs 1 / (tokens per frame) of the at
 output projection, this behind the attention: the projection's bias is not scaled, and every processor can be served.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class EnhanceAVideo(Plugin):
         self.window = Window(start, stop, sigma_start, sigma_stop)
         self._sites: frozenset[str] = frozenset()
         self._scores: dict[str, torch.Tensor] = {}
+        self._calls: Counter[str] = Counter()
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "EnhanceAVideo":
@@ -84,6 +86,7 @@ class EnhanceAVideo(Plugin):
         """Forget the denoiser."""
         self._sites = frozenset()
         self._scores.clear()
+        self._calls.clear()
 
     def wants(self, site: AttentionSite) -> bool:
         """The chosen full attentions."""
@@ -107,15 +110,17 @@ class EnhanceAVideo(Plugin):
         weight = call.run.options_of(self).get("weight", self.weight)
         score = enhance_score(rows, weight)
         self._scores[call.site.name] = score.detach()
+        self._calls[call.site.name] += 1
         call.record.edited = True
         if frames.others.numel() == 0:
             return out * score.to(out.dtype)
         return out.index_copy(1, frames.queries, out.index_select(1, frames.queries) * score.to(out.dtype))
 
     def describe(self) -> dict[str, Any]:
-        """Settings and the last score of each site."""
+        """Settings, and how often each site was enhanced, with its last score."""
         scores = {name: float(score) for name, score in self._scores.items()}
-        return {"plugin": "EnhanceAVideo", "weight": self.weight, "window": self.window.describe(), "scores": scores}
+        settings = {"plugin": "EnhanceAVideo", "weight": self.weight, "window": self.window.describe()}
+        return {**settings, "guided_calls": dict(self._calls), "scores": scores}
 
 
 def enhance_score(rows: torch.Tensor, weight: float) -> torch.Tensor:
