@@ -36,7 +36,21 @@ def attention(
             f"query must be [B, S, H, D] with S = {layout.seqlen} for the layout {layout.describe()!r}, "
             f"got {tuple(query.shape)}"
         )
-    plan = plan_for(query, pattern, layout)
+    plan = plan_for(query, key, pattern, layout)
+    return planned_attention(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, key_mask=key_mask)
+
+
+def planned_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    impl: str = "auto",
+    return_lse: bool = False,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` for a plan that is there already, from `plan_for`."""
     try:
         return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
     except ValueError as error:
@@ -47,13 +61,13 @@ def explain_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto"
 ) -> tuple[str, dict[str, str]]:
     """What `attention` would run for these tensors, and why not each backend it passed over."""
-    return choose_impl(query, key, value, plan_for(query, pattern, layout), impl=impl)
+    return choose_impl(query, key, value, plan_for(query, key, pattern, layout), impl=impl)
 
 
-def plan_for(query: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
+def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
     """The block plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence."""
     block = tile_size(layout.seqlen, query.device.type)
-    return pattern.plan(layout, block, block).to(query.device)
+    return pattern.plan_for(query, key, layout, block, block).to(query.device)
 
 
 def tile_size(seqlen: int, device: str) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional import attention, plan_for
+from genattn.functional import plan_for, planned_attention
+from genattn.kernels.block_plan import BlockPlan
 from genattn.masks import key_mask
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
@@ -41,7 +42,10 @@ class SparsePlugin(Plugin):
         hidden = [site for site in wanted if site.unreachable]
         if len(hidden) == len(wanted):
             raise GenAttnError(f"{name} cannot run sparse: {hidden[0].unreachable}")
-        self._blocks[id(model)] = 1 + max(site.depth for site in sites)
+        blocks = 1 + max(site.depth for site in sites)
+        for site in wanted:  # a pattern that differs by layer must fit this model's layers
+            self.pattern.for_layer(site.depth, blocks)
+        self._blocks[id(model)] = blocks
 
     def detach(self, model: nn.Module) -> None:
         """Forget the model."""
@@ -66,19 +70,20 @@ class SparsePlugin(Plugin):
         keys, reason = self._key_mask(call)
         if reason:
             return _dense(call, inner, reason)
-        assert call.layout is not None
-        out = attention(
-            call.query,
-            call.key,
-            call.value,
-            self.pattern,
-            call.layout,
-            impl=options.get("impl", self.impl),
-            scale=call.scale,
-            key_mask=keys,
+        plan = self.plan_at(call)
+        out = planned_attention(
+            call.query, call.key, call.value, plan, impl=options.get("impl", self.impl), scale=call.scale, key_mask=keys
         )
-        call.record.ran_sparse(plan_for(call.query, self.pattern, call.layout).density)
+        call.record.ran_sparse(plan.density)
         return out  # type: ignore[return-value]
+
+    def plan_at(self, call: AttentionCall) -> BlockPlan:
+        """The plan by which this pattern answers the call; its layout must be known."""
+        assert call.layout is not None
+        return plan_for(call.query, call.key, self._pattern_at(call), call.layout)
+
+    def _pattern_at(self, call: AttentionCall) -> Pattern:
+        return self.pattern.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
 
     def why_not(self, call: AttentionCall) -> str:
         """The reason for which this pattern cannot answer the call, empty when it can."""
@@ -91,7 +96,7 @@ class SparsePlugin(Plugin):
         if call.layout.grid is None:
             return f"the layout {call.layout.describe()!r} has no grid"
         try:
-            self.pattern.check(call.layout)
+            self._pattern_at(call).check(call.layout)
         except GenAttnError as error:
             return f"{type(self.pattern).__name__} does not serve this layout: {error}"
         return ""

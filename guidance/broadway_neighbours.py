@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from genattn.denoiser import INJECTION
 from genattn.errors import GenAttnError
-from genattn.functional import plan_for
 from genattn.kernels.block_plan import BlockPlan
 from genattn.plugin import AttentionCall, AttentionSite, Plugin, Run
 from genattn.sparse_plugin import SparsePlugin
@@ -39,7 +38,8 @@ def sparse_plan(call: AttentionCall, pattern: SparsePlugin | None) -> tuple[Bloc
         return None, 1.0
     if _why_dense(pattern, call.run, call.site, call.query.shape[1]) or pattern.why_not(call):
         return None, 1.0
-    return plan_for(call.query, pattern.pattern, call.layout), pattern.density(call.layout)
+    plan = pattern.plan_at(call)
+    return plan, plan.density
 
 
 def refuse_patterns_outside(run: Run, plugin: Plugin) -> None:
