@@ -35,11 +35,7 @@ class SkyReelsFrames(WanFrames):
             ]
             return torch.cat(parts)
         # the model's own code for its frame rates: 0 is 16, 1 is 24 frames a second
-        fps = (
-            {"fps": torch.ones(latents.shape[0], dtype=torch.long, device=latents.device)}
-            if model.config.inject_sample_info
-            else {}
-        )
+        fps = {"fps": [1] * latents.shape[0]} if model.config.inject_sample_info else {}
         with where.context(model):
             answer = model(
                 hidden_states=latents.to(model.dtype),

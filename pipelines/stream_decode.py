@@ -166,11 +166,14 @@ class ReturnedCacheDecoder(StreamDecoder):
         return self._decode(rest)
 
     def latents_for(self, frames: int) -> int:
-        """See StreamDecoder.latents_for; the last chunk must be whole, so the number of latents is odd (or 1)."""
-        latents = super().latents_for(frames)
-        if latents % 2 == 0:
-            below, above = self.frames_for(latents - 1), self.frames_for(latents + 1)
-            raise _wrong_length(self.vae, frames, below, above)
+        """See StreamDecoder.latents_for; the last chunk must be whole, so the number of latents is odd."""
+        if frames < 1:
+            raise GenAttnError(f"num_frames must be >= 1, got {frames}")
+        latents = 1
+        while self.frames_for(latents) < frames:
+            latents += 2
+        if self.frames_for(latents) != frames:
+            raise _wrong_length(self.vae, frames, self.frames_for(latents - 2), self.frames_for(latents))
         return latents
 
     def to_tensors(self) -> dict[str, torch.Tensor]:

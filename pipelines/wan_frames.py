@@ -39,7 +39,7 @@ class WanFrames(FrameDenoiser):
 
     @property
     def _boundary(self) -> float | None:
-        ratio = self.pipe.config.boundary_ratio
+        ratio = self.pipe.config.get("boundary_ratio")
         return None if ratio is None else ratio * self.pipe.scheduler.config.num_train_timesteps
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
