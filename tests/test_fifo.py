@@ -52,12 +52,6 @@ SHAPES = [
     QueueShape(3, 4, 3),
     QueueShape(5, 4, 4, False),
 ]
-    QueueShape(8, 4),
-    QueueShape(8, 4, lookahead=False),
-    QueueShape(7, 4, 2),
-    QueueShape(3, 4, 3),
-    QueueShape(5, 4, 4, False),
-]
 
 
 @pytest.mark.parametrize("make", [flow_solver, unipc_solver], ids=["euler", "unipc"])
@@ -128,18 +122,15 @@ def test_sample_clip_with_fresh_noise_is_finite_and_repeatable():
     assert torch.isfinite(a).all()
 
 
+def denoise_and_push(batch):
+    return WindowAnswer(denoise(batch).prediction, torch.ones_like(batch.latents))
+
+
 def test_a_push_moves_the_noise_direction_only():
     solver, shape, clip = flow_solver(8), QueueShape(8, 4), torch.randn(CLIP)
     plain = run(solver, shape, clip, 1)[2].queue
     for order in ("parallel", "in_place"):
-        pushed = run(
-            solver,
-            shape,
-            clip,
-            1,
-            order=order,
-            denoise=lambda b: WindowAnswer(denoise(b).prediction, torch.ones_like(b.latents)),
-        )[2].queue
+        pushed = run(solver, shape, clip, 1, order=order, denoise=denoise_and_push)[2].queue
         gained = (plain.latents - pushed.latents)[0, 0, :, 0, 0]
         sigma = solver.grid.sigma
         # slot s after the tick holds what stood at s + 1: level by level, sigma' * sigma
