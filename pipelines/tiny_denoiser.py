@@ -21,7 +21,7 @@ from genattn.pipelines.tiny_text import build_text_encoder
 
 LATENT_FRAMES = 8
 TEXT_TOKENS = 20
-FLOW_SHIFT = 3.0
+FLOW_SHIFT = 5.0
 CAPTION_DROPOUT = 0.1
 PADDED_LENGTHS = (512, 512, 512, 226, 64)
 
