@@ -20,16 +20,20 @@ from genattn.errors import GenAttnError
 from genattn.guidance.prediction import take_rows
 from genattn.plugin import AttentionSite
 
-# denoisers whose blocks form one chain, as tests/test_prefix_reuse.py shows for each
+# denoisers whose blocks form one chain, as tests/test_softpag_families.py shows for each
 CHAINS = frozenset(
     (
         "AuraFlowTransformer2DModel",
         "ChromaTransformer2DModel",
         "CogVideoXTransformer3DModel",
+        "CosmosTransformer3DModel",
         "Flux2Transformer2DModel",
         "FluxTransformer2DModel",
+        "HiDreamImageTransformer2DModel",
         "HunyuanVideo15Transformer3DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
         "HunyuanVideoTransformer3DModel",
+        "LTX2VideoTransformer3DModel",
         "LTXVideoTransformer3DModel",
         "Lumina2Transformer2DModel",
         "MochiTransformer3DModel",
@@ -37,6 +41,8 @@ CHAINS = frozenset(
         "QwenImageTransformer2DModel",
         "SD3Transformer2DModel",
         "SkyReelsV2Transformer3DModel",
+        "UNet2DConditionModel",
+        "WanAnimateTransformer3DModel",
         "WanTransformer3DModel",
         "ZImageTransformer2DModel",
     )

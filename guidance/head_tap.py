@@ -22,7 +22,7 @@ from genattn.guidance.heads import HeadsLike, HeadWeights, check_weight, head_na
 from genattn.guidance.perturbation import HeadMix, check_target, perturb_heads
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
 
-_KINDS = ("joint", "self", "spatial")
+_KINDS = ("joint", "self", "spatial", "temporal")
 
 
 @dataclass
@@ -89,6 +89,7 @@ class HeadTap(Plugin):
         self.heads, self.per_sample = heads, per_sample
         self.u, self.target = check_weight("u", u), check_target(target)
         self._models: WeakKeyDictionary[nn.Module, TappedModel] = WeakKeyDictionary()
+        self._told: dict[str, dict[str, Any]] = {}
         self._sites: set[tuple[str, str]] = set()
         self._marked: dict[tuple[int, int], dict[int, HeadMix]] = {}
         self._everywhere: dict[int, HeadMix] | None = None
@@ -112,8 +113,21 @@ class HeadTap(Plugin):
         self._sites |= {(primary[layer].model, primary[layer].name) for layer in rows}
 
     def detach(self, model: nn.Module) -> None:
-        """Forget a denoiser."""
-        self._models.pop(model, None)
+        """Forget a denoiser; what happened on it stays in the report."""
+        tapped = self._models.pop(model, None)
+        if tapped is not None:
+            self._told[model.__class__.__name__] = self._summary(tapped)
+
+    def _summary(self, tapped: TappedModel) -> dict[str, Any]:
+        chosen = {layer: torch.nonzero(u.amax(0)).flatten().tolist() for layer, u in sorted(tapped.rows.items())}
+        return {
+            "heads": [head_name((layer, head)) for layer, heads in chosen.items() for head in heads],
+            "hits": {f"L{layer}": tapped.hits[layer] for layer in chosen},
+        }
+
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """Per denoiser the selected heads and how often each layer was perturbed, JSON-ready."""
+        return {**self._told, **{model.__class__.__name__: self._summary(tapped) for model, tapped in self._models.items()}}
 
     def _weights(self, layers: dict[int, int], model: str) -> dict[int, torch.Tensor]:
         if isinstance(self.heads, HeadSet):
@@ -167,13 +181,6 @@ class HeadTap(Plugin):
         call.record.edited = True
         mix = _local(mixes[call.site.depth], call)
         return out if mix is None else perturb_heads(call, out, mix, self.target)
-
-    def selected(self) -> list[str]:
-        """Names of the selected heads on the denoiser attached last, for reports."""
-        tapped = next(reversed(list(self._models.values())), None)
-        rows = {} if tapped is None else tapped.rows
-        chosen = [(layer, h) for layer, u in sorted(rows.items()) for h in torch.nonzero(u.amax(0)).flatten().tolist()]
-        return [head_name(head) for head in chosen]
 
 
 def primary_sites(sites: Sequence[AttentionSite]) -> dict[int, AttentionSite]:

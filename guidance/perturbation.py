@@ -46,6 +46,20 @@ class HeadMix:
         heads = torch.nonzero(rows.amax(dim=0) > 0).flatten()
         return cls(heads, rows[:, heads].float())
 
+    def for_batch(self, batch: int) -> "HeadMix":
+        """The same for a call whose batch holds every sample several times in a row (once per frame, or per place).
+
+        Raises:
+            GenAttnError: if there are per-sample weights and the call does not hold every sample.
+        """
+        copies, rest = divmod(batch, len(self.u))
+        if rest or not copies:
+            raise GenAttnError(
+                f"per-sample weights need attention over the whole batch, got a call of {batch} for {len(self.u)} samples; "
+                "use mode='extra' and one selection of heads"
+            )
+        return self if copies == 1 or len(self.u) == 1 else HeadMix(self.heads, self.u.repeat_interleave(copies, 0))
+
     def to(self, device: torch.device) -> "HeadMix":
         """The same on another device."""
         return self if self.u.device == device else HeadMix(self.heads.to(device), self.u.to(device))
@@ -73,9 +87,7 @@ def perturb_heads(call: AttentionCall, out: torch.Tensor, mix: HeadMix, target: 
     Raises:
         GenAttnError: where the target has no meaning for this call.
     """
-    if len(mix.u) not in (1, len(out)):
-        raise GenAttnError(f"per-row weights must come one per sample, got {len(mix.u)} for a batch of {len(out)}")
-    mix = mix.to(out.device)
+    mix = mix.to(out.device).for_batch(len(out))
     selected = out.index_select(2, mix.heads)
     goal = _GOALS[check_target(target)](call, selected, mix.heads)
     weight = mix.u[:, None, :, None].to(out.dtype)

@@ -27,6 +27,10 @@ UNBATCHED = frozenset(
 )
 
 
+# per-layer states of one text encoder, stacked in front of the samples (HiDream)
+BATCH_AXIS = {"encoder_hidden_states_llama3": 1}
+
+
 def leaves(tree: Any) -> list[torch.Tensor]:
     """The predictions of an answer, in order; a list with one tensor per sample counts as one, stacked."""
     found: list[torch.Tensor] = []
@@ -88,8 +92,14 @@ def take_rows(value: Any, rows: torch.Tensor, batch: int, name: str = "") -> Any
     """
     if name in UNBATCHED:
         return value
+    if name in BATCH_AXIS and isinstance(value, torch.Tensor):
+        return value.index_select(BATCH_AXIS[name], rows.to(value.device))
     if isinstance(value, torch.Tensor):
-        return value.index_select(0, rows.to(value.device)) if value.ndim and len(value) == batch else value
+        copies = len(value) // batch if value.ndim else 0
+        if copies > 1 and name == "encoder_hidden_states" and copies * batch == len(value):
+            # AnimateDiff hands in each text once per frame
+            return value.unflatten(0, (batch, copies)).index_select(0, rows.to(value.device)).flatten(0, 1)
+        return value.index_select(0, rows.to(value.device)) if copies == 1 and len(value) == batch else value
     if isinstance(value, dict):
         return {key: take_rows(part, rows, batch, key) for key, part in value.items()}
     if isinstance(value, list | tuple):

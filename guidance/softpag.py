@@ -308,30 +308,30 @@ class SoftPAG(HeadTap):
         tapped = next(iter(self._models.values()), None)
         if tapped is None:
             raise GenAttnError("a plan needs the model, got none; apply the plugin first")
-        steps, prefix = self.window.steps(num_steps), self._prefix(tapped)
-        share = 1.0 if prefix is None else prefix.share
+        steps, share = self.window.steps(num_steps), self._share(tapped)
         passes = 0.0 if self.mode == "replace_uncond" else len(steps) * (share if self.mode == "extra" else 1.0)
         return {"guided_steps": steps, "share_of_blocks": share, "extra_passes": round(passes, 4)}
 
     def describe(self) -> dict[str, Any]:
         """Settings and what happened so far, JSON-ready."""
-        models = {}
-        for model, tapped in self._models.items():
-            models[model.__class__.__name__] = {
-                "hits": {f"L{layer}": tapped.hits[layer] for layer in tapped.rows},
-                "prefix_reuse": tapped.blocks.why_no_reuse(tapped.first) if self.reuse_prefix else "switched off",
-            }
         return {
             "plugin": "SoftPAG",
-            "heads": self.selected(),
             "u": self.u,
             "target": self.target,
             "scale": self.rule.scale,
             "window": self.window.describe(),
             "mode": self.mode,
             "counts": dict(self.counts),
-            "models": models,
+            "models": self.summaries(),
         }
+
+    def _summary(self, tapped: TappedModel) -> dict[str, Any]:
+        reason = tapped.blocks.why_no_reuse(tapped.first) if self.reuse_prefix else "switched off"
+        return {**super()._summary(tapped), "blocks_per_extra_pass": self._share(tapped), "why_whole": reason}
+
+    def _share(self, tapped: TappedModel) -> float:
+        prefix = self._prefix(tapped)
+        return 1.0 if prefix is None else round(prefix.share, 4)
 
 
 @dataclass

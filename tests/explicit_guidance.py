@@ -41,7 +41,7 @@ def explicit_maps(model: nn.Module, weights: dict[int, torch.Tensor]) -> Iterato
         if attn_mask is not None:
             extra = attn_mask.double() if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -torch.inf).double()
             logits = logits + extra
-        plain = logits.softmax(-1)
+        plain = logits.softmax(-1).nan_to_num(0.0)  # rows of padding see nothing
         u = weights[here[-1]].double().view(1, -1, 1, 1)
         eye = torch.eye(plain.shape[-1], dtype=torch.float64)
         return (((1 - u) * plain + u * eye) @ value.double()).to(query.dtype)

@@ -151,7 +151,7 @@ def test_refusals() -> None:
         perturb_heads(call, dense(call), mix, "blur")
     with pytest.raises(GenAttnError, match="must leave out whole blocks"):
         perturb_heads(call, dense(call), mix, "skip")
-    with pytest.raises(GenAttnError, match="one per sample, got 3 for a batch of 2"):
+    with pytest.raises(GenAttnError, match="got a call of 2 for 3 samples"):
         perturb_heads(call, dense(call), mix_of(torch.rand(3, 4)), "identity")
     short = call.with_tensors(key=call.key[:, :5], value=call.value[:, :5])
     with pytest.raises(GenAttnError, match="as many keys as queries, got 5 and 17"):
