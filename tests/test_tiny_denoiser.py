@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.pipelines import tiny_denoiser as denoiser
+from genattn.pipelines.tiny_text import build_tokenizer, build_text_encoder, caption_words
+from genattn.pipelines.tiny_world import caption, sample_scene
+
+CAPTIONS = [
+    "a red circle moves right on a dark background",
+    "",
+    "a small red circle moves right and a small blue square stays still on a dark background",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    built = denoiser.TinyDenoiser(4, len(tokenizer), denoiser.DenoiserSize(2, 12, 2, 24)).eval()
+    torch.nn.init.normal_(built.transformer.proj_out.weight)
+    return built
+
+
+@pytest.fixture
+def inputs(tokenizer):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 4, 8, 4, 4, generator=generator)
+    return latents, torch.tensor([0.2, 0.6, 0.95]), denoiser.tokenize(tokenizer, CAPTIONS)
+
+
+@pytest.mark.parametrize("padded_length", [20, 64, 512])
+def test_folded_padding_is_the_stock_padding(model, inputs, padded_length, tokenizer):
+    latents, sigma, ids = inputs
+    with torch.no_grad():
+        folded = model(latents, sigma, ids, padded_length)
+        long_ids = tokenizer(CAPTIONS, padding="max_length", max_length=padded_length, return_tensors="pt").input_ids
+        embeds = denoiser.encode_text(model.text_encoder, long_ids)
+        denoiser.with_training_attention(model.transformer, None, None)
+        stock = model.transformer(latents, sigma * 1000, embeds, return_dict=False)[0]
+    torch.testing.assert_close(folded, stock, atol=2e-5, rtol=1e-4)
+
+
+def test_the_number_of_pads_matters(model, inputs):
+    latents, sigma, ids = inputs
+    with torch.no_grad():
+        assert not torch.allclose(model(latents, sigma, ids, 20), model(latents, sigma, ids, 512), atol=1e-3)
+
+
+def test_a_subset_of_frames_keeps_its_places(model, inputs):
+    latents, sigma, ids = inputs
+    with torch.no_grad():
+        whole = model(latents, sigma, ids)
+        all_frames = model(latents, sigma, ids, frames=torch.arange(8))
+        first = model(latents[:, :, :3], sigma, ids)
+        first_three = model(latents[:, :, :3], sigma, ids, frames=torch.arange(3))
+        elsewhere = model(latents[:, :, :3], sigma, ids, frames=torch.tensor([0, 4, 7]))
+    torch.testing.assert_close(whole, all_frames)
+    torch.testing.assert_close(first, first_three)
+    assert not torch.allclose(first, elsewhere, atol=1e-3)
+
+
+def test_the_loss_is_that_of_the_noise_at_the_start_and_reaches_every_weight(tokenizer):
+    torch.manual_seed(0)
+    fresh = denoiser.TinyDenoiser(4, len(tokenizer), denoiser.DenoiserSize(2, 12, 2, 24))
+    torch.nn.init.zeros_(fresh.transformer.proj_out.bias)
+    ids = denoiser.tokenize(tokenizer, CAPTIONS)
+    latents = torch.randn(3, 4, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    loss = denoiser.flow_loss(fresh, latents, ids, ids[1], None, torch.Generator().manual_seed(1))
+    assert loss.item() == pytest.approx(2.0, rel=0.1)
+    again = denoiser.flow_loss(fresh, latents, ids, ids[1], None, torch.Generator().manual_seed(1))
+    assert loss.item() == again.item()
+    torch.nn.init.normal_(fresh.transformer.proj_out.weight)
+    denoiser.flow_loss(fresh, latents, ids, ids[1], None, torch.Generator().manual_seed(1)).backward()
+    assert [name for name, parameter in fresh.named_parameters() if parameter.grad is None] == []
+
+
+def test_noise_levels_follow_the_scheduler_shift():
+    sigma = denoiser.sample_sigma(20000, torch.Generator().manual_seed(0))
+    assert 0 < sigma.min() and sigma.max() < 1
+    shift = denoiser.FLOW_SHIFT
+    assert sigma.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
+
+
+def test_chosen_frames_are_sorted_and_distinct():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        frames = denoiser.choose_frames(3, generator)
+        assert frames.tolist() == sorted(set(frames.tolist()))
+        assert len(frames) == 3
+    assert denoiser.choose_frames(8, generator) is None
+    assert denoiser.choose_frames(1, generator) is None
+
+
+def test_ids_without_room_for_padding_are_refused(model, inputs):
+    latents, sigma, ids = inputs
+    with pytest.raises(GenAttnError, match="must keep one pad"):
+        model(latents, sigma, ids[:, :10])
+    with pytest.raises(GenAttnError, match="no longer than padded_length"):
+        model(latents, sigma, ids, padded_length=10)
+
+
+@pytest.mark.parametrize("change", [{"heads": 0}, {"head_dim": 13}, {"head_dim": 4}, {"layers": 0}])
+def test_bad_sizes_are_refused(change):
+    with pytest.raises(GenAttnError, match="sizes must be >= 1"):
+        denoiser.DenoiserSize(**change)
+
+
+def test_every_caption_is_one_token_a_word(tokenizer):
+    for seed in range(200):
+        text = caption(sample_scene(seed, two_objects=0.5))
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.split()) + 1 < denoiser.TEXT_TOKENS
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert {"red", "right", "orbits", "background"} <= set(caption_words())
+
+
+@pytest.mark.parametrize("text", ["", " ", "A photo of Ünïcode 漢字 🎉", "a  RED\ncircle", "x" * 3000])
+def test_any_text_tokenizes_without_unknowns(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert 2 not in ids
+    assert ids[-1] == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True).split() == text.lower().split()
+
+
+def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in CAPTIONS:
+        assert loaded(text).input_ids == tokenizer(text).input_ids
+
+
+def test_heads_that_do_not_divide_the_text_width_are_refused():
+    with pytest.raises(GenAttnError, match="heads must divide width"):
+        build_text_encoder(100, width=30, heads=4)
