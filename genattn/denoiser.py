@@ -20,6 +20,15 @@ from genattn.seam import MARK, swapped_class
 INJECTION = "_genattn_injection"
 
 
+# torch.compiler.disable has no inverse: plugins must run untraced, the stock forward under them must not
+try:
+    from torch._C._dynamo.eval_frame import set_eval_frame as _set_eval_frame
+except ImportError:  # pragma: no cover
+
+    def _set_eval_frame(callback: Any) -> Any:
+        return None
+
+
 class _Here(threading.local):
     def __init__(self) -> None:
         self.run: Run | None = None
@@ -59,12 +68,23 @@ def denoiser_class(stock: Any) -> type:
 
 
 def _around(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.partial(torch.compiler.disable, recursive=False)
     def around(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         injection = self.__dict__.get(INJECTION)
-        if injection is None or run_of(self) is not None:
+        if injection is None or (HERE.run is not None and HERE.run.model is self):
             return stock(self, *args, **kwargs)
-        return injection.forward(functools.partial(stock, self), args, kwargs)
+        compiler = _set_eval_frame(None)
+
+        def under(*given: Any, **named: Any) -> Any:
+            _set_eval_frame(compiler)
+            try:
+                return stock(self, *given, **named)
+            finally:
+                _set_eval_frame(None)
+
+        try:
+            return injection.forward(under, args, kwargs)
+        finally:
+            _set_eval_frame(compiler)
 
     return functools.wraps(stock)(around)
 
