@@ -155,18 +155,28 @@ class BlockPlan:
         )
 
     @cached_property
+    def transposed_order(self) -> torch.Tensor:
+        """Int64 [nnz]: which entry of this plan stands at each place of `transposed.columns`."""
+        row, partial = self.entries
+        tiles, keys = self.query_tiles.shape[0], self.key_tiles.shape[0]
+        head = torch.div(row, tiles, rounding_mode="floor")
+        rank = ((head * keys + self.columns.long()) * 2 + partial.long()) * tiles + row % tiles
+        return torch.argsort(rank)
+
+    @cached_property
     def transposed(self) -> "BlockPlan":
         """The inverse lists: per key tile the query tiles that visit it (for dK and dV); same rule, roles not swapped."""
-        rows = []
-        for head in range(self.num_heads):
-            rows.append(_invert(self, head))
-        counts = torch.stack([torch.stack(r[:2]) for r in rows]).to(torch.int32)
-        columns = torch.cat([r[2] for r in rows]).to(torch.int32)
-        ptr = torch.zeros(self.num_heads, self.key_tiles.shape[0] + 1, dtype=torch.int32, device=self.device)
-        flat = counts[:, 0].flatten().cumsum(0)
-        ptr[:, 1:] = flat.view(self.num_heads, -1)
-        ptr[1:, 0] = ptr[:-1, -1]
-        return BlockPlan(self.key_tiles, self.query_tiles, ptr, columns, counts[:, 1], self.rule, self.seqlen_k, self.seqlen_q)
+        row, partial = self.entries
+        tiles, keys = self.query_tiles.shape[0], self.key_tiles.shape[0]
+        owner = torch.div(row, tiles, rounding_mode="floor") * keys + self.columns.long()
+        visits = torch.bincount(owner, minlength=self.num_heads * keys).view(self.num_heads, keys)
+        full = torch.bincount(owner[~partial], minlength=self.num_heads * keys).view(self.num_heads, keys)
+        ends = visits.flatten().cumsum(0).view(self.num_heads, keys)
+        row_ptr = torch.cat([ends[:, :1] - visits[:, :1], ends], 1).to(torch.int32)
+        columns = (row % tiles)[self.transposed_order].to(torch.int32)
+        return BlockPlan(
+            self.key_tiles, self.query_tiles, row_ptr, columns, full.to(torch.int32), self.rule, self.seqlen_k, self.seqlen_q
+        )
 
 
 def plan_of_handle(handle: torch.Tensor) -> BlockPlan:
@@ -175,21 +185,6 @@ def plan_of_handle(handle: torch.Tensor) -> BlockPlan:
     if plan is None:
         raise ValueError(f"the plan behind handle {int(handle)} must be alive, it is gone; keep a reference to the BlockPlan")
     return plan
-
-
-def _invert(plan: BlockPlan, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(visits per key tile, full visits per key tile, query tiles sorted by key tile with the full ones first)."""
-    first, last = int(plan.row_ptr[head, 0]), int(plan.row_ptr[head, -1])
-    columns = plan.columns[first:last].long()
-    lengths = plan.row_lengths[head]
-    row = torch.repeat_interleave(torch.arange(lengths.numel(), device=plan.device), lengths)
-    place = torch.arange(columns.numel(), device=plan.device) - (plan.row_ptr[head, :-1].long() - first)[row]
-    partial = (place >= plan.num_full[head].long()[row]).long()
-    order = torch.argsort((columns * 2 + partial) * lengths.numel() + row)
-    tiles = plan.key_tiles.shape[0]
-    visits = torch.bincount(columns, minlength=tiles)
-    full = torch.bincount(columns[partial == 0], minlength=tiles)
-    return visits, full, row[order]
 
 
 def dense_plan(seqlen_q: int, seqlen_k: int, block_q: int = 128, block_k: int = 128) -> BlockPlan:

@@ -8,16 +8,15 @@ skips the rest. Where the bits of a grid rule would take too much memory, they a
 import ctypes
 
 import torch
-import torch.nn.functional as F
 
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.element_rule import ElementRule, GridRule, PerHeadRule
 from genattn.kernels.native_build import native_library
+from genattn.kernels.packed_masks import empty_masks, fill_masks, mask_bytes, mask_slots
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WORKSPACE = 256 << 20
 _BITS_LIMIT = 1 << 30
-_TILES_AT_ONCE = 64
 
 
 class _Rule(ctypes.Structure):
@@ -49,8 +48,8 @@ def why_not_native(query: torch.Tensor, plan: BlockPlan) -> str | None:
         return f"it is for CPU tensors, got {query.device.type}"
     if query.dtype not in _DTYPES:
         return f"the dtype must be float32, bfloat16 or float16, got {query.dtype}"
-    if plan.rule is not None and _grid_rules(plan.rule) is None and _bits_size(plan) > _BITS_LIMIT:
-        limit, size = _BITS_LIMIT >> 20, _bits_size(plan) >> 20
+    if plan.rule is not None and _grid_rules(plan.rule) is None and mask_bytes(plan) > _BITS_LIMIT:
+        limit, size = _BITS_LIMIT >> 20, mask_bytes(plan) >> 20
         return f"the packed masks of its partial tiles must stay under {limit} MiB, got {size} MiB"
     library = native_library()
     return library if isinstance(library, str) else None
@@ -159,23 +158,17 @@ def _masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] |
     None when they would be too large to keep: grid rules are then evaluated again in every call.
     """
     if "masks" not in plan.cache:
-        plan.cache["masks"] = None if _bits_size(plan) > _BITS_LIMIT else _build_masks(plan)
+        plan.cache["masks"] = None if mask_bytes(plan) > _BITS_LIMIT else _build_masks(plan)
     return plan.cache["masks"]  # type: ignore[return-value]
-
-
-def _bits_size(plan: BlockPlan) -> int:
-    """Bytes of one bit per score of the partial tiles."""
-    partial = int(plan.entries[1].sum()) * (plan.mask_heads // plan.num_heads)
-    return partial * plan.block_q * -(-plan.block_k // 16) * 2
 
 
 def _build_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     library = native_library()
     assert plan.rule is not None
     assert not isinstance(library, str)
-    slots = _slots(plan)
-    count = int(slots.max()) + 1
-    bits = torch.zeros(count, plan.block_q, -(-plan.block_k // 16), dtype=torch.int16)
+    slots = mask_slots(plan)
+    count = int(slots.max()) + 1 if slots.numel() else 0
+    bits = empty_masks(plan, count)
     spans = torch.zeros(count, 4, dtype=torch.int16)
     call = _Call(slots=slots.data_ptr(), bits=bits.data_ptr(), spans=spans.data_ptr())
     alive = [*_point_at_lists(call, plan), *_point_at_rules(call, plan.rule, plan.mask_heads)]
@@ -183,34 +176,7 @@ def _build_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     if call.rules:
         library.genattn_evaluate_rules(ctypes.byref(call))
     else:
-        _evaluate_rule(plan, slots, bits)
+        fill_masks(plan, slots, bits)
     library.genattn_measure_spans(ctypes.byref(call), ctypes.c_int64(count))
     del alive
     return slots, bits, spans
-
-
-def _slots(plan: BlockPlan) -> torch.Tensor:
-    """Partial entries counted through, int32 [1, nnz], or [heads, nnz] when heads share lists but not rules; -1 elsewhere."""
-    partial = plan.entries[1]
-    owned = partial.expand(plan.mask_heads // plan.num_heads, -1)
-    return torch.where(owned, owned.flatten().cumsum(0).view_as(owned) - 1, -1).to(torch.int32)
-
-
-def _evaluate_rule(plan: BlockPlan, slots: torch.Tensor, bits: torch.Tensor) -> None:
-    """Fill `bits` by calling the rule; for rules that the kernel does not know."""
-    assert plan.rule is not None
-    row, partial = plan.entries
-    tile = row % plan.query_tiles.shape[0]
-    # bit 15 of an int16 is its sign
-    weights = torch.tensor([1 << i for i in range(15)] + [-(1 << 15)], dtype=torch.int32)
-    for chunk in torch.nonzero(partial).flatten().split(_TILES_AT_ONCE):
-        queries = plan.query_tiles[tile[chunk]].long()[:, :, None]
-        keys = plan.key_tiles[plan.columns[chunk].long()].long()[:, None, :]
-        seen = plan.rule(queries.clamp_min(0), keys.clamp_min(0)) & (queries >= 0) & (keys >= 0)
-        seen = F.pad(seen, (0, bits.shape[2] * 16 - plan.block_k)).unflatten(-1, (bits.shape[2], 16))
-        packed = (seen.int() * weights).sum(-1).to(torch.int16)
-        if packed.shape[0] > slots.shape[0]:
-            # lists per head: each entry belongs to one head
-            head = torch.div(row[chunk], plan.query_tiles.shape[0], rounding_mode="floor")
-            packed = packed[head, torch.arange(chunk.numel())][None]
-        bits[slots[:, chunk].long()] = packed.expand(slots.shape[0], -1, -1, -1)

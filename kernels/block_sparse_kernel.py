@@ -1,0 +1,210 @@
+"""Triton forward of block-sparse attention (jitted code only; the host is block_sparse_triton.py).
+
+One program serves one query tile of one head: first the full key tiles with no mask, then the partial ones, in which the
+element rule is evaluated from coordinates and small tables in registers. Rows are gathered by token index, so a tile may be
+any set of tokens; tiles that are runs of the sequence skip the index load. Flash-style online softmax in base 2 (Dao et al.,
+arXiv 2205.14135, Alg. 1), log-sum-exp out in base e.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_tokens(TILES, tile, lanes, seqlen, BLOCK: tl.constexpr, RUNS: tl.constexpr):
+    """Token of each lane, and whether the lane is in use."""
+    if RUNS:
+        token = tile * BLOCK + lanes
+        return token, token < seqlen
+    else:
+        token = tl.load(TILES + tile * BLOCK + lanes)
+        return tl.maximum(token, 0), token >= 0
+
+
+@triton.jit
+def load_rows(base, token, used, stride, channels, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ALL: tl.constexpr,
+              WIDE: tl.constexpr):  # fmt: skip
+    """[lanes, DIM_PAD] rows of a [S, D] view by token; unused lanes and channels are zero."""
+    if WIDE:
+        token = token.to(tl.int64)
+    at = base + token[:, None] * stride + channels[None, :]
+    if ALL and DIM == DIM_PAD:
+        return tl.load(at)
+    elif DIM == DIM_PAD:
+        return tl.load(at, mask=used[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=used[:, None] & (channels < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_coords(COORDS, token, used):
+    """(t, y, x) of tokens; an unused lane counts as padding."""
+    t = tl.load(COORDS + token * 3, mask=used, other=-2)
+    return t, tl.load(COORDS + token * 3 + 1, mask=used, other=0), tl.load(COORDS + token * 3 + 2, mask=used, other=0)
+
+
+@triton.jit
+def axis_visible(low, width, at_q, at_k, extent, DILATION: tl.constexpr, CIRCULAR: tl.constexpr):
+    """Window test along one axis, [BQ, BK]."""
+    if CIRCULAR:
+        low = ((low % extent) + extent) % extent
+    ahead = at_k[None, :] - low[:, None]
+    if CIRCULAR:
+        ahead = tl.where(ahead < 0, ahead + extent, ahead)
+    seen = (ahead >= 0) & (ahead < width[:, None])
+    if DILATION > 1:
+        seen = seen & ((at_k % DILATION)[None, :] == (at_q % DILATION)[:, None])
+    return seen
+
+
+@triton.jit
+def grid_visible(tq, yq, xq, tk, yk, xk, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest, extent_y, extent_x,
+                 DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr):  # fmt: skip
+    """GridRule on a tile pair, bool [BQ, BK]: one pass per frame that the key tile holds."""
+    seen = (tk == -1)[None, :] | ((tq < 0)[:, None] & (tk != -2)[None, :])
+    first = tl.load(FRAME_SPAN + key_tile * 2)
+    last = tl.load(FRAME_SPAN + key_tile * 2 + 1)
+    for frame in tl.range(first, last):
+        kind = tl.load(CLASSES + tq * frames + frame, mask=tq >= 0, other=-1)
+        row = tl.maximum(kind, 0) * 2 * longest
+        width_y = tl.where(kind >= 0, tl.load(WIDTH + row + yq), 0)
+        width_x = tl.load(WIDTH + row + longest + xq)
+        inside = axis_visible(tl.load(LOW + row + yq), width_y, yq, yk, extent_y, DIL_Y, CIRC_Y)
+        inside = inside & axis_visible(tl.load(LOW + row + longest + xq), width_x, xq, xk, extent_x, DIL_X, CIRC_X)
+        seen = seen | (inside & (tk == frame)[None, :])
+    return seen
+
+
+@triton.jit
+def bits_visible(BITS, slot, rows, lanes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Packed visibility of a tile pair, bool [BQ, BK]; words of 16 bits."""
+    words: tl.constexpr = (BLOCK_K + 15) // 16
+    at = BITS + (slot.to(tl.int64) * BLOCK_Q + rows)[:, None] * words + (lanes // 16)[None, :]
+    return ((tl.load(at).to(tl.int32) >> (lanes % 16)[None, :]) & 1) != 0
+
+
+@triton.jit
+def accumulate(scores, value, acc, top, total, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax: fold scores (base 2) and their values in."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    offset = tl.where(new_top == float("-inf"), 0.0, new_top) if GUARD else new_top
+    shrink = tl.exp2(top - offset)
+    weights = tl.exp2(scores - offset[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit
+def add_frame_sums(FRAME_LSE, row_at, used_q, scores, tk, FRAME_SPAN, key_tile):
+    """Fold scores (base 2) into the running log-sum-exp of each key frame (base e); this program owns the rows."""
+    first = tl.load(FRAME_SPAN + key_tile * 2)
+    last = tl.load(FRAME_SPAN + key_tile * 2 + 1)
+    for frame in tl.range(first, last):
+        here = tl.where((tk == frame)[None, :], scores, float("-inf"))
+        at = FRAME_LSE + row_at + frame
+        old = tl.load(at, mask=used_q, other=float("-inf")) * LOG2E
+        top = tl.maximum(old, tl.max(here, 1))
+        offset = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.exp2(old - offset) + tl.sum(tl.exp2(here - offset[:, None]), 1)
+        new = tl.where(total > 0, (offset + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, float("-inf"))
+        tl.store(at, new, mask=used_q)
+        # the next tile of this frame reads what was just written, perhaps by another thread
+        tl.debug_barrier()
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK,
+    COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, scale,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
+    seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    LISTS: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
+    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
+    HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """LISTS, RULE_HEADS, SLOT_ROWS: 1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A key tile is taken in SPLIT
+    steps."""
+    head = tl.program_id(1) % heads
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    listed = head if LISTS > 1 else 0
+    # longest lists first, so that the last wave is short
+    tile = tl.load(ORDER + listed * tiles_q + tl.program_id(0))
+    rows = tl.arange(0, BLOCK_Q)
+    step: tl.constexpr = BLOCK_K // SPLIT
+    channels = tl.arange(0, DIM_PAD)
+    token_q, used_q = tile_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
+    kv_head = head // group
+    query = load_rows(Q + batch * q_b + head * q_h, token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE)
+    K += batch * k_b + kv_head * k_h
+    V += batch * v_b + kv_head * v_h
+    if MASKED:
+        KEY_MASK += batch * seqlen_k
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, DIM_PAD], tl.float32)
+    factor = scale * LOG2E
+    if HAS_FRAMES:
+        row_at = ((batch * seqlen_q + token_q) * heads + head) * frames
+    first = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile)
+    last = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile + 1)
+    ragged = first + tl.load(NUM_FULL + listed * tiles_q + tile)
+    for turn in tl.range(first * SPLIT, ragged * SPLIT):
+        key_tile = tl.load(COLUMNS + turn // SPLIT)
+        lanes = (turn % SPLIT) * step + tl.arange(0, step)
+        token_k, used_k = tile_tokens(KEY_TILES, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
+        if MASKED:
+            used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
+        key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, not HOLES, WIDE)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+        if HOLES:
+            scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
+        if HAS_FRAMES:
+            frame_k = tl.load(COORDS + token_k * 3, mask=used_k, other=-2)
+            add_frame_sums(FRAME_LSE, row_at, used_q, scores, frame_k, FRAME_SPAN, key_tile)
+        value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, not HOLES, WIDE)
+        acc, top, total = accumulate(scores, value, acc, top, total, HOLES, PRECISION)
+    if RULE > 0:
+        if RULE == 1:
+            ruled = head if RULE_HEADS > 1 else 0
+            CLASSES += ruled * frames * frames
+            LOW += ruled * classes * 2 * longest
+            WIDTH += ruled * classes * 2 * longest
+            tq, yq, xq = load_coords(COORDS, token_q, used_q)
+        for turn in tl.range(ragged * SPLIT, last * SPLIT):
+            key_tile = tl.load(COLUMNS + turn // SPLIT)
+            lanes = (turn % SPLIT) * step + tl.arange(0, step)
+            token_k, used_k = tile_tokens(KEY_TILES, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
+            if MASKED:
+                used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
+            key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, False, WIDE)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+            if RULE == 1:
+                tk, yk, xk = load_coords(COORDS, token_k, used_k)
+                seen = grid_visible(tq, yq, xq, tk, yk, xk, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
+                                    extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X)  # fmt: skip
+            else:
+                slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // SPLIT)
+                seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
+            scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
+            if HAS_FRAMES:
+                frame_k = tl.load(COORDS + token_k * 3, mask=used_k, other=-2)
+                add_frame_sums(FRAME_LSE, row_at, used_q, scores, frame_k, FRAME_SPAN, key_tile)
+            value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, False, WIDE)
+            acc, top, total = accumulate(scores, value, acc, top, total, True, PRECISION)
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    if HAS_MIX:
+        # SoftPAG: towards the query's own value, lerp(out, v, u)
+        own = load_rows(V, token_q, used_q, v_s, channels, DIM, DIM_PAD, False, WIDE).to(tl.float32)
+        acc += tl.load(MIX + head) * (own - acc)
+    token_o = token_q.to(tl.int64) if WIDE else token_q
+    at = OUT + batch * o_b + head * o_h + token_o[:, None] * o_s + channels[None, :]
+    tl.store(at, acc.to(OUT.dtype.element_ty), mask=used_q[:, None] & (channels < DIM)[None, :])
+    tl.store(LSE + (batch * seqlen_q + token_q) * heads + head, lse, mask=used_q)
