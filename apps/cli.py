@@ -21,6 +21,8 @@ app.command("generate")(commands_sampling.generate_command)
 app.command("compare")(commands_sampling.compare_command)
 app.command("long")(commands_long.long_command)
 app.command("simulate")(commands_patterns.simulate_command)
+app.command("plan")(commands_patterns.plan_command)
+app.command("show")(commands_patterns.show_command)
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
-"""Commands about patterns, from geometry alone: simulate."""
+"""Commands about patterns, from geometry alone: simulate, plan, show."""
 
 import re
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from genattn.apps import options
-from genattn.apps.printing import print_json, print_table
+from genattn.apps.attention_names import pattern_from_name
+from genattn.apps.output_files import check_out
+from genattn.apps.printing import print_json, print_lines, print_table
 from genattn.errors import GenAttnError
 
 Shape = Annotated[str, typer.Option(help="Tokens per axis, FRAMESxHEIGHTxWIDTH or HEIGHTxWIDTH, e.g. 30x48x80.")]
@@ -44,6 +47,89 @@ def simulate_command(
         print_json(asdict(found))
     else:
         print_table([{"bound": name, "value": value} for name, value in asdict(found).items()])
+
+
+def plan_command(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A preset (wan-14b, hunyuan, flux, ...) or a local folder.")
+    ] = "wan-14b",
+    size: Annotated[str | None, typer.Option(help="Pixels, HEIGHTxWIDTH, e.g. 720x1280; default: the model's.")] = None,
+    frames: options.FrameCount = None,
+    target_density: Annotated[float, typer.Option(help="Share of the scores that a sparse call may compute.")] = 0.25,
+    dense_steps: Annotated[float, typer.Option(help="Share of the steps that stays dense.")] = 0.25,
+    dense_layers: options.DenseLayers = 1,
+    steps: options.Steps = None,
+    as_json: options.Json = False,
+) -> None:
+    """Rank patterns for a model and size by predicted speed; name legal sizes nearby and what a run costs.
+
+    Example: genattn plan --model wan-14b --size 720x1280 --frames 81 --target-density 0.25
+    """
+    from genattn.planner import plan_settings
+
+    pixels = None if size is None else parse_shape("--size", size)
+    if pixels is not None and len(pixels) != 2:
+        raise GenAttnError(f"--size must be HEIGHTxWIDTH, e.g. 720x1280, got {size!r}")
+    found = plan_settings(model, pixels, frames, target_density, dense_steps, dense_layers, steps)
+    rows = [_setting_row(asdict(s) | {"pattern": repr(s.pattern)}) for s in found.settings]
+    summary = {
+        "model": found.model,
+        "size": "x".join(map(str, found.size)),
+        "frames": found.frames,
+        "tokens": found.layout.describe(),
+        "steps": found.steps,
+        "dense_steps": found.dense_steps,
+        "dense_layers": found.dense_layers,
+        "attention_share": round(found.attention_share, 4),
+        "dense_pflops": round(found.dense_pflops, 2),
+    }
+    if as_json:
+        print_json({**summary, "settings": rows, "nearby": [asdict(n) for n in found.nearby]})
+        return
+    print_lines(", ".join(f"{name} {value}" for name, value in summary.items()))
+    print_table(rows, "predicted, fastest first", [n for n in rows[0] if n != "pattern"] if rows else None)
+    print_table([{k: str(v) for k, v in asdict(n).items()} for n in found.nearby], "legal sizes nearby")
+
+
+def _setting_row(setting: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in setting.items()}
+
+
+def show_command(
+    grid: Shape,
+    attention: options.Attention = "radial",
+    pattern_options: options.PatternOptions = None,
+    text_before: Annotated[int, typer.Option(help="Text tokens before the grid.")] = 0,
+    text_after: Annotated[int, typer.Option(help="Text tokens after the grid.")] = 0,
+    query: Annotated[
+        str | None, typer.Option(help="Grid place whose window is drawn, e.g. 4x8x8; default: the middle.")
+    ] = None,
+    block: Annotated[int, typer.Option(help="Tokens per tile.")] = 128,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write; default: draw in the terminal.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Draw a pattern: the token mask, the block plan and one token's window, as a picture or in the terminal.
+
+    Example: genattn show --grid 8x16x16 --attention radial --out radial.png
+    """
+    from genattn.show import draw_pattern, terminal_pattern
+    from genattn.token_layout import TokenLayout
+
+    pattern = pattern_from_name(attention, pattern_options)
+    if pattern is None:
+        raise GenAttnError("show draws a pattern, and dense attention has none; name another --attention")
+    layout = TokenLayout.from_grid(parse_shape("--grid", grid), text_before, text_after)
+    plan = pattern.plan(layout, block, block)
+    if out is not None:
+        check_out(out, (".png", ".svg", ".pdf"))
+        draw_pattern(pattern, layout, out, query=None if query is None else parse_shape("--query", query), block=block)
+    if as_json:
+        facts = {"pattern": repr(pattern), "layout": layout.describe(), "density": plan.density, "full_share": plan.full_share}
+        print_json(facts | {"file": None if out is None else str(out)})
+    elif out is None:
+        print_lines(terminal_pattern(pattern, layout, block=block))
+    else:
+        print_lines(f"density {plan.density:.4f}, {plan.full_share:.0%} of visited tiles need no mask; wrote {out}")
 
 
 def parse_shape(option: str, text: str) -> tuple[int, ...]:
