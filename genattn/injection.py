@@ -83,6 +83,7 @@ class Injection:
         pairs = [(plugin, handle) for handle in self.handles for plugin in handle.plugins]
         self._wrappers = [plugin for plugin, _ in pairs if type(plugin).forward is not Plugin.forward]
         editors = [(plugin, handle) for plugin, handle in pairs if type(plugin).attention is not Plugin.attention]
+        editors.sort(key=lambda pair: pair[0].answers)
         for mark in self.marks:
             mark.chain = tuple((plugin, handle) for plugin, handle in editors if plugin.wants(mark.site))
 

@@ -2,8 +2,8 @@
 
     stock processor -> dispatch -> [plugin 1 [plugin 2 [... the user's own dense backend]]]
 
-Plugins form a chain in the order in which they were applied; the first is outermost. Each gets the call and `inner`, which runs
-the rest of the chain. A pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
+Plugins form a chain in the order in which they were applied; the first is outermost, except that patterns, which answer a call
+themselves, stand inside of all that edit answers. Each gets the call and `inner`, which runs the rest of the chain. A pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
 """
 
 from abc import ABC
@@ -141,6 +141,8 @@ class Plugin(ABC):  # noqa: B024
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     """Keys that may come in the per-call options, besides `enabled` and `num_steps`."""
+    answers: ClassVar[bool] = False
+    """Whether `attention` computes the answer itself instead of editing what `inner` gives; such plugins stand innermost."""
 
     def attach(self, model: "nn.Module", sites: Sequence[AttentionSite]) -> None:  # noqa: B027
         """Called once per denoiser before anything is changed; raise GenAttnError if this model cannot be served."""

@@ -25,6 +25,7 @@ class SparsePlugin(Plugin):
     """
 
     option_names: ClassVar[frozenset[str]] = Schedule.names() | {"impl"}
+    answers: ClassVar[bool] = True
 
     def __init__(self, pattern: Pattern, schedule: Schedule | None = None, impl: str = "auto") -> None:
         if not isinstance(pattern, Pattern):
@@ -51,6 +52,10 @@ class SparsePlugin(Plugin):
         """Forget the model."""
         self._blocks.pop(id(model), None)
 
+    def blocks_of(self, model: nn.Module | None) -> int:
+        """Number of blocks of an attached model, over all its stacks."""
+        return self._blocks.get(id(model), 0)
+
     def wants(self, site: AttentionSite) -> bool:
         """Attention over a grid: all of it, or one frame of it."""
         return site.kind in ("self", "joint", "spatial")
@@ -63,7 +68,7 @@ class SparsePlugin(Plugin):
         """Sparse, or `inner` with a reason."""
         options = call.run.options_of(self)
         schedule = self.schedule.with_options(options)
-        blocks = self._blocks.get(id(call.run.model), 0)
+        blocks = self.blocks_of(call.run.model)
         reason = schedule.why_dense(call.run, call.site, call.query.shape[1], blocks) or self.why_not(call)
         if reason:
             return _dense(call, inner, reason)

@@ -154,7 +154,7 @@ class HeadTap(Plugin):
 
     def wants(self, site: AttentionSite) -> bool:
         """The selected layers' attention."""
-        return self.target != "skip" and (site.model, site.name) in self._sites
+        return (site.model, site.name) in self._sites
 
     @contextlib.contextmanager
     def marking(self, run: Run, mixes: dict[int, HeadMix]) -> Iterator[None]:

@@ -197,7 +197,7 @@ class SoftPAG(HeadTap):
         clean = leaves(take_rows(_HERE.clean, role.rows, role.batch))
         bypasses = {place: self._bypass(tapped, place, recorder) for place, recorder in skipped.items()}
         with prefix.repeating(role.rows, role.batch) if prefix else nullcontext(), tapped.blocks.swapped(bypasses):
-            mixes = tapped.mix(len(role.rows), torch.arange(len(role.rows)))
+            mixes = {} if self.target == "skip" else tapped.mix(len(role.rows), torch.arange(len(role.rows)))
             perturbed = self.perturbed_pass(step.run, role, mixes, args, kwargs, inner)
         for bypass in bypasses.values():
             tapped.hits[bypass.layer] += bypass.hits

@@ -13,8 +13,8 @@ from genattn.guidance.block_swap import CHAINS
 from genattn.guidance.head_tap import primary_sites
 from genattn.guidance.prediction import leaves
 from genattn.guidance.softpag import SoftPAG
-from genattn.plugin import AttentionSite
 from genattn.pipelines.tiny_random import build_inputs, build_model, families
+from genattn.plugin import AttentionSite
 
 LINEAR = {"sana"}
 ONE_BY_ONE = {"mochi"}
