@@ -99,7 +99,10 @@ def skyreels(**config: Any) -> Any:
         # the stock pipeline cleans prompts with ftfy and does not ask whether it is there
         module.ftfy = types.SimpleNamespace(fix_text=lambda words: words)
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
-    scheduler = diffusers.UniPCMultistepScheduler(**flow)
+    # without its corrector: the stock loop hands the scheduler a view of the latents and overwrites it in place, so the
+    # corrector of
+    # the second step reads a wrong last sample (diffusers 0.42); ours keeps it
+    scheduler = diffusers.UniPCMultistepScheduler(**flow, disable_corrector=list(range(50)))
     return quiet(
         diffusers.SkyReelsV2DiffusionForcingPipeline(
             transformer=build_model("skyreels", **config),
