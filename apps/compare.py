@@ -95,7 +95,7 @@ def _sample(result: RunResult, dense: RunResult, prompt: str, settings: Sampling
         result.peak_memory_gb,
         psnr(result.frames, dense.frames),
         ssim(result.frames, dense.frames),
-        {name: float(oracle[name]) for name in JUDGED} if oracle else {},
+        {name: oracle[name] for name in JUDGED} if oracle else {},
     )
 
 

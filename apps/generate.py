@@ -116,13 +116,21 @@ def _row(result: RunResult, dense: list[RunResult], request: GenerateRequest) ->
     return row
 
 
-def oracle_scores(frames: npt.NDArray[np.uint8], prompt: str) -> dict[str, Any] | None:
-    """What the tiny world's oracle reads in uint8 [T, H, W, 3]; None for a prompt outside that world."""
+def oracle_scores(frames: npt.NDArray[np.uint8], prompt: str) -> dict[str, float] | None:
+    """What the tiny world's oracle reads in uint8 [T, H, W, 3]; None for a prompt outside that world.
+
+    colour, shape, motion, size: share of the asked objects that have it right. background, count: 1 or 0.
+    """
     from genattn.pipelines.tiny_oracle import judge
     from genattn.pipelines.tiny_world import parse_caption
 
     scene = parse_caption(prompt)
-    return None if scene is None else asdict(judge(frames, scene))
+    if scene is None:
+        return None
+    verdict = judge(frames, scene)
+    shares = {name: verdict.share(name) for name in ("colour", "shape", "motion", "size")}
+    whole = {name: float(getattr(verdict, name)) for name in ("background", "count", "consistency", "flicker", "motion_amount")}
+    return {name: round(value, 4) for name, value in {**shares, **whole}.items()}
 
 
 def _write_clips(request: GenerateRequest, report: dict[str, Any], results: list[RunResult]) -> None:

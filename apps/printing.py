@@ -46,7 +46,9 @@ def print_clips(report: Mapping[str, Any]) -> None:
     rows = []
     for run in report["runs"]:
         oracle = run.get("oracle") or {}
-        rows.append({**run, **{name: "yes" if oracle[name] else "no" for name in judged if name in oracle}})
+        rows.append(
+            {**run, **{name: {1.0: "yes", 0.0: "no"}.get(oracle[name], oracle[name]) for name in judged if name in oracle}}
+        )
     title = f"{report['prompt']!r}, seed {report['seed']}, {report['num_inference_steps']} steps, {report['device']}"
     print_table(rows, title, ["attention", "seconds", "density", "peak_memory_gb", "psnr", "ssim", *judged])
     print_lines(*(f"note: {line}" for line in [*report["warnings"], *(n for run in report["runs"] for n in run["notes"])]))

@@ -171,3 +171,15 @@ def test_interrupt_leaves_nothing(random_wan_folder: Path, tmp_path: Path) -> No
     assert process.returncode == 130, rest
     assert "genattn: stopped; no unfinished file was left" in rest
     assert os.listdir(tmp_path) == []
+
+
+def test_oracle_scores_of_a_true_clip() -> None:
+    from genattn.apps.generate import oracle_scores
+    from genattn.pipelines.tiny_world import parse_caption, render
+
+    prompt = "a red circle moves right on a dark background"
+    clip = render(parse_caption(prompt), 29, 64, 64)
+    scores = oracle_scores(clip, prompt)
+    assert [scores[name] for name in ("colour", "shape", "motion", "background", "count")] == [1.0] * 5
+    assert oracle_scores(clip, "a blue square moves left on a light background")["colour"] == 0
+    assert oracle_scores(clip, "a cat") is None
