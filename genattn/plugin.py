@@ -2,8 +2,9 @@
 
     stock processor -> dispatch -> [plugin 1 [plugin 2 [... the user's own dense backend]]]
 
-Plugins form a chain in the order in which they were applied; the first is outermost, except that patterns, which answer a call
-themselves, stand inside of all that edit answers. Each gets the call and `inner`, which runs the rest of the chain. A pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
+Plugins form a chain in the order in which they were applied; the first is outermost, except that patterns, which answer a
+call themselves, stand inside of all that edit answers. Each gets the call and `inner`, which runs the rest of the chain. A
+pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
 """
 
 from abc import ABC

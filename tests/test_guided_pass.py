@@ -76,7 +76,7 @@ def test_goes_with_sparse_patterns(pattern: Any) -> None:
 
 
 def test_goes_with_sparse_patterns_exactly_for_full_heads() -> None:
-    """Heads at u = 1 give their values whatever the pattern, so perturbed heads of a sparse layer equal those of a dense one."""
+    """Heads at u = 1 give their values, whatever pattern the layer runs under."""
     model, inputs = build_model("wan"), build_inputs("wan")
     seen: list[torch.Tensor] = []
 
