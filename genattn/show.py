@@ -48,7 +48,7 @@ def draw_pattern(
     _check(kinds, layout, query)
     pattern.check(layout)
     kinds = [k for k in kinds if k != "mask" or layout.seqlen <= MASK_TOKENS] or ["plan"]
-    figure = _figure(sum(2 if k == "window" else 1 for k in kinds))
+    figure = new_figure(sum(2 if k == "window" else 1 for k in kinds))
     slots = figure.add_gridspec(1, sum(2 if k == "window" else 1 for k in kinds))
     place = 0
     for kind in kinds:
@@ -58,9 +58,9 @@ def draw_pattern(
         if kind == "mask":
             _draw_mask(figure.add_subplot(slot), pattern, layout, head)
         elif kind == "plan":
-            _draw_plan(figure.add_subplot(slot), plan or pattern.plan(layout, block, block), head)
+            draw_plan(figure.add_subplot(slot), plan or pattern.plan(layout, block, block), head)
         else:
-            _draw_window(figure, slot, pattern, layout, query, head)
+            draw_window(figure, slot, pattern, layout, query, head)
     figure.suptitle(f"{type(pattern).__name__} on {layout.describe()}", fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=110)
@@ -125,7 +125,8 @@ def _head(heads: int, head: int) -> int:
     return head if heads > 1 else 0
 
 
-def _figure(panels: int) -> "Figure":
+def new_figure(panels: int) -> "Figure":
+    """An empty figure for `panels` panels in a row. Raises GenAttnError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -141,7 +142,8 @@ def _draw_mask(axes: Any, pattern: Pattern, layout: TokenLayout, head: int) -> N
     _label(axes, "key token", "query token")
 
 
-def _draw_plan(axes: Any, plan: BlockPlan, head: int) -> None:
+def draw_plan(axes: Any, plan: BlockPlan, head: int = 0) -> None:
+    """One panel: tile pairs visited (light: partly visible, dark: full); query tiles without a key in red."""
     codes = plan_codes(plan, _head(plan.num_heads, head))
     axes.imshow(codes, cmap=_colour_map(_COLOURS), vmin=0, vmax=2, interpolation="nearest", aspect="auto")
     axes.set_title(f"tiles of {plan.block_q} x {plan.block_k}: density {plan.density:.3f}", fontsize=8)
@@ -152,9 +154,10 @@ def _draw_plan(axes: Any, plan: BlockPlan, head: int) -> None:
     _label(axes, "key tile", "query tile")
 
 
-def _draw_window(
-    figure: "Figure", slot: Any, pattern: Pattern, layout: TokenLayout, query: Sequence[int] | None, head: int
+def draw_window(
+    figure: Any, slot: Any, pattern: Pattern, layout: TokenLayout, query: Sequence[int] | None = None, head: int = 0
 ) -> None:
+    """A panel of up to twelve frames into a grid slot of `figure`: what the query (red) sees."""
     frames, height, width = layout.grid3
     query = tuple(n // 2 for n in (frames, height, width)) if query is None else tuple(query)
     seen = visible_from(pattern, layout, query, head)
