@@ -22,7 +22,9 @@ INJECTION = "_genattn_injection"
 
 # torch.compiler.disable has no inverse: plugins must run untraced, the stock forward under them must not
 try:
-    from torch._C._dynamo.eval_frame import set_eval_frame as _set_eval_frame
+    from torch._C._dynamo import eval_frame as _eval_frame
+
+    _set_eval_frame: Callable[[Any], Any] = _eval_frame.set_eval_frame
 except ImportError:  # pragma: no cover
 
     def _set_eval_frame(callback: Any) -> Any:

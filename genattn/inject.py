@@ -10,11 +10,13 @@ from torch import nn
 
 from genattn.denoiser import INJECTION
 from genattn.errors import GenAttnError
+from genattn.explain import Explanation, FirstForward, explain_run
 from genattn.injection import Injection
 from genattn.patterns.pattern import Pattern
 from genattn.plugin import AttentionCall, AttentionSite, Plugin, Run
 from genattn.report import GenAttnWarning, Report, SiteStats
 from genattn.schedule import Schedule
+from genattn.sites import head_dims
 from genattn.sparse_plugin import SparsePlugin
 from genattn.steps import StepTracker
 
@@ -84,7 +86,7 @@ class Handle:
         self._stats: dict[tuple[str, str], SiteStats] = {}
         self._forwards = self._runs = 0
         self._calls_at_run = 0
-        self._told = False
+        self._told = self._stop_first = False
         self._device = "cpu"
         self._injections = _injections(target)
         attached: list[tuple[Plugin, Injection]] = []
@@ -170,6 +172,8 @@ class Handle:
 
     def begin_run(self, run: Run) -> None:
         """A sampling run starts."""
+        if self._stop_first:
+            return
         self._tell_if_blind()
         self._runs += 1
         self._calls_at_run = self._calls
@@ -178,6 +182,9 @@ class Handle:
 
     def before_forward(self, injection: Injection, run: Run) -> None:
         """A forward of the denoiser starts."""
+        if self._stop_first:
+            weight = next(injection.model.parameters())
+            raise FirstForward(run, injection.family, weight.dtype, weight.device)
         self._forwards += 1
 
     def after_forward(self, injection: Injection, run: Run) -> None:
@@ -205,6 +212,29 @@ class Handle:
             warnings.warn(f"genattn: {self.report().verdict}", GenAttnWarning, stacklevel=2)
 
     # ---- what the user reads
+
+    def explain(self, **call: Any) -> Explanation:
+        """What a call would do, for one guidance pass: `handle.explain(prompt="a cat", height=480, num_inference_steps=50)`.
+
+        The target is called with `call` and stopped before its first forward; a bare model takes its inputs. Raises
+        GenAttnError when no pattern is on, or when the call never comes to the denoiser.
+        """
+        plugin = next((p for p in self.plugins if isinstance(p, SparsePlugin)), None)
+        if plugin is None or not self._active:
+            raise GenAttnError("explain needs an active handle with a pattern on it; apply(pipe, RadialPattern()) gives one")
+        self._stop_first = True
+        trackers = {id(i.tracker): (i.tracker, dict(vars(i.tracker))) for i in self._injections}
+        try:
+            self.target(**call)
+        except FirstForward as stop:
+            injection = next(i for i in self._injections if i.model is stop.run.model)
+            sites = [site for _, site in injection.found if plugin.wants(site)]
+            return explain_run(stop, sites, plugin, head_dims(injection.found))
+        finally:
+            self._stop_first = False
+            for tracker, before in trackers.values():
+                vars(tracker).update(before)
+        raise GenAttnError(f"{type(self.target).__name__} returned without a forward of its denoiser; nothing to explain")
 
     def report(self) -> Report:
         """What ran since `apply`: print it, or take `.to_dict()`, `.to_json()`, `.table()`."""

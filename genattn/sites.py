@@ -53,6 +53,16 @@ def find_sites(model: nn.Module, component: str, family: Family | None) -> list[
     return sorted(sites, key=lambda pair: pair[1].depth)
 
 
+def head_dims(found: list[tuple[nn.Module, AttentionSite]]) -> dict[str, int]:
+    """Channels of one head, by site name, where the module tells the width of its queries."""
+    dims = {}
+    for module, site in found:
+        width = getattr(module, "inner_dim", None) or getattr(getattr(module, "to_q", None), "out_features", None)
+        if width and site.heads:
+            dims[site.name] = int(width) // site.heads
+    return dims
+
+
 def unreachable_reason(processor: object) -> str:
     """Why the seam never sees this processor's attention; empty when it does."""
     name = processor.__class__.__name__

@@ -20,6 +20,7 @@ class Family:
     layout: denoiser inputs by name -> segments of the self or joint attention.
     site_layout: for attention over other tokens than `layout` says (temporal, spatial): (kind, length, run's layout) ->
     segments.
+    site_tokens: (model, site's name, run's layout) -> length, where sites of one kind differ in length.
     timestep: name of the argument. rising: whether it grows while sampling. cfg: how guidance passes come when the pipeline
     gives no cache context. reads_values: inputs of which `layout` reads values, not only shapes.
     text_varies: sequences may hold fewer text tokens than the inputs have. side_by_side: the stacks run through the layers
@@ -32,6 +33,7 @@ class Family:
     layout: LayoutFunction
     kinds: tuple[tuple[str, SiteKind], ...] = (("attn2", "cross"),)
     site_layout: SiteLayout | None = None
+    site_tokens: Callable[[Any, str, TokenLayout], int] | None = None
     timestep: str = "timestep"
     rising: bool = False
     cfg: str | None = None

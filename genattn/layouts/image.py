@@ -115,6 +115,19 @@ def unet_level(kind: SiteKind, length: int, whole: TokenLayout) -> TokenLayout |
     return TokenLayout((Segment("grid", (height, width)),)) if height * width == length else None
 
 
+def unet_tokens(model: Any, site: str, whole: TokenLayout) -> int:
+    """Places at the level of the UNet at which `site` stands; the frames for motion modules."""
+    frames, height, width = whole.grid3
+    if "motion_modules" in site:
+        return frames
+    last = len(model.down_blocks) - 1
+    section, *rest = site.split(".")
+    level = {"down_blocks": lambda: int(rest[0]), "up_blocks": lambda: last - int(rest[0])}.get(section, lambda: last)()
+    for _ in range(level):
+        height, width = -(-height // 2), -(-width // 2)
+    return height * width
+
+
 def _patches(model: Any, latents: torch.Tensor) -> list[Segment]:
     patch = model.config.patch_size
     return grid(latents.shape[-2] // patch, latents.shape[-1] // patch)
@@ -194,6 +207,7 @@ FAMILIES = (
         ("down_blocks", "mid_block", "up_blocks"),
         unet,
         site_layout=unet_level,
+        site_tokens=unet_tokens,
         cfg="batched",
     ),
     Family(
@@ -203,6 +217,7 @@ FAMILIES = (
         unet,
         kinds=((r"motion_modules\..*\.attn\d", "temporal"), ("attn2", "cross"), ("attn1", "spatial")),
         site_layout=unet_level,
+        site_tokens=unet_tokens,
         cfg="batched",
     ),
 )
