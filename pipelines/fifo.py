@@ -131,6 +131,7 @@ class Fifo:
         self.denoise, self.solver, self.queue, self.seed = denoise, solver, queue, seed
         self.window_batch, self.tail, self.hooks, self.order = window_batch, tail or GaussianTail(), tuple(hooks), order
         self.group = group or WindowGroup.alone()
+        self._forgotten: set[int] = set()
 
     def batch(self, windows: Sequence[Window], index: Sequence[int], latents: torch.Tensor) -> WindowBatch:
         """The batch that holds these windows of the queue."""
@@ -191,6 +192,10 @@ class Fifo:
             states = {n: _placed(t, state[n], window.write) for n, t in states.items()}
         return latents, states
 
+    def forget(self, slot: int) -> None:
+        """For hooks that replace a latent: the solver's history of that slot no longer holds and is cleared this tick."""
+        self._forgotten.add(slot)
+
     def tick(self) -> tuple[torch.Tensor, list[int]]:
         """One step for everything in the queue; the latents that left, [1, C, K, H, W] (K may be 0), and their frame
         numbers."""
@@ -198,6 +203,10 @@ class Fifo:
             stepped, state = self._parallel() if self.order == "parallel" else self._in_place()
             for hook in self.hooks:
                 stepped = hook.after_step(self, stepped)
+            for slot in self._forgotten:
+                for tensor in state.values():
+                    tensor[:, :, slot] = 0
+            self._forgotten.clear()
             first = self.queue.next_number
             numbers = range(first, first + self.queue.shape.latents_per_level)
             left, left_numbers = self.queue.advance(stepped, state, self.tail(self, stepped, numbers))

@@ -7,11 +7,13 @@ what stands in the way.
 """
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -106,13 +108,24 @@ class FrameDenoiser(ABC):
         parameter = inspect.signature(type(self.pipe).__call__).parameters.get(name)
         return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
+    def shipped(self) -> dict[str, Any]:
+        """What a folder says its model was made for (genattn_defaults.json: height, width, frames, guidance_scale), or
+        nothing."""
+        path = Path(str(getattr(self.pipe.config, "_name_or_path", "") or "")) / "genattn_defaults.json"
+        try:
+            told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise GenAttnError(f"{path} is no valid JSON ({error}); mend or remove it") from error
+        return told if isinstance(told, dict) else {}
+
     def default_size(self) -> tuple[int | None, int | None]:
         """Height and width that the pipeline makes by default, None where it tells none."""
-        return self.default("height"), self.default("width")
+        told = self.shipped()
+        return told.get("height", self.default("height")), told.get("width", self.default("width"))
 
     def default_window(self) -> int:
         """Latents of the clip that the pipeline makes by default."""
-        frames = self.default("num_frames") or self.default("video_length") or 16
+        frames = self.shipped().get("frames") or self.default("num_frames") or self.default("video_length") or 16
         decoder = self.decoder()
         latents = 1
         while decoder.frames_for(latents + 1) <= frames:

@@ -214,10 +214,12 @@ class _Build:
             blend=settings.prompt_blend,  # type: ignore[arg-type]
         )
 
+        self.ouroboros = Ouroboros.from_json(settings.ouroboros).build(self.windows, self.shape, self.group, settings.seed)
+
     def fifo(self, queue: LatentQueue) -> Fifo:
         """The queue's engine, with the parts of Ouroboros that were asked for."""
         settings = self.settings
-        parts = Ouroboros.from_json(settings.ouroboros).build(self.windows, self.shape, self.group, settings.seed)
+        parts = self.ouroboros
         correction = [DriftCorrection(settings.drift_correction)] if settings.drift_correction > 0 else []
         return Fifo(
             parts.denoise,
@@ -245,7 +247,16 @@ class _Build:
         """The run's parts, at frame 0."""
         monitor = DriftMonitor()
         return RunParts(
-            self.base, self.settings, fifo, self.decoder, writer, monitor, folder, self.identity(fifo), progress=progress
+            self.base,
+            self.settings,
+            fifo,
+            self.decoder,
+            writer,
+            monitor,
+            folder,
+            self.identity(fifo),
+            progress=progress,
+            applied=self.ouroboros.applied,
         )
 
 

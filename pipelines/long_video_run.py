@@ -6,8 +6,8 @@ checkpoint always fit together: a resumed run cuts the film at the checkpoint an
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class RunParts:
     identity: dict[str, Any]
     frames: int = 0
     progress: bool = True
+    applied: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class LongVideo:
@@ -102,6 +103,7 @@ class LongVideo:
             stop = stack.enter_context(StopRequest())
             self.caches_off = stack.enter_context(single_step_caches_off(self.parts.base.models))
             stack.enter_context(self.parts.base.installed())
+            stack.enter_context(self.parts.applied())
             bar = stack.enter_context(self._bar())
             try:
                 for frames in self._ticks(stop, bar):

@@ -72,7 +72,9 @@ class LongVideoSettings:
 
     def scale(self, base: FrameDenoiser) -> float:
         """Guidance scale."""
-        return float(self.guidance_scale if self.guidance_scale is not None else base.default("guidance_scale") or 1.0)
+        if self.guidance_scale is not None:
+            return float(self.guidance_scale)
+        return float(base.shipped().get("guidance_scale") or base.default("guidance_scale") or 1.0)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, read back by `from_json`."""

@@ -89,14 +89,26 @@ class PromptedWindows:
         rows = weights.reshape(-1, weights.shape[-1])
         return {name: _mix([part[name] for part in parts if part is not None], rows) for name in parts[0] or {}}
 
+    def predict(self, batch: WindowBatch, weights: torch.Tensor, name: str, latents: torch.Tensor) -> torch.Tensor:
+        """One pass, "cond" or "uncond", with weights [K, F, P] of all prompts; latents may differ from the batch's own."""
+        used = [i for i in range(len(self.prompts)) if bool((weights[..., i] > 0).any())]
+        return self._pass(batch, [self.prompts[i] for i in used], weights[..., used], name, latents)
+
+    def guide(self, batch: WindowBatch, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+        """Classifier-free guidance as the pipeline does it."""
+        return self.base.guide(cond, uncond, self.guidance_scale, self.timesteps(batch))
+
+    def _pass(
+        self, batch: WindowBatch, prompts: list[Prompt], weights: torch.Tensor, name: str, latents: torch.Tensor
+    ) -> torch.Tensor:
+        embeds = self.embeds(batch, prompts, weights, name)
+        return self.base.predict(latents, self.timesteps(batch), embeds, self.where(batch, name))
+
     def _guided(self, batch: WindowBatch, prompts: list[Prompt], weights: torch.Tensor) -> torch.Tensor:
-        times = self.timesteps(batch)
-        cond = self.base.predict(batch.latents, times, self.embeds(batch, prompts, weights, "cond"), self.where(batch, "cond"))
+        cond = self._pass(batch, prompts, weights, "cond", batch.latents)
         if not self.guided:
             return cond
-        embeds = self.embeds(batch, prompts, weights, "uncond")
-        uncond = self.base.predict(batch.latents, times, embeds, self.where(batch, "uncond"))
-        return self.base.guide(cond, uncond, self.guidance_scale, times)
+        return self.guide(batch, cond, self._pass(batch, prompts, weights, "uncond", batch.latents))
 
     def settings(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed, JSON-ready."""
