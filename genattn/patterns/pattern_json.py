@@ -1,0 +1,93 @@
+"""Patterns as JSON and back: names and settings only, nothing is executed.
+
+{"type": "PerLayer", "patterns": [{"type": "DensePattern"}, {"type": "RadialPattern", "decay": 0.2}], "choice": [0, 1, 1]}
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from genattn.errors import GenAttnError
+from genattn.patterns.block_topk import BlockTopK
+from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
+from genattn.patterns.dense import DensePattern
+from genattn.patterns.global_tokens import GlobalTokens
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.pattern import Pattern
+from genattn.patterns.radial import RadialPattern
+
+TYPES: dict[str, Callable[..., Pattern]] = {
+    cls.__name__: cls
+    for cls in (
+        BlockTopK,
+        DensePattern,
+        GlobalTokens,
+        Intersection,
+        NeighborhoodPattern,
+        PerHead,
+        PerLayer,
+        RadialPattern,
+        Union,
+    )
+}
+
+
+def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
+    """Type and settings of `pattern`, JSON-ready; settings at their default are left out."""
+    name = type(pattern).__name__
+    if TYPES.get(name) is not type(pattern):
+        raise GenAttnError(f"a pattern to be saved must be one of {', '.join(TYPES)}, got {name}")
+    settings = {f.name: getattr(pattern, f.name) for f in fields(pattern)}  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in fields(pattern)}  # type: ignore[arg-type]
+    return {"type": name, **{k: _plain(v) for k, v in settings.items() if v != defaults[k]}}
+
+
+def pattern_from_dict(settings: Mapping[str, Any]) -> Pattern:
+    """The pattern that `pattern_to_dict` described. Raises GenAttnError for unknown types and settings."""
+    given = dict(settings)
+    name = given.pop("type", None)
+    if name not in TYPES:
+        raise GenAttnError(f"a pattern's type must be one of {', '.join(TYPES)}, got {name!r}")
+    arguments = {key: _rich(value) for key, value in given.items()}
+    try:
+        if name in ("Union", "Intersection"):
+            return TYPES[name](*arguments.pop("patterns", ()), **arguments)
+        return TYPES[name](**arguments)
+    except TypeError as error:
+        raise GenAttnError(f"settings of {name}: {error}") from None
+
+
+def save_pattern(pattern: Pattern, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+    """Write `pattern` with `notes` (where it comes from) as a JSON file, whole or not at all."""
+    target = Path(path)
+    text = json.dumps(
+        {"format": "genattn-pattern-1", "pattern": pattern_to_dict(pattern), "notes": dict(notes or {})}, indent=1
+    )
+    half = target.with_name(target.name + ".part")
+    half.write_text(text + "\n")
+    half.replace(target)
+
+
+def load_pattern(path: str | Path) -> Pattern:
+    """The pattern in a file of `save_pattern`. Raises GenAttnError for a file that is missing or is something else."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise GenAttnError(f"{path} cannot be read as a pattern file: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != "genattn-pattern-1":
+        raise GenAttnError(f'{path} must hold {{"format": "genattn-pattern-1", "pattern": ...}}, as save_pattern writes it')
+    return pattern_from_dict(content["pattern"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Pattern):
+        return pattern_to_dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _rich(value: Any) -> Any:
+    if isinstance(value, dict):
+        return pattern_from_dict(value)
+    return tuple(_rich(v) for v in value) if isinstance(value, list) else value
