@@ -19,6 +19,8 @@ app = typer.Typer(
 
 app.command("generate")(commands_sampling.generate_command)
 app.command("compare")(commands_sampling.compare_command)
+app.command("explain")(commands_sampling.explain_command)
+app.command("measure")(commands_long.measure_command)
 app.command("long")(commands_long.long_command)
 app.command("simulate")(commands_patterns.simulate_command)
 app.command("plan")(commands_patterns.plan_command)

@@ -1,4 +1,4 @@
-"""Commands about long video: long."""
+"""Commands about finished and endless videos: long, measure."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from genattn.apps import options
-from genattn.apps.printing import print_json, print_lines
+from genattn.apps.printing import print_json, print_lines, print_table
 
 
 def long_command(
@@ -74,3 +74,21 @@ def _ouroboros() -> "object":
     from genattn.pipelines.ouroboros import Ouroboros
 
     return Ouroboros()
+
+
+def measure_command(
+    video: Annotated[Path, typer.Argument(help="A video file.")],
+    fps: Annotated[float | None, typer.Option(help="Frames a second; default: the file's.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure a video without any model: flicker, smoothness, motion, consistency, drift, seams, repetition.
+
+    Example: genattn measure out/demo.mp4 --json
+    """
+    from genattn.pipelines.video_metrics import measure
+
+    found = measure(video, fps)
+    if as_json:
+        print_json(found)
+    else:
+        print_table([{"measure": name, "value": value} for name, value in found.items()], str(video))

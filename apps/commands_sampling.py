@@ -1,4 +1,4 @@
-"""Commands that sample: generate, compare."""
+"""Commands that sample, or tell what sampling would do: generate, compare, explain."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,8 @@ import typer
 
 from genattn.apps import options
 from genattn.apps.attention_names import pattern_from_name
-from genattn.apps.printing import print_clips, print_json, print_table
+from genattn.apps.printing import print_clips, print_json, print_lines, print_table
+from genattn.errors import GenAttnError
 
 
 def generate_command(
@@ -113,3 +114,40 @@ def _held_out_captions(count: int) -> list[str]:
     from genattn.pipelines.tiny_world import caption, sample_scene
 
     return [caption(sample_scene(10_000 + i, held_out=i % 2 == 1)) for i in range(count)]
+
+
+def explain_command(
+    prompt: options.Prompt = "a red circle moves right on a dark background",
+    model: options.Model = None,
+    frames: options.FrameCount = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    attention: options.Attention = "radial",
+    pattern_options: options.PatternOptions = None,
+    dense_steps: options.DenseSteps = 0.25,
+    dense_layers: options.DenseLayers = 1,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say before a run: which sites, what layout and density, predicted work, what stays dense and why.
+
+    Example: genattn explain --attention radial --dense-steps 0.25
+    """
+    import genattn
+    from genattn.apps.sampling_run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
+
+    chosen = AttentionSettings(attention, pattern_from_name(attention, pattern_options), dense_steps, dense_layers)
+    if chosen.pattern is None:
+        raise GenAttnError("explain needs a pattern, and dense attention has none; name another --attention")
+    settings = SamplingSettings(model, None, frames, height, width, steps, guidance_scale, dtype, device)
+    pipe = open_pipeline(settings)
+    call = call_arguments(pipe, settings)
+    with genattn.apply(pipe, chosen.pattern, dense_steps=chosen.steps_to_keep, dense_layers=dense_layers) as handle:
+        found = handle.explain(**call, prompt=prompt, output_type="latent")
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_lines(found.table())

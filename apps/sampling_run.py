@@ -83,6 +83,11 @@ class AttentionSettings:
         if self.dense_layers < 0:
             raise GenAttnError(f"--dense-layers must be >= 0, got {self.dense_layers}")
 
+    @property
+    def steps_to_keep(self) -> float | int:
+        """Dense steps as a Schedule takes them: a float is a share, an int a number."""
+        return self.dense_steps if self.dense_steps < 1 else int(self.dense_steps)
+
 
 DENSE = AttentionSettings("dense", None)
 
@@ -194,10 +199,8 @@ def run_once(pipe: Any, call: Mapping[str, Any], prompt: str, seed: int, attenti
     with contextlib.ExitStack() as stack:
         handle = None
         if attention.pattern is not None:
-            dense_steps = attention.dense_steps if attention.dense_steps < 1 else int(attention.dense_steps)
-            handle = stack.enter_context(
-                genattn.apply(pipe, attention.pattern, dense_steps=dense_steps, dense_layers=attention.dense_layers)
-            )
+            settings = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
+            handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **settings))
         try:
             output = pipe(**call, prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np")
         except ValueError as error:
