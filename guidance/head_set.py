@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
-from genattn.guidance.heads import Head, HeadsLike, HeadWeights, LayerMap, describe_layers, head_name, parse_head, resolve_heads
+from genattn.guidance.heads import (
+    Head,
+    HeadsLike,
+    HeadWeights,
+    LayerMap,
+    describe_layers,
+    format_heads,
+    head_name,
+    parse_head,
+    resolve_heads,
+)
 
 FORMAT = "genattn-head-set"
 VERSION = 1
@@ -85,6 +95,10 @@ class HeadSet:
         """The heads of the left that the right does not hold; raises GenAttnError when none remain."""
         other.check_model(self.layer_map, self.model)
         return replace(self, heads={head: u for head, u in self.heads.items() if head not in other.heads})
+
+    def names(self) -> str:
+        """The heads with their weights as one string, e.g. "L11H15:0.5,L13H17:0.5"."""
+        return format_heads(self.heads)
 
     def with_u(self, u: float) -> "HeadSet":
         """The same heads, all with weight u."""
