@@ -194,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4, help="blocks of the video DiT")
     parser.add_argument("--latent", type=int, default=32, help="height and width of the motion UNet's latents")
-    parser.add_argument("--channels", type=int, nargs="+", default=(80, 160, 320, 320), help="of the motion UNet")
+    parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 256), help="of the motion UNet")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--note", default="", help="written into every row, e.g. that the machine was busy")
@@ -205,14 +205,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Entry point of `python -m genattn.apps.bench_broadway`; returns the rows."""
     options = build_parser().parse_args(arguments)
-    grid = tuple(options.grid)
-    rows = attention_rows(grid, options.heads, options.dim, options.repeats, options.device)
-    rows.append(video_dit_row(grid, options.heads, options.dim, options.layers, options.repeats, options.device))
-    rows.append(motion_unet_row(options.latent, tuple(options.channels), options.repeats, options.device))
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    if options.table is not None:
-        append_rows(options.table, [{**provenance(options.device), "note": options.note, **row} for row in rows])
+    frames, height, width = options.grid
+    grid = (frames, height, width)
+    steps: list[Callable[[], list[Row]]] = [
+        lambda: attention_rows(grid, options.heads, options.dim, options.repeats, options.device),
+        lambda: [video_dit_row(grid, options.heads, options.dim, options.layers, options.repeats, options.device)],
+        lambda: [motion_unet_row(options.latent, tuple(options.channels), options.repeats, options.device)],
+    ]
+    rows: list[Row] = []
+    for step in steps:
+        measured = step()
+        for row in measured:
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        if options.table is not None:
+            append_rows(options.table, [{**provenance(options.device), "note": options.note, **row} for row in measured])
+        rows += measured
     return rows
 
 

@@ -21,12 +21,7 @@ from genattn.errors import GenAttnError
 from genattn.guidance.broadway_blocks import GuidedSites, choose_sites
 from genattn.guidance.broadway_calls import ClipShape, clip_shape, conditional_part, entries
 from genattn.guidance.broadway_motion import motion_attention, motion_map
-from genattn.guidance.broadway_neighbours import (
-    has_wrapper_outside,
-    neighbours_inside,
-    refuse_patterns_outside,
-    sparse_plan,
-)
+from genattn.guidance.broadway_neighbours import has_wrapper_outside, neighbours_inside, sparse_plan
 from genattn.guidance.broadway_report import BroadWayReport
 from genattn.guidance.delta import Window
 from genattn.guidance.frame_marginal import EditedAttention, KeyFrames, edited_attention, key_frames
@@ -209,7 +204,6 @@ class BroadWay(Plugin):
         """Run one forward of the denoiser; maps live as long as it does."""
         if not self.window.contains(run):
             return inner(*args, **kwargs)
-        refuse_patterns_outside(run, self)
         clip = clip_shape(args, kwargs)
         part = conditional_part(self.conditional, run.pass_name, clip.batch if clip else None, run.model)
         place = _place_of(run)
@@ -307,9 +301,9 @@ class BroadWay(Plugin):
     def _exact(self, call: AttentionCall, inner: Inner, tensors: tuple[Any, ...], shared: dict[str, Any]) -> EditedAttention:
         """The definition, under the pattern further in if there is one; other plugins further in give the base."""
         near = neighbours_inside(call, self)
-        plan, density = sparse_plan(call, near.pattern)
+        plan = sparse_plan(call, near.pattern)
         if plan is not None:
-            call.record.ran_sparse(density)
+            call.record.ran_sparse(plan.density)
         base = inner(call) if near.others else None
         return edited_attention(*tensors, plan=plan, base=base, **shared)
 

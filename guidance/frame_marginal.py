@@ -130,9 +130,10 @@ def edited_attention(
         base: the attention's ordinary output, [B, S, H, D]. When given, only the change is computed and added to it, so that
             whatever computed it stays in force and `frames` may hold a subset of the keys (an approximation).
         key_share: share of each frame's keys that `frames` holds, in (0, 1]; weighs them against the kept keys.
-        chunk_bytes: memory for the outputs per key frame of one chunk of queries; at least one head's (or row's) worth.
+        chunk_bytes: memory for the outputs per key frame of one chunk of queries; at least one row's worth (under a plan one
+            head's, under one that differs by head all of it).
     """
-    _check(query, key, frames, anchor, plan)
+    _check(query, key, frames, anchor)
     edited_rows = query.index_select(1, frames.queries)
     basis_count = 2 if anchor is None else 4
     heads = query.shape[2]
@@ -149,7 +150,7 @@ def edited_attention(
         attend = _DenseFrames(edited_rows, key, value, frames, scale, key_mask)
     else:
         attend = _PlannedFrames(query, key, value, frames, scale, key_mask, plan)
-    for rows, head in _chunks(edited_rows, frames.frames, chunk_bytes, split_rows=plan is None):
+    for rows, head in _chunks(edited_rows, frames.frames, chunk_bytes, plan):
         outs, lse, kept = attend(rows, head)
         visible = None if plan is None and key_mask is None else lse > float("-inf")
         part = _softmax(lse, visible)
@@ -337,21 +338,24 @@ def _place(
     return whole
 
 
-def _chunks(rows: torch.Tensor, frames: int, chunk_bytes: int, split_rows: bool) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and heads whose outputs per key frame fit into `chunk_bytes`."""
+def _chunks(rows: torch.Tensor, frames: int, chunk_bytes: int, plan: BlockPlan | None) -> Iterator[tuple[slice, slice]]:
+    """Slices of rows and heads whose outputs per key frame fit into `chunk_bytes`.
+
+    A plan is for all rows, so only heads are split under one; a plan that differs by head takes all at once.
+    """
     batch, length, heads, dim = rows.shape
+    if plan is not None and max(plan.num_heads, plan.rule.num_heads if plan.rule else 1) > 1:
+        chunk_bytes = frames * rows.numel() * rows.element_size()
     per_head = frames * batch * length * dim * rows.element_size()
     step = max(1, min(heads, chunk_bytes // max(per_head, 1)))
-    pieces = max(1, math.ceil(per_head * step / chunk_bytes)) if split_rows else 1
+    pieces = max(1, math.ceil(per_head * step / chunk_bytes)) if plan is None else 1
     span = math.ceil(length / min(pieces, length))
     for head in range(0, heads, step):
         for start in range(0, length, span):
             yield slice(start, min(start + span, length)), slice(head, min(head + step, heads))
 
 
-def _check(
-    query: torch.Tensor, key: torch.Tensor, frames: KeyFrames, anchor: torch.Tensor | None, plan: BlockPlan | None
-) -> None:
+def _check(query: torch.Tensor, key: torch.Tensor, frames: KeyFrames, anchor: torch.Tensor | None) -> None:
     tokens = frames.queries.numel() + frames.others.numel()
     if query.shape[1] != tokens or key.shape[1] != tokens:
         raise GenAttnError(
@@ -362,9 +366,4 @@ def _check(
         raise GenAttnError(
             f"the anchor must be [B, {frames.queries.numel()}, H, {frames.frames}], got {tuple(anchor.shape)}; "
             "take it from a block with the same tokens"
-        )
-    if plan is not None and (plan.num_heads > 1 or (plan.rule is not None and plan.rule.num_heads > 1)):
-        raise GenAttnError(
-            f"temporal guidance needs one plan for all heads, got {max(plan.num_heads, 1)} lists; "
-            "apply a pattern without per-head choices, or leave these layers to one of the two"
         )

@@ -17,6 +17,10 @@ from genattn.guidance.frame_marginal_reference import frame_rows, full_map, refe
 from genattn.guidance.softpag import SoftPAG
 from genattn.guidance.temporal_map import MapEdit
 from genattn.masks import key_mask
+from genattn.patterns.combine import PerHead
+from genattn.patterns.dense import DensePattern
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
 from genattn.pipelines.tiny_random import build_inputs, build_model, build_pipeline, families
 from genattn.plugin import AttentionCall, Inner, Plugin
@@ -218,10 +222,11 @@ def wide_inputs() -> dict[str, Any]:
     return {**build_inputs("wan"), "hidden_states": latents}
 
 
-def test_under_a_pattern_it_is_the_marginal_of_the_sparse_map() -> None:
-    from genattn.patterns.neighborhood import NeighborhoodPattern
+WINDOW = NeighborhoodPattern(window_size=(3, 3, 3))
 
-    pattern = NeighborhoodPattern(window_size=(3, 3, 3))
+
+@pytest.mark.parametrize("pattern", [WINDOW, PerHead((DensePattern(), WINDOW))])
+def test_under_a_pattern_it_is_the_marginal_of_the_sparse_map(pattern: Pattern) -> None:
     model = build_model("wan")
     with torch.no_grad():
         plugin = BroadWay(0.4, 1.2, stop=1.0, conditional="all")
@@ -238,15 +243,17 @@ def test_under_a_pattern_it_is_the_marginal_of_the_sparse_map() -> None:
     assert float((got - want).abs().max()) < 2e-3 * effect + 1e-5
 
 
-def test_pattern_first_is_refused_unless_dense_meanwhile() -> None:
+def test_order_does_not_matter_beside_a_pattern() -> None:
     model = build_model("wan")
-    settings = {"dense_steps": 0, "dense_layers": 0}
-    with refused(model, RadialPattern(), BroadWay(stop=1.0), words="must come before a pattern", num_steps=4, **settings):
-        model(**wide_inputs())
-    plugin = BroadWay(stop=0.2)
-    with torch.no_grad(), genattn.apply(model, RadialPattern(), plugin, dense_steps=0.25).set(num_steps=4):
-        model(**wide_inputs())
-    assert len(plugin.report) > 0
+    outs = []
+    with torch.no_grad():
+        for order in (1, -1):
+            plugin = BroadWay(stop=1.0, conditional="all")
+            plugins = [plugin, RadialPattern()][::order]
+            with genattn.apply(model, *plugins, dense_steps=0, dense_layers=0).set(num_steps=4):
+                outs.append(sample(model(**wide_inputs())))
+            assert len(plugin.report) > 0
+    torch.testing.assert_close(outs[0], outs[1])
 
 
 @pytest.mark.parametrize("outside", [True, False])

@@ -1,5 +1,7 @@
 """Editing the frame marginal of full attention, against the definition on the full map in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from genattn.guidance.frame_marginal_reference import frame_rows, full_map, refe
 from genattn.guidance.temporal_map import MapEdit
 from genattn.kernels.block_plan import BlockPlan, dense_plan
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.element_rule import GridRule
+from genattn.kernels.element_rule import GridRule, PerHeadRule
 from genattn.kernels.reference import visible_mask
 from genattn.token_layout import Segment, TokenLayout
 
@@ -211,6 +213,34 @@ def test_under_a_sparse_plan_it_is_the_marginal_of_the_sparse_map(edit: MapEdit,
     torch.testing.assert_close(got.out.double(), want, atol=2e-5 * max(1.0, float(scalars.beta)), rtol=1e-3)
 
 
+def test_plans_that_differ_between_heads() -> None:
+    layout = TokenLayout.from_grid((5, 3, 2), 2, 1)
+    frames, anchor = key_frames(layout), anchor_for(key_frames(layout))
+    query, key, value = draw(layout)
+    plan, visible = window_plan(layout)
+    whole = dense_plan(layout.seqlen, layout.seqlen, 5, 5)
+    assert isinstance(plan.rule, GridRule)
+    everything = replace(plan.rule, frame_class=torch.zeros_like(plan.rule.frame_class), width=plan.rule.width * 0 + 99)
+    everything = replace(everything, low=torch.zeros_like(plan.rule.low))
+    rule = PerHeadRule((plan.rule, everything), (0, 1, 0))
+    tiles = whole.columns.numel()
+    per_head = BlockPlan(
+        whole.query_tiles,
+        whole.key_tiles,
+        torch.cat([whole.row_ptr + tiles * h for h in range(3)]),
+        whole.columns.repeat(3),
+        torch.zeros(3, whole.query_tiles.shape[0], dtype=torch.int32),
+        rule,
+        layout.seqlen,
+        layout.seqlen,
+    )
+    seen = torch.stack([visible[0], torch.ones_like(visible[0]), visible[0]])
+    assert torch.equal(visible_mask(per_head), seen)
+    got = edited_attention(query, key, value, frames, MapEdit(), anchor=anchor, plan=per_head, chunk_bytes=1)
+    want, _ = reference_edit(query, key, value, frames, MapEdit(), anchor=anchor, visible=seen[None])
+    torch.testing.assert_close(got.out.double(), want, atol=2e-5, rtol=1e-3)
+
+
 def test_restricted_plan_sees_what_the_plan_sees_of_the_chosen_keys() -> None:
     layout = TokenLayout.from_grid((4, 3, 3), 2)
     plan, visible = window_plan(layout, 4)
@@ -312,20 +342,3 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         edited_attention(query[:, 1:], key, value, frames, MapEdit())
     with pytest.raises(GenAttnError, match=r"the anchor must be \[B, 16, H, 4\]"):
         edited_attention(query, key, value, frames, MapEdit(), anchor=torch.ones(2, 16, 3, 5))
-
-
-def test_plans_that_differ_between_heads_are_refused() -> None:
-    layout = TokenLayout.from_grid((4, 2, 2))
-    plan = dense_plan(16, 16, 4, 4)
-    per_head = BlockPlan(
-        plan.query_tiles,
-        plan.key_tiles,
-        torch.stack([plan.row_ptr[0] + h * 16 for h in range(3)]),
-        plan.columns.repeat(3),
-        plan.num_full.repeat(3, 1),
-        None,
-        16,
-        16,
-    )
-    with pytest.raises(GenAttnError, match="one plan for all heads, got 3 lists"):
-        edited_attention(*draw(layout), key_frames(layout), MapEdit(), plan=per_head)
