@@ -180,9 +180,10 @@ def plan_from_codes(
 def _compress(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(visits, full visits, columns) of some rows; in each row the full columns come first."""
     full, full_columns = _nonzero_by_row(codes == ALL)
-    some, some_columns = _nonzero_by_row(codes == SOME)
-    if not some_columns.size:
+    partly = codes == SOME
+    if not partly.any():
         return full, full, full_columns
+    some, some_columns = _nonzero_by_row(partly)
     out = np.empty(full_columns.size + some_columns.size, dtype=np.int32)
     behind = np.cumsum(some) - some
     out[np.arange(full_columns.size) + np.repeat(behind, full)] = full_columns

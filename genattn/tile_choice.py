@@ -14,7 +14,7 @@ import numpy as np
 
 from genattn.axis_window import AxisWindow
 from genattn.errors import GenAttnError
-from genattn.separable_codes import AxisCut, axis_table, cut_axis, visits
+from genattn.separable_codes import AxisCut, axis_table, cut_axis, unions, visits
 
 # a masked tile pair costs about a quarter more than a full one (loads of tables and compares beside the two products)
 MASK_COST = 0.25
@@ -35,6 +35,18 @@ def choose_cuts(axes: tuple[AxisWindow, ...], block_q: int, block_k: int) -> tup
     """(query cuts, key cuts) per axis with at most `block_q` and `block_k` lanes in a box."""
     query = _best(axes, block_q, None)
     return query, query if block_q == block_k else _best(axes, block_k, query)
+
+
+@lru_cache(maxsize=64)
+def halo_cuts(axes: tuple[AxisWindow, ...], block: int) -> Cuts:
+    """Query cuts for boxes that follow the query tile: the least keys over all tiles, unused lanes included."""
+    options = []
+    for axis in axes:
+        longest = max(g.members.size for g in axis.groups)
+        cuts = {cut_axis(axis, size, even) for size in range(1, min(longest, block) + 1) for even in (False, True)}
+        keys = ((cut, np.subtract(*unions(axis, cut)[::-1]).sum()) for cut in sorted(cuts, key=lambda c: c.edges))
+        options.append([_Choice(cut, float(n), 0.0) for cut, n in keys])
+    return _cheapest(options, block)
 
 
 def fixed_cuts(axes: tuple[AxisWindow, ...], tile: tuple[int, ...], block: int) -> Cuts:
@@ -62,6 +74,10 @@ def is_mask_free(length: int, tile: int, window: int, stride: int) -> bool:
 
 def _best(axes: tuple[AxisWindow, ...], block: int, query: Cuts | None) -> Cuts:
     options = [_options(axis, block, None if query is None else query[i]) for i, axis in enumerate(axes)]
+    return _cheapest(options, block)
+
+
+def _cheapest(options: list[list[_Choice]], block: int) -> Cuts:
     lanes = _outer([[o.cut.lanes for o in axis] for axis in options])
     pairs = _outer([[o.pairs for o in axis] for axis in options])
     full = _outer([[o.full for o in axis] for axis in options])
