@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from tqdm.auto import tqdm
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.frame_noise import frame_noise
@@ -231,17 +232,19 @@ def _placed(whole: torch.Tensor, values: torch.Tensor, part: slice) -> torch.Ten
     return out
 
 
-def sample_clip(denoise: Denoise, solver: FrameSolver, like: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+def sample_clip(
+    denoise: Denoise, solver: FrameSolver, like: torch.Tensor, *, seed: int = 0, progress: bool = False
+) -> torch.Tensor:
     """An ordinary clip [1, C, F, H, W] by the same model and solver, all latents at one level; frames 0 .. F-1 of `seed`.
 
-    like: any tensor of that shape. Equals the stock pipeline's loop from the same noise.
+    like: any tensor of that shape. progress: show a bar. Equals the stock pipeline's loop from the same noise.
     """
     length = like.shape[2]
     sample = frame_noise(seed, range(length), like, purpose="start")
     state = solver.empty_state(sample)
     numbers = torch.arange(length)
     with torch.no_grad():
-        for level in reversed(range(solver.num_levels)):
+        for level in tqdm(range(solver.num_levels - 1, -1, -1), desc="first clip", unit="step", disable=not progress):
             levels = torch.full((length,), level)
             answer = denoise(WindowBatch(sample, levels[None], numbers[None], (slice(0, length),), (0,)))
             noise = None

@@ -25,6 +25,7 @@ from genattn.pipelines.ouroboros import Ouroboros
 from genattn.pipelines.prompt_schedule import PromptSchedule
 from genattn.pipelines.prompted_windows import PromptedWindows
 from genattn.pipelines.queue_checkpoint import check_same, model_fingerprint, read_record, read_tensors
+from genattn.pipelines.single_step_caches import single_step_caches_off
 from genattn.pipelines.start_frames import StartFrames, clip_from_frames
 from genattn.pipelines.video_writer import FragmentedMp4Writer, WriterMark
 from genattn.pipelines.window_group import WindowGroup
@@ -144,11 +145,11 @@ def start_video(
     build = _Build(base, settings, group)
     if settings.num_frames is not None:
         build.decoder.latents_for(settings.num_frames)
-    with base.installed(), torch.no_grad():
+    with base.installed(), single_step_caches_off(base.models, tell=False), torch.no_grad():
         height, width = settings.size(base)
         if start is None:
             like = torch.zeros(1, base.channels, build.shape.window, *base.latent_size(height, width), device=base.device)
-            clip = sample_clip(build.windows, build.solver, like, seed=settings.seed)
+            clip = sample_clip(build.windows, build.solver, like, seed=settings.seed, progress=progress)
         else:
             clip = clip_from_frames(base, start, (height, width), build.shape.working)
     fifo = build.fifo(start_queue(build.shape, build.solver, clip, seed=settings.seed))
@@ -190,6 +191,7 @@ def resume_video(
         writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark)
     parts = build.parts(fifo, writer, folder, progress)
     parts.frames = int(record["frames"])
+    parts.pending = tensors.get("run.pending")
     parts.monitor.load(record["drift"])
     return LongVideo(parts)
 

@@ -53,7 +53,10 @@ class LongVideoResult:
 
 @dataclass
 class RunParts:
-    """Everything that a run is made of; put together by `long_video`."""
+    """Everything that a run is made of; put together by `long_video`.
+
+    pending: latents [1, C, K, h, w] that left the queue and were not asked for yet (a tick may give more than the film's last).
+    """
 
     base: FrameDenoiser
     settings: LongVideoSettings
@@ -64,6 +67,7 @@ class RunParts:
     folder: Path | None
     identity: dict[str, Any]
     frames: int = 0
+    pending: torch.Tensor | None = None
     progress: bool = True
     applied: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -94,8 +98,12 @@ class LongVideo:
         queue = self.parts.fifo.queue
         return max(0, queue.first_number + queue.shape.head)
 
+    def _decoded(self) -> int:
+        pending = self.parts.pending
+        return self._latents_left() - (0 if pending is None else pending.shape[2])
+
     def _finished(self) -> bool:
-        return self._total is not None and self._latents_left() >= self._total
+        return self._total is not None and self._decoded() >= self._total
 
     def __iter__(self) -> Iterator[np.ndarray]:
         start = time.monotonic()
@@ -109,17 +117,24 @@ class LongVideo:
                 for frames in self._ticks(stop, bar):
                     self.seconds = time.monotonic() - start
                     yield from frames
-                self._close()
+                self._save()
+                # after the checkpoint: a longer film resumes from before the decoder was emptied
+                rest = self._rest()
+                self._take(rest)
+                self._show(bar, len(rest))
+                yield from rest
+                self._close_film()
             except OSError as error:
                 self._give_up(error)
             except GeneratorExit:
                 self.stopped = "left early"
-                self._close()
+                if not self._finished():
+                    self._save()
+                self._close_film()
                 raise
             except BaseException:
                 # the film keeps what it has; the last checkpoint stands, and a resume cuts the film back to it
-                if self.parts.writer is not None:
-                    self.parts.writer.close()
+                self._close_film()
                 raise
             finally:
                 self.seconds = time.monotonic() - start
@@ -132,6 +147,12 @@ class LongVideo:
 
     def _ticks(self, stop: StopRequest, bar: Any) -> Iterator[list[np.ndarray]]:
         group = self.parts.fifo.group
+        if self.parts.pending is not None and not self._finished():
+            numbers = list(range(self._decoded(), self._latents_left()))
+            latents, self.parts.pending = self.parts.pending, None
+            frames = self._frames(latents, numbers) if group.is_main else []
+            self._take(frames)
+            yield frames
         while not self._finished() and not group.stop_agreed:
             if stop.asked:
                 group.ask_to_stop()
@@ -149,9 +170,11 @@ class LongVideo:
 
     def _frames(self, latents: torch.Tensor, numbers: list[int]) -> list[np.ndarray]:
         wanted = [i for i, n in enumerate(numbers) if self._total is None or n < self._total]
+        if len(wanted) < len(numbers):
+            self.parts.pending = latents[:, :, len(wanted) :].clone()
         if not wanted:
             return []
-        latents = latents[:, :, wanted]
+        latents = latents[:, :, : len(wanted)]
         if not bool(torch.isfinite(latents).all()):
             raise GenAttnError(
                 f"the model gave latents that are not finite at latent {numbers[wanted[0]]}; try float32, or less guidance"
@@ -159,11 +182,14 @@ class LongVideo:
         for i, z in zip(wanted, latents.unbind(2)):
             self.parts.monitor.add_latent(self.parts.decoder.frames_for(max(1, numbers[i])), z[0])
         with torch.no_grad():
-            out = _to_uint8(self.parts.decoder.push(self.parts.base.to_vae(latents)))
-            if self._finished():
-                rest = self.parts.decoder.finish()
-                out += [] if rest is None else _to_uint8(rest)
-        return out
+            return _to_uint8(self.parts.decoder.push(self.parts.base.to_vae(latents)))
+
+    def _rest(self) -> list[np.ndarray]:
+        if not self._finished() or not self.parts.fifo.group.is_main:
+            return []
+        with torch.no_grad():
+            rest = self.parts.decoder.finish()
+        return [] if rest is None else _to_uint8(rest)
 
     def _take(self, frames: list[np.ndarray]) -> None:
         for frame in frames:
@@ -187,6 +213,8 @@ class LongVideo:
         if parts.folder is None or not parts.fifo.group.is_main:
             return
         tensors, numbers = {**parts.fifo.queue.to_tensors(), **parts.decoder.to_tensors()}, {}
+        if parts.pending is not None:
+            tensors["run.pending"] = parts.pending
         for hook in parts.fifo.hooks:
             tensors.update(hook.to_tensors())
             numbers.update(hook.to_numbers())
@@ -204,8 +232,7 @@ class LongVideo:
         save_checkpoint(parts.folder, tensors, record)
         self._saved_latents = self._latents_left()
 
-    def _close(self) -> None:
-        self._save()
+    def _close_film(self) -> None:
         if self.parts.writer is not None:
             self.parts.writer.close()
 

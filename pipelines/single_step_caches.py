@@ -10,14 +10,14 @@ from genattn.report import GenAttnWarning
 
 
 @contextmanager
-def single_step_caches_off(models: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Switch off diffusers' block caches of these models, tell so once, and switch them on again afterwards.
+def single_step_caches_off(models: Mapping[str, Any], tell: bool = True) -> Iterator[list[str]]:
+    """Switch off diffusers' block caches of these models, tell so, and switch them on again afterwards.
 
     Gives the names of what was switched off.
     """
     found = {name: model._cache_config for name, model in models.items() if getattr(model, "is_cache_enabled", False)}
     named = [f"{type(config).__name__} of {name}" for name, config in found.items()]
-    if named:
+    if named and tell:
         warnings.warn(
             f"{', '.join(named)} assumes one timestep per call and is switched off while endless video runs",
             GenAttnWarning,
