@@ -86,7 +86,7 @@ class Handle:
         self._stats: dict[tuple[str, str], SiteStats] = {}
         self._forwards = self._runs = 0
         self._calls_at_run = 0
-        self._told = self._stop_first = False
+        self._told = self._stop_first = self._ended = False
         self._device = "cpu"
         self._injections = _injections(target)
         attached: list[tuple[Plugin, Injection]] = []
@@ -176,7 +176,7 @@ class Handle:
             return
         self._tell_if_blind()
         self._runs += 1
-        self._calls_at_run = self._calls
+        self._calls_at_run, self._ended = self._calls, False
         for plugin in self.plugins:
             plugin.begin_run(run)
 
@@ -189,6 +189,7 @@ class Handle:
 
     def after_forward(self, injection: Injection, run: Run) -> None:
         """A forward of the denoiser has ended."""
+        self._ended = True
         if run.num_steps is not None and run.step == run.num_steps - 1:
             self._tell_if_blind()
 
@@ -207,7 +208,7 @@ class Handle:
     def _tell_if_blind(self) -> None:
         """Say once when forwards went by and no selected attention was reached."""
         acts = any(type(plugin).attention is not Plugin.attention for plugin in self.plugins)
-        if acts and self._forwards and self._runs and self._calls == self._calls_at_run and not self._told:
+        if acts and self._ended and self._calls == self._calls_at_run and not self._told:
             self._told = True
             warnings.warn(f"genattn: {self.report().verdict}", GenAttnWarning, stacklevel=2)
 

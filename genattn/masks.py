@@ -50,8 +50,11 @@ def _outer_product(mask: torch.Tensor, batch: int) -> tuple[torch.Tensor | None,
         if not bool(((mask == 0) | (mask <= _HIDDEN)).all()):
             return None, "the mask is an additive bias, not a choice of keys"
         mask = mask == 0
-    valid = mask.diagonal(dim1=1, dim2=2)  # a token that counts sees itself
-    # rows of padding tokens may see anything or nothing: what they compute is never read
-    if not bool(((mask == valid[:, None, :]) | ~valid[:, :, None]).all()):
-        return None, "the mask is not the outer product of one validity vector"
-    return (None if bool(valid.all()) else valid.expand(batch, -1)), ""
+    # rows of padding tokens may see what they like, what they compute is never read; a token that counts sees itself
+    own = mask.diagonal(dim1=1, dim2=2)
+    if bool(((mask == own[:, None, :]) | ~own[:, :, None]).all()):
+        return (None if bool(own.all()) else own.expand(batch, -1)), ""
+    common = mask.all(dim=1)  # unless padding sees everything
+    if bool(((mask == common[:, None, :]).all(dim=2) | mask.all(dim=2)).all()):
+        return common.expand(batch, -1), ""
+    return None, "the mask is not the outer product of one validity vector"
