@@ -209,7 +209,7 @@ class PrefixReuse:
     @contextlib.contextmanager
     def repeating(self, rows: torch.Tensor, batch: int) -> Iterator[None]:
         """Around the extra pass over the chosen samples of the clean pass's batch."""
-        whole = len(rows) == batch
+        whole = rows.tolist() == list(range(batch))
         answers = {
             stack: recorder.answer if whole else take_rows(recorder.answer, rows, batch)
             for (stack, _), recorder in self.recorders.items()

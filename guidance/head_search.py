@@ -33,18 +33,23 @@ class Trial:
         prompt: index of the prompt (and its seed).
         kind: a full generation, or the cheap probe.
         u: weight of the heads, None for the search's own.
+        base: for the probe, the heads chosen so far: the trajectory that all candidates of a round share.
     """
 
     heads: tuple[Head, ...]
     prompt: int
     kind: TrialKind = "full"
     u: float | None = None
+    base: tuple[Head, ...] = ()
 
     @property
     def key(self) -> str:
         """A name that is unique within a search."""
         names = "+".join(head_name(head) for head in self.heads) or "none"
-        return f"{self.kind}/{self.prompt}/{names}" + ("" if self.u is None else f"/u={self.u:g}")
+        base = "on " + "+".join(head_name(head) for head in self.base) if self.base else ""
+        return "/".join(
+            part for part in (self.kind, str(self.prompt), names, base, "" if self.u is None else f"u={self.u:g}") if part
+        )
 
 
 ScoresOf = Callable[[Sequence[Trial]], Sequence[Scores]]
@@ -194,6 +199,7 @@ class HeadSearch:
             raise GenAttnError(f"the pool must hold at least top_k={settings.top_k} heads, got {len(set(pool))}; widen it")
         self.settings, self.pool, self.scores_of = settings, sorted(set(pool)), scores_of
         self.known: dict[Trial, Scores] = {}
+        self._base: tuple[Head, ...] = ()
 
     def run(self) -> SearchResult:
         """Search to the end."""
@@ -222,6 +228,7 @@ class HeadSearch:
 
     def _round(self, chosen: list[Head], pool: list[Head]) -> Round:
         settings, left, scores = self.settings, list(pool), dict[Head, float | None]()
+        self._base = tuple(sorted(chosen))
         if settings.probe_keep is not None:
             scores = self._combined(chosen, left, range(settings.prompts), "probe")
             left = _best(scores, settings.probe_keep or settings.top_k)
@@ -239,7 +246,7 @@ class HeadSearch:
     def _combined(self, chosen: list[Head], heads: list[Head], prompts: range, kind: TrialKind) -> dict[Head, float | None]:
         """Combined score of each candidate set, None below a floor."""
         sets = [tuple(sorted((*chosen, head))) for head in heads]
-        self._ask([Trial(heads_, p, kind) for p in prompts for heads_ in [(), *sets]])
+        self._ask([self._trial(heads_, p, kind) for p in prompts for heads_ in [(), *sets]])
         found: dict[Head, float | None] = {}
         for head, heads_ in zip(heads, sets, strict=True):
             means = self._means(heads_, prompts, kind)
@@ -287,9 +294,12 @@ class HeadSearch:
         return {name: float(values.mean()) for name, values in self._table(heads, prompts, kind).items()}
 
     def _table(self, heads: tuple[Head, ...], prompts: range, kind: TrialKind, u: float | None = None) -> dict[str, np.ndarray]:
-        trials = [Trial(heads, p, kind, u if heads else None) for p in prompts]
+        trials = [self._trial(heads, p, kind, u) for p in prompts]
         self._ask(trials)
         return {name: np.array([self.known[t][name] for t in trials]) for name in self.settings.objectives}
+
+    def _trial(self, heads: tuple[Head, ...], prompt: int, kind: TrialKind, u: float | None = None) -> Trial:
+        return Trial(heads, prompt, kind, u if heads else None, self._base if heads and kind == "probe" else ())
 
     def _ask(self, trials: Sequence[Trial]) -> None:
         new = list(dict.fromkeys(t for t in trials if t not in self.known))

@@ -41,6 +41,11 @@ class PassRole:
     batch: int
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the conditional samples are all samples, in order."""
+        return self.rows.tolist() == list(range(self.batch))
+
+    @property
     def others(self) -> torch.Tensor:
         """int64, the samples that are not conditional."""
         mask = torch.ones(self.batch, dtype=torch.bool)
@@ -157,12 +162,12 @@ def _compare_halves(
 ) -> bool:
     if batch < 2 or guided is False or name in ("cond", "pred_cond"):
         return False
-    if batch % 3 == 0 and _repeats(latents, 3) and _differs(kwargs, batch, 3):
-        raise GenAttnError(
-            f"three-way guidance in one batch cannot be told apart, got {batch} samples; "
-            "name layout='single' if they are independent"
-        )
     if batch % 2 or not _repeats(latents, 2):
+        if batch % 3 == 0 and _repeats(latents, 3) and _differs(kwargs, batch, 3):
+            raise GenAttnError(
+                f"three-way guidance in one batch cannot be told apart, got {batch} samples; "
+                "name layout='single' if they are independent"
+            )
         if name == "cond_uncond" and guided:
             raise GenAttnError(
                 f"a batch of cond and uncond must repeat its latents, got {batch} different samples; name layout="

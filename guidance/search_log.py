@@ -11,7 +11,7 @@ Several processes (accelerate) take chunks in turn; each writes a file of its ow
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class SearchLog:
     Args:
         path: the JSONL file; created if missing.
         settings: JSON-ready description of everything that the scores depend on.
-        chunk_size: trials evaluated together, >= 1; all of one prompt and kind.
+        chunk_size: trials evaluated together, >= 1; all of one prompt and kind. A dict gives one size per kind.
         evaluate: scores of one chunk.
         rank: number of this process.
         gather: collects one object of every process, in order; None for one process.
@@ -42,18 +42,19 @@ class SearchLog:
         self,
         path: str | Path,
         settings: dict[str, Any],
-        chunk_size: int,
+        chunk_size: int | Mapping[str, int],
         evaluate: EvaluateChunk,
         rank: int = 0,
         world: int = 1,
         gather: Callable[[Any], list[Any]] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if chunk_size < 1:
+        sizes = dict(chunk_size) if isinstance(chunk_size, Mapping) else {"full": chunk_size, "probe": chunk_size}
+        if min(sizes.values()) < 1:
             raise GenAttnError(f"chunk_size must be >= 1, got {chunk_size}; raise it")
-        self.path, self.chunk_size, self.evaluate = Path(path), chunk_size, evaluate
+        self.path, self.sizes, self.evaluate = Path(path), sizes, evaluate
         self.rank, self.world, self.gather, self.progress = rank, world, gather, progress
-        self.settings = json.loads(json.dumps({**settings, "chunk_size": chunk_size}))
+        self.settings = json.loads(json.dumps({**settings, "chunk_size": sizes}))
         self.scores: dict[str, list[Scores]] = {}
         self.evaluated = 0
         self._read_all()
@@ -62,7 +63,7 @@ class SearchLog:
 
     def __call__(self, trials: Sequence[Trial]) -> list[Scores]:
         """Scores of trials, evaluating those that no file holds."""
-        chunks = form_chunks(trials, self.chunk_size)
+        chunks = form_chunks(trials, self.sizes)
         missing = [chunk for chunk in chunks if _key(chunk) not in self.scores]
         error, fresh, begun = None, dict[str, list[Scores]](), time.monotonic()
         mine = missing[self.rank :: self.world]
@@ -149,14 +150,19 @@ class SearchLog:
             os.fsync(file.fileno())
 
 
-def form_chunks(trials: Sequence[Trial], size: int) -> list[Chunk]:
-    """Groups of at most `size` trials of one kind and prompt, in order; a trial without heads stands alone."""
-    ordered = sorted(trials, key=lambda t: (t.kind, t.prompt, bool(t.heads), t.heads, -1.0 if t.u is None else t.u))
+def form_chunks(trials: Sequence[Trial], sizes: Mapping[str, int]) -> list[Chunk]:
+    """Groups of trials of one kind, prompt and base, in order; a trial without heads stands alone."""
+    ordered = sorted(trials, key=lambda t: (*_group(t), t.heads, -1.0 if t.u is None else t.u))
     chunks: list[Chunk] = []
-    for _, group in groupby(ordered, key=lambda t: (t.kind, t.prompt, bool(t.heads))):
+    for _, group in groupby(ordered, key=_group):
         together = list(group)
+        size = sizes[together[0].kind]
         chunks += [tuple(together[i : i + size]) for i in range(0, len(together), size)]
     return chunks
+
+
+def _group(trial: Trial) -> tuple[Any, ...]:
+    return trial.kind, trial.prompt, trial.base, bool(trial.heads)
 
 
 def _key(chunk: Chunk) -> str:

@@ -177,7 +177,7 @@ class SoftPAG(HeadTap):
         guide = {"extra": self._extra, "batched": self._batched, "replace_uncond": self._replace}[self.mode]
         _HERE.depth += 1
         try:
-            return guide(_Step(run, role, tapped, state, rule, weight), args, kwargs, inner)
+            return guide(GuidedStep(run, role, tapped, state, rule, weight), args, kwargs, inner)
         finally:
             _HERE.depth -= 1
             if not _HERE.depth:
@@ -185,7 +185,7 @@ class SoftPAG(HeadTap):
 
     # ---- the three modes
 
-    def _extra(self, step: "_Step", args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
+    def _extra(self, step: "GuidedStep", args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
         role, tapped = step.role, step.tapped
         if role.kind != "cond":
             return self._shift(inner(*args, **kwargs), step)
@@ -209,7 +209,7 @@ class SoftPAG(HeadTap):
         self, run: Run, role: PassRole, mixes: dict[int, HeadMix], args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise
     ) -> Any:
         """The answer for the conditional samples with heads perturbed, in a pass of its own."""
-        if len(role.rows) != role.batch:
+        if not role.is_whole:
             args, kwargs = take_call(args, kwargs, role.rows, role.batch)
         _HERE.extra = True
         try:
@@ -220,7 +220,7 @@ class SoftPAG(HeadTap):
         self.counts["extra_passes"] += 1
         return out
 
-    def _batched(self, step: "_Step", args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
+    def _batched(self, step: "GuidedStep", args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
         role, tapped = step.role, step.tapped
         if role.kind != "cond":
             return self._shift(inner(*args, **kwargs), step)
@@ -238,7 +238,7 @@ class SoftPAG(HeadTap):
         self._guide(step, clean, leaves(take_rows(together, torch.arange(role.batch, len(rows)), len(rows))))
         return self._shift(out, step)
 
-    def _replace(self, step: "_Step", args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
+    def _replace(self, step: "GuidedStep", args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
         role, state = step.role, step.state
         if role.kind == "other":
             return inner(*args, **kwargs)
@@ -276,14 +276,14 @@ class SoftPAG(HeadTap):
         layer = next(depth for depth, found in tapped.blocks.places.items() if found == place)
         return Bypass(tapped.blocks.block(place), recorder.answer, float(tapped.rows[layer][0, 0]), layer)
 
-    def _guide(self, step: "_Step", clean: list[torch.Tensor], perturbed: list[torch.Tensor]) -> None:
+    def _guide(self, step: "GuidedStep", clean: list[torch.Tensor], perturbed: list[torch.Tensor]) -> None:
         state = step.state
         before = state.momentum or [None] * len(clean)
         pairs = [step.rule.delta(c, p, step.weight, m) for c, p, m in zip(clean, perturbed, before, strict=True)]
         state.deltas, state.momentum = [delta for delta, _ in pairs], [kept for _, kept in pairs]
         self.counts["guided_steps"] += 1
 
-    def _shift(self, out: Any, step: "_Step") -> Any:
+    def _shift(self, out: Any, step: "GuidedStep") -> Any:
         """An answer with the step's delta added to every prediction."""
         answers = leaves(out)
         if not step.state.deltas:
@@ -291,7 +291,7 @@ class SoftPAG(HeadTap):
         shifted = [a + step.role.spread(d).to(a.dtype) for a, d in zip(answers, step.state.deltas, strict=True)]
         return with_leaves(out, shifted)
 
-    def _verify(self, step: "_Step") -> None:
+    def _verify(self, step: "GuidedStep") -> None:
         """Raise unless every selected layer was hit in the first perturbed pass of a run; caches may skip later ones."""
         missed = step.tapped.missed()
         if not step.state.verified and missed:
@@ -329,13 +329,19 @@ class SoftPAG(HeadTap):
         reason = tapped.blocks.why_no_reuse(tapped.first) if self.reuse_prefix else "switched off"
         return {**super()._summary(tapped), "blocks_per_extra_pass": self._share(tapped), "why_whole": reason}
 
+    @property
+    def share_told(self) -> float:
+        """Share of the blocks that each extra pass runs, of the denoiser attached last; also after removal."""
+        last: dict[str, Any] = next(reversed(list(self.summaries().values())), {})
+        return float(last.get("blocks_per_extra_pass", 1.0))
+
     def _share(self, tapped: TappedModel) -> float:
         prefix = self._prefix(tapped)
         return 1.0 if prefix is None else round(prefix.share, 4)
 
 
 @dataclass
-class _Step:
+class GuidedStep:
     """One forward that is being guided."""
 
     run: Run

@@ -86,7 +86,7 @@ def test_refuses_other_settings(tmp_path: Path) -> None:
 
 def test_chunks() -> None:
     trials = [Trial(heads, p) for p in (1, 0) for heads in [(), ((0, 1),), ((0, 0),), ((0, 2),)]]
-    chunks = form_chunks(trials, 2)
+    chunks = form_chunks(trials, {"full": 2})
     assert [[(t.prompt, t.heads) for t in chunk] for chunk in chunks] == [
         [(p, heads) for heads in group] for p in (0, 1) for group in ([()], [((0, 0),), ((0, 1),)], [((0, 2),)])
     ]
