@@ -25,6 +25,7 @@ from genattn.apps.sampling_run import (
     call_arguments,
     open_pipeline,
     run_once,
+    warm_up,
 )
 from genattn.errors import GenAttnError
 
@@ -65,7 +66,8 @@ def compare(
         raise GenAttnError("compare needs at least one prompt, got none; give --prompt or a --prompts file")
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
-    run_once(pipe, {**call, "num_inference_steps": 1}, prompts[0], seed, DENSE, "warm-up")
+    for attention in attentions:
+        warm_up(pipe, call, prompts[0], attention)
     samples: dict[str, list[Sample]] = {a.name: [] for a in (DENSE, *attentions)}
     total = len(prompts) * len(samples)
     for i, prompt in enumerate(prompts):

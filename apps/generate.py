@@ -28,6 +28,7 @@ from genattn.apps.sampling_run import (
     prompt_warnings,
     run_once,
     versions,
+    warm_up,
 )
 from genattn.errors import GenAttnError
 
@@ -66,8 +67,8 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
         raise GenAttnError(f"{type(pipe).__name__} needs --out ending in {', '.join(suffixes)}, got {str(request.out)!r}")
     call = call_arguments(pipe, request.settings)
     warnings = prompt_warnings(pipe, request.prompt)
-    if request.compare_dense:  # the first pass through a model pays for its set-up; neither side should
-        run_once(pipe, {**call, "num_inference_steps": 1}, request.prompt, request.seed, DENSE, "warm-up")
+    if request.compare_dense:
+        warm_up(pipe, call, request.prompt, request.attention)
     wanted = [request.attention] + ([DENSE] if request.compare_dense else [])
     results = [run_once(pipe, call, request.prompt, request.seed, attention, attention.name) for attention in wanted]
     report = _report(request, pipe, call, results, warnings)

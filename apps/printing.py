@@ -22,14 +22,20 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str = "", names: Itera
     table = Table(*shown, title=title or None)
     for row in rows:
         table.add_row(*(_cell(row, name) for name in shown))
-    Console().print(table)
+    _console().print(table)
 
 
 def print_lines(*lines: str) -> None:
     """Plain lines, not coloured."""
-    console = Console()
+    console = _console()
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for whole tables where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

@@ -10,7 +10,7 @@ import platform
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,12 @@ def run_once(pipe: Any, call: Mapping[str, Any], prompt: str, seed: int, attenti
     notes = () if report.sparse_calls else (report.verdict, *report.dense_reasons)
     computed = report.flops / report.flops_dense if report.flops_dense else 1.0
     return RunResult(attention.name, frames, seconds, _peak_memory_gb(), computed, report.density, notes)
+
+
+def warm_up(pipe: Any, call: Mapping[str, Any], prompt: str, attention: AttentionSettings) -> None:
+    """One step dense and one sparse: the first pass through a model, a plan and a kernel pays for its set-up."""
+    for each in (DENSE, replace(attention, dense_steps=0, dense_layers=0)):
+        run_once(pipe, {**call, "num_inference_steps": 1}, prompt, 0, each, "warm-up")
 
 
 def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> Frames:
