@@ -1,0 +1,189 @@
+"""The ablation of endless video in the order of Ouroboros' own table: chunked sampling, FIFO, + tail, + memory, + guidance.
+
+    python -m genattn.apps.bench_long_video run --model assets/tiny-wan --prompts 20 --frames 253
+    python -m genattn.apps.bench_long_video table
+
+Every film is one row of assets/bench/long_video_ablation.csv with device, versions, commit, date and the model's
+fingerprint; films that are there already are not made again. On a transformer that attends over all frames of a window,
+memory frames stand for SACFA.
+"""
+
+import csv
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from genattn.apps.bench_rows import append_rows, provenance
+from genattn.apps.load_pipeline import shipped_model
+from genattn.pipelines.fifo import sample_clip
+from genattn.pipelines.frame_denoisers import frame_denoiser
+from genattn.pipelines.long_video import long_video
+from genattn.pipelines.long_video_settings import LongVideoSettings
+from genattn.pipelines.ouroboros import Ouroboros
+from genattn.pipelines.prompt_schedule import PromptSchedule
+from genattn.pipelines.prompted_windows import PromptedWindows
+from genattn.pipelines.queue_checkpoint import model_fingerprint
+from genattn.pipelines.tiny_oracle import judge
+from genattn.pipelines.tiny_world import caption, sample_scene
+from genattn.pipelines.video_metrics import measure
+
+TABLE = Path("assets/bench/long_video_ablation.csv")
+MEASURES = (
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "temporal_flickering",
+    "dynamic_degree",
+    "drift_brightness",
+    "drift_contrast",
+    "seams",
+    "oracle_colour",
+    "oracle_shape",
+    "oracle_subject",
+)
+app = typer.Typer(add_completion=False)
+
+
+def variants(is_transformer: bool) -> dict[str, Ouroboros | None]:
+    """Name -> settings, each with what came before; None is plain FIFO, "chunked" is made apart."""
+    third: dict[str, Any] = {"memory_frames": 2} if is_transformer else {"subject_attention": True}
+    name = "+ memory frames" if is_transformer else "+ SACFA"
+    return {
+        "FIFO": None,
+        "+ tail": Ouroboros(),
+        name: Ouroboros(**third),
+        "+ guidance": Ouroboros(**third, guidance=0.05, guidance_every=2),
+    }
+
+
+def chunked(pipe: Any, prompt: str, frames: int, steps: int, seed: int) -> np.ndarray:
+    """Clips sampled one after the other with nothing between them: uint8 [frames, H, W, 3]."""
+    base = frame_denoiser(pipe)
+    settings = LongVideoSettings(prompt)
+    places, window, scale = base.latent_size(*settings.size(base)), base.default_window(), settings.scale(base)
+    solver = base.solver(steps, (window, *places))
+    windows = PromptedWindows(base, solver.grid, PromptSchedule.parse(prompt), guidance_scale=scale)
+    parts: list[np.ndarray] = []
+    with torch.no_grad(), base.installed():
+        while sum(map(len, parts)) < frames:
+            like = torch.zeros(1, base.channels, window, *places, device=base.device)
+            clip = sample_clip(windows, solver, like, seed=seed + 1000 * len(parts))
+            decoder = base.decoder()
+            pieces = [decoder.push(base.to_vae(clip)), decoder.finish()]
+            video = torch.cat([p for p in pieces if p is not None and p.shape[2]], 2)[0].float()
+            parts.append(((video + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy())
+    return np.concatenate(parts)[:frames]
+
+
+def films(
+    pipe: Any, prompt: str, seed: int, frames: int, steps: int, skip: set[str]
+) -> Iterator[tuple[str, np.ndarray, float]]:
+    """(variant, uint8 film, seconds) of every variant that is not in `skip`."""
+    if "chunked" not in skip:
+        start = time.monotonic()
+        video = chunked(pipe, prompt, frames, steps, seed)
+        yield "chunked", video, time.monotonic() - start
+    for name, settings in variants(hasattr(pipe, "transformer")).items():
+        if name not in skip:
+            start = time.monotonic()
+            call = {"num_frames": frames, "num_inference_steps": steps, "seed": seed, "progress": False}
+            made = long_video(pipe, prompt, ouroboros=settings, **call)
+            yield name, made.video, time.monotonic() - start
+
+
+def film_row(video: np.ndarray, prompt: str) -> dict[str, Any]:
+    """The measures of one film."""
+    found = measure(video, fps=16)
+    drift = found.pop("drift_per_100_frames")
+    verdicts = [judge(video[i : i + 29], prompt) for i in range(0, len(video) - 28, 29)]
+    return {
+        **found,
+        "seams": len(found["seams"]),
+        "drift_brightness": abs(drift["brightness"]),
+        "drift_contrast": abs(drift["contrast"]),
+        "drift_saturation": abs(drift["saturation"]),
+        "oracle_colour": float(np.mean([v.share("colour") for v in verdicts])),
+        "oracle_shape": float(np.mean([v.share("shape") for v in verdicts])),
+        "oracle_subject": float(np.mean([v.consistency for v in verdicts])),
+    }
+
+
+def _done(prompt: str, model: str, frames: int, steps: int, path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = {"prompt": prompt, "model": model, "frames": str(frames), "steps": str(steps)}
+    return {row["variant"] for row in rows if all(row.get(name) == value for name, value in key.items())}
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a tiny text-to-video pipeline; the shipped one by default.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Held-out captions.")] = 20,
+    frames: Annotated[int, typer.Option(help="Frames per film.")] = 253,
+    steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 32,
+    note: Annotated[str, typer.Option(help="Put into every row, e.g. that the machine was loaded.")] = "",
+    table: Annotated[Path, typer.Option(help="The file to add to.")] = TABLE,
+) -> None:
+    """Make the films that are missing and add their rows."""
+    from diffusers import DiffusionPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = DiffusionPipeline.from_pretrained(model or shipped_model()).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    mark = model_fingerprint(frame_denoiser(pipe).models)
+    for seed in range(prompts):
+        prompt = caption(sample_scene(seed, held_out=True, two_objects=0.0))
+        for name, video, seconds in films(pipe, prompt, seed, frames, steps, _done(prompt, mark, frames, steps, table)):
+            row = {"variant": name, "prompt": prompt, "seed": seed, "model": mark, "steps": steps, "seconds": round(seconds, 1)}
+            append_rows(table, [{**row, **film_row(video, prompt), "note": note, **provenance(device)}])
+            print(f"{prompt}: {name}, {seconds:.0f} s", flush=True)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval, by the normal approximation; infinite half-width for a single value."""
+    mean = float(np.mean(values))
+    return mean, 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("inf")
+
+
+def summary(path: Path = TABLE, model: str | None = None) -> list[dict[str, str]]:
+    """One row per variant, mean and 95 % interval of every measure, over the prompts that all variants have. model:
+    fingerprint."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    model = model or rows[-1]["model"]
+    rows = [row for row in rows if row["model"] == model]
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    shared = set.intersection(*({row["prompt"] for row in rows if row["variant"] == name} for name in names))
+    out = []
+    for name in names:
+        chosen = [row for row in rows if row["variant"] == name and row["prompt"] in shared]
+        line = {"variant": name, "n": str(len(chosen))}
+        for measure_name in MEASURES:
+            values = [float(row[measure_name]) for row in chosen if row.get(measure_name)]
+            mean, half = interval(values) if values else (float("nan"), 0.0)
+            line[measure_name] = f"{mean:.4f} ± {half:.4f}"
+        out.append(line)
+    return out
+
+
+@app.command()
+def table(path: Annotated[Path, typer.Option(help="The file to read.")] = TABLE) -> None:
+    """Print the table with intervals."""
+    rows = summary(path)
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(row.values()) + " |")
+
+
+if __name__ == "__main__":
+    app()
