@@ -17,6 +17,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 @pytest.fixture(autouse=True)
+def _nan_in_uninitialised_memory() -> None:
+    """Off here: Dynamo cannot trace the look at the caller's frame."""
+
+
+@pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Any:
     torch._dynamo.reset()
     yield
