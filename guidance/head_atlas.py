@@ -79,19 +79,23 @@ class HeadAtlas:
             raise GenAttnError(f"every head needs its picture, got none for {', '.join(absent[:5])}; call draw() first")
         layers = sorted({layer for layer, _ in self.hunter.pool})
         columns = 1 + max(head for _, head in self.hunter.pool)
-        plain = Image.open(self.path(None))
-        width = round(cell * plain.width / plain.height)
+        width = self._read(None, cell).width
         sheet = Image.new("RGB", (width * (columns + 1), (cell + _MARGIN) * len(layers)), "white")
         pen = ImageDraw.Draw(sheet)
         for row, layer in enumerate(layers):
             shown = [(0, None), *((1 + head, (layer, head)) for head in range(columns) if (layer, head) in self.hunter.pool)]
             for column, head in shown:
-                corner = column * width, row * (cell + _MARGIN)
-                sheet.paste(Image.open(self.path(head)).convert("RGB").resize((width, cell)), (corner[0], corner[1] + _MARGIN))
-                pen.text((corner[0] + 2, corner[1] + 1), "unguided" if head is None else head_name(head), fill="black")
+                left, top = column * width, row * (cell + _MARGIN)
+                sheet.paste(self._read(head, cell), (left, top + _MARGIN))
+                pen.text((left + 2, top + 1), "unguided" if head is None else head_name(head), fill="black")
         target = self.folder / "contact_sheet.png"
         sheet.save(target)
         return target
+
+    def _read(self, head: Head | None, height: int) -> Image.Image:
+        """A head's picture at a height in pixels."""
+        with Image.open(self.path(head)) as picture:
+            return picture.convert("RGB").resize((round(height * picture.width / picture.height), height))
 
 
 def write_picture(sample: torch.Tensor, path: str | Path) -> Path:

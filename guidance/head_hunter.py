@@ -128,6 +128,8 @@ class HeadHunter:
         kept = [head for head in found if head[0] >= min_layer]
         if not kept:
             raise GenAttnError(f"the pool must hold heads, got none from layer {min_layer} on; lower min_layer")
+        if len(kept) < self.search.top_k:
+            raise GenAttnError(f"the pool must hold at least top_k={self.search.top_k} heads, got {len(kept)}; widen it")
         return kept
 
     def _make_probe(self, moments: Sequence[float]) -> X0Probe | None:

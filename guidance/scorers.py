@@ -97,25 +97,24 @@ class PackageScorer:
     Args:
         package: import name of the package.
         weights: its checkpoint file.
-        score: (module, weights, pictures as PIL, prompt) -> scores of the pictures.
+        load: (module, path) -> (pictures as PIL, prompt) -> scores of the pictures; called once, when first needed.
     """
 
-    def __init__(self, package: str, weights: str | Path, score: Callable[[Any, str, list[Any], str], list[float]]) -> None:
-        self.weights = str(_existing(weights))
+    def __init__(self, package: str, weights: str | Path, load: Callable[[Any, str], Callable[[list[Any], str], Any]]) -> None:
+        self.weights, self.load = str(_existing(weights)), load
         try:
             self.module = import_module(package)
         except ImportError as error:
             raise GenAttnError(f"this objective needs the package {package}, got {error}; install it") from error
-        self.score = score
+        self._score: Callable[[list[Any], str], Any] | None = None
 
     def __call__(self, samples: Sequence[torch.Tensor], prompts: Sequence[str]) -> list[float]:
-        from torchvision.transforms.functional import to_pil_image
-
+        self._score = self._score or self.load(self.module, self.weights)
         scores = []
         for sample, prompt in zip(samples, prompts, strict=True):
-            pictures = [to_pil_image(frame.clamp(0, 1).cpu()) for frame in as_frames(sample)]
-            found = [float(value) for value in self.score(self.module, self.weights, pictures, prompt)]
-            scores.append(sum(found) / len(found))
+            found = self._score([_pil(frame) for frame in as_frames(sample)], prompt)
+            numbers = [float(value) for value in (found if isinstance(found, list | tuple) else [found])]
+            scores.append(sum(numbers) / len(numbers))
         return scores
 
 
@@ -133,14 +132,19 @@ def load_scorer(kind: str, where: str, device: str = "cpu") -> Objective:
             raise GenAttnError(f"aesthetic must be given as CLIP_FOLDER+HEAD.safetensors, got {where!r}; name both")
         return AestheticScorer(folder, head, device)
     if kind == "hps":
-        return PackageScorer("hpsv2", where, lambda m, path, pictures, prompt: m.score(pictures, prompt, cp=path))
+        return PackageScorer("hpsv2", where, lambda m, path: lambda pictures, prompt: list(m.score(pictures, prompt, cp=path)))
     return PackageScorer("ImageReward", where, _image_reward)
 
 
-def _image_reward(module: Any, path: str, pictures: list[Any], prompt: str) -> list[float]:
+def _image_reward(module: Any, path: str) -> Callable[[list[Any], str], Any]:
     model = module.load(path)
-    scores = model.score(prompt, pictures)
-    return scores if isinstance(scores, list) else [scores]
+    return lambda pictures, prompt: model.score(prompt, pictures)
+
+
+def _pil(frame: torch.Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((frame.clamp(0, 1).movedim(0, -1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def _unit(vectors: Any) -> torch.Tensor:

@@ -37,6 +37,11 @@ def hunter(path: Path, family: str = "sd3", **changes: Any) -> HeadHunter:
     return HeadHunter(pipe, objectives, settings.pop("prompts", ["a cat", "a dog"]), call=call, **settings)
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
 def test_finds_heads_and_says_how(tmp_path: Path) -> None:
     hunt = hunter(tmp_path, held_out=["a fox"], u_grid=(0.5, 1.0))
     found = hunt.run()
@@ -103,9 +108,6 @@ def test_the_probe_foresees_what_one_guided_step_foresees(tmp_path: Path) -> Non
     for candidate, samples in zip(candidates, found, strict=True):
         seen: list[torch.Tensor] = []
 
-        class TwoTerms(SoftPAG):
-            """The base at all steps but the probed one, the candidate at that one."""
-
         stock = pipe.scheduler.step
 
         def step(
@@ -114,9 +116,10 @@ def test_the_probe_foresees_what_one_guided_step_foresees(tmp_path: Path) -> Non
             seen.append(denoised(pipe.scheduler, output, t, sample))
             return stock(output, t, sample, **kwargs)
 
+        # the base guides the step before, the candidate the one that is probed
         plugins = (
             SoftPAG(base, stop=0.0, **{k: v for k, v in hunt.settings.items() if k not in ("start", "stop")}),
-            TwoTerms(candidate, start=0.3, stop=0.4, **{k: v for k, v in hunt.settings.items() if k not in ("start", "stop")}),
+            SoftPAG(candidate, start=0.3, stop=0.4, **{k: v for k, v in hunt.settings.items() if k not in ("start", "stop")}),
         )
         pipe.scheduler.step = step
         with genattn.apply(pipe, *plugins):
@@ -130,7 +133,8 @@ def test_the_probe_foresees_what_one_guided_step_foresees(tmp_path: Path) -> Non
 
 def test_the_probe_orders_heads_as_the_full_search_at_less_cost(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
-    full, probing = hunter(tmp_path / "full", rounds=1, pool=None), hunter(tmp_path, rounds=1, pool=None, probe_keep=0)
+    settings = {"rounds": 1, "pool": None, "batch": 4, "call": {"num_inference_steps": 6}}
+    full, probing = hunter(tmp_path / "full", **settings), hunter(tmp_path, **settings, probe_keep=0)
     first, second = full.run(), probing.run()
     heads = sorted(first.scores)
     assert rank_correlation([first.scores[h] for h in heads], [second.scores[h] for h in heads]) > 0.8
@@ -142,9 +146,10 @@ def test_hunts_on_other_families(tmp_path: Path, family: str) -> None:
     pool = {"wan": "L1H0-1", "flux": "L0H0,L3H1"}[family]
     found = hunter(tmp_path, family, pool=pool, prompts=["a cat"], rounds=1, probe_keep=1).run()
     assert len(found.heads) == 1
-    assert found.layer_map == {layer: 2 for layer in range(3 if family == "wan" else 4)}
+    assert found.layer_map == dict.fromkeys(range(3 if family == "wan" else 4), 2)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_x0_of_every_kind_of_prediction() -> None:
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
@@ -164,10 +169,6 @@ def test_x0_of_every_kind_of_prediction() -> None:
         x = kept.sqrt() * clean + (1 - kept).sqrt() * noise
         answer = {"epsilon": noise, "v_prediction": kept.sqrt() * noise - (1 - kept).sqrt() * clean, "sample": clean}[kind]
         torch.testing.assert_close(denoised(ddim, answer, t, x), clean, atol=1e-5, rtol=0)
-        assert (
-            torch.allclose(denoised(ddim, answer, t, x), ddim.step(answer, t, x).pred_original_sample.clamp(-9, 9), atol=1e-1)
-            or True
-        )
     for kind in ("epsilon", "v_prediction"):
         euler = EulerDiscreteScheduler(prediction_type=kind)
         euler.set_timesteps(5)
@@ -192,21 +193,21 @@ def test_draws_an_atlas(tmp_path: Path) -> None:
         atlas.contact_sheet()
     paths = atlas.draw()
     assert [p.name for p in paths] == ["unguided.png", "L01H00.png", "L01H01.png", "L01H02.png", "L02H01.png"]
-    pictures = [np.asarray(Image.open(p)) for p in paths]
+    pictures = [pixels(p) for p in paths]
     assert all(p.shape == (16, 12, 3) for p in pictures)
     before, done = paths[2].stat().st_mtime_ns, hunt.forwards
     assert atlas.draw() == paths
     assert (paths[2].stat().st_mtime_ns, hunt.forwards) == (before, done)
-    assert Image.open(atlas.contact_sheet(cell=16)).size == (12 * 4, (16 + 14) * 2)
+    assert pixels(atlas.contact_sheet(cell=16)).shape == ((16 + 14) * 2, 12 * 4, 3)
     with pytest.raises(GenAttnError, match="of one model, prompt and strength"):
         HeadAtlas(hunt, tmp_path / "atlas", prompt=1)
     with pytest.raises(GenAttnError, match="an index below 2, got 2"):
         HeadAtlas(hunt, tmp_path / "other", prompt=2)
     found = HeadSet.from_names("L1H0", hunt.layers, scores={(1, 0): 1.0, (2, 3): -0.5})
-    assert Image.open(heat_map(found, tmp_path / "heat.png")).width > 100
+    assert pixels(heat_map(found, tmp_path / "heat.png")).shape[1] > 100
     with pytest.raises(GenAttnError, match="a heat map needs scores"):
         heat_map(HeadSet.from_names("L1H0", hunt.layers), tmp_path / "heat.png")
-    assert Image.open(write_picture(torch.rand(3, 3, 4, 6), tmp_path / "clip.png")).size == (6, 4)
+    assert pixels(write_picture(torch.rand(3, 3, 4, 6), tmp_path / "clip.png")).shape == (4, 6, 3)
 
 
 @pytest.mark.parametrize(
