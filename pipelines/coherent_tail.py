@@ -82,7 +82,8 @@ class CoherentTail:
         up = frame_noise(fifo.seed, numbers, stepped, purpose="renoise", variants=[fifo.solver.num_levels] * len(numbers))
         fresh = frame_noise(fifo.seed, numbers, stepped, purpose="tail")
         exact = self.mix == "variance"
-        passed = low_pass(*last.shape[-2:], self.cutoff, self.kind, 0.0 if exact else self.cutoff**2)
+        height, width = last.shape[-2:]
+        passed = low_pass(height, width, self.cutoff, self.kind, 0.0 if exact else self.cutoff**2)
         return mix_frequencies(self._raised(fifo, last, up), fresh, passed, exact)
 
     def settings(self) -> dict[str, Any]:

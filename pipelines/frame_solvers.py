@@ -77,7 +77,8 @@ class SingleStepSolver(FrameSolver):
         super().__init__(grid, needs_noise=eta > 0)
         self.eta = eta
         self.boundary = boundary
-        self.target_alpha, self.target_sigma = target or (grid.alpha.roll(1), grid.sigma.roll(1))
+        cleaner = (grid.alpha.roll(1), grid.sigma.roll(1))
+        self.target_alpha, self.target_sigma = cleaner if target is None else target
         self.share = self._fresh_share()
 
     def _fresh_share(self) -> torch.Tensor:

@@ -123,7 +123,7 @@ _BESIDE_RESUME = {"pipe", "resume", "num_frames", "stream", "progress", "window_
 
 
 def _given_beside_resume(arguments: dict[str, Any]) -> list[str]:
-    defaults = long_video.__kwdefaults__ | {"prompt": ""}
+    defaults = {"prompt": "", **(long_video.__kwdefaults__ or {})}
     return [name for name, value in arguments.items() if name not in _BESIDE_RESUME and value != defaults[name]]
 
 

@@ -177,6 +177,34 @@ def test_steps_are_told_by_the_level_of_the_window(pipe):
     assert ticks[4:6] == [0, 2]
 
 
+def test_softpag_broadway_and_radial_work_in_the_queue_gated_by_level(pipe):
+    import genattn
+    from genattn.guidance.broadway import BroadWay
+    from genattn.guidance.softpag import SoftPAG
+    from genattn.patterns.radial import RadialPattern
+    from genattn.plugin import Plugin
+
+    extra = []
+
+    class Watch(Plugin):
+        def forward(self, run, args, kwargs, inner):
+            if run.extra is not None:
+                extra.append(run.step)
+            return inner(*args, **kwargs)
+
+    plain = long_video(pipe, "a cat", num_frames=9, **FULL).video
+    with genattn.apply(pipe, SoftPAG("L1H0", u=1.0, scale=2.0, stop=0.3), Watch()):
+        guided = long_video(pipe, "a cat", num_frames=9, **FULL).video
+    # windows of a four-level queue stand at steps 0 and 2; the last is beyond the guided part
+    assert set(extra) == {0, 1}
+    assert not np.array_equal(plain, guided)
+    for plugin in (BroadWay(alpha=0.5, beta=2.0, stop=0.6), RadialPattern()):
+        with genattn.apply(pipe, plugin):
+            changed = long_video(pipe, "a cat", num_frames=9, **FULL).video
+        assert changed.shape == plain.shape
+    assert np.array_equal(plain, long_video(pipe, "a cat", num_frames=9, **FULL).video)
+
+
 # ---- stopping
 
 
