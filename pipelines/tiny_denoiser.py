@@ -2,9 +2,12 @@
 
     x_s = (1 - s) x_0 + s noise        the model learns noise - x_0 at timestep 1000 s
 
-Two savings, both exact. The stock pipeline pads every prompt to 512 embeddings of zeros, which cross-attention sees;
-as they are all the same key, training keeps a few of them and adds the logarithm of their number to their logits.
-And a training clip may show only some of its latent frames, each at its own place in the rotary embedding.
+Rotary embeddings are relative and say nothing of a token's place in pure noise, which a small model takes long to work
+around. So eleven more latent channels hold where a latent is, as cosines along frames, rows and columns; the denoiser
+learns to make them with the rest, and the exported autoencoder decodes without looking at them.
+
+The stock pipeline pads every prompt to 512 embeddings of zeros, which cross-attention sees; as they are all the same
+key, training keeps a few of them and adds the logarithm of their number to their logits, which is exact.
 """
 
 import math
@@ -24,6 +27,9 @@ TEXT_TOKENS = 20
 FLOW_SHIFT = 5.0
 CAPTION_DROPOUT = 0.1
 PADDED_LENGTHS = (512, 512, 512, 226, 64)
+POSITION_WAVES = (3, 4, 4)
+POSITION_CHANNELS = sum(POSITION_WAVES)
+POSITION_AMPLITUDE = 6.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,6 @@ class TinyDenoiser(nn.Module):
         sigma: torch.Tensor,
         ids: torch.Tensor,
         padded_length: int = 512,
-        frames: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predicted velocity.
 
@@ -64,14 +69,13 @@ class TinyDenoiser(nn.Module):
             sigma: [B] in [0, 1].
             ids: int [B, L] token ids, padded with 0, with room for at least one pad.
             padded_length: to how many tokens the pipeline would pad, > L.
-            frames: int [F], which of the clip's latent frames these are; None for the first F.
 
         Returns:
             [B, C, F, H, W].
         """
         mask = (ids != 0).long()
         embeds = encode_text(self.text_encoder, ids)
-        with_training_attention(self.transformer, padding_bias(mask, padded_length, embeds.dtype), frames)
+        with_training_attention(self.transformer, padding_bias(mask, padded_length, embeds.dtype))
         return self.transformer(noisy, sigma * 1000, embeds, return_dict=False)[0]
 
 
@@ -92,23 +96,6 @@ class FoldedPaddingProcessor(WanAttnProcessor):
     ) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(hidden_states.dtype)
         return super().__call__(attn, hidden_states, encoder_hidden_states, bias, rotary_emb)
-
-
-class SubsetRope(nn.Module):
-    """The stock rotary embedding of the frames that a training clip shows."""
-
-    def __init__(self, rope: nn.Module) -> None:
-        super().__init__()
-        self.rope = rope
-        self.frames: torch.Tensor | None = None
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.frames is None:
-            return self.rope(hidden_states)
-        whole = hidden_states[:, :, :1].expand(-1, -1, LATENT_FRAMES, -1, -1)
-        return tuple(
-            part.unflatten(1, (LATENT_FRAMES, -1))[:, self.frames].flatten(1, 2) for part in self.rope(whole)
-        )
 
 
 def build_transformer(z_dim: int, text_dim: int, size: DenoiserSize) -> WanTransformer3DModel:
@@ -153,17 +140,37 @@ def padding_bias(mask: torch.Tensor, padded_length: int, dtype: torch.dtype) -> 
     return torch.where(mask.bool(), 0.0, left_out[:, None]).to(dtype)[:, None, None, :]
 
 
-def with_training_attention(
-    transformer: WanTransformer3DModel, bias: torch.Tensor | None, frames: torch.Tensor | None
-) -> None:
-    """Set the padding bias and the frames shown, in place; the first call swaps the processors in."""
+def with_training_attention(transformer: WanTransformer3DModel, bias: torch.Tensor | None) -> None:
+    """Set the padding bias, in place; the first call swaps the processors of the text attention in."""
     for block in transformer.blocks:
         if not isinstance(block.attn2.processor, FoldedPaddingProcessor):
             block.attn2.set_processor(FoldedPaddingProcessor())
         block.attn2.processor.bias = bias
-    if not isinstance(transformer.rope, SubsetRope):
-        transformer.rope = SubsetRope(transformer.rope)
-    transformer.rope.frames = frames
+
+
+def with_positions(latents: torch.Tensor, frames: torch.Tensor | None = None) -> torch.Tensor:
+    """Append the eleven channels of place: along each axis cosines of one half wave, of two, and so on.
+
+    Args:
+        latents: [B, C, F, H, W].
+        frames: int [F] or [B, F], which of the clip's latent frames these are; None for the first F.
+
+    Returns:
+        [B, C + 11, F, H, W].
+    """
+    batch, _, count, height, width = latents.shape
+    places = torch.arange(count, device=latents.device) if frames is None else frames.to(latents.device)
+    rows, columns = (torch.arange(size, device=latents.device) for size in (height, width))
+    axes = [
+        (places.view(-1, 1, count, 1, 1), LATENT_FRAMES, POSITION_WAVES[0]),
+        (rows.view(1, 1, 1, -1, 1), height, POSITION_WAVES[1]),
+        (columns.view(1, 1, 1, 1, -1), width, POSITION_WAVES[2]),
+    ]
+    waves = []
+    for place, size, number in axes:
+        angle = math.pi * (place + 0.5) / size
+        waves += [(2**0.5 * POSITION_AMPLITUDE) * torch.cos(angle * (wave + 1)) for wave in range(number)]
+    return torch.cat([latents, *(w.to(latents.dtype).expand(batch, 1, count, height, width) for w in waves)], 1)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
@@ -182,17 +189,15 @@ def flow_loss(
     latents: torch.Tensor,
     ids: torch.Tensor,
     empty_ids: torch.Tensor,
-    frames: torch.Tensor | None,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Mean squared error of the velocity at random noise levels, a tenth of the captions dropped.
 
     Args:
         model: the denoiser.
-        latents: normalised [B, C, F, H, W].
+        latents: normalised, with their channels of place, [B, C, F, H, W].
         ids: int [B, L] tokens of the captions.
         empty_ids: int [L] tokens of the empty caption.
-        frames: int [F], places of the frames in the clip; None for the first F.
         generator: CPU generator.
     """
     batch, device = len(latents), latents.device
@@ -202,15 +207,11 @@ def flow_loss(
     ids = torch.where(drop[:, None], empty_ids.to(device), ids.to(device))
     length = PADDED_LENGTHS[int(torch.randint(len(PADDED_LENGTHS), (1,), generator=generator))]
     level = sigma.view(-1, 1, 1, 1, 1)
-    predicted = model((1 - level) * latents + level * noise, sigma, ids, length, frames)
-    return (predicted.float() - (noise - latents)).square().mean()
-
-
-def choose_frames(count: int, generator: torch.Generator) -> torch.Tensor | None:
-    """`count` of the clip's latent frames in order, int64 [count]; None for all of them or the first alone."""
-    if count in (1, LATENT_FRAMES):
-        return None
-    return torch.randperm(LATENT_FRAMES, generator=generator)[:count].sort().values
+    predicted = model((1 - level) * latents + level * noise, sigma, ids, length)
+    error = (predicted.float() - (noise - latents)).square().mean((0, 2, 3, 4))
+    # the waves of place are large so that they show early in the noise; their error is weighed back
+    places = error[-POSITION_CHANNELS:].mean() / POSITION_AMPLITUDE**2
+    return error[:-POSITION_CHANNELS].mean() + 0.5 * places
 
 
 def count_parameters(model: nn.Module) -> int:

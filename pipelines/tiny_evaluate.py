@@ -158,9 +158,10 @@ def _summary(verdicts: Sequence[Verdict]) -> dict[str, float | int | str]:
     return row
 
 
-def provenance() -> dict[str, str]:
-    """Device, versions, commit and date of a measurement."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {_processor()}"
+def provenance(cpu: bool = False) -> dict[str, str]:
+    """Device (the processor where `cpu`), versions, commit and date of a measurement."""
+    on_gpu = torch.cuda.is_available() and not cpu
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU {_processor()}"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     return {"device": device, **versions, "commit": _commit(), "date": datetime.date.today().isoformat()}
 
@@ -194,7 +195,7 @@ def evaluate(
     clips = generate_clips(pipeline, scenes, sampling, size)
     seconds = (time.monotonic() - begun) / len(scenes)
     settings = {"seed": sampling.seed, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale}
-    facts = provenance() | settings | {"seconds_per_clip": round(seconds, 2)}
+    facts = provenance(pipeline.device.type == "cpu") | settings | {"seconds_per_clip": round(seconds, 2)}
     return [facts | row for row in summarize(score(clips, scenes), scenes)]
 
 

@@ -9,13 +9,13 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors import safe_open
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny_denoiser import FLOW_SHIFT, DenoiserSize, TinyDenoiser
+from genattn.pipelines.tiny_denoiser import FLOW_SHIFT, POSITION_CHANNELS, DenoiserSize, TinyDenoiser
 from genattn.pipelines.tiny_text import build_tokenizer
+from genattn.pipelines.tiny_vae import widen_latents
 
 DEFAULTS_FILE = "genattn_defaults.json"
 
@@ -50,7 +50,7 @@ def assemble(run_dir: Path, size: DenoiserSize | None = None) -> tuple[WanPipeli
         if not (run_dir / part).exists():
             raise GenAttnError(f"a run must hold {part} before it is exported, got {run_dir} without; train first")
     statistics = json.loads((run_dir / "latents.json").read_text())
-    vae = AutoencoderKLWan.from_pretrained(run_dir / "vae", **statistics).eval()
+    vae = widen_latents(AutoencoderKLWan.from_pretrained(run_dir / "vae", **statistics), POSITION_CHANNELS)
     tokenizer = build_tokenizer()
     model = TinyDenoiser(vae.config.z_dim, len(tokenizer), size)
     with safe_open(run_dir / "transformer.safetensors", "pt") as file:
@@ -79,8 +79,9 @@ def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Deno
     pipeline, steps = assemble(run_dir, size)
     half_written = folder.with_name(folder.name + ".part")
     shutil.rmtree(half_written, ignore_errors=True)
-    pipeline.transformer.to(torch.float16)
-    pipeline.vae.to(torch.float16)
+    for part in (pipeline.transformer, pipeline.vae):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.half()
     pipeline.save_pretrained(half_written)
     (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
     if (folder / "README.md").exists():

@@ -126,3 +126,44 @@ def psnr(vae: AutoencoderKLWan, clips: torch.Tensor) -> float:
     decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample
     return float(10 * torch.log10(4.0 / (decoded.float() - clips).square().mean()))
 
+
+@torch.no_grad()
+def widen_latents(vae: AutoencoderKLWan, channels: int) -> AutoencoderKLWan:
+    """The same autoencoder with `channels` more latent channels that the encoder leaves at 0 and the decoder ignores.
+
+    Args:
+        vae: the autoencoder, with z_dim latent channels.
+        channels: how many to add, >= 1; their mean is taken as 0 and their standard deviation as 1.
+
+    Raises:
+        GenAttnError: for fewer than 1.
+    """
+    if channels < 1:
+        raise GenAttnError(f"channels must be >= 1, got {channels}; keep the autoencoder as it is")
+    config = vae.config
+    old, new = config.z_dim, config.z_dim + channels
+    wide = AutoencoderKLWan.from_config(
+        {
+            **config,
+            "z_dim": new,
+            "latents_mean": [*config.latents_mean, *[0.0] * channels],
+            "latents_std": [*config.latents_std, *[1.0] * channels],
+        }
+    )
+    # moments are [means, log variances]; the added channels' places are last in each half
+    moments = [*range(old), *range(new, new + old)]
+    weights, wanted = vae.state_dict(), wide.state_dict()
+    for name, value in weights.items():
+        target = wanted[name]
+        if target.shape == value.shape:
+            target.copy_(value)
+            continue
+        target.zero_()
+        rows = moments if len(target) == 2 * new else list(range(len(value)))
+        columns = moments if target.ndim > 1 and target.shape[1] == 2 * new else list(range(value.shape[1:2].numel()))
+        if target.ndim == 1:
+            target[rows] = value
+        else:
+            target[torch.tensor(rows)[:, None], torch.tensor(columns)[None]] = value
+    wide.quant_conv.bias[new + old :] = -20.0
+    return wide.eval()

@@ -2,7 +2,7 @@
 
     vae          stills, then short clips -> run/vae
     latents      training clips through the autoencoder -> run/stills, run/clips
-    transformer  stills, then some latent frames of each clip, then all of them
+    transformer  stills, then single frames from anywhere in a clip, then whole clips
     export       the averaged weights as a pipeline folder in 16 bit
     evaluate     (a command of its own) held-out captions, judged by the oracle
 
@@ -20,19 +20,28 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanPipeline
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny_denoiser import DenoiserSize, TinyDenoiser, choose_frames, flow_loss, tokenize
+from genattn.pipelines.tiny_card import device_name, folder_bytes, journal, write_card
+from genattn.pipelines.tiny_denoiser import (
+    POSITION_CHANNELS,
+    DenoiserSize,
+    TinyDenoiser,
+    flow_loss,
+    tokenize,
+    with_positions,
+)
+from genattn.pipelines.tiny_evaluate import FIRST_SEED, Sampling, append_rows, evaluate, evaluation_scenes
+from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults, export
 from genattn.pipelines.tiny_latents import cache_latents, load_latents, measure_latents
 from genattn.pipelines.tiny_text import build_tokenizer
 from genattn.pipelines.tiny_trainer import TrainSettings, step_generator, train
 from genattn.pipelines.tiny_vae import build_vae, psnr, still_convolutions, training_clips, vae_loss
 
 PHASES = ("vae", "latents", "transformer", "export")
-STILL_BATCH, SUBSET_BATCH, CLIP_BATCH = 32, 12, 8
-SUBSET_FRAMES = 3
+STILL_BATCH, FRAME_BATCH, CLIP_BATCH = 32, 40, 8
 
 
 def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, still_steps: int) -> int:
@@ -123,30 +132,33 @@ def train_transformer(
     accelerator: Accelerator,
     settings: TrainSettings,
     still_steps: int,
-    subset_steps: int,
+    frame_steps: int,
     size: DenoiserSize | None = None,
     compile_blocks: bool = False,
     on_save: Callable[[nn.Module, int], None] | None = None,
 ) -> int:
-    """Stills until `still_steps`, three frames of each clip until `subset_steps`, then whole clips.
+    """Stills until `still_steps`, single frames from anywhere in a clip until `frame_steps`, then whole clips.
 
     Every tenth step after the stills is one of stills, lest a single frame be forgotten. Returns the steps done.
     """
     set_seed(settings.seed)
     batches = LatentBatches(run_dir)
-    model = TinyDenoiser(batches.mean.shape[0], len(batches.tokenizer), size)
+    model = TinyDenoiser(batches.mean.shape[0] + POSITION_CHANNELS, len(batches.tokenizer), size)
     if compile_blocks:
         model.transformer.compile_repeated_blocks(dynamic=False)
 
     def loss_of(module: nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
         if step < still_steps or step % 10 == 0:
-            (latents, ids), frames = batches.draw("stills", STILL_BATCH, generator), None
+            latents, ids = batches.draw("stills", STILL_BATCH, generator)
+            latents = with_positions(latents)
+        elif step < frame_steps:
+            clips, ids = batches.draw("clips", FRAME_BATCH, generator)
+            frames = torch.randint(clips.shape[2], (FRAME_BATCH, 1), generator=generator)
+            latents = with_positions(clips[torch.arange(FRAME_BATCH)[:, None], :, frames].transpose(1, 2), frames)
         else:
-            few = step < subset_steps
-            latents, ids = batches.draw("clips", SUBSET_BATCH if few else CLIP_BATCH, generator)
-            frames = choose_frames(SUBSET_FRAMES if few else latents.shape[2], generator)
-            latents = latents if frames is None else latents[:, :, frames]
-        return flow_loss(module, latents.to(accelerator.device), ids, batches.empty, frames, generator)
+            latents, ids = batches.draw("clips", CLIP_BATCH, generator)
+            latents = with_positions(latents)
+        return flow_loss(module, latents.to(accelerator.device), ids, batches.empty, generator)
 
     return train(model, loss_of, settings, accelerator, run_dir / "transformer.safetensors", on_save)
 
@@ -154,18 +166,45 @@ def train_transformer(
 def run_training(options: argparse.Namespace) -> None:
     """The command `train`."""
     accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.mixed_precision)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir, device = options.run_dir, device_name(options.cpu)
     common = {"minutes": options.minutes, "seed": options.seed}
     if "vae" in options.phases:
         settings = TrainSettings(options.vae_steps, learning_rate=8e-4, save_minutes=2.0, **common)
-        train_vae(options.run_dir, accelerator, settings, options.vae_still_steps)
+        with journal(run_dir, "vae", device) as done:
+            done["steps"] = train_vae(run_dir, accelerator, settings, options.vae_still_steps)
     if "latents" in options.phases:
         clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
-        make_latents(options.run_dir, accelerator, clips, stills, options.minutes)
+        with journal(run_dir, "latents", device) as done:
+            done["stills"], done["clips"] = make_latents(run_dir, accelerator, clips, stills, options.minutes)
     if "transformer" in options.phases:
         settings = TrainSettings(options.steps, learning_rate=options.learning_rate, **common)
-        curriculum = options.still_steps, options.subset_steps
-        train_transformer(options.run_dir, accelerator, settings, *curriculum, compile_blocks=options.compile)
+        curriculum = options.still_steps, options.frame_steps
+        with journal(run_dir, "transformer", device) as done:
+            done["steps"] = train_transformer(run_dir, accelerator, settings, *curriculum, compile_blocks=options.compile)
+    if "export" in options.phases:
+        defaults = GenerationDefaults(steps=options.sampling_steps, guidance_scale=options.guidance_scale)
+        steps = export(run_dir, options.out, defaults)
+        accelerator.print(f"{options.out}: {steps} steps, {folder_bytes(options.out) / 1e6:.1f} MB")
+
+
+def run_evaluation(options: argparse.Namespace) -> None:
+    """The command `evaluate`: prints a JSON row per split; appends them to a table and writes the card if asked."""
+    if not (options.model / "model_index.json").exists():
+        raise GenAttnError(f"the model must be a pipeline folder, got {options.model} without model_index.json; export")
+    device = "cpu" if options.cpu or not torch.cuda.is_available() else "cuda"
+    pipeline = WanPipeline.from_pretrained(options.model).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = GenerationDefaults(**json.loads((options.model / DEFAULTS_FILE).read_text()))
+    scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    steps = options.sampling_steps or defaults.steps
+    sampling = Sampling(steps, scale, options.seed, options.batch, options.max_sequence_length)
+    rows = evaluate(pipeline, evaluation_scenes(options.count, options.first_seed), sampling, defaults)
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    if options.csv is not None:
+        append_rows(options.csv, rows)
+    if options.card_from is not None:
+        write_card(options.model, options.card_from, rows, options.training_seed)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -187,8 +226,25 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--still-shards", type=int, nargs=2, default=(0, 100), help="the same for stills")
     training.add_argument("--steps", type=int, default=7000, help="last step of the transformer")
     training.add_argument("--still-steps", type=int, default=1500, help="of these, on stills")
-    training.add_argument("--subset-steps", type=int, default=3500, help="step at which whole clips begin")
+    training.add_argument("--frame-steps", type=int, default=3500, help="step until which the rest are single frames of clips")
     training.add_argument("--learning-rate", type=float, default=1e-3, help="peak rate of the transformer")
+    training.add_argument("--out", type=Path, default=Path("assets/tiny-wan"), help="where the pipeline is exported to")
+    training.add_argument("--sampling-steps", type=int, default=25, help="denoising steps written as the default")
+    training.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale written as the default")
+    judging = commands.add_parser("evaluate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    judging.set_defaults(run=run_evaluation)
+    judging.add_argument("--model", type=Path, default=Path("assets/tiny-wan"), help="the exported pipeline")
+    judging.add_argument("--count", type=int, default=200, help="captions, half of them of unseen combinations")
+    judging.add_argument("--first-seed", type=int, default=FIRST_SEED, help="first seed of the scenes asked for")
+    judging.add_argument("--seed", type=int, default=0, help="first seed of the noise")
+    judging.add_argument("--batch", type=int, default=8, help="clips sampled at a time")
+    judging.add_argument("--sampling-steps", type=int, help="denoising steps; the model's default if not given")
+    judging.add_argument("--guidance-scale", type=float, help="guidance scale; the model's default if not given")
+    judging.add_argument("--max-sequence-length", type=int, default=512, help="tokens that prompts are padded to")
+    judging.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    judging.add_argument("--csv", type=Path, help="table to append the rows to")
+    judging.add_argument("--card-from", type=Path, help="run folder from which to write the model card")
+    judging.add_argument("--training-seed", type=int, default=0, help="seed of the training, for the card")
     return parser
 
 

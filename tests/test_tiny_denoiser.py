@@ -40,7 +40,7 @@ def test_folded_padding_is_the_stock_padding(model, inputs, padded_length, token
         folded = model(latents, sigma, ids, padded_length)
         long_ids = tokenizer(CAPTIONS, padding="max_length", max_length=padded_length, return_tensors="pt").input_ids
         embeds = denoiser.encode_text(model.text_encoder, long_ids)
-        denoiser.with_training_attention(model.transformer, None, None)
+        denoiser.with_training_attention(model.transformer, None)
         stock = model.transformer(latents, sigma * 1000, embeds, return_dict=False)[0]
     torch.testing.assert_close(folded, stock, atol=2e-5, rtol=1e-4)
 
@@ -51,31 +51,21 @@ def test_the_number_of_pads_matters(model, inputs):
         assert not torch.allclose(model(latents, sigma, ids, 20), model(latents, sigma, ids, 512), atol=1e-3)
 
 
-def test_a_subset_of_frames_keeps_its_places(model, inputs):
-    latents, sigma, ids = inputs
-    with torch.no_grad():
-        whole = model(latents, sigma, ids)
-        all_frames = model(latents, sigma, ids, frames=torch.arange(8))
-        first = model(latents[:, :, :3], sigma, ids)
-        first_three = model(latents[:, :, :3], sigma, ids, frames=torch.arange(3))
-        elsewhere = model(latents[:, :, :3], sigma, ids, frames=torch.tensor([0, 4, 7]))
-    torch.testing.assert_close(whole, all_frames)
-    torch.testing.assert_close(first, first_three)
-    assert not torch.allclose(first, elsewhere, atol=1e-3)
-
-
 def test_the_loss_is_that_of_the_noise_at_the_start_and_reaches_every_weight(tokenizer):
     torch.manual_seed(0)
-    fresh = denoiser.TinyDenoiser(4, len(tokenizer), denoiser.DenoiserSize(2, 12, 2, 24))
+    fresh = denoiser.TinyDenoiser(4 + denoiser.POSITION_CHANNELS, len(tokenizer), denoiser.DenoiserSize(2, 12, 2, 24))
     torch.nn.init.zeros_(fresh.transformer.proj_out.bias)
     ids = denoiser.tokenize(tokenizer, CAPTIONS)
     latents = torch.randn(3, 4, 8, 4, 4, generator=torch.Generator().manual_seed(0))
-    loss = denoiser.flow_loss(fresh, latents, ids, ids[1], None, torch.Generator().manual_seed(1))
-    assert loss.item() == pytest.approx(2.0, rel=0.1)
-    again = denoiser.flow_loss(fresh, latents, ids, ids[1], None, torch.Generator().manual_seed(1))
+    latents = denoiser.with_positions(latents)
+    loss = denoiser.flow_loss(fresh, latents, ids, ids[1], torch.Generator().manual_seed(1))
+    # variance of the noise and of the latents; half that of the waves of place, weighed by their own
+    amplitude = denoiser.POSITION_AMPLITUDE
+    assert loss.item() == pytest.approx(2.0 + 0.5 * (1 + amplitude**2) / amplitude**2, rel=0.1)
+    again = denoiser.flow_loss(fresh, latents, ids, ids[1], torch.Generator().manual_seed(1))
     assert loss.item() == again.item()
     torch.nn.init.normal_(fresh.transformer.proj_out.weight)
-    denoiser.flow_loss(fresh, latents, ids, ids[1], None, torch.Generator().manual_seed(1)).backward()
+    denoiser.flow_loss(fresh, latents, ids, ids[1], torch.Generator().manual_seed(1)).backward()
     assert [name for name, parameter in fresh.named_parameters() if parameter.grad is None] == []
 
 
@@ -86,14 +76,25 @@ def test_noise_levels_follow_the_scheduler_shift():
     assert sigma.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
 
 
-def test_chosen_frames_are_sorted_and_distinct():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        frames = denoiser.choose_frames(3, generator)
-        assert frames.tolist() == sorted(set(frames.tolist()))
-        assert len(frames) == 3
-    assert denoiser.choose_frames(8, generator) is None
-    assert denoiser.choose_frames(1, generator) is None
+def test_channels_of_place_are_orthogonal_waves_over_the_whole_clip():
+    latents = torch.randn(2, 4, 8, 6, 10)
+    placed = denoiser.with_positions(latents)
+    assert torch.equal(placed[:, :4], latents)
+    waves = placed[0, 4:].flatten(1).double() / denoiser.POSITION_AMPLITUDE
+    products = waves @ waves.T / waves.shape[1]
+    torch.testing.assert_close(products, torch.eye(denoiser.POSITION_CHANNELS).double(), atol=1e-5, rtol=0)
+    first = 0
+    for axis, number in enumerate(denoiser.POSITION_WAVES):
+        others = [other + 1 for other in range(3) if other != axis]
+        of_axis = placed[0, 4 + first : 4 + first + number]
+        assert of_axis.amax(others).equal(of_axis.amin(others))
+        first += number
+    some = denoiser.with_positions(latents[:, :, [1, 5]], torch.tensor([1, 5]))
+    assert torch.equal(some[:, 4:], placed[:, 4:, [1, 5]])
+    assert torch.equal(denoiser.with_positions(latents[:, :, :1])[:, 4:], placed[:, 4:, :1])
+    each = denoiser.with_positions(latents[:, :, :1], torch.tensor([[6], [2]]))
+    assert torch.equal(each[0, 4:, 0], placed[0, 4:, 6])
+    assert torch.equal(each[1, 4:, 0], placed[1, 4:, 2])
 
 
 def test_ids_without_room_for_padding_are_refused(model, inputs):
