@@ -7,6 +7,7 @@ A tile pair costs BLOCK_Q x BLOCK_K whatever it holds, so pairs are the work. Pa
 fits is tried. Sufficient for a plan without masks: tile t divides the axis, window n t, stride m t, and n - m is even.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,10 +42,8 @@ def choose_cuts(axes: tuple[AxisWindow, ...], block_q: int, block_k: int) -> tup
 def halo_cuts(axes: tuple[AxisWindow, ...], block: int) -> Cuts:
     """Query cuts for boxes that follow the query tile: the least keys over all tiles, unused lanes included."""
     options = []
-    for axis in axes:
-        longest = max(g.members.size for g in axis.groups)
-        cuts = {cut_axis(axis, size, even) for size in range(1, min(longest, block) + 1) for even in (False, True)}
-        keys = ((cut, np.subtract(*unions(axis, cut)[::-1]).sum()) for cut in sorted(cuts, key=lambda c: c.edges))
+    for i, axis in enumerate(axes):
+        keys = ((cut, np.subtract(*unions(axis, cut)[::-1]).sum()) for cut in _cuts(axis, block, _least(axes, i, block)))
         options.append([_Choice(cut, float(n), 0.0) for cut, n in keys])
     return _cheapest(options, block)
 
@@ -73,7 +72,9 @@ def is_mask_free(length: int, tile: int, window: int, stride: int) -> bool:
 
 
 def _best(axes: tuple[AxisWindow, ...], block: int, query: Cuts | None) -> Cuts:
-    options = [_options(axis, block, None if query is None else query[i]) for i, axis in enumerate(axes)]
+    options = [
+        _options(axis, block, _least(axes, i, block), None if query is None else query[i]) for i, axis in enumerate(axes)
+    ]
     return _cheapest(options, block)
 
 
@@ -86,11 +87,21 @@ def _cheapest(options: list[list[_Choice]], block: int) -> Cuts:
     return tuple(axis[i].cut for axis, i in zip(options, place))
 
 
-def _options(axis: AxisWindow, block: int, query: AxisCut | None) -> list[_Choice]:
+def _least(axes: tuple[AxisWindow, ...], place: int, block: int) -> int:
+    """Shorter parts than this leave half of the block unused whatever the other axes do."""
+    others = math.prod(max(g.members.size for g in a.groups) for i, a in enumerate(axes) if i != place)
+    return max(1, block // (2 * others))
+
+
+def _cuts(axis: AxisWindow, block: int, least: int) -> list[AxisCut]:
     longest = max(g.members.size for g in axis.groups)
-    cuts = {cut_axis(axis, size, even) for size in range(1, min(longest, block) + 1) for even in (False, True)}
+    sizes = range(min(least, longest), min(longest, block) + 1)
+    return sorted({cut_axis(axis, size, even) for size in sizes for even in (False, True)}, key=lambda c: c.edges)
+
+
+def _options(axis: AxisWindow, block: int, least: int, query: AxisCut | None) -> list[_Choice]:
     found: dict[tuple[int, int], _Choice] = {}
-    for cut in sorted(cuts, key=lambda c: c.edges):
+    for cut in _cuts(axis, block, least):
         choice = _weigh(axis, cut, query or cut)
         kept = found.get((cut.lanes, cut.parts))
         if kept is None or (choice.pairs, -choice.full) < (kept.pairs, -kept.full):

@@ -13,6 +13,7 @@ from plan_checks import assert_plan_is_exact
 
 from genattn.errors import GenAttnError
 from genattn.patterns.dense import DensePattern
+from genattn.patterns.pattern import PlanCache
 from genattn.patterns.radial import RadialPattern
 from genattn.token_layout import Segment, TokenLayout
 
@@ -176,6 +177,25 @@ def test_cache_is_keyed_by_everything() -> None:
     plans = [p.plan(x, q, k) for p in patterns_ for x in layouts_ for q, k in ((16, 16), (16, 8))]
     assert len({id(p) for p in plans}) == len(plans)
     assert patterns_[0].plan(layouts_[0], 16, 8) is RadialPattern(block=8).plan(TokenLayout.from_grid((5, 6, 8)), 16, 8)
+
+
+def test_cache_is_bounded_by_bytes() -> None:
+    plans = [RadialPattern(block=8).build_plan(TokenLayout.from_grid((n, 6, 8)), 16, 16) for n in (3, 4, 5)]
+    sizes = [sum(x.numel() * 4 for x in (p.query_tiles, p.key_tiles, p.row_ptr, p.columns, p.num_full)) for p in plans]
+    cache = PlanCache(sizes[1] + sizes[2])
+    for name, plan in zip("abc", plans):
+        cache.put(name, plan)
+    assert len(cache) == 2
+    assert cache.get("a") is None
+    assert cache.get("b") is plans[1]
+    cache.put("d", plans[0])
+    assert cache.get("c") is None, "b was used more recently"
+    cache.put("d", plans[0])
+    assert len(cache) == 2
+    cache.max_bytes = 0
+    cache.put("e", plans[2])
+    assert len(cache) == 1
+    assert cache.get("e") is plans[2]
 
 
 def test_text_only_and_padding() -> None:

@@ -136,12 +136,15 @@ class PerLayer(_Parts):
 
     def check(self, layout: TokenLayout) -> None:
         """A pattern that differs by layer has no single mask."""
-        raise GenAttnError("PerLayer has one mask per layer; call for_layer(layer, num_layers) first")
+        raise _one_mask_per_layer()
 
     def rule(self, layout: TokenLayout) -> ElementRule:
         """Not defined for all layers at once."""
-        self.check(layout)
-        raise AssertionError  # check has raised
+        raise _one_mask_per_layer()
+
+
+def _one_mask_per_layer() -> GenAttnError:
+    return GenAttnError("PerLayer has one mask per layer; call for_layer(layer, num_layers) first")
 
 
 def _set_choice(pattern: PerHead | PerLayer, what: str) -> None:

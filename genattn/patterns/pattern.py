@@ -5,6 +5,7 @@ Each pattern gives an element rule (the definition), a block plan (analytic, no 
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Hashable
 from threading import Lock
 
 import torch
@@ -15,9 +16,46 @@ from genattn.kernels.element_rule import ElementRule
 from genattn.token_layout import TokenLayout
 
 MASK_LIMIT = 16_384
-_PLAN_CACHE: "OrderedDict[tuple[object, ...], BlockPlan]" = OrderedDict()
-_PLAN_CACHE_SIZE = 32
-_LOCK = Lock()
+
+
+class PlanCache:
+    """The plans used last, by everything they depend on. Bounded by the bytes of their lists, so that a model with settings of
+    its own in every layer keeps them all, and a few huge plans do not pile up.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self._bytes = max_bytes, 0
+        self._plans: OrderedDict[Hashable, BlockPlan] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def get(self, key: Hashable) -> BlockPlan | None:
+        """The plan kept under `key`, or None."""
+        with self._lock:
+            if key not in self._plans:
+                return None
+            self._plans.move_to_end(key)
+            return self._plans[key]
+
+    def put(self, key: Hashable, plan: BlockPlan) -> None:
+        """Keep `plan`, and drop the ones unused for longest where there is too much; the newest always stays."""
+        with self._lock:
+            if key in self._plans:
+                self._bytes -= _list_bytes(self._plans.pop(key))
+            self._plans[key] = plan
+            self._bytes += _list_bytes(plan)
+            while self._bytes > self.max_bytes and len(self._plans) > 1:
+                self._bytes -= _list_bytes(self._plans.popitem(last=False)[1])
+
+
+def _list_bytes(plan: BlockPlan) -> int:
+    lists = (plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full)
+    return sum(x.numel() * x.element_size() for x in lists)
+
+
+_CACHE = PlanCache(2**31)
 
 
 class Pattern(ABC):
@@ -63,14 +101,9 @@ class Pattern(ABC):
         if block_q < 1 or block_k < 1:
             raise GenAttnError(f"block_q and block_k must be >= 1, got {block_q} and {block_k}")
         key = (self, layout, block_q, block_k)
-        with _LOCK:
-            if key in _PLAN_CACHE:
-                _PLAN_CACHE.move_to_end(key)
-                return _PLAN_CACHE[key]
-        self.check(layout)
-        plan = self.build_plan(layout, block_q, block_k)
-        with _LOCK:
-            _PLAN_CACHE[key] = plan
-            while len(_PLAN_CACHE) > _PLAN_CACHE_SIZE:
-                _PLAN_CACHE.popitem(last=False)
+        plan = _CACHE.get(key)
+        if plan is None:
+            self.check(layout)
+            plan = self.build_plan(layout, block_q, block_k)
+            _CACHE.put(key, plan)
         return plan
