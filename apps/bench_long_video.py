@@ -2,6 +2,7 @@
 
     python -m genattn.apps.bench_long_video run --model assets/tiny-wan --prompts 20 --frames 253
     python -m genattn.apps.bench_long_video table
+    python -m genattn.apps.bench_long_video batch                     windows per forward against throughput
 
 Every film is one row of assets/bench/long_video_ablation.csv with device, versions, commit, date and the model's
 fingerprint; films that are there already are not made again. On a transformer that attends over all frames of a window,
@@ -9,6 +10,7 @@ memory frames stand for SACFA.
 """
 
 import csv
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ import typer
 
 from genattn.apps.bench_rows import append_rows, provenance
 from genattn.apps.load_pipeline import shipped_model
-from genattn.pipelines.fifo import sample_clip
+from genattn.errors import GenAttnError
+from genattn.pipelines.fifo import Fifo, sample_clip, start_queue
 from genattn.pipelines.frame_denoisers import frame_denoiser
 from genattn.pipelines.long_video import long_video
 from genattn.pipelines.long_video_settings import LongVideoSettings
@@ -33,6 +36,7 @@ from genattn.pipelines.tiny_world import caption, sample_scene
 from genattn.pipelines.video_metrics import measure
 
 TABLE = Path("assets/bench/long_video_ablation.csv")
+BATCH_TABLE = Path("assets/bench/window_batch.csv")
 MEASURES = (
     "subject_consistency",
     "background_consistency",
@@ -173,6 +177,52 @@ def summary(path: Path = TABLE, model: str | None = None) -> list[dict[str, str]
             line[measure_name] = f"{mean:.4f} ± {half:.4f}"
         out.append(line)
     return out
+
+
+@app.command()
+def batch(
+    model: Annotated[Path | None, typer.Option(help="Folder of a text-to-video pipeline; the shipped one by default.")] = None,
+    steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 32,
+    ticks: Annotated[int, typer.Option(help="Ticks timed per setting; the fastest counts.")] = 5,
+    note: Annotated[str, typer.Option(help="Put into every row.")] = "",
+    table: Annotated[Path, typer.Option(help="The file to add to.")] = BATCH_TABLE,
+) -> None:
+    """Time ticks with more and more windows per forward, after checking that the latents agree with one by one."""
+    from diffusers import DiffusionPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = DiffusionPipeline.from_pretrained(model or shipped_model()).to(device)
+    base = frame_denoiser(pipe)
+    settings = LongVideoSettings("a red circle moves right on a dark background", num_inference_steps=steps)
+    shape, places = settings.queue_shape(base), base.latent_size(*settings.size(base))
+    solver = base.solver(shape.num_levels, (shape.window, *places))
+    windows = PromptedWindows(base, solver.grid, settings.schedule(), guidance_scale=settings.scale(base))
+    clip = torch.randn(1, base.channels, shape.window, *places, generator=torch.Generator().manual_seed(0)).to(device)
+    first: tuple[torch.Tensor, float] | None = None
+    for size in sorted({1, 2, 4, len(shape.windows)}):
+        fifo = Fifo(windows, solver, start_queue(shape, solver, clip), window_batch=size)
+        times = []
+        for _ in range(ticks):
+            start = time.perf_counter()
+            fifo.tick()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        first = first or (fifo.queue.latents, min(times))
+        error = float((fifo.queue.latents - first[0]).abs().max())
+        if error > 1e-3:
+            raise GenAttnError(
+                f"batched windows must agree with one by one, got a difference of {error:.1e} at window_batch={size}"
+            )
+        row = {"window_batch": size, "windows": len(shape.windows), "seconds_per_tick": round(min(times), 4)}
+        row |= {
+            "throughput": round(first[1] / min(times), 3),
+            "max_difference": f"{error:.1e}",
+            "cores": os.cpu_count(),
+            "note": note,
+        }
+        append_rows(table, [{**row, **provenance(device)}])
+        print(row, flush=True)
 
 
 @app.command()

@@ -246,6 +246,15 @@ def capability_table() -> list[dict[str, str]]:
     return rows
 
 
+def capability_markdown() -> str:
+    """Both tables for the manual, between whose marks a test holds them."""
+    parts = []
+    for rows in (capability_table(), refusal_table()):
+        lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\nRefused, with the reason:\n\n".join(parts)
+
+
 def refusal_table() -> list[dict[str, str]]:
     """Families that are refused, with the reason."""
     return [{"pipelines": f"{start}*", "reason": reason} for start, reason in _REASONS.items()]

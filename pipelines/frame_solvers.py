@@ -78,7 +78,8 @@ class SingleStepSolver(FrameSolver):
         self.eta = eta
         self.boundary = boundary
         cleaner = (grid.alpha.roll(1), grid.sigma.roll(1))
-        self.target_alpha, self.target_sigma = cleaner if target is None else target
+        goal: tuple[torch.Tensor, torch.Tensor] = cleaner if target is None else target
+        self.target_alpha, self.target_sigma = goal
         self.share = self._fresh_share()
 
     def _fresh_share(self) -> torch.Tensor:

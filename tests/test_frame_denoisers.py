@@ -3,6 +3,7 @@ nothing behind."""
 
 import importlib
 import types
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -14,6 +15,7 @@ from genattn.pipelines.fifo import Fifo, WindowBatch, sample_clip, start_queue
 from genattn.pipelines.frame_denoisers import (
     Pass,
     base_classes,
+    capability_markdown,
     capability_table,
     frame_denoiser,
     refusal_table,
@@ -162,6 +164,12 @@ def test_every_family_is_in_the_table():
     assert [row["family"] for row in rows] == list(video_pipes.FAMILIES) == list(base_classes())
     assert all(row[name] for row in rows for name in ("pipelines", "per-frame timestep", "decoding"))
     assert len({row["pipelines"] for row in refusal_table()}) == len(refusal_table())
+
+
+def test_the_manual_holds_the_generated_table():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "long-video.md").read_text(encoding="utf-8")
+    begin, end = "<!-- begin generated: bases -->\n", "\n<!-- end generated: bases -->"
+    assert page.split(begin)[1].split(end)[0] == capability_markdown()
 
 
 @pytest.mark.parametrize("name", ["HunyuanVideoPipeline", "MochiPipeline", "WanVACEPipeline", "StableDiffusionPipeline"])
