@@ -9,7 +9,7 @@ address and nothing is permuted or padded in memory. No S x S tensor anywhere.
 
 import itertools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -31,6 +31,8 @@ class BlockPlan:
     num_full: int32 [N, NQ], how many of a list's tiles are full (every used lane sees every used lane).
     rule: decides inside the other tiles; may be None when there are none.
     seqlen_q, seqlen_k: lengths of the sequences the indices point into.
+    handle: int64 scalar on the CPU that names this plan inside a library op; see `plan_of_handle`.
+    mask_heads: 1 when lists and rule are the same for all heads, else the number of query heads.
     """
 
     query_tiles: torch.Tensor
@@ -41,6 +43,8 @@ class BlockPlan:
     rule: ElementRule | None
     seqlen_q: int
     seqlen_k: int
+    handle: torch.Tensor = field(init=False, repr=False)
+    mask_heads: int = field(init=False)
 
     def __post_init__(self) -> None:
         rows, tiles = self.num_full.shape
@@ -51,6 +55,10 @@ class BlockPlan:
             )
         if self.rule is None and int(self.num_full.sum()) != self.columns.numel():
             raise ValueError("a plan with partial tiles needs an element rule, got rule=None")
+        number = next(_NEXT_HANDLE)
+        _HANDLES[number] = self
+        object.__setattr__(self, "handle", torch.tensor(number))
+        object.__setattr__(self, "mask_heads", max(rows, 1 if self.rule is None else self.rule.num_heads))
 
     @property
     def block_q(self) -> int:
@@ -77,13 +85,6 @@ class BlockPlan:
         return {}
 
     @cached_property
-    def handle(self) -> torch.Tensor:
-        """Int64 scalar on the CPU that names this plan inside a library op; see `plan_of_handle`."""
-        number = next(_NEXT_HANDLE)
-        _HANDLES[number] = self
-        return torch.tensor(number)
-
-    @cached_property
     def row_lengths(self) -> torch.Tensor:
         """Int64 [N, NQ]: key tiles per query tile."""
         return self.row_ptr.long().diff(dim=1)
@@ -100,11 +101,6 @@ class BlockPlan:
     def covers_queries(self) -> bool:
         """Whether every query stands in a tile, so that a kernel writes every row of the output."""
         return int((self.query_tiles >= 0).sum()) == self.seqlen_q
-
-    @cached_property
-    def mask_heads(self) -> int:
-        """1 when lists and rule are the same for all heads, else the number of query heads."""
-        return max(self.num_heads, 1 if self.rule is None else self.rule.num_heads)
 
     @cached_property
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:

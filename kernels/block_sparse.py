@@ -9,12 +9,11 @@ error; "auto" goes on to the next, and `choose_impl` tells what it took and why 
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.cpu_grouped import grouped_attention, why_not_grouped
-from genattn.kernels.cpu_native import native_attention, why_not_native
+from genattn.kernels.block_sparse_ops import OP_IMPLS, block_sparse_forward, why_not_op
 from genattn.kernels.reference import reference_attention
 from genattn.kernels.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
 
-IMPLS = ("auto", "cpu", "grouped", "sdpa", "reference")
+IMPLS = ("auto", *OP_IMPLS, "sdpa", "reference")
 
 
 def block_sparse_attention(
@@ -38,12 +37,16 @@ def block_sparse_attention(
     Raises ValueError for shapes that do not fit together, and with the reason when the named `impl` cannot serve.
     """
     check_inputs(query, key, value, plan, key_mask)
-    chosen, _ = choose_impl(query, key, value, plan, impl=impl, return_lse=return_lse)
-    plan = plan.to(query.device)
+    compiling = torch.compiler.is_compiling() and impl == "auto"
+    # inside a compiled graph the op itself settles which kernel serves
+    chosen = impl if compiling else choose_impl(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale)[0]
     if chosen == "sdpa":
-        return sdpa_mask_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
-    run = {"cpu": native_attention, "grouped": grouped_attention, "reference": reference_attention}[chosen]
-    out, lse = run(query, key, value, plan, scale=scale, key_mask=key_mask)
+        return sdpa_mask_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
+    if chosen == "reference":
+        out, lse = reference_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
+    else:
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        out, lse = block_sparse_forward(query, key, value, key_mask, plan.handle, factor, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -55,28 +58,24 @@ def choose_impl(
     *,
     impl: str = "auto",
     return_lse: bool = False,
+    scale: float | None = None,
 ) -> tuple[str, dict[str, str]]:
     """(the backend that will run, {backend passed over: reason})."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     reasons: dict[str, str] = {}
     for name in IMPLS[1:] if impl == "auto" else (impl,):
-        reason = _why_not(name, query, plan, return_lse, needs_grad)
+        reason = _why_not(name, query, plan, return_lse, scale)
         if reason is None:
             return name, reasons
         reasons[name] = reason
     raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons.values())}; use impl='auto'")
 
 
-def _why_not(name: str, query: torch.Tensor, plan: BlockPlan, return_lse: bool, needs_grad: bool) -> str | None:
-    if name == "cpu":
-        return "it has no backward" if needs_grad else why_not_native(query, plan)
-    if name == "grouped":
-        return "it has no backward" if needs_grad else why_not_grouped(query, plan)
+def _why_not(name: str, query: torch.Tensor, plan: BlockPlan, return_lse: bool, scale: float | None) -> str | None:
     if name == "sdpa":
         return why_not_sdpa_mask(query, plan, return_lse)
-    return None
+    return why_not_op(name, query, plan, scale) if name in OP_IMPLS else None
 
 
 def check_inputs(

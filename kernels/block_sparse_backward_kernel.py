@@ -8,7 +8,14 @@ from the saved log-sum-exp (Dao et al., arXiv 2205.14135, Alg. 4).
 import triton
 import triton.language as tl
 
-from genattn.kernels.block_sparse_kernel import LOG2E, bits_visible, grid_visible, load_coords, load_rows, tile_tokens
+from genattn.kernels.block_sparse_kernel import (
+    LOG2E,
+    bits_visible,
+    hide_by_grid,
+    load_rows,
+    step_lanes,
+    tile_tokens,
+)
 
 
 @triton.jit
@@ -42,8 +49,9 @@ def dq_kernel(
     COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h,
     seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    LISTS: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
+    RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +61,6 @@ def dq_kernel(
     listed = head if LISTS > 1 else 0
     tile = tl.load(ORDER + listed * tiles_q + tl.program_id(0))
     rows = tl.arange(0, BLOCK_Q)
-    step: tl.constexpr = BLOCK_K // SPLIT
     channels = tl.arange(0, DIM_PAD)
     token_q, used_q = tile_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
     query = load_rows(Q + batch * q_b + head * q_h, token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE)
@@ -70,15 +77,15 @@ def dq_kernel(
         CLASSES += ruled * frames * frames
         LOW += ruled * classes * 2 * longest
         WIDTH += ruled * classes * 2 * longest
-        tq, yq, xq = load_coords(COORDS, token_q, used_q)
+        words_q = tl.load(COORDS + token_q, mask=used_q, other=0)
     acc = tl.zeros([BLOCK_Q, DIM_PAD], tl.float32)
     first = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile)
     last = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile + 1)
     ragged = first + tl.load(NUM_FULL + listed * tiles_q + tile)
     for part in tl.static_range(2 if RULE > 0 else 1):
-        for turn in tl.range(SPLIT * (first if part == 0 else ragged), SPLIT * (ragged if part == 0 else last)):
-            key_tile = tl.load(COLUMNS + turn // SPLIT)
-            lanes = (turn % SPLIT) * step + tl.arange(0, step)
+        for turn in tl.range(first * SPLIT if part == 0 else ragged * FINE, ragged * SPLIT if part == 0 else last * FINE):
+            key_tile = tl.load(COLUMNS + turn // (SPLIT if part == 0 else FINE))
+            lanes = step_lanes(turn, BLOCK_K, SPLIT if part == 0 else FINE)
             token_k, used_k = tile_tokens(KEY_TILES, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
             if MASKED:
                 used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
@@ -88,13 +95,13 @@ def dq_kernel(
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
             if part == 1:
                 if RULE == 1:
-                    tk, yk, xk = load_coords(COORDS, token_k, used_k)
-                    seen = grid_visible(tq, yq, xq, tk, yk, xk, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
-                                        extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X)  # fmt: skip
+                    words_k = tl.load(COORDS + token_k, mask=used_k, other=0)
+                    scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
+                                          extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, False)  # fmt: skip
                 else:
-                    slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // SPLIT)
+                    slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // (SPLIT if part == 0 else FINE))
                     seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
-                scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
+                    scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
             elif HOLES:
                 scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
             probs = tl.exp2(scores - lse[:, None])
@@ -111,8 +118,9 @@ def dkv_kernel(
     COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h,
     seqlen_q, seqlen_k, heads, group, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    LISTS: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
+    RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +128,6 @@ def dkv_kernel(
     kv_heads = heads // group
     kv_head = tl.program_id(1) % kv_heads
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    step: tl.constexpr = BLOCK_Q // SPLIT
     lanes = tl.arange(0, BLOCK_K)
     channels = tl.arange(0, DIM_PAD)
     key_tile = tl.load(ORDER + tl.program_id(0))
@@ -132,7 +139,7 @@ def dkv_kernel(
     value = load_rows(V + batch * v_b + kv_head * v_h, token_k, used_k, v_s, channels, DIM, DIM_PAD, False, WIDE)
     hidden = tl.where(used_k, 0.0, float("-inf"))
     if RULE == 1:
-        tk, yk, xk = load_coords(COORDS, token_k, used_k)
+        words_k = tl.load(COORDS + token_k, mask=used_k, other=0)
     grad_k = tl.zeros([BLOCK_K, DIM_PAD], tl.float32)
     grad_v = tl.zeros([BLOCK_K, DIM_PAD], tl.float32)
     for member in tl.range(0, group):
@@ -143,9 +150,10 @@ def dkv_kernel(
         last = tl.load(ROW_PTR + listed * (tiles_k + 1) + key_tile + 1)
         ragged = first + tl.load(NUM_FULL + listed * tiles_k + key_tile)
         for part in tl.static_range(2 if RULE > 0 else 1):
-            for turn in tl.range(SPLIT * (first if part == 0 else ragged), SPLIT * (ragged if part == 0 else last)):
-                tile = tl.load(COLUMNS + turn // SPLIT)
-                rows = (turn % SPLIT) * step + tl.arange(0, step)
+            begin = first * SPLIT if part == 0 else ragged * FINE
+            for turn in tl.range(begin, ragged * SPLIT if part == 0 else last * FINE):
+                tile = tl.load(COLUMNS + turn // (SPLIT if part == 0 else FINE))
+                rows = step_lanes(turn, BLOCK_Q, SPLIT if part == 0 else FINE)
                 token_q, used_q = tile_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
                 query = load_rows(Q + batch * q_b + head * q_h, token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE)
                 grad = load_rows(DO + batch * d_b + head * d_h, token_q, used_q, d_s, channels, DIM, DIM_PAD, False, WIDE)
@@ -155,14 +163,16 @@ def dkv_kernel(
                 scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E) + hidden[:, None]
                 if part == 1:
                     if RULE == 1:
-                        tq, yq, xq = load_coords(COORDS, token_q, used_q)
-                        seen = grid_visible(tq, yq, xq, tk, yk, xk, FRAME_SPAN, key_tile, CLASSES + ruled * frames * frames,
-                                            LOW + ruled * classes * 2 * longest, WIDTH + ruled * classes * 2 * longest,
-                                            frames, longest, extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X)  # fmt: skip
+                        words_q = tl.load(COORDS + token_q, mask=used_q, other=0)
+                        scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES + ruled * frames * frames,
+                                              LOW + ruled * classes * 2 * longest, WIDTH + ruled * classes * 2 * longest,
+                                              frames, longest,
+                                              extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, True)  # fmt: skip
                     else:
-                        slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + tl.load(ENTRY + turn // SPLIT))
+                        place = tl.load(ENTRY + turn // (SPLIT if part == 0 else FINE))
+                        slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + place)
                         seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
-                    scores = tl.where(tl.trans(seen), scores, float("-inf"))
+                        scores = tl.where(tl.trans(seen), scores, float("-inf"))
                 probs = tl.exp2(scores - lse[None, :])
                 grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
                 slope = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]

@@ -11,6 +11,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FIELD = tl.constexpr(1023)
+GUARDS = tl.constexpr((1 << 31 | 1 << 21 | 1 << 10) - (1 << 32))
 
 
 @triton.jit
@@ -22,6 +24,12 @@ def tile_tokens(TILES, tile, lanes, seqlen, BLOCK: tl.constexpr, RUNS: tl.conste
     else:
         token = tl.load(TILES + tile * BLOCK + lanes)
         return tl.maximum(token, 0), token >= 0
+
+
+@triton.jit
+def step_lanes(turn, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Lanes of a tile that a turn works on, when the tile is taken in STEPS steps."""
+    return (turn % STEPS) * (BLOCK // STEPS) + tl.arange(0, BLOCK // STEPS)
 
 
 @triton.jit
@@ -40,42 +48,65 @@ def load_rows(base, token, used, stride, channels, DIM: tl.constexpr, DIM_PAD: t
 
 
 @triton.jit
-def load_coords(COORDS, token, used):
-    """(t, y, x) of tokens; an unused lane counts as padding."""
-    t = tl.load(COORDS + token * 3, mask=used, other=-2)
-    return t, tl.load(COORDS + token * 3 + 1, mask=used, other=0), tl.load(COORDS + token * 3 + 2, mask=used, other=0)
+def axis_bounds(low, width, extent, lap, CIRCULAR: tl.constexpr):
+    """First and last key coordinate of a window, clamped to a field; (1023, 0) when it is empty. `lap` > 0 is the part of a
+    wrapping window that comes around the far end."""
+    if CIRCULAR:
+        low = ((low % extent) + extent) % extent - lap * extent
+    high = tl.minimum(low + width - 1, FIELD)
+    low = tl.maximum(low, 0)
+    return tl.where(low <= high, low, FIELD), tl.where(low <= high, high, 0)
 
 
 @triton.jit
-def axis_visible(low, width, at_q, at_k, extent, DILATION: tl.constexpr, CIRCULAR: tl.constexpr):
-    """Window test along one axis, [BQ, BK]."""
-    if CIRCULAR:
-        low = ((low % extent) + extent) % extent
-    ahead = at_k[None, :] - low[:, None]
-    if CIRCULAR:
-        ahead = tl.where(ahead < 0, ahead + extent, ahead)
-    seen = (ahead >= 0) & (ahead < width[:, None])
-    if DILATION > 1:
-        seen = seen & ((at_k % DILATION)[None, :] == (at_q % DILATION)[:, None])
-    return seen
+def across(queries, keys, TURNED: tl.constexpr):
+    """A vector over queries and one over keys as they broadcast to [BQ, BK], or [BK, BQ] when turned."""
+    if TURNED:
+        return queries[None, :], keys[:, None]
+    else:
+        return queries[:, None], keys[None, :]
 
 
 @triton.jit
-def grid_visible(tq, yq, xq, tk, yk, xk, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest, extent_y, extent_x,
-                 DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr):  # fmt: skip
-    """GridRule on a tile pair, bool [BQ, BK]: one pass per frame that the key tile holds."""
-    seen = (tk == -1)[None, :] | ((tq < 0)[:, None] & (tk != -2)[None, :])
+def hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest, extent_y, extent_x,
+                 DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
+                 TURNED: tl.constexpr):  # fmt: skip
+    """GridRule on the scores of a tile pair, [BQ, BK] or turned: one pass per frame that the key tile holds.
+
+    A token is one word, frame + 2 | y | x in fields of 9, 10 and 10 bits with a guard bit above each. Subtracting the lower
+    bounds from the key, and the key from the upper bounds, leaves all guard bits standing just when every field is inside:
+    four operations an element for three comparisons, and one register a key instead of three. The scores themselves are
+    carried through the passes, not a mask beside them, for the same reason.
+    """
+    tq, yq, xq = (words_q >> 22) - 2, (words_q >> 11) & FIELD, words_q & FIELD
+    shown = tl.where((words_k >> 22) == 0, float("-inf"), 0.0)
+    scores += across(tq * 0.0, shown, TURNED)[1]
     first = tl.load(FRAME_SPAN + key_tile * 2)
     last = tl.load(FRAME_SPAN + key_tile * 2 + 1)
-    for frame in tl.range(first, last):
+    for frame in tl.range(first, last, num_stages=1):
         kind = tl.load(CLASSES + tq * frames + frame, mask=tq >= 0, other=-1)
         row = tl.maximum(kind, 0) * 2 * longest
-        width_y = tl.where(kind >= 0, tl.load(WIDTH + row + yq), 0)
-        width_x = tl.load(WIDTH + row + longest + xq)
-        inside = axis_visible(tl.load(LOW + row + yq), width_y, yq, yk, extent_y, DIL_Y, CIRC_Y)
-        inside = inside & axis_visible(tl.load(LOW + row + longest + xq), width_x, xq, xk, extent_x, DIL_X, CIRC_X)
-        seen = seen | (inside & (tk == frame)[None, :])
-    return seen
+        low_y, width_y = tl.load(LOW + row + yq), tl.where(kind >= 0, tl.load(WIDTH + row + yq), 0)
+        low_x, width_x = tl.load(LOW + row + longest + xq), tl.load(WIDTH + row + longest + xq)
+        # a query outside the grid sees every frame
+        low_y, width_y = tl.where(tq < 0, 0, low_y), tl.where(tq < 0, FIELD + 1, width_y)
+        low_x, width_x = tl.where(tq < 0, 0, low_x), tl.where(tq < 0, FIELD + 1, width_x)
+        fits = across(tq > FIELD, (words_k >> 22) != frame + 2, TURNED)[1]
+        for lap in tl.static_range((2 if CIRC_Y else 1) * (2 if CIRC_X else 1)):
+            from_y, to_y = axis_bounds(low_y, width_y, extent_y, lap % 2 if CIRC_Y else 0, CIRC_Y)
+            from_x, to_x = axis_bounds(low_x, width_x, extent_x, lap // (2 if CIRC_Y else 1), CIRC_X)
+            lower, keys = across(((frame + 2) << 22) + (from_y << 11) + from_x, words_k, TURNED)
+            upper, _ = across((((frame + 2) << 22) + (to_y << 11) + to_x) | GUARDS, words_k, TURNED)
+            inside = (((keys | GUARDS) - lower) & (upper - keys) & GUARDS) == GUARDS
+            if DIL_Y > 1:
+                rest_q, rest_k = across(tl.where(tq < 0, -1, yq % DIL_Y), ((words_k >> 11) & FIELD) % DIL_Y, TURNED)
+                inside = inside & ((rest_q == rest_k) | (rest_q < 0))
+            if DIL_X > 1:
+                rest_q, rest_k = across(tl.where(tq < 0, -1, xq % DIL_X), (words_k & FIELD) % DIL_X, TURNED)
+                inside = inside & ((rest_q == rest_k) | (rest_q < 0))
+            fits = fits | inside
+        scores = tl.where(fits, scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -103,7 +134,7 @@ def add_frame_sums(FRAME_LSE, row_at, used_q, scores, tk, FRAME_SPAN, key_tile):
     """Fold scores (base 2) into the running log-sum-exp of each key frame (base e); this program owns the rows."""
     first = tl.load(FRAME_SPAN + key_tile * 2)
     last = tl.load(FRAME_SPAN + key_tile * 2 + 1)
-    for frame in tl.range(first, last):
+    for frame in tl.range(first, last, num_stages=1):
         here = tl.where((tk == frame)[None, :], scores, float("-inf"))
         at = FRAME_LSE + row_at + frame
         old = tl.load(at, mask=used_q, other=float("-inf")) * LOG2E
@@ -122,21 +153,21 @@ def forward_kernel(
     COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
     seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    LISTS: tl.constexpr, RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
+    RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
     HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """LISTS, RULE_HEADS, SLOT_ROWS: 1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A key tile is taken in SPLIT
-    steps."""
+    """LISTS, RULE_HEADS, SLOT_ROWS: 1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is
+    taken in SPLIT steps, a partial one in FINE steps (its mask needs registers too)."""
     head = tl.program_id(1) % heads
     batch = (tl.program_id(1) // heads).to(tl.int64)
     listed = head if LISTS > 1 else 0
     # longest lists first, so that the last wave is short
     tile = tl.load(ORDER + listed * tiles_q + tl.program_id(0))
     rows = tl.arange(0, BLOCK_Q)
-    step: tl.constexpr = BLOCK_K // SPLIT
     channels = tl.arange(0, DIM_PAD)
     token_q, used_q = tile_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
     kv_head = head // group
@@ -156,7 +187,7 @@ def forward_kernel(
     ragged = first + tl.load(NUM_FULL + listed * tiles_q + tile)
     for turn in tl.range(first * SPLIT, ragged * SPLIT):
         key_tile = tl.load(COLUMNS + turn // SPLIT)
-        lanes = (turn % SPLIT) * step + tl.arange(0, step)
+        lanes = step_lanes(turn, BLOCK_K, SPLIT)
         token_k, used_k = tile_tokens(KEY_TILES, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
         if MASKED:
             used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
@@ -165,7 +196,7 @@ def forward_kernel(
         if HOLES:
             scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
         if HAS_FRAMES:
-            frame_k = tl.load(COORDS + token_k * 3, mask=used_k, other=-2)
+            frame_k = (tl.load(COORDS + token_k, mask=used_k, other=0) >> 22) - 2
             add_frame_sums(FRAME_LSE, row_at, used_q, scores, frame_k, FRAME_SPAN, key_tile)
         value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, not HOLES, WIDE)
         acc, top, total = accumulate(scores, value, acc, top, total, HOLES, PRECISION)
@@ -175,25 +206,25 @@ def forward_kernel(
             CLASSES += ruled * frames * frames
             LOW += ruled * classes * 2 * longest
             WIDTH += ruled * classes * 2 * longest
-            tq, yq, xq = load_coords(COORDS, token_q, used_q)
-        for turn in tl.range(ragged * SPLIT, last * SPLIT):
-            key_tile = tl.load(COLUMNS + turn // SPLIT)
-            lanes = (turn % SPLIT) * step + tl.arange(0, step)
+            words_q = tl.load(COORDS + token_q, mask=used_q, other=0)
+        for turn in tl.range(ragged * FINE, last * FINE):
+            key_tile = tl.load(COLUMNS + turn // FINE)
+            lanes = step_lanes(turn, BLOCK_K, FINE)
             token_k, used_k = tile_tokens(KEY_TILES, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
             if MASKED:
                 used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
             key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, False, WIDE)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
             if RULE == 1:
-                tk, yk, xk = load_coords(COORDS, token_k, used_k)
-                seen = grid_visible(tq, yq, xq, tk, yk, xk, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
-                                    extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X)  # fmt: skip
+                words_k = tl.load(COORDS + token_k, mask=used_k, other=0)
+                scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
+                                      extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, False)  # fmt: skip
             else:
-                slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // SPLIT)
+                slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // FINE)
                 seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
-            scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
+                scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
             if HAS_FRAMES:
-                frame_k = tl.load(COORDS + token_k * 3, mask=used_k, other=-2)
+                frame_k = (tl.load(COORDS + token_k, mask=used_k, other=0) >> 22) - 2
                 add_frame_sums(FRAME_LSE, row_at, used_q, scores, frame_k, FRAME_SPAN, key_tile)
             value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, False, WIDE)
             acc, top, total = accumulate(scores, value, acc, top, total, True, PRECISION)

@@ -242,7 +242,7 @@ def _tensors(
         "QUERY_TILES": plan.query_tiles,
         "KEY_TILES": plan.key_tiles,
         "KEY_MASK": plan.columns if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        "COORDS": grid.coords,
+        "COORDS": tables.words,
         "CLASSES": grid.frame_class,
         "LOW": grid.low,
         "WIDTH": grid.width,
@@ -289,7 +289,7 @@ def _strides(name: str, tensor: torch.Tensor) -> Arguments:
 
 def _launch(kernel: str, arch: str, dim: int, block: int) -> Arguments:
     launch = launch_of(kernel, arch, dim, block)
-    return {"num_warps": launch.warps, "num_stages": launch.stages, "SPLIT": launch.split}
+    return {"num_warps": launch.warps, "num_stages": launch.stages, "SPLIT": launch.split, "FINE": launch.fine}
 
 
 def _padded(dim: int) -> int:

@@ -48,7 +48,7 @@ def grouped_attention(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = torch.zeros(query.shape, dtype=query.dtype)
     lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32))
-    lists = _groups(plan)
+    lists = groups_of_plan(plan)
     for row, groups in enumerate(lists):
         heads = slice(None) if len(lists) == 1 else slice(row, row + 1)
         kv_heads = slice(None) if len(lists) == 1 else slice(row // group, row // group + 1)
@@ -92,7 +92,7 @@ def _call_mask(part: Group, key_mask: torch.Tensor | None) -> torch.Tensor | Non
     return hidden if mask is None else mask & hidden
 
 
-def _groups(plan: BlockPlan) -> list[list[Group]]:
+def groups_of_plan(plan: BlockPlan) -> list[list[Group]]:
     """Per list of the plan (one, or one per head) its groups; kept in the plan."""
     if "groups" not in plan.cache:
         plan.cache["groups"] = [_groups_of(plan, head) for head in range(plan.mask_heads)]

@@ -15,11 +15,12 @@ from genattn.kernels.native_build import cache_folder
 
 @dataclass(frozen=True)
 class Launch:
-    """Settings of one kernel: warps, pipeline stages, and in how many steps a tile is taken."""
+    """Settings of one kernel: warps, pipeline stages, and in how many steps it takes a full and a partial tile."""
 
     warps: int
     stages: int
     split: int
+    fine: int
 
 
 def arch_of(device: torch.device) -> str:
@@ -44,9 +45,9 @@ def tile_sizes(device: torch.device, head_dim: int) -> tuple[int, int]:
 
 def launch_of(kernel: str, arch: str, head_dim: int, block: int) -> Launch:
     """Settings for `kernel` ("forward", "dq" or "dkv") walking tiles of `block` lanes."""
-    warps, stages, split = _settings("sm_90" if arch == "cpu" else arch)[_row(head_dim)][kernel]
+    warps, stages, split, fine = _settings("sm_90" if arch == "cpu" else arch)[_row(head_dim)][kernel]
     # a step of a matrix product needs 16 lanes
-    return Launch(warps, stages, max(1, min(split, block // 16)))
+    return Launch(warps, stages, *(max(1, min(n, block // 16)) for n in (split, fine)))
 
 
 def _row(head_dim: int) -> str:

@@ -8,10 +8,15 @@ from genattn.kernels.block_plan import BlockPlan, run_tiles
 from genattn.kernels.element_rule import ElementRule, GridRule, PerHeadRule
 from genattn.kernels.packed_masks import packed_masks
 
+_MOST_FRAMES, _LONGEST_AXIS = 509, 1023
+
 
 @dataclass(frozen=True, eq=False)
 class TritonTables:
-    """`rule` 0 none, 1 grid, 2 bits; the tensors that a rule does not use are placeholders."""
+    """`rule` 0 none, 1 grid, 2 bits; the tensors that a rule does not use are placeholders.
+
+    words: int32 [S], one per token, see `grid_visible` in block_sparse_kernel.py.
+    """
 
     order: torch.Tensor
     order_k: torch.Tensor
@@ -20,6 +25,7 @@ class TritonTables:
     holes: bool
     rule: int
     grid: GridRule
+    words: torch.Tensor
     frame_span: torch.Tensor
     slots: torch.Tensor
     bits: torch.Tensor
@@ -59,17 +65,18 @@ def _pad_classes(table: torch.Tensor, classes: int) -> torch.Tensor:
 def _build(plan: BlockPlan) -> TritonTables:
     partial = bool(plan.entries[1].any())
     grid = as_grid_rule(plan.rule)
+    if grid is not None and not _fits_words(grid):
+        grid = None
     kind = 0 if not partial else 2 if grid is None else 1
     # kernels take a pointer for every table, used or not
-    nothing = torch.zeros(1, dtype=torch.int32, device=plan.device)
+    words = span = nothing = torch.zeros(1, dtype=torch.int32, device=plan.device)
     slots, bits = packed_masks(plan) if kind == 2 else (nothing[None], nothing.to(torch.int16))
     if grid is None:
         grid = GridRule(nothing, nothing.view(1, 1, 1), nothing.view(1, 1, 1, 1), nothing.view(1, 1, 1, 1), (1, 1))
-        span = nothing
     else:
-        grid = GridRule(*(_packed(t) for t in (grid.coords, grid.frame_class, grid.low, grid.width)), grid.extent,
-                        grid.dilation, grid.circular)  # fmt: skip
-        span = _frame_span(plan.key_tiles, grid.coords)
+        tables = (_packed(t) for t in (grid.coords, grid.frame_class, grid.low, grid.width))
+        grid = GridRule(*tables, grid.extent, grid.dilation, grid.circular)
+        words, span = _words(grid.coords), _frame_span(plan.key_tiles, grid.coords)
     return TritonTables(
         order=_longest_first(plan.row_lengths),
         order_k=_longest_first(plan.transposed.row_lengths.sum(0, keepdim=True)),
@@ -78,10 +85,22 @@ def _build(plan: BlockPlan) -> TritonTables:
         holes=bool((plan.key_tiles < 0).any()),
         rule=kind,
         grid=grid,
+        words=words,
         frame_span=span,
         slots=slots.contiguous(),
         bits=bits,
     )
+
+
+def _fits_words(grid: GridRule) -> bool:
+    return grid.frame_class.shape[-1] <= _MOST_FRAMES and max(grid.extent) <= _LONGEST_AXIS
+
+
+def _words(coords: torch.Tensor) -> torch.Tensor:
+    """frame + 2 | y | x in fields of 9, 10 and 10 bits, a guard bit above each; global tokens are 1 | 0 | 0, padding 0."""
+    _, y, x = coords.clamp_min(0).unbind(1)
+    word = ((coords[:, 0] + 2) << 22) + (y << 11) + x
+    return torch.where(coords[:, 0] >= 0, word, (coords[:, 0] + 2) << 22).to(torch.int32).contiguous()
 
 
 def _packed(table: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 assert os.environ["TRITON_INTERPRET"] == "1"
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]
 
+# ruff: noqa: E402 -- the path comes first
 import torch
 import triton
 import triton.language as tl
@@ -64,7 +65,7 @@ def check(name, plan, dtype, heads=2, kv_heads=2, dim=32, batch=1, masked=False,
     again = [triton_backward(grad_out, grad_lse, *inputs, out, lse, plan, key_mask=key_mask) for _ in range(2)]
     errors = [_error(out, want)] + [_error(g, w) for g, w in zip(again[0], wanted)]
     same = all(torch.equal(a, b) for a, b in zip(*again))
-    lse_ok = torch.equal(torch.isfinite(lse), finite) and float((lse - want_lse)[finite].abs().max()) < 1e-5
+    lse_ok = torch.equal(torch.isfinite(lse), finite) and float((lse - want_lse.detach())[finite].abs().max()) < 1e-5
     ok = max(errors) < BOUNDS[dtype] and lse_ok and same and not any(g.isnan().any() for g in again[0])
     _says(name, ok, " ".join(f"{e:.1e}" for e in errors) + f" lse {lse_ok} deterministic {same}")
 
@@ -98,8 +99,8 @@ def main() -> int:
         print("note: the stock interpreter multiplies bfloat16 rightly now; interpreter_bf16.py may go")
     drawn = [torch.float32, torch.float16, torch.bfloat16]
     for i, dtype in enumerate(drawn):
-        check(f"runs {dtype}", random_plan(i, (2, 4, 5), block_q=16, block_k=32), dtype)
-        check(f"scattered {dtype}", random_plan(i + 9, (2, 4, 5), block_q=32, block_k=16, scattered=True), dtype, dim=24)
+        scattered = dtype == torch.float16
+        check(f"{dtype}", random_plan(i, (2, 4, 5), block_q=16, block_k=32, scattered=scattered), dtype, dim=24)
     check("ragged dense", dense_plan(37, 50, 16, 16), torch.float32)
     check("grouped heads, masked, batch", random_plan(20, (2, 4, 4), padding=3), torch.float32, 4, 2, 16, 2, True, True)
     check("per head", random_plan(21, (2, 4, 4), heads=2, scattered=True), torch.float32, masked=True)

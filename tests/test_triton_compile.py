@@ -1,0 +1,45 @@
+"""The Triton kernels compiled ahead of time for chips that are not here: spills, shared memory, matrix instructions."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "hip": 64 << 10}
+MATRIX = {"sm_80": "hmma", "sm_86": "hmma", "sm_90": "hgmma", "sm_100": "utchmma", "hip": "mfma"}
+
+
+def _compile(*options):
+    script = Path(__file__).with_name("compiled_attention.py")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(script), *options], env=env, capture_output=True, text=True, timeout=3000)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def _check(row):
+    assert row["shared"] <= SHARED[row["arch"]], row
+    assert row[MATRIX[row["arch"]]] > 0, row
+    if row["arch"] == "sm_90":
+        assert row["spills"] == 0, row
+
+
+def test_hopper_forward_does_not_spill():
+    rows = _compile("--arch", "sm_90", "--dim", "128", "--kernel", "forward")
+    assert len(rows) == 2
+    for row in rows:
+        _check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "hip"])
+def test_every_kernel_compiles_within_limits(arch):
+    rows = _compile("--arch", arch, "--dim", "64", "--dim", "128")
+    assert len(rows) == 12
+    for row in rows:
+        _check(row)
