@@ -7,8 +7,10 @@ best time of each counts. `run_overhead` is what a sampling run pays when the gi
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from genattn.apps.bench_rows import append_rows, provenance
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway import BroadWay
 from genattn.guidance.frame_marginal import KeyFrames, edited_attention, key_frames
-from genattn.guidance.frame_marginal_approx import same_place_edit, strided_edit
+from genattn.guidance.frame_marginal_approx import pooled_edit
 from genattn.guidance.frame_marginal_reference import reference_edit
 from genattn.guidance.temporal_map import MapEdit
 from genattn.token_layout import TokenLayout
@@ -46,38 +48,40 @@ def best_times(methods: dict[str, Method], repeats: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def attention_rows(grid: tuple[int, int, int], heads: int, dim: int, repeats: int, device: str, stride: int = 8) -> list[Row]:
-    """One attention over `grid`: stock SDPA, the exact edit, both approximations, with their error against the exact change.
-
-    The tokens of a place drift slowly from frame to frame, as in a video; frames of pure noise have nothing to look for.
-    """
+def attention_rows(grid: tuple[int, int, int], heads: int, dim: int, repeats: int, device: str) -> list[Row]:
+    """One attention over `grid`: stock SDPA, the exact edit, and the pooled ones, which pay for the stock output as well."""
     layout = TokenLayout.from_grid(grid)
     frames = key_frames(layout).to(torch.device(device))
     _check(heads, dim)
-    query, key, value = (_video_like(grid, heads, dim, seed).to(device) for seed in range(3))
-    anchor = edited_attention(
-        *(_video_like(grid, heads, dim, 5 + i).to(device) for i in range(3)), frames, MapEdit(0.0, 1.0)
-    ).rows
-    edit, tensors = MapEdit(), (query, key, value, frames)
-    stock = _sdpa(query, key, value)
+    query, key, value, other = (_tokens(grid, heads, dim, seed).to(device) for seed in range(4))
+    anchor = edited_attention(other, key, value, frames, MapEdit(0.0, 1.0)).rows
+    stock, edit = _sdpa(query, key, value), MapEdit()
     methods: dict[str, Method] = {
         "stock": lambda: _sdpa(query, key, value),
-        "exact": lambda: edited_attention(*tensors, edit, anchor=anchor).out,
-        f"strided {stride}": lambda: strided_edit(*tensors, edit, stock, stride, anchor=anchor).out,
-        "same-place": lambda: same_place_edit(*tensors, edit, stock, anchor=anchor).out,
+        "exact": lambda: edited_attention(query, key, value, frames, edit, anchor=anchor).out,
     }
+    for pool in (2, 4, max(grid)):
+        name = f"pooled {pool}" if pool < max(grid) else "pooled frame"
+        methods[name] = partial(_pooled, (query, key, value), frames, grid, stock, pool, anchor)
     times = best_times(methods, repeats)
-    exact = methods["exact"]()
+    shape = {"tokens": layout.seqlen, "frames": grid[0], "heads": heads, "dim": dim}
     rows = []
-    for name, method in methods.items():
-        # the approximations change the stock output, so they pay for it as well
-        total = times[name] + (0.0 if name in ("stock", "exact") else times["stock"])
-        error = float((method() - exact).norm() / (exact - stock).norm())
-        rows.append(
-            {"measured": "attention", "method": name, "tokens": layout.seqlen, "frames": grid[0], "heads": heads, "dim": dim}
-            | {"seconds": round(total, 4), "over_stock": round(total / times["stock"], 3), "error": round(error, 3)}
-        )
+    for name, seconds in times.items():
+        total = seconds + (times["stock"] if name.startswith("pooled") else 0.0)
+        added = {"seconds": round(total, 4), "over_stock": round(total / times["stock"], 3)}
+        rows.append({"measured": "attention", "method": name, **shape, **added})
     return rows
+
+
+def _pooled(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    frames: KeyFrames,
+    grid: tuple[int, int, int],
+    base: torch.Tensor,
+    pool: int,
+    anchor: torch.Tensor,
+) -> torch.Tensor:
+    return pooled_edit(*tensors, frames, grid[1:], MapEdit(), base, pool, anchor=anchor).out
 
 
 def model_row(name: str, model: nn.Module, inputs: dict[str, Any], tokens: int, repeats: int, share: float = 0.2) -> Row:
@@ -156,24 +160,19 @@ def video_dit_row(grid: tuple[int, int, int], heads: int, dim: int, layers: int,
 def _check(heads: int, dim: int) -> None:
     """Refuse to time a wrong result."""
     layout = TokenLayout.from_grid((5, 2, 3))
-    tensors = [_video_like((5, 2, 3), heads, dim, seed) for seed in range(3)]
-    frames: KeyFrames = key_frames(layout)
+    query, key, value = (_tokens((5, 2, 3), heads, dim, seed) for seed in range(3))
+    frames = key_frames(layout)
     anchor = torch.rand(1, layout.seqlen, heads, 5).softmax(-1)
-    got = edited_attention(*tensors, frames, MapEdit(), anchor=anchor).out
-    want, _ = reference_edit(*tensors, frames, MapEdit(), anchor=anchor)
+    got = edited_attention(query, key, value, frames, MapEdit(), anchor=anchor).out
+    want, _ = reference_edit(query, key, value, frames, MapEdit(), anchor=anchor)
     error = float((got - want).abs().max())
     if error > 1e-4:
         raise GenAttnError(f"the exact edit must equal the full map within 1e-4, got {error:.1e}; not measured")
 
 
-def _video_like(grid: tuple[int, int, int], heads: int, dim: int, seed: int) -> torch.Tensor:
-    """[1, T * h * w, H, D]: each place keeps most of its vector from frame to frame; unit variance, times 1.5."""
+def _tokens(grid: tuple[int, int, int], heads: int, dim: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    place, noise = (torch.randn(n, grid[1] * grid[2], heads, dim, generator=generator) for n in (1, grid[0]))
-    drift = noise.cumsum(0) / torch.arange(1, grid[0] + 1).sqrt().view(-1, 1, 1, 1)
-    # the same places in queries and keys, so that tokens look for themselves in other frames
-    shared = torch.randn(1, grid[1] * grid[2], heads, dim, generator=torch.Generator().manual_seed(99))
-    return (1.5 * (0.4 * place + 0.6 * drift + 0.7 * shared)).flatten(0, 1)[None]
+    return torch.randn(1, math.prod(grid), heads, dim, generator=generator)
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -25,13 +25,13 @@ from genattn.guidance.broadway_neighbours import has_wrapper_outside, neighbours
 from genattn.guidance.broadway_report import BroadWayReport
 from genattn.guidance.delta import Window
 from genattn.guidance.frame_marginal import EditedAttention, KeyFrames, edited_attention, key_frames
-from genattn.guidance.frame_marginal_approx import same_place_edit, strided_edit
+from genattn.guidance.frame_marginal_approx import pooled_edit
 from genattn.guidance.temporal_map import EditScalars, MapEdit, parse_energy, resize_anchor
 from genattn.masks import key_mask
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
 from genattn.token_layout import TokenLayout
 
-METHODS = ("exact", "strided", "same-place")
+METHODS = ("exact", "pooled")
 PRESETS: dict[str, dict[str, Any]] = {
     "animatediff": {"alpha": 0.6, "beta": 1.5, "tau": 7.0},
     "videocrafter2": {"alpha": 0.1, "beta": 10.0, "tau": 7.0},
@@ -77,9 +77,8 @@ class BroadWay(Plugin):
         conditional: samples on which energies are measured: "auto" (the second half of an [uncond; cond] batch, all in the
             conditional pass of two), "all", or (first, last) as fractions of the batch. An unconditional pass of its own
             takes over the beta of the conditional one.
-        method: DiTs only. "exact"; "strided" estimates the change from every `key_stride`-th key; "same-place" from each
-            place's own map through time.
-        key_stride: for "strided", >= 1.
+        method: DiTs only. "exact", or "pooled": the change estimated from averages and added to the attention's own output.
+        pool: for "pooled", side of the cells that keys and values are averaged over, >= 1; at most a whole frame.
         keep_first_frame: leave the first latent frame alone (one frame, not four, in a causal autoencoder).
 
     Raises:
@@ -105,7 +104,7 @@ class BroadWay(Plugin):
         sigma_stop: float | None = None,
         conditional: str | tuple[float, float] = "auto",
         method: str = "exact",
-        key_stride: int = 8,
+        pool: int = 2,
         keep_first_frame: bool = False,
     ) -> None:
         self.edit = MapEdit(alpha, beta, tau, tau_frames, parse_energy(energy), keep_energy)
@@ -121,10 +120,10 @@ class BroadWay(Plugin):
             )
         if method not in METHODS:
             raise GenAttnError(f"method must be one of {', '.join(METHODS)}, got {method!r}; 'exact' is the definition")
-        if isinstance(key_stride, bool) or not isinstance(key_stride, int) or key_stride < 1:
-            raise GenAttnError(f"key_stride must be an integer >= 1, got {key_stride!r}; 1 uses every key")
+        if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
+            raise GenAttnError(f"pool must be an integer >= 1, got {pool!r}; 1 averages nothing")
         self.blocks, self.anchor = blocks, anchor
-        self.conditional, self.method, self.key_stride = conditional, method, key_stride
+        self.conditional, self.method, self.pool = conditional, method, pool
         self.keep_first_frame = keep_first_frame
         self.report = BroadWayReport()
         self._guided: GuidedSites | None = None
@@ -169,7 +168,7 @@ class BroadWay(Plugin):
     def describe(self) -> dict[str, Any]:
         """Settings, guided blocks and the means of what was measured."""
         settings = {f.name: getattr(self.edit, f.name) for f in fields(self.edit)}
-        names = ("conditional", "method", "key_stride", "keep_first_frame")
+        names = ("conditional", "method", "pool", "keep_first_frame")
         return {
             "plugin": "BroadWay",
             **settings,
@@ -278,7 +277,6 @@ class BroadWay(Plugin):
         """Full attention over the clip: [B, S, H, D]."""
         frames = self._key_frames(call)
         part = entries(_measured_part(state, call.run), call.query.shape[0])
-        keys = self._key_mask(call, state)
         anchor = self._clip_anchor(call, state, index)
         shared: dict[str, Any] = {
             "anchor": anchor,
@@ -286,14 +284,15 @@ class BroadWay(Plugin):
             "conditional": part,
             "scale": call.scale,
         }
-        tensors = (call.query, call.key, call.value, frames, self._edit_with(call.run.options_of(self)))
+        shared |= {"key_mask": self._key_mask(call, state)}
+        edit = self._edit_with(call.run.options_of(self))
+        tensors = (call.query, call.key, call.value, frames)
         result: EditedAttention
-        if self.method == "same-place":
-            result = same_place_edit(*tensors, inner(call), **shared)
-        elif self.method == "strided":
-            result = strided_edit(*tensors, inner(call), self.key_stride, key_mask=keys, **shared)
+        if self.method == "pooled":
+            assert call.layout is not None
+            result = pooled_edit(*tensors, call.layout.grid3[1:], edit, inner(call), self.pool, **shared)
         else:
-            result = self._exact(call, inner, tensors, {**shared, "key_mask": keys})
+            result = self._exact(call, inner, (*tensors, edit), shared)
         self._keep_rows(call, state, index, result.rows)
         self._note(call, index, frames.frames, result.scalars)
         return result.out

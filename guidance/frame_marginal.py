@@ -50,10 +50,6 @@ class KeyFrames:
         """T, the number of edited frames."""
         return self.tokens.shape[0]
 
-    def every(self, stride: int) -> "KeyFrames":
-        """The same with every `stride`-th key of each edited frame."""
-        return KeyFrames(self.tokens[:, ::stride], self.kept, self.queries, self.others)
-
     def to(self, device: torch.device) -> "KeyFrames":
         """The same with its indices on `device`."""
         return KeyFrames(*(x.to(device) for x in (self.tokens, self.kept, self.queries, self.others)))
@@ -128,8 +124,8 @@ def edited_attention(
         key_mask: bool [B, S]; False hides a key.
         plan: block-sparse plan over the S tokens; the marginal is then that of the sparse map.
         base: the attention's ordinary output, [B, S, H, D]. When given, only the change is computed and added to it, so that
-            whatever computed it stays in force and `frames` may hold a subset of the keys (an approximation).
-        key_share: share of each frame's keys that `frames` holds, in (0, 1]; weighs them against the kept keys.
+            whatever computed it stays in force, and key and value may be averages (an approximation, see `pooled_edit`).
+        key_share: keys of a frame in `frames` over keys that they stand for, in (0, 1]; weighs them against the kept keys.
         chunk_bytes: memory for the outputs per key frame of one chunk of queries; at least one row's worth (under a plan one
             head's, under one that differs by head all of it).
     """
@@ -234,11 +230,13 @@ class _PlannedFrames:
 
     def __call__(self, rows: slice, head: slice) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Outputs, log-sum-exps, and both of the kept keys; `rows` must be all."""
-        part = [x[:, :, head] for x in self.tensors]
+        query, key, value = (x[:, :, head] for x in self.tensors)
         results: list[tuple[torch.Tensor, torch.Tensor]] = []
         for plan in self.plans:
-            both = block_sparse_attention(*part, plan, scale=self.scale, key_mask=self.key_mask, return_lse=True)
-            results.append((both[0].index_select(1, self.frames.queries), both[1].index_select(1, self.frames.queries)))
+            out, lse = block_sparse_attention(
+                query, key, value, plan, scale=self.scale, key_mask=self.key_mask, return_lse=True
+            )
+            results.append((out.index_select(1, self.frames.queries), lse.index_select(1, self.frames.queries)))
         kept = results.pop() if self.frames.kept.numel() else None
         return torch.stack([out for out, _ in results]), torch.stack([lse for _, lse in results], -1), kept
 
@@ -329,11 +327,13 @@ def _place(
         return base.index_add(1, frames.queries, out.to(base.dtype))
     whole = torch.empty_like(query)
     whole[:, frames.queries] = out
-    if frames.others.numel() and plan is None:
+    if not frames.others.numel():
+        return whole
+    if plan is None:
         rows = query.index_select(1, frames.others)
         whole[:, frames.others] = _attend(rows, key, value, scale, key_mask)[0]
-    elif frames.others.numel():
-        stock = block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
+    else:
+        stock, _ = block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=True)
         whole[:, frames.others] = stock[:, frames.others]
     return whole
 
@@ -356,10 +356,11 @@ def _chunks(rows: torch.Tensor, frames: int, chunk_bytes: int, plan: BlockPlan |
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, frames: KeyFrames, anchor: torch.Tensor | None) -> None:
-    tokens = frames.queries.numel() + frames.others.numel()
-    if query.shape[1] != tokens or key.shape[1] != tokens:
+    rows = frames.queries.numel() + frames.others.numel()
+    keys = frames.tokens.numel() + frames.kept.numel()
+    if query.shape[1] != rows or key.shape[1] != keys:
         raise GenAttnError(
-            f"query and key must have the layout's {tokens} tokens, got {query.shape[1]} and {key.shape[1]}; "
+            f"query and key must have the layout's {rows} and {keys} tokens, got {query.shape[1]} and {key.shape[1]}; "
             "frame marginals are for self-attention over the whole clip"
         )
     if anchor is not None and (anchor.shape[1], anchor.shape[3]) != (frames.queries.numel(), frames.frames):

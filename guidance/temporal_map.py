@@ -171,8 +171,8 @@ def gram(basis: torch.Tensor) -> torch.Tensor:
         basis = torch.stack([basis[0], torch.zeros_like(basis[0]), basis[1], torch.zeros_like(basis[1])])
     flat = basis.flatten(1)
     # products and sums, not a matmul: a user's TF32 setting must not reach these numbers
-    pairs = [[(flat[i] * flat[j]).sum() if i <= j else None for j in range(4)] for i in range(4)]
-    return torch.stack([torch.stack([pairs[min(i, j)][max(i, j)] for j in range(4)]) for i in range(4)])
+    pairs = {(i, j): (flat[i] * flat[j]).sum() for i in range(4) for j in range(i, 4)}
+    return torch.stack([torch.stack([pairs[min(i, j), max(i, j)] for j in range(4)]) for i in range(4)])
 
 
 def solve(mean_gram: torch.Tensor, edit: MapEdit, frames: int, beta: torch.Tensor | None = None) -> EditScalars:

@@ -26,11 +26,16 @@ from tqdm import tqdm
 import genattn
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway import BroadWay
+from genattn.guidance.broadway_blocks import choose_sites
+from genattn.guidance.frame_marginal import edited_attention, key_frames
+from genattn.guidance.frame_marginal_approx import pooled_edit
+from genattn.guidance.temporal_map import MapEdit
 from genattn.pipelines.tiny_evaluate import append_rows, evaluation_scenes, provenance
 from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults
 from genattn.pipelines.tiny_oracle import Verdict, judge
 from genattn.pipelines.tiny_world import Scene, caption
 from genattn.pipelines.video_metrics import dynamic_degree, motion_smoothness, temporal_flickering
+from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
 
 MEASURES = ("accuracy", "dynamic_degree", "motion_amount", "consistency", "smoothness", "flickering")
 HIGHER_IS_THE_CLAIM = ("dynamic_degree",)
@@ -111,6 +116,54 @@ def measure(clips: Clips, scenes: Sequence[Scene], fps: float) -> dict[str, npt.
     return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
 
 
+class PooledError(Plugin):
+    """How far the pooled edits are from the exact one, on the attention of a trained video DiT; changes nothing.
+
+    errors: pool -> |pooled change - exact change| / |exact change| of every guided call; 1 would be no change at all.
+    """
+
+    def __init__(self, pools: Sequence[int] = (1, 2, 4, 99), edit: MapEdit | None = None) -> None:
+        self.pools, self.edit = tuple(pools), edit or MapEdit()
+        self.errors: dict[int, list[float]] = {pool: [] for pool in self.pools}
+        self.changes: list[float] = []
+        self._maps: dict[tuple[int | None, str], torch.Tensor] = {}
+
+    def attach(self, model: torch.nn.Module, sites: Sequence[AttentionSite]) -> None:
+        """Choose the attentions that BroadWay would guide."""
+        self._guided = choose_sites(sites)
+
+    def wants(self, site: AttentionSite) -> bool:
+        """Those."""
+        return site.name in self._guided.anchor_of
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """The stock answer, with the errors noted."""
+        out = inner(call)
+        assert call.layout is not None
+        source, frames = self._guided.anchor_of[call.site.name], key_frames(call.layout)
+        first = source == call.site.name
+        tensors = (call.query, call.key, call.value, frames)
+        exact = edited_attention(*tensors, self.edit, anchor=None if first else self._maps[None, source])
+        change = (exact.out - out).norm()
+        self.changes.append(float(change / out.norm()))
+        self._maps[None, source] = exact.rows if first else self._maps[None, source]
+        for pool in self.pools:
+            anchor = None if first else self._maps[pool, source]
+            pooled = pooled_edit(*tensors, call.layout.grid3[1:], self.edit, out, pool, anchor=anchor)
+            self.errors[pool].append(float((pooled.out - exact.out).norm() / change))
+            if first:
+                self._maps[pool, source] = pooled.rows
+        return out
+
+    def rows(self) -> list[dict[str, float | int]]:
+        """Means over the calls: pool, error, and the size of the exact change over the output's."""
+        size = float(np.mean(self.changes))
+        return [
+            {"pool": p, "error": round(float(np.mean(e)), 4), "exact_change": round(size, 4), "calls": len(e)}
+            for p, e in self.errors.items()
+        ]
+
+
 def bootstrap(values: npt.NDArray[np.float64], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a mean, by drawing clips again.
 
@@ -168,6 +221,16 @@ def study(
     return rows_of(results, seconds)
 
 
+def pooled_errors(
+    pipe: Any, size: GenerationDefaults, scenes: Sequence[Scene], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of `PooledError` over whole runs on the scenes."""
+    plugin = PooledError(edit=MapEdit(options.alpha, options.beta))
+    with genattn.apply(pipe, plugin):
+        sample(pipe, scenes, size, Variant("pooled error", None), options.batch, options.seed)
+    return plugin.rows()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary = (__doc__ or "").split("\n")[0]
@@ -179,6 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--alpha", type=float, default=0.6, help="of self-guidance")
     parser.add_argument("--beta", type=float, default=1.5, help="of motion enhancement")
     parser.add_argument("--stop", type=float, default=0.2, help="guided share of the steps")
+    parser.add_argument("--pooled-error", action="store_true", help="measure the pooled edits on a video DiT instead")
     parser.add_argument("--table", type=Path, help="CSV file to append the rows to")
     return parser
 
@@ -187,10 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m genattn.pipelines.tiny_broadway_study`."""
     options = build_parser().parse_args(arguments)
     pipe, size = load(options.model)
-    kinds = variants(options.alpha, options.beta, stop=options.stop)
-    rows = study(pipe, size, kinds, evaluation_scenes(options.count), options.batch, options.seed)
-    for row in rows[1:]:
-        print(verdict(row))
+    scenes = evaluation_scenes(options.count)
+    if options.pooled_error:
+        rows = pooled_errors(pipe, size, scenes, options)
+    else:
+        kinds = variants(options.alpha, options.beta, stop=options.stop)
+        rows = study(pipe, size, kinds, scenes, options.batch, options.seed)
+        for row in rows[1:]:
+            print(verdict(row))
     settings = {"model": options.model.name, "alpha": options.alpha, "beta": options.beta, "stop": options.stop}
     if options.table is not None:
         append_rows(options.table, [provenance() | settings | row for row in rows])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway_motion import motion_attention, motion_map
 from genattn.guidance.frame_marginal import KeyFrames, edited_attention, key_frames, restrict_keys
-from genattn.guidance.frame_marginal_approx import same_place_edit, same_place_rows, strided_edit
+from genattn.guidance.frame_marginal_approx import pooled_edit, same_place_rows
 from genattn.guidance.frame_marginal_reference import frame_rows, full_map, reference_edit
 from genattn.guidance.temporal_map import MapEdit
 from genattn.kernels.block_plan import BlockPlan, dense_plan
@@ -260,29 +260,47 @@ def test_restricted_plan_sees_what_the_plan_sees_of_the_chosen_keys() -> None:
 # ---- approximations
 
 
-def test_strided_with_every_key_is_exact_on_top_of_any_base() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_pooling_nothing_is_exact_on_top_of_any_base(masked: bool) -> None:
     layout = TokenLayout.from_grid((5, 2, 4), 3)
     frames = key_frames(layout)
     tensors = draw(layout)
+    mask = None
+    if masked:
+        mask = torch.ones(2, layout.seqlen, dtype=torch.bool)
+        mask[0, 1], mask[1, 10] = False, False
     edit, anchor = MapEdit(), anchor_for(frames)
-    base = edited_attention(*tensors, frames, MapEdit(0.0, 1.0)).out
-    got = strided_edit(*tensors, frames, edit, base, 1, anchor=anchor)
-    want = edited_attention(*tensors, frames, edit, anchor=anchor)
+    base = edited_attention(*tensors, frames, MapEdit(0.0, 1.0), key_mask=mask).out
+    got = pooled_edit(*tensors, frames, (2, 4), edit, base, 1, anchor=anchor, key_mask=mask)
+    want = edited_attention(*tensors, frames, edit, anchor=anchor, key_mask=mask)
     torch.testing.assert_close(got.out, want.out, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got.out[:, :3], base[:, :3])  # text rows are the base's own
 
 
-@pytest.mark.parametrize("stride", [2, 5])
-def test_approximations_without_an_edit_leave_the_base_alone(stride: int) -> None:
+@pytest.mark.parametrize("pool", [2, 3, 50])
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_pooled_without_an_edit_leaves_the_base_alone(pool: int, keep_first: bool) -> None:
     layout = TokenLayout.from_grid((4, 3, 5), 2)
-    frames = key_frames(layout)
-    tensors = draw(layout)
+    frames = key_frames(layout, keep_first)
     base = torch.randn(2, layout.seqlen, 3, 8)
-    assert torch.equal(strided_edit(*tensors, frames, MapEdit(0.0, 1.0), base, stride).out, base)
-    assert torch.equal(same_place_edit(*tensors, frames, MapEdit(0.0, 1.0), base).out, base)
+    assert torch.equal(pooled_edit(*draw(layout), frames, (3, 5), MapEdit(0.0, 1.0), base, pool).out, base)
 
 
-def test_strided_comes_closer_with_more_keys() -> None:
+def test_pooled_is_exact_where_cells_hold_equal_tokens() -> None:
+    layout = TokenLayout.from_grid((5, 4, 6), 2)
+    frames, anchor = key_frames(layout), anchor_for(key_frames(layout))
+    query, key, value = draw(layout)
+    for x in (key, value):
+        cells = torch.randn(2, 5, 2, 3, 3, 8)
+        x[:, 2:] = cells.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1, 3)
+    base = edited_attention(query, key, value, frames, MapEdit(0.0, 1.0)).out
+    got = pooled_edit(query, key, value, frames, (4, 6), MapEdit(), base, 2, anchor=anchor)
+    want = edited_attention(query, key, value, frames, MapEdit(), anchor=anchor)
+    torch.testing.assert_close(got.out, want.out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.rows, want.rows, atol=1e-5, rtol=1e-4)
+
+
+def test_pooled_comes_closer_with_smaller_cells() -> None:
     layout = TokenLayout.from_grid((6, 8, 8), 4)
     frames = key_frames(layout)
     query, key, value = (x * 0.5 for x in draw(layout, dim=16))
@@ -291,38 +309,21 @@ def test_strided_comes_closer_with_more_keys() -> None:
     exact = edited_attention(query, key, value, frames, edit, anchor=anchor).out
     change = (exact - base).norm()
     errors = [
-        float((strided_edit(query, key, value, frames, edit, base, r, anchor=anchor).out - exact).norm() / change)
-        for r in (1, 2, 8)
+        float((pooled_edit(query, key, value, frames, (8, 8), edit, base, p, anchor=anchor).out - exact).norm() / change)
+        for p in (1, 2, 8)
     ]
     assert errors[0] < 1e-4
-    assert errors[0] < errors[1] < errors[2]
-
-
-def test_same_place_with_one_token_per_frame_is_exact() -> None:
-    layout = TokenLayout.from_grid((8, 1, 1))
-    frames = key_frames(layout)
-    tensors = draw(layout)
-    anchor = anchor_for(frames)
-    base = edited_attention(*tensors, frames, MapEdit(0.0, 1.0)).out
-    got = same_place_edit(*tensors, frames, MapEdit(), base, anchor=anchor)
-    want = edited_attention(*tensors, frames, MapEdit(), anchor=anchor)
-    torch.testing.assert_close(got.out, want.out, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(got.rows, want.rows, atol=1e-5, rtol=1e-4)
+    assert errors[0] < errors[1] < errors[2] < 1.0
 
 
 def test_same_place_rows_are_one_map_per_place_and_follow_head_counts() -> None:
     layout = TokenLayout.from_grid((3, 2, 2), 1)
     frames = key_frames(layout)
-    query, key, value = draw(layout, heads=4, kv_heads=2)
+    query, key, _ = draw(layout, heads=4, kv_heads=2)
     rows = same_place_rows(query, key, frames)
     place = frames.tokens[:, 1]
     scores = torch.einsum("thd,uhd->thu", query[0, place], key[0, place].repeat_interleave(2, 1)) / 8**0.5
     torch.testing.assert_close(rows[0, :, 1], scores.softmax(-1), atol=1e-5, rtol=1e-4)
-    anchor = anchor_for(frames, heads=1)
-    base = torch.zeros_like(query)
-    wide = same_place_edit(query, key, value, frames, MapEdit(), base, anchor=anchor).out
-    same = same_place_edit(query, key, value, frames, MapEdit(), base, anchor=anchor.expand(-1, -1, 4, -1)).out
-    torch.testing.assert_close(wide, same)
 
 
 # ---- refusals
@@ -338,7 +339,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     layout = TokenLayout.from_grid((4, 2, 2))
     frames = key_frames(layout)
     query, key, value = draw(layout)
-    with pytest.raises(GenAttnError, match="16 tokens, got 15"):
+    with pytest.raises(GenAttnError, match="16 and 16 tokens, got 15 and 16"):
         edited_attention(query[:, 1:], key, value, frames, MapEdit())
     with pytest.raises(GenAttnError, match=r"the anchor must be \[B, 16, H, 4\]"):
         edited_attention(query, key, value, frames, MapEdit(), anchor=torch.ones(2, 16, 3, 5))

@@ -102,6 +102,19 @@ def test_a_whole_study_on_a_random_pipeline(tmp_path: Path) -> None:
     assert {"commit", "device", "alpha", "stop"} <= set(rows[0])
 
 
+def test_pooled_error_on_a_random_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, _ = build_pipeline("wan")
+    pipe.save_pretrained(tmp_path / "wan")
+    size = {"height": 64, "width": 48, "frames": 9, "steps": 1, "guidance_scale": 3.0, "fps": 8}
+    (tmp_path / "wan" / "genattn_defaults.json").write_text(json.dumps(size))
+    tiny.main(["--model", str(tmp_path / "wan"), "--count", "2", "--pooled-error"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["pool"] for row in rows] == [1, 2, 4, 99]
+    assert rows[0]["error"] < 1e-3
+    assert rows[1]["error"] > rows[0]["error"]
+    assert rows[0]["calls"] == 4  # two guided blocks, two passes
+
+
 def test_folders_without_defaults_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match=r"with genattn_defaults\.json"):
         tiny.load(tmp_path)
