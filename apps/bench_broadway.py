@@ -119,7 +119,7 @@ def model_row(name: str, model: nn.Module, inputs: dict[str, Any], tokens: int, 
 def motion_unet_row(size: int, channels: tuple[int, ...], repeats: int, device: str) -> Row:
     """A motion UNet with a guidance batch of 16 frames; Stable Diffusion's shape at a fraction of its channels."""
     torch.manual_seed(0)
-    model = UNetMotionModel(
+    model: Any = UNetMotionModel(
         block_out_channels=channels,
         layers_per_block=2,
         cross_attention_dim=64,
@@ -139,7 +139,7 @@ def motion_unet_row(size: int, channels: tuple[int, ...], repeats: int, device: 
 def video_dit_row(grid: tuple[int, int, int], heads: int, dim: int, layers: int, repeats: int, device: str) -> Row:
     """A Wan transformer over `grid` tokens."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=dim,
         num_layers=layers,
@@ -176,7 +176,7 @@ def _tokens(grid: tuple[int, int, int], heads: int, dim: int, seed: int) -> torc
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    return F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
 def _settle() -> None:

@@ -36,7 +36,7 @@ def pooled_edit(
     Args: as `edited_attention`; places: (h, w) of a frame; pool: side p of a cell, >= 1; ragged frames get near-equal cells.
         An average stands for the keys it was taken from, so the kept keys (text) keep their weight.
     """
-    count, cells = frames.frames, tuple(-(-side // pool) for side in places)
+    count, cells = frames.frames, (-(-places[0] // pool), -(-places[1] // pool))
     shown = None if key_mask is None else key_mask.index_select(1, frames.tokens.flatten())
     keys, values = (
         torch.cat([_pool(x, frames, places, cells, shown), x.index_select(1, frames.kept)], 1) for x in (key, value)
@@ -83,7 +83,7 @@ def _pool(
     tensor: torch.Tensor,
     frames: KeyFrames,
     places: tuple[int, int],
-    cells: tuple[int, ...],
+    cells: tuple[int, int],
     shown: torch.Tensor | None,
 ) -> torch.Tensor:
     """[B, S, H, D] -> averages [B, T * cells, H, D] over the tokens of each cell that are not hidden."""
@@ -98,7 +98,7 @@ def _pool(
     return mean.to(tensor.dtype).unflatten(2, tuple(tensor.shape[2:]))
 
 
-def _cells(flat: torch.Tensor, count: int, places: tuple[int, int], cells: tuple[int, ...]) -> torch.Tensor:
+def _cells(flat: torch.Tensor, count: int, places: tuple[int, int], cells: tuple[int, int]) -> torch.Tensor:
     """Means over near-equal cells: [B, T * h * w, C] -> [B, T * cells, C]."""
     batch, _, channels = flat.shape
     planes = flat.reshape(batch * count, *places, channels).permute(0, 3, 1, 2)

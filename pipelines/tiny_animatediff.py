@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +95,8 @@ def build_text_encoder(vocabulary: int, size: MotionSize) -> CLIPTextModel:
     )
 
 
-def build_unet(size: MotionSize) -> UNetMotionModel:
-    """A fresh motion UNet over latents of four channels: four levels, the lowest without cross-attention."""
+def build_unet(size: MotionSize) -> Any:
+    """A fresh `UNetMotionModel` over latents of four channels: four levels, the lowest without cross-attention."""
     return UNetMotionModel(
         sample_size=16,
         block_out_channels=size.channels,
@@ -110,8 +111,8 @@ def build_unet(size: MotionSize) -> UNetMotionModel:
     )
 
 
-def build_vae(channels: tuple[int, int, int] = (16, 32, 48)) -> AutoencoderKL:
-    """A fresh autoencoder of single frames: [B, 3, 4 h, 4 w] <-> [B, 4, h, w]."""
+def build_vae(channels: tuple[int, int, int] = (16, 32, 48)) -> Any:
+    """A fresh `AutoencoderKL` of single frames: [B, 3, 4 h, 4 w] <-> [B, 4, h, w]."""
     return AutoencoderKL(
         block_out_channels=channels,
         layers_per_block=1,
@@ -124,7 +125,7 @@ def build_vae(channels: tuple[int, int, int] = (16, 32, 48)) -> AutoencoderKL:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler() -> Any:
     """DDIM that begins at pure noise, so that backgrounds of any brightness can be had."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -151,11 +152,11 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.T
     return tokenizer(captions, **settings).input_ids
 
 
-def vae_loss(vae: nn.Module, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Absolute and squared error of the reconstruction of [B, 3, H, W], objects weighing more than the plain background."""
-    posterior = vae.encode(images).latent_dist  # type: ignore[operator]
+    posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
-    decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # type: ignore[operator]
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
     error = (decoded - images).abs()
     objects = ((images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
     weight = 1.0 + 4.0 * F.max_pool2d(objects, 5, stride=1, padding=2)
@@ -171,8 +172,8 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings) 
         images = training_clips(16, 1, 64, generator)[:, :, 0].to(accelerator.device)
         return vae_loss(model, images, generator)
 
-    def on_save(model: nn.Module, step: int) -> None:
-        model.save_pretrained(run_dir / "vae")  # type: ignore[operator]
+    def on_save(model: Any, step: int) -> None:
+        model.save_pretrained(run_dir / "vae")
 
     return train(build_vae(), loss_of, settings, accelerator, run_dir / "vae.safetensors", on_save)
 
@@ -203,7 +204,7 @@ def make_latents(run_dir: Path, accelerator: Accelerator, shards: range, minutes
     return done
 
 
-def load_vae(run_dir: Path) -> AutoencoderKL:
+def load_vae(run_dir: Path) -> Any:
     """The autoencoder that phase vae trained, with its scale once it is measured.
 
     Raises:
@@ -218,7 +219,7 @@ def load_vae(run_dir: Path) -> AutoencoderKL:
 
 def velocity_loss(
     model: nn.Module,
-    scheduler: DDIMScheduler,
+    scheduler: Any,
     latents: torch.Tensor,
     ids: torch.Tensor,
     empty_ids: torch.Tensor,
@@ -260,7 +261,7 @@ def train_unet(
     return train(TinyMotion(len(tokenizer), size), loss_of, settings, accelerator, run_dir / "unet.safetensors")
 
 
-def assemble(run_dir: Path, size: MotionSize | None = None) -> tuple[AnimateDiffPipeline, int]:
+def assemble(run_dir: Path, size: MotionSize | None = None) -> tuple[Any, int]:
     """The pipeline of a run, in float32, and the number of training steps behind it.
 
     Raises:
@@ -290,9 +291,9 @@ def assemble(run_dir: Path, size: MotionSize | None = None) -> tuple[AnimateDiff
     return pipeline, steps
 
 
-def motion_adapter_of(unet: UNetMotionModel, size: MotionSize) -> MotionAdapter:
+def motion_adapter_of(unet: Any, size: MotionSize) -> Any:
     """The motion modules of a UNet as an adapter, which other UNets of the same sizes can take."""
-    adapter = MotionAdapter(
+    adapter: Any = MotionAdapter(
         block_out_channels=size.channels,
         motion_layers_per_block=size.layers,
         motion_num_attention_heads=size.heads,
@@ -318,7 +319,7 @@ def export(run_dir: Path, folder: Path, size: MotionSize | None = None) -> int:
     return steps
 
 
-def model_card(pipeline: AnimateDiffPipeline, steps: int) -> str:
+def model_card(pipeline: Any, steps: int) -> str:
     """What the folder holds and how it was made, as Markdown with the hub's header."""
     counts = {name: count_parameters(getattr(pipeline, name)) for name in ("unet", "vae", "text_encoder")}
     table = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
