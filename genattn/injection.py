@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from genattn.context_parallel import gathered, ulysses, why_not_ulysses
 from genattn.denoiser import HERE, INJECTION, checkpoints_carry, current_run, denoiser_class, other_cache_context, run_of
 from genattn.families import family_of
 from genattn.plugin import AttentionCall, CallRecord, Plugin, Run
@@ -175,16 +176,57 @@ class Injection:
         run = run_of(self.model) or Run(
             model=self.model, why_no_layout="the block was called outside of the denoiser's forward"
         )
+        if core.parallel_config is not None:
+            return self._attend_parallel(mark, tensors, mask, flags, core, run)
         layout = layout_at(mark.site, self.family, run, tensors[0].shape[1], tensors[1].shape[1])
         call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
-        events, began = event_pair(call.query), time.perf_counter()
-        out = _through(mark.chain, 0, call, core)
-        seconds = time.perf_counter() - began
-        if events is not None:
-            events[1].record()
-        for handle in dict.fromkeys(handle for _, handle in mark.chain):
-            handle.count(mark.site, call, seconds, events)
-        return out
+        return _timed(mark, call, core)
+
+    def _attend_parallel(
+        self,
+        mark: Mark,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mask: Any,
+        flags: dict[str, Any],
+        core: StockCore,
+        run: Run,
+    ) -> torch.Tensor:
+        """The chain on gathered tokens and some of the heads; stock code, and the reason noted, where that cannot be."""
+        reason = why_not_ulysses(core.parallel_config)
+        if reason:
+            call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=None, record=CallRecord(), **flags)
+            call.record.stayed_dense(reason)
+            return _timed(mark, call, core, chain=())
+
+        def chain(gathered_tensors: Any, given: Any, world: int, rank: int) -> torch.Tensor:
+            tokens, heads = gathered_tensors[0].shape[1:3]
+            whole = gathered(run.layout, world) if run.layout is not None else None
+            layout = layout_at(mark.site, self.family, replace(run, layout=whole), tokens, gathered_tensors[1].shape[1])
+            call = AttentionCall(
+                *gathered_tensors,
+                given,
+                site=mark.site,
+                run=run,
+                layout=layout,
+                record=CallRecord(),
+                head_offset=rank * heads,
+                **flags,
+            )
+            return _timed(mark, call, StockCore(core.number, core.backend, None))
+
+        return ulysses(tensors, mask, flags["scale"], core.parallel_config, chain)
+
+
+def _timed(mark: Mark, call: AttentionCall, core: StockCore, chain: tuple[Any, ...] | None = None) -> torch.Tensor:
+    """The call through the chain, counted by every handle that has a plugin in it."""
+    events, began = event_pair(call.query), time.perf_counter()
+    out = _through(mark.chain if chain is None else chain, 0, call, core)
+    seconds = time.perf_counter() - began
+    if events is not None:
+        events[1].record()
+    for handle in dict.fromkeys(handle for _, handle in mark.chain):
+        handle.count(mark.site, call, seconds, events)
+    return out
 
 
 def _wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,93 @@
+"""Diffusers' own context parallelism: two gloo processes on the CPU give what one gives, with the pattern on."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from genattn import GenAttnError, TokenLayout
+from genattn.context_parallel import _no_backward, gathered, why_not_ulysses
+from genattn.token_layout import Segment
+
+
+def test_gathered_order() -> None:
+    assert gathered(TokenLayout.from_grid((3, 4, 2)), 2) == TokenLayout.from_grid((3, 4, 2))
+    joint = gathered(TokenLayout.from_grid((4, 6), text_before=10), 2)
+    assert joint is not None
+    assert joint.segments == (
+        Segment("text", (5,)),
+        Segment("grid", (4, 6), 0, 12),
+        Segment("text", (5,)),
+        Segment("grid", (4, 6), 12, 24),
+    )
+    assert joint.grid_positions.tolist() == [*range(5, 17), *range(22, 34)]
+    with_reference = TokenLayout((Segment("text", (4,)), Segment("grid", (2, 6)), Segment("reference", (2, 2))))
+    cut = gathered(with_reference, 2)
+    assert cut is not None
+    assert [(s.kind, s.length) for s in cut.segments] == [
+        *[("text", 2), ("grid", 8)],
+        *[("text", 2), ("grid", 4), ("reference", 4)],
+    ]
+    assert gathered(TokenLayout.from_grid((4, 6), text_before=9), 2) is None
+
+
+def test_what_is_refused() -> None:
+    config = SimpleNamespace(ring_degree=2, ulysses_degree=1, ulysses_anything=False)
+    assert "LSE" in why_not_ulysses(SimpleNamespace(context_parallel_config=config))
+    config = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=True)
+    assert "unevenly" in why_not_ulysses(SimpleNamespace(context_parallel_config=config))
+    assert "not diffusers'" in why_not_ulysses(object())
+    with pytest.raises(GenAttnError, match="training"):
+        _no_backward()
+
+
+def _rank(rank: int, folder: str, family: str) -> None:
+    """One of two processes: dense and sparse under Ulysses against the results of one process."""
+    import torch.distributed as dist
+    from diffusers import ContextParallelConfig
+
+    from genattn import DensePattern, RadialPattern
+    from genattn.inject import apply
+    from genattn.pipelines.tiny_random import build_inputs, build_model
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.accelerator.device_count = lambda: 1  # it is 0 without an accelerator
+    torch._C._get_accelerator = lambda *a: torch.device("cpu")
+    inputs = build_inputs(family)
+    single, model = build_model(family), build_model(family)
+
+    def forward(of: Any) -> torch.Tensor:
+        with torch.no_grad():
+            out: torch.Tensor = of(**inputs, return_dict=False)[0]
+        return out
+
+    settings = {"dense_steps": 0, "dense_layers": 0}
+    with apply(single, RadialPattern(), **settings):
+        sparse = forward(single)
+    dense = forward(single)
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    stock = forward(model)
+    torch.testing.assert_close(stock, dense, atol=1e-5, rtol=1e-5)
+    with apply(model, DensePattern()):
+        assert torch.equal(forward(model), stock)
+    with apply(model, RadialPattern(), **settings) as handle:
+        torch.testing.assert_close(forward(model), sparse, atol=1e-5, rtol=1e-5)
+        report = handle.report()
+        assert report.sparse_calls == report.calls > 0, report.dense_reasons
+    assert torch.equal(forward(model), stock)
+    Path(folder, f"done{rank}").write_text("ok")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["wan", "flux"])
+def test_two_processes(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", minversion="0.37", reason="context parallelism came later")
+    sys.path.insert(0, str(Path(__file__).parent))
+    mp.spawn(_rank, args=(str(tmp_path), family), nprocs=2, join=True)
+    assert sorted(p.name for p in tmp_path.glob("done*")) == ["done0", "done1"]
