@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ pipeline_tag: text-to-video
 ---
 # tiny-wan
 
-A complete, trained Wan text-to-video pipeline of {megabytes:.1f} MB: coloured shapes that move. It is made to test and show
-attention, guidance and long-video methods where no model can be downloaded; it knows nothing but its tiny world.
+A complete, trained Wan text-to-video pipeline of {megabytes:.1f} MB: coloured shapes that move. It is made to test and
+show attention, guidance and long-video methods where no model can be downloaded; it knows nothing but its tiny world.
 
 ```python
 from diffusers import WanPipeline
@@ -39,9 +40,12 @@ COLOUR {colours}; SHAPE {shapes}; MOTION {motions}; BACKGROUND {backgrounds}.
 Any other text tokenises, but means nothing to the model.
 
 ## Parts
-`WanTransformer3DModel` {layers} layers x {heads} heads of {head_dim}, patch 1 x 2 x 2 ({transformer_weights:.2f} M weights);
-`AutoencoderKLWan` 4x in space, 4x in time, {z_dim} channels ({vae_weights:.2f} M), of which the last {places} hold places (see Limits); `UMT5EncoderModel` ({text_weights:.2f} M) with its own
-word tokenizer; `FlowMatchEulerDiscreteScheduler`, shift {shift}. {height} x {width} x {frames} pixels are 8 x 16 x 16 latents: 8 frames of 64 tokens.
+- `WanTransformer3DModel`, {layers} layers x {heads} heads of {head_dim}, patch 1 x 2 x 2: {transformer_weights:.2f} M weights
+- `AutoencoderKLWan`, 4x in space, 4x in time: {vae_weights:.2f} M; {z_dim} channels, the last {places} hold places (see Limits)
+- `UMT5EncoderModel`: {text_weights:.2f} M, with a word tokenizer of its own
+- `FlowMatchEulerDiscreteScheduler`, shift {shift}
+
+{height} x {width} x {frames} pixels are 8 x 16 x 16 latents: 8 frames of 64 tokens.
 
 ## Training
 {device_line}
@@ -53,8 +57,9 @@ colour x shape x motion combinations are held out.
 {training}
 {notes}
 ## Scores
-{evaluated} clips of captions that training never saw, sampled with the stock pipeline ({steps} steps, guidance {guidance_scale}) and judged by
-`pipelines/tiny_oracle.py`; shares with Wilson's 95 % interval. Unseen: the combination of colour, shape and motion was held out.
+{evaluated} clips of captions that training never saw, sampled with the stock pipeline ({eval_steps} steps, guidance
+{eval_guidance}) and judged by `pipelines/tiny_oracle.py`; shares with Wilson's 95 % interval.
+Unseen: the combination of colour, shape and motion was held out.
 Measured on {measured_on}, {date}, commit {commit}, torch {torch}, diffusers {diffusers}.
 
 | | {splits} |
@@ -62,11 +67,12 @@ Measured on {measured_on}, {date}, commit {commit}, torch {torch}, diffusers {di
 {scores}
 
 ## Limits
-It was trained in minutes on little: shapes can be ragged, small objects and two-object scenes are the weakest, and other
-frame counts or sizes than {frames} frames of {height} x {width} were never trained on (a single frame was).
-The last {places} latent channels are cosines along frames, rows and columns that the denoiser makes for itself: rotary embeddings
-are relative, and a model this small learns far faster when it can see where it is. The decoder ignores them and the
-encoder leaves them 0, so latents encoded from a clip need them added (`tiny_denoiser.with_positions`) before they are denoised.
+The scores say what it cannot do. Other frame counts or sizes than {frames} frames of {height} x {width} were never trained
+on, but for single frames.
+The last {places} latent channels are cosines along frames, rows and columns that the denoiser makes for itself: rotary
+embeddings are relative, and a model this small learns far faster when it can see where it is. The decoder ignores them
+and the encoder leaves them 0, so latents encoded from a clip need them added (`tiny_denoiser.with_positions`) before
+they are denoised.
 
 Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny_wan`.
 """
@@ -76,7 +82,7 @@ Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny
 def journal(run_dir: Path, phase: str, device: str) -> Iterator[dict[str, int]]:
     """Within, fill the dictionary with what was done; a line with it, the minutes and the device is written after."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    begun, done = time.monotonic(), {}
+    begun, done = time.monotonic(), dict[str, int]()
     try:
         yield done
     finally:
@@ -143,6 +149,8 @@ def model_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, float | int
         training="\n".join(_training_line(entry) for entry in entries),
         notes="".join(f"\n{entry['note']}\n" for entry in entries if "note" in entry),
         evaluated=rows[0]["clips"],
+        eval_steps=rows[0]["steps"],
+        eval_guidance=rows[0]["guidance_scale"],
         measured_on=rows[0]["device"],
         **{name: rows[0][name] for name in ("date", "commit", "torch", "diffusers")},
         splits=" | ".join(f"{row['split']} ({row['clips']} clips)" for row in rows),
@@ -188,9 +196,5 @@ def _weights(folder: Path) -> float:
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            for name in file.keys():
-                size = 1
-                for length in file.get_slice(name).get_shape():
-                    size *= length
-                total += size
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total / 1e6

@@ -12,10 +12,10 @@ key, training keeps a few of them and adds the logarithm of their number to thei
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
@@ -88,7 +88,7 @@ class FoldedPaddingProcessor(WanAttnProcessor):
 
     def __call__(  # type: ignore[override]
         self,
-        attn: nn.Module,
+        attn: WanAttention,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -142,7 +142,8 @@ def padding_bias(mask: torch.Tensor, padded_length: int, dtype: torch.dtype) -> 
 
 def with_training_attention(transformer: WanTransformer3DModel, bias: torch.Tensor | None) -> None:
     """Set the padding bias, in place; the first call swaps the processors of the text attention in."""
-    for block in transformer.blocks:
+    blocks: Any = transformer.blocks
+    for block in blocks:
         if not isinstance(block.attn2.processor, FoldedPaddingProcessor):
             block.attn2.set_processor(FoldedPaddingProcessor())
         block.attn2.processor.bias = bias

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_export import GenerationDefaults
@@ -141,7 +141,7 @@ def summarize(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> list[dict
     for split, keep in (("all", [True] * len(scenes)), ("seen", [not u for u in unseen]), ("unseen", unseen)):
         chosen = [verdict for verdict, kept in zip(verdicts, keep, strict=True) if kept]
         if chosen:
-            rows.append({"split": split} | _summary(chosen))
+            rows.append({"split": split, **_summary(chosen)})
     return rows
 
 
@@ -195,7 +195,8 @@ def evaluate(
     clips = generate_clips(pipeline, scenes, sampling, size)
     seconds = (time.monotonic() - begun) / len(scenes)
     settings = {"seed": sampling.seed, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale}
-    facts = provenance(pipeline.device.type == "cpu") | settings | {"seconds_per_clip": round(seconds, 2)}
+    facts: dict[str, float | int | str] = {**provenance(pipeline.device.type == "cpu"), **settings}
+    facts["seconds_per_clip"] = round(seconds, 2)
     return [facts | row for row in summarize(score(clips, scenes), scenes)]
 
 

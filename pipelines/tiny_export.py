@@ -8,8 +8,11 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 
 from genattn.errors import GenAttnError
@@ -51,11 +54,12 @@ def assemble(run_dir: Path, size: DenoiserSize | None = None) -> tuple[WanPipeli
             raise GenAttnError(f"a run must hold {part} before it is exported, got {run_dir} without; train first")
     statistics = json.loads((run_dir / "latents.json").read_text())
     vae = widen_latents(AutoencoderKLWan.from_pretrained(run_dir / "vae", **statistics), POSITION_CHANNELS)
-    tokenizer = build_tokenizer()
-    model = TinyDenoiser(vae.config.z_dim, len(tokenizer), size)
+    tokenizer: Any = build_tokenizer()
+    config: Any = vae.config
+    model = TinyDenoiser(config.z_dim, len(tokenizer), size)
     with safe_open(run_dir / "transformer.safetensors", "pt") as file:
         steps = int(json.loads(file.metadata()["state"])["step"])
-        averages = {name.removeprefix("ema."): file.get_tensor(name) for name in file.keys() if name.startswith("ema.")}
+        averages = {name.removeprefix("ema."): file.get_tensor(name) for name in file.keys() if name.startswith("ema.")}  # noqa: SIM118
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if shapes != {name: value.shape for name, value in averages.items()}:
         raise GenAttnError(f"the weights must be of size {size or DenoiserSize()}, got others in {run_dir}; say which")
@@ -83,9 +87,18 @@ def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Deno
         for parameter in part.parameters():
             parameter.data = parameter.data.half()
     pipeline.save_pretrained(half_written)
+    _forget_origins(half_written)
     (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
     if (folder / "README.md").exists():
         shutil.copy2(folder / "README.md", half_written / "README.md")
     shutil.rmtree(folder, ignore_errors=True)
     half_written.rename(folder)
     return steps
+
+
+def _forget_origins(folder: Path) -> None:
+    """Take the training machine's paths out of the components' configs."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -124,7 +124,7 @@ def read_shape(thing: FoundObject) -> str | None:
 
     Frames in which the object is cut by the frame's edge are left out, unless it always is.
     """
-    frames, height, width = thing.mask.shape
+    _, height, width = thing.mask.shape
     rim = np.ones((height, width), bool)
     rim[1:-1, 1:-1] = False
     whole = thing.visible & (thing.mask[:, rim].max(1) < 0.5)
@@ -230,7 +230,7 @@ def _fit(basis: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> tup
 
 def _canonical(thing: FoundObject) -> Floats:
     """Outlines of the visible frames, centred and scaled to one area: float32 [N, 24, 24]."""
-    frames, height, width = thing.mask.shape
+    _, height, width = thing.mask.shape
     mask, track = torch.from_numpy(thing.mask[thing.visible])[:, None], torch.from_numpy(thing.track[thing.visible])
     line = torch.linspace(-2.0, 2.0, 24)
     grid_y, grid_x = torch.meshgrid(line, line, indexing="ij")
@@ -240,4 +240,3 @@ def _canonical(thing: FoundObject) -> Floats:
     sampled = F.grid_sample(mask, torch.stack([x, y], -1), align_corners=False)
     outlines: Floats = sampled[:, 0].numpy()
     return outlines
-

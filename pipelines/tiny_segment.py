@@ -1,9 +1,9 @@
 """Find the objects of a tiny-world clip: which colours, which pixels, where they go. No learned weights.
 
-    background   median colour of the frame's rim over the whole clip
-    pixel        = background + alpha (colour - background): the palette colour that leaves the least residual
-    object       a palette colour with enough pixels that are mostly covered
-    mask         alpha in and just around those pixels: soft, hence area and centre at sub-pixel precision
+background   median colour of the frame's rim over the whole clip
+pixel        = background + alpha (colour - background): the palette colour that leaves the least residual
+object       a palette colour with enough pixels that are mostly covered
+mask         alpha in and just around those pixels: soft, hence area and centre at sub-pixel precision
 """
 
 from dataclasses import dataclass
@@ -113,13 +113,11 @@ def _without_specks(core: Bools) -> Bools:
     return core & (share > 0.5)
 
 
-def _measure(
-    colour: str, alpha: Floats, core: Bools, others: Bools, clip: npt.NDArray[np.uint8]
-) -> FoundObject:
+def _measure(colour: str, alpha: Floats, core: Bools, others: Bools, clip: npt.NDArray[np.uint8]) -> FoundObject:
     around = dilate(core.astype(np.float32), 2) > 0
     around &= ~others
     mask = np.where(around, alpha, 0.0).astype(np.float32)
-    frames, height, width = mask.shape
+    _, height, width = mask.shape
     area = mask.sum((1, 2))
     visible = area > MIN_AREA * 0.5 * height * width
     total = np.maximum(area, 1e-6)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def train(
         if time.monotonic() - saved > settings.save_minutes * 60:
             save_checkpoint(checkpoint, model, optimizer, average, step + 1)
             if on_save is not None:
-                with_average(model, average, lambda plain, done=step + 1: on_save(plain, done), accelerator)
+                with_average(model, average, partial(_call_with, on_save, step + 1), accelerator)
             saved = time.monotonic()
     else:
         step = settings.steps
@@ -137,6 +138,10 @@ def with_average(
         model.train()
 
 
+def _call_with(on_save: Callable[[nn.Module, int], None], step: int, model: nn.Module) -> None:
+    on_save(model, step)
+
+
 def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor], step: int
 ) -> None:
@@ -152,9 +157,7 @@ def save_checkpoint(
     os.replace(half_written, path)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]
-) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]) -> int:
     """Load what `save_checkpoint` wrote; returns the number of steps done.
 
     Raises:
@@ -162,7 +165,7 @@ def load_checkpoint(
     """
     with safe_open(path, "pt") as file:
         step = int(json.loads(file.metadata()["state"])["step"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise GenAttnError(f"the checkpoint must hold this model's weights, got {path} of another; delete or move it")

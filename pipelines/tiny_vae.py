@@ -7,13 +7,13 @@ frames on, and what the stills taught carries over to clips unharmed; `still_con
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
-from torch import nn
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_world import render_at, sample_scene
@@ -49,11 +49,13 @@ def causal_start(vae: AutoencoderKLWan) -> None:
             module.weight[:, :, :-1] = 0
     for module in vae.modules():
         if isinstance(module, WanResample) and module.mode in ("upsample3d", "downsample3d"):
-            kernel, dim = module.time_conv.weight, module.dim
+            convolution, dim = module.time_conv, module.dim
+            kernel = convolution.weight
             kernel.zero_()
             for start in range(0, kernel.shape[0], dim):
                 kernel[start : start + dim, :, -1, 0, 0] = torch.eye(dim)
-            module.time_conv.bias.zero_()
+            if convolution.bias is not None:
+                convolution.bias.zero_()
 
 
 @contextmanager
@@ -61,15 +63,15 @@ def still_convolutions(vae: AutoencoderKLWan) -> Iterator[None]:
     """Within, single frames go through two-dimensional convolutions: the same result, a third of the work."""
     changed = [m for m in vae.modules() if isinstance(m, WanCausalConv3d)]
     for module in changed:
-        module.forward = _still_forward.__get__(module)
+        vars(module)["forward"] = MethodType(_still_forward, module)
     try:
         yield
     finally:
         for module in changed:
-            del module.forward
+            del vars(module)["forward"]
 
 
-def _still_forward(self: nn.Conv3d, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+def _still_forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
     if x.shape[2] != 1 or cache_x is not None or self.stride != (1, 1, 1):
         return WanCausalConv3d.forward(self, x, cache_x)
     padding = (self._padding[2], self._padding[0])
@@ -140,7 +142,7 @@ def widen_latents(vae: AutoencoderKLWan, channels: int) -> AutoencoderKLWan:
     """
     if channels < 1:
         raise GenAttnError(f"channels must be >= 1, got {channels}; keep the autoencoder as it is")
-    config = vae.config
+    config: Any = vae.config
     old, new = config.z_dim, config.z_dim + channels
     wide = AutoencoderKLWan.from_config(
         {

@@ -16,11 +16,13 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from torch import nn
 
 from genattn.errors import GenAttnError
@@ -49,7 +51,7 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, 
     set_seed(settings.seed)
     vae = build_vae()
 
-    def loss_of(model: nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> torch.Tensor:
         if step < still_steps:
             with still_convolutions(model):
                 return vae_loss(model, training_clips(12, 1, 64, generator).to(accelerator.device), generator)
@@ -57,7 +59,7 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, 
         clips = training_clips(20 // frames, frames, 64, generator).to(accelerator.device)
         return vae_loss(model, clips, generator)
 
-    def on_save(model: nn.Module, step: int) -> None:
+    def on_save(model: Any, step: int) -> None:
         shown = [training_clips(4, frames, 64, step_generator(12345, frames)) for frames in (1, 13)]
         stills, clips = (psnr(model, shot.to(accelerator.device)) for shot in shown)
         accelerator.print(f"vae step {step}: {stills:.2f} dB on stills, {clips:.2f} dB on 13 frames", flush=True)
@@ -66,9 +68,7 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, 
     return train(vae, loss_of, settings, accelerator, run_dir / "vae.safetensors", on_save)
 
 
-def make_latents(
-    run_dir: Path, accelerator: Accelerator, clips: range, stills: range, minutes: float
-) -> tuple[int, int]:
+def make_latents(run_dir: Path, accelerator: Accelerator, clips: range, stills: range, minutes: float) -> tuple[int, int]:
     """Encode shards of training clips and stills; returns how many of each there are now."""
     vae = load_vae(run_dir).to(accelerator.device)
     counts = (
@@ -137,7 +137,8 @@ def train_transformer(
     compile_blocks: bool = False,
     on_save: Callable[[nn.Module, int], None] | None = None,
 ) -> int:
-    """Stills until `still_steps`, single frames from anywhere in a clip until `frame_steps`, then whole clips.
+    """Stills until `still_steps`, single frames from anywhere in a clip, a whole one every third step, until
+    `frame_steps`, then whole clips.
 
     Every tenth step after the stills is one of stills, lest a single frame be forgotten. Returns the steps done.
     """
@@ -147,11 +148,11 @@ def train_transformer(
     if compile_blocks:
         model.transformer.compile_repeated_blocks(dynamic=False)
 
-    def loss_of(module: nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
+    def loss_of(module: Any, step: int, generator: torch.Generator) -> torch.Tensor:
         if step < still_steps or step % 10 == 0:
             latents, ids = batches.draw("stills", STILL_BATCH, generator)
             latents = with_positions(latents)
-        elif step < frame_steps:
+        elif step < frame_steps and step % 3:
             clips, ids = batches.draw("clips", FRAME_BATCH, generator)
             frames = torch.randint(clips.shape[2], (FRAME_BATCH, 1), generator=generator)
             latents = with_positions(clips[torch.arange(FRAME_BATCH)[:, None], :, frames].transpose(1, 2), frames)
@@ -177,7 +178,7 @@ def run_training(options: argparse.Namespace) -> None:
         with journal(run_dir, "latents", device) as done:
             done["stills"], done["clips"] = make_latents(run_dir, accelerator, clips, stills, options.minutes)
     if "transformer" in options.phases:
-        settings = TrainSettings(options.steps, learning_rate=options.learning_rate, **common)
+        settings = TrainSettings(options.steps, learning_rate=options.learning_rate, decay=options.decay, **common)
         curriculum = options.still_steps, options.frame_steps
         with journal(run_dir, "transformer", device) as done:
             done["steps"] = train_transformer(run_dir, accelerator, settings, *curriculum, compile_blocks=options.compile)
@@ -228,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--still-steps", type=int, default=1500, help="of these, on stills")
     training.add_argument("--frame-steps", type=int, default=3500, help="step until which the rest are single frames of clips")
     training.add_argument("--learning-rate", type=float, default=1e-3, help="peak rate of the transformer")
+    training.add_argument("--decay", type=float, default=0.1, help="share of the steps over which the rate falls")
     training.add_argument("--out", type=Path, default=Path("assets/tiny-wan"), help="where the pipeline is exported to")
     training.add_argument("--sampling-steps", type=int, default=25, help="denoising steps written as the default")
     training.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale written as the default")

@@ -12,6 +12,7 @@ frames and any size show the same scene. All shapes of one size cover the same a
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -250,7 +251,7 @@ def _signed_distance(shape: str, x: Floats, y: Floats, radius: Floats) -> Floats
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "ring":
-        outer = radius / math.sqrt(0.7)
+        outer: Any = radius / math.sqrt(0.7)
         inner = outer * math.sqrt(0.3)
         return np.abs(np.hypot(x, y) - (outer + inner) / 2) - (outer - inner) / 2
     if shape == "square":

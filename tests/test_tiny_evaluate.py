@@ -73,7 +73,9 @@ def test_progress_is_told():
     assert done == [3, 4]
 
 
-@pytest.mark.parametrize(("right", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)])
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)]
+)
 def test_the_interval_is_wilsons(right, total, low, high):
     assert tiny_evaluate.wilson(right, total) == pytest.approx((low, high), abs=1e-4)
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -107,7 +109,7 @@ def test_the_rate_warms_up_holds_and_decays():
     assert rates[0] == pytest.approx(0.1)
     assert rates[10:75] == [1.0] * 65
     assert rates[99] == pytest.approx(0.05)
-    assert all(a >= b for a, b in zip(rates[75:], rates[76:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[75:]))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, accelerator):

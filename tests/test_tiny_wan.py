@@ -147,9 +147,11 @@ def test_the_command_line_trains_the_autoencoder_and_keeps_a_journal(tmp_path):
 def test_the_command_line_judges_a_pipeline_and_writes_its_card(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "model"
     shutil.copytree(SHIPPED, folder)
-    (tmp_path / tiny_card.JOURNAL).write_text(
-        '{"phase": "transformer", "minutes": 3.0, "device": "CPU x", "steps": 7}\n{"phase": "latents", "minutes": 1.0, "device": "CPU x", "clips": 64, "stills": 64}\n'
-    )
+    entries = [
+        {"phase": "latents", "minutes": 1.0, "device": "CPU x", "clips": 64, "stills": 64},
+        {"phase": "transformer", "minutes": 3.0, "device": "CPU x", "steps": 7, "note": "Stopped early."},
+    ]
+    (tmp_path / tiny_card.JOURNAL).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     table = tmp_path / "quality.csv"
     arguments = ["evaluate", "--model", str(folder), "--cpu", "--count", "2", "--sampling-steps", "1"]
     tiny_wan.main([*arguments, "--csv", str(table), "--card-from", str(tmp_path), "--max-sequence-length", "32"])
@@ -160,6 +162,7 @@ def test_the_command_line_judges_a_pipeline_and_writes_its_card(tmp_path, monkey
     assert "Trained on a CPU for 4 minutes" in card
     assert "| transformer | 7 | 3.0 | CPU x |" in card
     assert "64 clips" in card
+    assert "Stopped early." in card
 
 
 @pytest.mark.parametrize(
@@ -182,3 +185,9 @@ def test_exporting_as_another_size_is_refused(run_dir, monkeypatch):
     train_small(run_dir, 1)
     with pytest.raises(GenAttnError, match="the weights must be of size"):
         assemble(run_dir, DenoiserSize(2, 12, 2, 24))
+
+
+def test_the_shipped_folder_names_no_machine() -> None:
+    for file in SHIPPED.rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(), file
+        assert "/tmp/" not in file.read_text(), file
