@@ -131,7 +131,6 @@ def edited_attention(
     """
     _check(query, key, frames, anchor)
     edited_rows = query.index_select(1, frames.queries)
-    basis_count = 2 if anchor is None else 4
     heads = query.shape[2]
     if key.shape[2] != heads:
         key, value = (x.repeat_interleave(heads // key.shape[2], 2) for x in (key, value))
@@ -140,7 +139,8 @@ def edited_attention(
     projection = band_projection(frames.frames, edit.tau, edit.tau_frames).to(query.device)
     total = torch.zeros(4, 4, dtype=torch.float32, device=query.device)
     marginal = torch.empty(*edited_rows.shape[:3], frames.frames, dtype=torch.float32, device=query.device)
-    outputs = torch.empty(basis_count, *edited_rows.shape, dtype=torch.float32, device=query.device)
+    kinds = _output_kinds(edit, anchor is not None, change_only=base is not None)
+    outputs = torch.empty(len(kinds), *edited_rows.shape, dtype=torch.float32, device=query.device)
     attend: _DenseFrames | _PlannedFrames
     if plan is None:
         attend = _DenseFrames(edited_rows, key, value, frames, scale, key_mask)
@@ -153,10 +153,12 @@ def edited_attention(
         basis = basis_maps(part, None if anchor is None else anchor[:, rows, head], projection, visible)
         total += gram(basis[:, conditional])
         marginal[:, rows, head] = part
-        outputs[:, :, rows, head] = _mix(basis, outs, lse - math.log(key_share), kept, keep_map=base is None)
+        maps = _output_maps(basis, edit, kinds)
+        outputs[:, :, rows, head] = _mix(maps, outs, lse - math.log(key_share), kept, add_kept=base is None)
     measured = marginal[conditional]
     scalars = solve(total / (measured.numel() // frames.frames), edit, frames.frames, beta)
-    out = _sum_outputs(outputs, scalars, with_map=base is None).to(query.dtype)
+    weights = torch.stack([_output_weight(kind, scalars) for kind in kinds])
+    out = torch.tensordot(weights, outputs, 1).to(query.dtype)
     return EditedAttention(_place(out, query, key, value, frames, scale, key_mask, plan, base), scalars, marginal)
 
 
@@ -281,34 +283,59 @@ def _softmax(lse: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     return lse.softmax(-1)
 
 
+def _output_kinds(edit: MapEdit, anchored: bool, change_only: bool) -> tuple[str, ...]:
+    """Which maps leave an output: "map", "pull" (towards the anchor), and the high bands of both.
+
+    With alpha known the map and its pull are one, and so are their bands: "guided" and "guided high".
+    """
+    if not anchored:
+        return ("high",) if change_only else ("map", "high")
+    if edit.alpha == "auto":
+        return ("pull", "high", "pull high") if change_only else ("map", "pull", "high", "pull high")
+    return ("known pull", "guided high") if change_only else ("guided", "guided high")
+
+
+def _output_maps(basis: torch.Tensor, edit: MapEdit, kinds: tuple[str, ...]) -> list[torch.Tensor]:
+    """The maps of these kinds, each [B, q, h, T]."""
+    anchored = basis.shape[0] == 4
+    alpha = 0.0 if edit.alpha == "auto" or not anchored else float(edit.alpha)
+    made = {
+        "map": lambda: basis[0],
+        "pull": lambda: basis[1],
+        "high": lambda: basis[2 if anchored else 1],
+        "pull high": lambda: basis[3],
+        "guided": lambda: basis[0] + alpha * basis[1],
+        "known pull": lambda: alpha * basis[1],
+        "guided high": lambda: basis[2] + alpha * basis[3],
+    }
+    return [made[kind]() for kind in kinds]
+
+
+def _output_weight(kind: str, scalars: EditScalars) -> torch.Tensor:
+    one, alpha, gain, both = scalars.coefficients
+    return {"pull": alpha, "high": gain, "guided high": gain, "pull high": both}.get(kind, one)
+
+
 def _mix(
-    basis: torch.Tensor,
+    maps: list[torch.Tensor],
     outs: torch.Tensor,
     lse: torch.Tensor,
     kept: tuple[torch.Tensor, torch.Tensor] | None,
-    keep_map: bool,
+    add_kept: bool,
 ) -> torch.Tensor:
-    """Output of each basis map, float32 [K, B, q, h, D]; the kept keys' share joins the first, which is the map itself."""
-    mixed = torch.zeros(basis.shape[0], *outs.shape[1:], dtype=torch.float32, device=outs.device)
+    """Output of each map, float32 [K, B, q, h, D]; the kept keys' share joins the first, which holds the map itself."""
+    mixed = torch.zeros(len(maps), *outs.shape[1:], dtype=torch.float32, device=outs.device)
     for t, out in enumerate(outs):
         out = out.float()
-        for k in range(0 if keep_map else 1, basis.shape[0]):
-            mixed[k].addcmul_(basis[k, ..., t, None], out)
+        for total, rows in zip(mixed, maps, strict=True):
+            total.addcmul_(rows[..., t, None], out)
     if kept is None:
         return mixed
     share = torch.sigmoid(kept[1].float() - lse.float().logsumexp(-1)).nan_to_num(0.0)[..., None]
     mixed *= 1.0 - share
-    if keep_map:
+    if add_kept:
         mixed[0].addcmul_(share, kept[0].float())
     return mixed
-
-
-def _sum_outputs(outputs: torch.Tensor, scalars: EditScalars, with_map: bool) -> torch.Tensor:
-    weights = scalars.coefficients if outputs.shape[0] == 4 else scalars.coefficients[::2]
-    out = outputs[0] if with_map else torch.zeros_like(outputs[0])
-    for weight, part in zip(weights[1:], outputs[1:], strict=True):
-        out = out + weight * part
-    return out
 
 
 def _place(
