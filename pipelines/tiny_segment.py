@@ -101,10 +101,11 @@ def dilate(mask: Floats, reach: int) -> Floats:
 def _unmix(difference: Floats, background: Floats) -> tuple[Floats, npt.NDArray[np.intp]]:
     """Coverage by each colour [6, T, H, W], and the index of the colour that explains a pixel best [T, H, W]."""
     directions = np.array(list(COLOURS.values()), np.float32) - background
-    alphas = np.einsum("thwc,kc->kthw", difference, directions) / np.square(directions).sum(1)[:, None, None, None]
-    alphas = alphas.clip(0.0, 1.3)
-    residual = [np.square(difference - a[..., None] * d).sum(-1) for a, d in zip(alphas, directions, strict=True)]
-    return alphas.clip(0.0, 1.0), np.argmin(residual, axis=0)
+    products, lengths = difference @ directions.T, np.square(directions).sum(1)
+    alphas = (products / lengths).clip(0.0, 1.3)
+    # the residual |d - a c|^2, but for |d|^2, which is the same for every colour
+    label = np.argmin(alphas**2 * lengths - 2 * alphas * products, axis=-1)
+    return np.moveaxis(alphas.clip(0.0, 1.0), -1, 0), label
 
 
 def _without_specks(core: Bools) -> Bools:
