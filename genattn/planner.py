@@ -11,7 +11,7 @@ arithmetic agrees with measured time within a few per cent (Radial paper: Wan 1.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from genattn.errors import GenAttnError
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -123,21 +123,27 @@ class _Run:
 
 
 def _radial(layout: TokenLayout, target: float, block: int) -> Iterator[tuple[Pattern, str, Simulation]]:
-    """For strips and boxes the decay whose density is nearest to the target."""
+    """For strips and boxes the decay whose density is nearest to the target; without a floor only where one is out of reach."""
     if layout.grid3[0] < 3:
         return
     for window in ("strip", "box"):
-        low, high = 0.02, 4.0
-        best: tuple[float, RadialPattern, Simulation] | None = None
-        for _ in range(7):
-            decay = round(math.sqrt(low * high), 3)
-            pattern = RadialPattern(decay=decay, window=window)  # type: ignore[arg-type]
-            cost = simulate_pattern(pattern, layout, block, block)
-            if best is None or abs(cost.density - target) < best[0]:
-                best = abs(cost.density - target), pattern, cost
-            low, high = (decay, high) if cost.density < target else (low, decay)
-        assert best is not None
-        yield best[1], f"radial {window} decay {best[1].decay:g}", best[2]
+        found = [_nearest_decay(layout, target, block, RadialPattern(window=window))]  # type: ignore[arg-type]
+        if found[0][1].density > 1.1 * target:
+            found.append(_nearest_decay(layout, target, block, RadialPattern(window=window, floor=0)))  # type: ignore[arg-type]
+        for pattern, cost in found:
+            yield pattern, f"radial {window} decay {pattern.decays[0]:g}" + (" floor 0" if pattern.floor == 0 else ""), cost
+
+
+def _nearest_decay(layout: TokenLayout, target: float, block: int, start: RadialPattern) -> tuple[RadialPattern, Simulation]:
+    low, high, tried = 0.02, 4.0, []
+    for _ in range(7):
+        decay = round(math.sqrt(low * high), 3)
+        pattern = replace(start, decay=decay)
+        cost = simulate_pattern(pattern, layout, block, block)
+        tried.append((pattern, cost))
+        low, high = (decay, high) if cost.density < target else (low, decay)
+    # between equals the widest windows
+    return min(tried, key=lambda t: (abs(t[1].density - target), -t[0].decays[0]))
 
 
 def _neighborhood(layout: TokenLayout, target: float, block: int) -> Iterator[tuple[Pattern, str, Simulation]]:

@@ -30,6 +30,7 @@ def patterns(draw: st.DrawFn, heads: bool = True) -> RadialPattern:
         window=draw(st.sampled_from(["strip", "box"])) if variant == "genattn" else "strip",
         sink=draw(st.sampled_from([None, True, False])),
         block=draw(st.sampled_from([None, 1, 2, 5, 16])),
+        floor=draw(st.sampled_from([0, 1, 2])),
         model=draw(st.sampled_from(["wan", "hunyuan"])),
         half_window=draw(st.booleans()),
     )
@@ -227,6 +228,8 @@ def test_dense_plan(layout: TokenLayout, block_q: int, block_k: int) -> None:
         ({"decay": ()}, "decay must be"),
         ({"decay": (0.5, 0.0)}, "decay must be"),
         ({"decay": "0.5"}, "decay must be"),
+        ({"floor": -1}, "floor must be a number of cells >= 0, got -1"),
+        ({"floor": 0.5}, "floor must be"),
         ({"block": 0}, "block must be an integer >= 1, got 0"),
         ({"block": 1.5}, "block must be an integer"),
         ({"decay": 1.0, "layer_decay": (1.0,)}, "not both"),

@@ -9,7 +9,8 @@ Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for 
 
     paper     |k - l| + 1 <= s / 2^r,  or  k = l and d mod ceil(2^r / s) = 0;  frame 0 is seen by all (sink)
     genattn   the same law over n cells of a frame (a cell is what a kernel tile holds), so that no tile is half used and no
-              frame loses its first or last rows:  |a - b| <= max(1, round(decay q n / 2^r)) and d mod q = 0, q = ceil(2^r / n)
+              frame loses its first or last rows:
+              |a - b| <= max(floor, round(decay q n / 2^r))  and  d mod q = 0,  q = ceil(2^r / n)
     official  the released code's block mask, see radial_official.py
 """
 
@@ -46,6 +47,7 @@ class RadialPattern(Pattern):
     layer_decay: one such value (or sequence) per layer, picked by `for_layer`.
     window: "strip" (raster distance, as published) or "box" (rows and columns apart); box only for genattn.
     sink: whether all tokens see the first frame. None: yes, except in official hunyuan.
+    floor: genattn only; cells on each side of its own that a query sees in every kept frame, however small the decay.
     block: tokens per cell (genattn) or per block (official). None: 128, for genattn fewer in frames of under 1024 tokens.
     model, half_window: official only; whose rules, and whether frames one apart see half a frame (Wan before 2025-11-11).
     """
@@ -56,6 +58,7 @@ class RadialPattern(Pattern):
     window: Literal["strip", "box"] = "strip"
     sink: bool | None = None
     block: int | None = None
+    floor: int = 1
     model: Literal["wan", "hunyuan"] = "wan"
     half_window: bool = False
 
@@ -67,6 +70,8 @@ class RadialPattern(Pattern):
             raise GenAttnError(f"window='box' needs variant='genattn', got variant={self.variant!r}; use window='strip'")
         if self.block is not None and not (isinstance(self.block, int) and self.block >= 1):
             raise GenAttnError(f"block must be an integer >= 1, got {self.block!r}; use None for the default")
+        if not isinstance(self.floor, int) or self.floor < 0:
+            raise GenAttnError(f"floor must be a number of cells >= 0, got {self.floor!r}; 1 is the default")
         object.__setattr__(self, "decay", None if self.decay is None else _checked_decay(self.decay))
         if self.layer_decay is not None:
             if self.decay is not None:
@@ -177,7 +182,7 @@ class RadialPattern(Pattern):
         if self.window == "box":
             # a box of the same area as the strip: half sides in the proportions of the frame
             reach = parts[axis] * math.sqrt(reach / (2 * total))
-        radius = max(1, math.floor(reach + 0.5))
+        radius = max(self.floor, math.floor(reach + 0.5))
         length = (rows, columns)[axis]
         edges = cell_edges(length, parts[axis])
         cell = np.searchsorted(edges, np.arange(length), side="right") - 1
