@@ -76,7 +76,8 @@ def long_video(
     frame number.
     start: an image, or the frames of a video, to begin from. ouroboros: coherent tail, subject attention, memory, guidance.
     drift_correction: 0 (off) to 1, pull of the latents' statistics to those of the first. window_batch: windows per forward.
-    output: an MP4 file that plays while it grows. folder: keeps the film and a checkpoint every `checkpoint_every` latents.
+    output: an MP4 file that plays while it grows. folder: keeps the film and a checkpoint every `checkpoint_every` latents,
+    the warm-up included.
     resume: such a folder, to go on with; only num_frames, stream, progress, window_batch and group may be given with it.
     stream: give a `LongVideo` to iterate for uint8 frames [H, W, 3] instead of running to the end.
 
@@ -140,7 +141,9 @@ def start_video(
     """A `LongVideo` from its beginning; samples the first clip, or encodes `start`. See `long_video`."""
     base = frame_denoiser(pipe)
     folder = None if folder is None else Path(folder)
-    if folder is not None and (folder / "checkpoint.json").exists():
+    group = group or WindowGroup.from_torch()
+    # one process looks: by the time the others come here it may have written its first checkpoint
+    if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
         raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
     build = _Build(base, settings, group)
     if settings.num_frames is not None:

@@ -82,7 +82,7 @@ class LongVideo:
         self.seconds = 0.0
         self.caches_off: list[str] = []
         self._total = None if parts.settings.num_frames is None else parts.decoder.latents_for(parts.settings.num_frames)
-        self._saved_latents = self._latents_left()
+        self._saved_tick = parts.fifo.queue.tick
 
     @property
     def frames(self) -> int:
@@ -147,6 +147,9 @@ class LongVideo:
 
     def _ticks(self, stop: StopRequest, bar: Any) -> Iterator[list[np.ndarray]]:
         group = self.parts.fifo.group
+        if self.parts.fifo.queue.tick == 0:
+            # the first clip alone may have taken minutes
+            self._save()
         if self.parts.pending is not None and not self._finished():
             numbers = list(range(self._decoded(), self._latents_left()))
             latents, self.parts.pending = self.parts.pending, None
@@ -162,7 +165,7 @@ class LongVideo:
             frames = self._frames(latents, numbers) if group.is_main else []
             self._take(frames)
             self._show(bar, len(frames))
-            if self._latents_left() - self._saved_latents >= self.parts.settings.checkpoint_every:
+            if self._is_due():
                 self._save()
             yield frames
         if stop.asked or group.stop_agreed:
@@ -230,7 +233,12 @@ class LongVideo:
             "identity": parts.identity,
         }
         save_checkpoint(parts.folder, tensors, record)
-        self._saved_latents = self._latents_left()
+        self._saved_tick = parts.fifo.queue.tick
+
+    def _is_due(self) -> bool:
+        # counted in ticks, so that a long warm-up is kept too
+        queue = self.parts.fifo.queue
+        return (queue.tick - self._saved_tick) * queue.shape.latents_per_level >= self.parts.settings.checkpoint_every
 
     def _close_film(self) -> None:
         if self.parts.writer is not None:

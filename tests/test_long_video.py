@@ -271,7 +271,7 @@ def test_a_full_disk_stops_cleanly_and_keeps_the_checkpoint(pipe, tmp_path, monk
     saves = []
 
     def save(folder, tensors, record):
-        if place == "checkpoint" and saves:
+        if place == "checkpoint" and saves and saves[-1] > 0:
             raise full
         saves.append(record["frames"])
         return queue_checkpoint.save_checkpoint(folder, tensors, record)
@@ -282,7 +282,7 @@ def test_a_full_disk_stops_cleanly_and_keeps_the_checkpoint(pipe, tmp_path, monk
         append = video.parts.writer._append
 
         def refuse(data):
-            if saves:
+            if saves[-1] > 0:
                 raise full
             append(data)
 
@@ -290,10 +290,29 @@ def test_a_full_disk_stops_cleanly_and_keeps_the_checkpoint(pipe, tmp_path, monk
     with pytest.raises(GenAttnError, match="No space left.*plays up to frame.*make room and resume"):
         list(video)
     monkeypatch.undo()
-    assert len(saves) == 1
-    assert len(film(tmp_path / "video.mp4")) >= saves[0]
-    goal = saves[0] + 4
+    assert saves[:-1] == [0] * (len(saves) - 1)
+    assert len(film(tmp_path / "video.mp4")) >= saves[-1] > 0
+    goal = saves[-1] + 4
     assert long_video(pipe, resume=tmp_path, num_frames=goal, progress=False).frames == goal
+
+
+def test_a_run_stopped_while_it_warms_up_goes_on_too(pipe, tmp_path, monkeypatch):
+    long = {**SMALL, "num_inference_steps": 8}
+    straight = long_video(pipe, "a cat", num_frames=9, **long).video
+    video = long_video(pipe, "a cat", num_frames=9, folder=tmp_path, checkpoint_every=1, stream=True, **long)
+    tick = video.parts.fifo.tick
+
+    def tick_twice_then_fail():
+        if video.parts.fifo.queue.tick == 2:
+            raise RuntimeError("on purpose")
+        return tick()
+
+    monkeypatch.setattr(video.parts.fifo, "tick", tick_twice_then_fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        list(video)
+    assert queue_checkpoint.read_record(tmp_path)["frames"] == 0
+    rest = list(long_video(pipe, resume=tmp_path, stream=True, progress=False))
+    assert np.array_equal(np.stack(rest), straight)
 
 
 def test_an_error_of_the_model_keeps_the_film_and_the_last_checkpoint(pipe, tmp_path, monkeypatch):
