@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from tqdm import tqdm
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_export import GenerationDefaults
@@ -192,7 +193,8 @@ def evaluate(
 ) -> list[dict[str, float | int | str]]:
     """Sample, judge and sum up: rows ready for the table."""
     begun = time.monotonic()
-    clips = generate_clips(pipeline, scenes, sampling, size)
+    with tqdm(total=len(scenes), desc="clips", mininterval=5.0) as bar:
+        clips = generate_clips(pipeline, scenes, sampling, size, lambda done: bar.update(done - bar.n))
     seconds = (time.monotonic() - begun) / len(scenes)
     settings = {"seed": sampling.seed, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale}
     facts: dict[str, float | int | str] = {**provenance(pipeline.device.type == "cpu"), **settings}
