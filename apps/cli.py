@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 import typer
 
-from genattn.apps import commands_long, commands_patterns, commands_sampling
+from genattn.apps import commands_hunt, commands_long, commands_patterns, commands_sampling
 from genattn.errors import GenAttnError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("compare")(commands_sampling.compare_command)
 app.command("explain")(commands_sampling.explain_command)
 app.command("measure")(commands_long.measure_command)
 app.command("long")(commands_long.long_command)
+app.command("hunt")(commands_hunt.hunt_command)
 app.command("simulate")(commands_patterns.simulate_command)
 app.command("plan")(commands_patterns.plan_command)
 app.command("show")(commands_patterns.show_command)
