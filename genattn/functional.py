@@ -8,6 +8,7 @@ import torch
 from genattn.errors import GenAttnError
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
+from genattn.kernels.kernel_config import tile_sizes
 from genattn.patterns.pattern import Pattern
 from genattn.token_layout import TokenLayout
 
@@ -67,7 +68,8 @@ def explain_attention(
 def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
     """The block plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence."""
     block = tile_size(layout.seqlen, query.device.type)
-    return pattern.plan_for(query, key, layout, block, block).to(query.device)
+    most_q, most_k = tile_sizes(query.device, query.shape[-1])
+    return pattern.plan_for(query, key, layout, min(block, most_q), min(block, most_k)).to(query.device)
 
 
 def tile_size(seqlen: int, device: str) -> int:

@@ -13,7 +13,7 @@ from genattn.kernels.block_sparse_ops import OP_IMPLS, block_sparse_forward, why
 from genattn.kernels.reference import reference_attention
 from genattn.kernels.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
 
-IMPLS = ("auto", *OP_IMPLS, "sdpa", "reference")
+IMPLS = ("auto", *OP_IMPLS, "flex", "sdpa", "reference")
 
 
 def block_sparse_attention(
@@ -39,9 +39,18 @@ def block_sparse_attention(
     check_inputs(query, key, value, plan, key_mask)
     compiling = torch.compiler.is_compiling() and impl == "auto"
     # inside a compiled graph the op itself settles which kernel serves
-    chosen = impl if compiling else choose_impl(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale)[0]
+    chosen = (
+        impl
+        if compiling
+        else choose_impl(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, masked=key_mask is not None)[0]
+    )
     if chosen == "sdpa":
         return sdpa_mask_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
+    if chosen == "flex":
+        from genattn.kernels.flex import flex_block_attention
+
+        out, lse = flex_block_attention(query, key, value, plan.to(query.device), scale=scale)
+        return (out, lse) if return_lse else out  # type: ignore[return-value]
     if chosen == "reference":
         out, lse = reference_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
     else:
@@ -59,20 +68,28 @@ def choose_impl(
     impl: str = "auto",
     return_lse: bool = False,
     scale: float | None = None,
+    masked: bool = False,
 ) -> tuple[str, dict[str, str]]:
     """(the backend that will run, {backend passed over: reason})."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     reasons: dict[str, str] = {}
     for name in IMPLS[1:] if impl == "auto" else (impl,):
-        reason = _why_not(name, query, plan, return_lse, scale)
+        reason = _why_not(name, query, plan, return_lse, scale, masked)
         if reason is None:
             return name, reasons
         reasons[name] = reason
     raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons.values())}; use impl='auto'")
 
 
-def _why_not(name: str, query: torch.Tensor, plan: BlockPlan, return_lse: bool, scale: float | None) -> str | None:
+def _why_not(
+    name: str, query: torch.Tensor, plan: BlockPlan, return_lse: bool, scale: float | None, masked: bool
+) -> str | None:
+    if name == "flex":
+        # loads the compiler, which most callers never need
+        from genattn.kernels.flex import why_not_flex
+
+        return why_not_flex(query, plan, return_lse, masked)
     if name == "sdpa":
         return why_not_sdpa_mask(query, plan, return_lse)
     return why_not_op(name, query, plan, scale) if name in OP_IMPLS else None

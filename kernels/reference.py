@@ -57,7 +57,7 @@ def visible_rows(plan: BlockPlan, query_index: torch.Tensor) -> torch.Tensor:
     plan = plan.to(device)
     tile_of_query = _tile_of_token(plan.query_tiles, plan.seqlen_q)[query_index]
     tile_of_key = _tile_of_token(plan.key_tiles, plan.seqlen_k)
-    state = _tile_states(plan)[:, tile_of_query][:, :, tile_of_key]
+    state = tile_states(plan)[:, tile_of_query][:, :, tile_of_key]
     state = torch.where((tile_of_key >= 0) & (tile_of_query >= 0)[:, None], state, 0)
     visible = state == 2
     if plan.rule is not None:
@@ -89,7 +89,7 @@ def _tile_of_token(tiles: torch.Tensor, seqlen: int) -> torch.Tensor:
     return tile
 
 
-def _tile_states(plan: BlockPlan) -> torch.Tensor:
+def tile_states(plan: BlockPlan) -> torch.Tensor:
     """Int8 [N, NQ, NK]: 0 not visited, 1 partial, 2 full."""
     heads, tiles = plan.num_full.shape
     states = torch.zeros(heads * tiles, plan.key_tiles.shape[0], dtype=torch.int8, device=plan.device)

@@ -80,8 +80,8 @@ def _build(plan: BlockPlan) -> TritonTables:
     return TritonTables(
         order=_longest_first(plan.row_lengths),
         order_k=_longest_first(plan.transposed.row_lengths.sum(0, keepdim=True)),
-        runs_q=_are_runs(plan.query_tiles, plan.seqlen_q),
-        runs_k=_are_runs(plan.key_tiles, plan.seqlen_k),
+        runs_q=are_runs(plan.query_tiles, plan.seqlen_q),
+        runs_k=are_runs(plan.key_tiles, plan.seqlen_k),
         holes=bool((plan.key_tiles < 0).any()),
         rule=kind,
         grid=grid,
@@ -112,7 +112,8 @@ def _longest_first(lengths: torch.Tensor) -> torch.Tensor:
     return torch.argsort(lengths, dim=1, descending=True, stable=True).to(torch.int32).contiguous()
 
 
-def _are_runs(tiles: torch.Tensor, seqlen: int) -> bool:
+def are_runs(tiles: torch.Tensor, seqlen: int) -> bool:
+    """Whether the tiles cut the sequence into runs, in order."""
     runs = run_tiles(seqlen, tiles.shape[1]).to(tiles.device)
     return tiles.shape == runs.shape and bool(torch.equal(tiles, runs.to(tiles.dtype)))
 

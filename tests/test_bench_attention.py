@@ -1,0 +1,60 @@
+"""The attention benchmark on a toy case: rows, refusal of a wrong result, plot, and the doctor."""
+
+import csv
+
+import pytest
+import torch
+
+from genattn.apps import bench_attention as bench
+from genattn.apps.attention_cases import AttentionCase, cpu_cases, gpu_cases
+from genattn.apps.bench_gpu import main as bench_gpu
+from genattn.apps.doctor import describe_doctor, doctor
+from genattn.patterns.radial import RadialPattern
+
+TOY = [AttentionCase("toy", (9, 8, 8), RadialPattern(), 5, 1, 16, torch.float32)]
+
+
+def test_rows_hold_what_a_reader_needs(tmp_path):
+    rows = bench.bench_attention(True, "cpu", tmp_path / "rows.csv", 2, TOY, ["grouped", "reference"], lambda line: None)
+    with (tmp_path / "rows.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [row["impl"] for row in written] == ["grouped", "reference"]
+    for name in ("ratio", "density", "seconds", "speedup", "roofline_share", "loadavg", "commit", "date", "device", "dense"):
+        assert written[0][name]
+    row = rows[0]
+    assert row["ratio"] == pytest.approx(row["seconds"] / (row["density"] * row["dense_seconds"]))
+    bench.plot_attention(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_wrong_result_gets_no_speed(monkeypatch, tmp_path):
+    honest = bench.block_sparse_attention
+    monkeypatch.setattr(bench, "block_sparse_attention", lambda *a, **k: honest(*a, **k) * 1.01)
+    rows = bench.bench_attention(True, "cpu", None, 1, TOY, ["grouped"], lambda line: None)
+    assert not rows[0]["correct"]
+    assert "ratio" not in rows[0]
+    assert "WRONG" in bench.describe_row(rows[0])
+    with pytest.raises(ValueError, match="at least one correct row"):
+        bench.plot_attention(rows, tmp_path / "plot.png")
+
+
+def test_cases_have_plans_of_their_names():
+    names = [case.name for case in (*cpu_cases(), *gpu_cases())]
+    assert all(len(names) > 5 and case.layout.seqlen >= 4096 for case in (*cpu_cases(), *gpu_cases()))
+    assert len(cpu_cases(quick=True)) == 3
+
+
+def test_doctor_says_why_not():
+    facts = doctor()
+    assert facts["backends"]["reference"] is None
+    text = describe_doctor(facts)
+    if not torch.cuda.is_available():
+        assert "needs a GPU" in facts["backends"]["triton"]
+        assert "no: it needs a GPU" in text
+        assert facts["auto"] in ("cpu", "grouped")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: the whole benchmark would run")
+def test_gpu_benchmark_says_that_there_is_none(capsys):
+    assert bench_gpu([]) == 1
+    assert "a GPU must be there" in capsys.readouterr().err
