@@ -1,0 +1,102 @@
+"""tiny-sd3 trains, resumes, exports a stock pipeline and samples as it was trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from genattn.errors import GenAttnError
+from genattn.pipelines.tiny_sd3 import (
+    Sd3Size,
+    TinySd3,
+    assemble_sd3,
+    build_parser,
+    caption_tokenizer,
+    load_image_vae,
+    main,
+    tokenize_captions,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd3")
+    steps = ["--vae-steps", "1", "--steps", "2", "--batch", "2", "--vae-batch", "2"]
+    main(["train", "--cpu", "--run-dir", str(folder / "run"), "--out", str(folder / "model"), *steps])
+    return folder
+
+
+def test_exports_a_stock_pipeline(run: Path) -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(run / "model")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red circle moves right on a dark background", height=64, width=64, num_inference_steps=2, output_type="pt")
+    assert image.images.shape == (1, 3, 64, 64)
+    assert len(pipe.transformer.transformer_blocks) >= 6
+    assert pipe.transformer.config.num_attention_heads >= 4
+    assert sum(f.stat().st_size for f in (run / "model").rglob("*") if f.is_file()) < 12e6
+
+
+@torch.no_grad()
+def test_trains_on_what_the_pipeline_feeds(run: Path) -> None:
+    pipe, steps = assemble_sd3(run / "run")
+    assert steps == 2
+    text = "a red circle moves right on a dark background"
+    model = TinySd3()
+    for name in ("text_encoder", "text_encoder_2", "transformer"):
+        getattr(model, name).load_state_dict(getattr(pipe, name).state_dict())
+    embeds, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False, max_sequence_length=77)
+    noisy, sigma = torch.randn(1, 4, 16, 16), torch.tensor([0.5])
+    expected = pipe.transformer(noisy, embeds, pooled, sigma * 1000, return_dict=False)[0]
+    assert embeds[:, 24:].abs().max() == 0
+    found = model.eval()(noisy, sigma, tokenize_captions(caption_tokenizer(), [text]), 77)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_refusals(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(GenAttnError, match="phase vae must come first"):
+        load_image_vae(tmp_path)
+    with pytest.raises(GenAttnError, match="the weights must be of size"):
+        assemble_sd3(run / "run", Sd3Size(layers=7))
+    (tmp_path / "vae").symlink_to(run / "run" / "vae")
+    with pytest.raises(GenAttnError, match="phase transformer must come before"):
+        assemble_sd3(tmp_path)
+    with pytest.raises(GenAttnError, match="sizes must be >= 1"):
+        Sd3Size(layers=0)
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train"])
+
+
+def test_the_study_compares_at_equal_cost(run: Path, tmp_path: Path) -> None:
+    import csv
+
+    from genattn.pipelines import tiny_sd3_study
+
+    numbers = {"count": 2, "hunting": 2, "rounds": 1, "top-k": 1, "steps": 2, "batch": 12, "random-sets": 1}
+    asked = [part for name, value in numbers.items() for part in (f"--{name}", str(value))]
+    table = tmp_path / "table.csv"
+    tiny_sd3_study.main(["--model", str(run / "model"), "--run-dir", str(tmp_path), "--csv", str(table), "--cpu", *asked])
+    with table.open() as file:
+        rows = {row["condition"]: row for row in csv.DictReader(file)}
+    layer = next(name for name in rows if name.startswith("layer L"))
+    assert set(rows) == {"unguided", "cfg", "hunted", "hunted + cfg", layer, "random sets", "probe"}
+    assert float(rows["hunted"]["hunted_minus"]) == 0
+    assert (tmp_path / "heads.json").exists()
+    with pytest.raises(GenAttnError, match="must be a pipeline folder"):
+        tiny_sd3_study.main(["--model", str(tmp_path), "--run-dir", str(tmp_path)])
+    with pytest.raises(GenAttnError, match="must be >= 2"):
+        tiny_sd3_study.StudySettings(count=1)
+
+
+def test_differences_have_intervals() -> None:
+    import numpy as np
+
+    from genattn.pipelines.tiny_sd3_study import compare
+
+    rng = np.random.default_rng(0)
+    plain = rng.uniform(size=400)
+    rows = compare({"unguided": plain, "hunted": plain + 0.1, "random 0": plain, "random 1": plain + 0.2})
+    found = {row["condition"]: row for row in rows}
+    assert found["unguided"]["minus_low"] == pytest.approx(0.1)
+    assert found["random sets"]["hunted_minus"] == pytest.approx(0.0, abs=1e-9)
+    assert found["unguided"]["low"] < found["unguided"]["mean"] < found["unguided"]["high"]
