@@ -210,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="print the table from the file")
     parser.add_argument("--only", nargs="*", default=None, metavar="FAMILY", help="try these again")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compile columns for a later run")
     parser.add_argument("--out", type=Path, default=TABLE)
     given = parser.parse_args(arguments)
     rows = {row["family"]: row for row in read_rows(given.out)}
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     for family in given.only if given.only is not None else families():
         if given.only is None and rows.get(family, {}).get("compile_full"):
             continue
-        rows[family] = row_of(family)
+        rows[family] = row_of(family, not given.no_compile)
         write_rows([rows[name] for name in families() if name in rows], given.out)
         print(family, {k: v for k, v in rows[family].items() if k in COLUMNS[2:10]}, flush=True)
     return 0

@@ -1,5 +1,6 @@
 """A pattern on the seam: sparse where schedule, mask and layout allow it, else the user's own backend, the reason noted."""
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -17,6 +18,8 @@ from genattn.patterns.pattern import Pattern
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
 from genattn.schedule import Schedule
 
+_LOG = logging.getLogger("genattn")
+
 
 class SparsePlugin(Plugin):
     """`pattern` on every self and joint attention, when `schedule` says so. impl: as in `genattn.attention`.
@@ -33,6 +36,7 @@ class SparsePlugin(Plugin):
         self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
         self._blocks: dict[int, int] = {}
         self._mask: tuple[Any, Any] | None = None
+        self._said: set[str] = set()
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """Refuse models whose self-attention cannot be made sparse."""
@@ -69,11 +73,13 @@ class SparsePlugin(Plugin):
         options = call.run.options_of(self)
         schedule = self.schedule.with_options(options)
         blocks = self.blocks_of(call.run.model)
-        reason = schedule.why_dense(call.run, call.site, call.query.shape[1], blocks) or self.why_not(call)
+        planned = schedule.why_dense(call.run, call.site, call.query.shape[1], blocks)
+        if planned:
+            return _dense(call, inner, planned)
+        reason = self.why_not(call)
+        keys, reason = (None, reason) if reason else self._key_mask(call)
         if reason:
-            return _dense(call, inner, reason)
-        keys, reason = self._key_mask(call)
-        if reason:
+            self._say_once(call, reason)
             return _dense(call, inner, reason)
         plan = self.plan_at(call)
         out = planned_attention(
@@ -81,6 +87,12 @@ class SparsePlugin(Plugin):
         )
         call.record.ran_sparse(plan.density)
         return out  # type: ignore[return-value]
+
+    def _say_once(self, call: AttentionCall, reason: str) -> None:
+        """What the schedule did not ask for is told when it first happens; `report()` counts all of it."""
+        if reason not in self._said and not isinstance(self.pattern, DensePattern):
+            self._said.add(reason)
+            _LOG.warning("%s stays dense: %s", call.site.name, reason)
 
     def plan_at(self, call: AttentionCall) -> BlockPlan:
         """The plan by which this pattern answers the call; its layout must be known."""

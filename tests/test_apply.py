@@ -341,6 +341,18 @@ def test_sites_never_reached_are_told() -> None:
         handle.remove()
 
 
+def test_what_cannot_run_sparse_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = build_model("chroma"), build_inputs("chroma")
+    inputs["attention_mask"] = inputs["attention_mask"].float()  # as the stock pipeline hands it: a bias, not a choice of keys
+    with apply(model, RadialPattern(), dense_steps=0, dense_layers=0) as handle:
+        for _ in range(2):
+            forward(model, inputs)
+        assert handle.report().dense_reasons == {"the mask is an additive bias, not a choice of keys": 8}
+    assert [r.getMessage() for r in caplog.records if r.name == "genattn"] == [
+        "transformer_blocks.0.attn stays dense: the mask is an additive bias, not a choice of keys"
+    ]
+
+
 def test_explain_runs_nothing() -> None:
     pipe, kwargs = build_pipeline("wan")
     handle = apply(pipe, RadialPattern())
