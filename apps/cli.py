@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 import typer
 
-from genattn.apps import commands_hunt, commands_long, commands_patterns, commands_sampling
+from genattn.apps import commands_hunt, commands_kernels, commands_long, commands_patterns, commands_sampling
 from genattn.errors import GenAttnError
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ app.command("hunt")(commands_hunt.hunt_command)
 app.command("simulate")(commands_patterns.simulate_command)
 app.command("plan")(commands_patterns.plan_command)
 app.command("show")(commands_patterns.show_command)
+app.command("doctor")(commands_kernels.doctor_command)
+app.add_typer(commands_kernels.bench_app, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,62 @@
+"""Commands about kernels: bench attention, doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genattn.apps import options
+from genattn.apps.printing import print_json, print_lines
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure: correctness first, ratios interleaved, rows to a CSV.")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Keeps `attention` a subcommand however many there are."""
+
+
+@bench_app.command("attention")
+def bench_attention_command(
+    quick: Annotated[bool, typer.Option(help="A few shapes; under three minutes on a CPU.")] = False,
+    impl: Annotated[list[str] | None, typer.Option(help="A backend to measure; several times for several.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds.")] = None,
+    device: options.Device = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of ratio against density.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Block-sparse attention against every dense backend of this machine, as time / (density x dense time).
+
+    Example: genattn bench attention --quick --out out/attention.csv
+    """
+    from genattn.apps.bench_attention import bench_attention, plot_attention
+    from genattn.apps.load_pipeline import pick_device
+    from genattn.apps.output_files import check_out
+
+    for path, suffix in ((out, ".csv"), (plot, ".png")):
+        if path is not None:
+            check_out(path, (suffix,))
+    quiet = (lambda line: None) if as_json else print_lines
+    rows = bench_attention(quick, None if device is None else pick_device(device), out, rounds, impls=impl, progress=quiet)
+    if plot is not None:
+        plot_attention(rows, plot)
+    if as_json:
+        print_json(rows)
+
+
+def doctor_command(
+    head_dim: Annotated[int, typer.Option(help="Head dimension to ask for.")] = 128,
+    as_json: options.Json = False,
+) -> None:
+    """What this machine can run, and why not the rest.
+
+    Example: genattn doctor
+    """
+    from genattn.apps.doctor import describe_doctor, doctor
+
+    facts = doctor(head_dim)
+    if as_json:
+        print_json(facts)
+    else:
+        print_lines(describe_doctor(facts))
