@@ -101,7 +101,47 @@ def _newest(rows: Sequence[Row]) -> list[Row]:
     return list(rows[start:])
 
 
+def speed_table(file: Path) -> str:
+    """Block-sparse attention against the fastest dense backend of the same machine: the newest measurement in `file`."""
+    rows = _read(file)
+    newest = [r for r in rows if (r["date"], r["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+    kept = [r for r in newest if r["correct"] == "True"]
+    body = [
+        [
+            f"{r['case']}, {r['dtype']}, D {r['head_dim']}",
+            r["impl"],
+            f"{float(r['density']):.3f}",
+            f"{float(r['seconds']) * 1e3:.0f}",
+            f"{float(r['speedup']):.2f}x",
+            f"{float(r['ratio']):.2f}",
+        ]
+        for r in kept
+    ]
+    header = ["pattern and grid", "backend", "density", "ms", "over dense", "time / (density x dense)"]
+    first = kept[0]
+    load = f"load average {float(first['loadavg']):.1f}"
+    note = (
+        "One attention call, batch 1, held against the float64 definition before timing; dense is the fastest backend here "
+        f"({first['dense']}). {first['device']}, {load}, torch {first['torch_version']}, {first['date']}, "
+        f"commit {first['commit']}."
+    )
+    return f"{markdown_table(header, body)}\n\n<sub>{note}</sub>"
+
+
+def families_table() -> str:
+    """What holds for each model family, from assets/families.csv; what does not says why."""
+    from genattn.apps.family_table import markdown, read_rows
+
+    rows = read_rows()
+    if not rows:
+        raise GenAttnError("assets/families.csv is not there; run: python -m genattn.apps.family_table")
+    note = f"Tiny random models, diffusers {rows[0]['diffusers']}, torch {rows[0]['torch']}, {rows[0]['device']}."
+    return f"{markdown(rows)}\n\n<sub>{note}</sub>"
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "families": families_table,
+    "speed": lambda: speed_table(ROOT / "assets" / "bench" / "attention.csv"),
     "quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv"),
 }
 

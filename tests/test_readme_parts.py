@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from genattn.apps.bench_rows import append_rows, provenance
-from genattn.apps.readme_parts import fill, main, markdown_table, quality_table
+from genattn.apps.readme_parts import fill, main, markdown_table, quality_table, speed_table
 from genattn.errors import GenAttnError
 
 PAGE = "top\n<!-- begin generated: a -->\nold\n<!-- end generated: a -->\nbottom\n"
@@ -62,3 +62,23 @@ def test_quality_table_takes_the_newest_block(tmp_path: Path) -> None:
 
 def test_readme_is_what_the_files_say() -> None:
     assert main(["--check"]) == 0, "run: make tables"
+
+
+def test_speed_table_leaves_out_what_was_wrong(tmp_path: Path) -> None:
+    common = {
+        "case": "radial 41x16x32",
+        "dtype": "float32",
+        "head_dim": 64,
+        "density": 0.25,
+        "loadavg": 1.5,
+        "dense": "sdpa:flash",
+    }
+    rows = [
+        {"impl": "cpu", "correct": True, "seconds": 0.5, "speedup": 4.0, "ratio": 1.0},
+        {"impl": "grouped", "correct": False},
+    ]
+    append_rows(tmp_path / "a.csv", [common | {"dense": "sdpa:flash"} | row | provenance("cpu") for row in rows])
+    table = speed_table(tmp_path / "a.csv")
+    assert "| radial 41x16x32, float32, D 64 | cpu | 0.250 | 500 | 4.00x | 1.00 |" in table
+    assert "grouped" not in table
+    assert "load average 1.5" in table
