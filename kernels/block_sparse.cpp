@@ -102,11 +102,12 @@ static inline vf exp2v(vf x) {
   const vf c5 = splat(1.32646971e-3f), c4 = splat(9.67151101e-3f), c3 = splat(5.55073404e-2f), c2 = splat(2.40222426e-1f),
            c1 = splat(6.93146980e-1f), c0 = splat(1.0f);
 #ifdef __AVX512F__
-  x = (vf)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // NaN comes from the second operand
   vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0);
   vf f = x - whole;
   vf p = (((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+  // lanes below the normal range are zeroed, not scaled: an underflow costs hundreds of cycles. NaN is "not less than"
+  __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
 #else
   const vf floor_ = splat(-126.f), magic = splat(12582912.f);
   vf y = x < floor_ ? floor_ : x;
