@@ -118,7 +118,10 @@ def _radial(model: Any, inputs: dict[str, Any]) -> str:
 
 def _compiles(family: str, inputs: dict[str, Any], how: str, stock: torch.Tensor) -> str:
     """Frames equal to stock's, applied before compiling; none added while schedule and pattern change."""
-    frames, _ = _frames(family, inputs, how, None)
+    try:
+        frames, _ = _frames(family, inputs, how, None)
+    except Exception as error:
+        return f"stock itself does not: {_first_line(error)}"
     mine, out = _frames(family, inputs, how, lambda model: apply(model, DensePattern()))
     if mine != frames:
         return f"{mine} frames where stock has {frames}"
@@ -161,8 +164,12 @@ def _attempt(try_out: Callable[[], str]) -> str:
     try:
         return try_out()
     except Exception as error:  # a table of what fails must not fail
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+        return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
 def read_rows(path: Path = TABLE) -> list[dict[str, str]]:
