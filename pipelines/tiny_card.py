@@ -70,7 +70,7 @@ Measured on {measured_on}, {date}, commit {commit}, torch {torch}, diffusers {di
 The scores say what it cannot do. Other frame counts or sizes than {frames} frames of {height} x {width} were never trained
 on, but for single frames.
 The last {places} latent channels are cosines along frames, rows and columns that the denoiser makes for itself: rotary
-embeddings are relative, and a model this small learns far faster when it can see where it is. The decoder ignores them
+embeddings are relative, and this model began to follow captions in motion only once it had them. The decoder ignores them
 and the encoder leaves them 0, so latents encoded from a clip need them added (`tiny_denoiser.with_positions`) before
 they are denoised.
 

@@ -205,7 +205,8 @@ def evaluate(
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {torch.get_num_threads()} threads" if names else platform.machine()
+    count = torch.get_num_threads()
+    return f"{names[0]}, {count} thread{'s' * (count > 1)}" if names else platform.machine()
 
 
 def _commit() -> str:
