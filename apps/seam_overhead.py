@@ -2,7 +2,7 @@
 
     python -m genattn.apps.seam_overhead --pairs 200       appends a row to assets/seam_overhead.csv
 
-The tiny model is the worst case: its attention is so short that the seam's fixed microseconds weigh the most.
+`--model random-wan` is the worst case: a forward of milliseconds, where the seam's fixed microseconds weigh most.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import WanTransformer3DModel
 
+from genattn.apps.load_pipeline import shipped_model
 from genattn.inject import apply
 from genattn.patterns.dense import DensePattern
 from genattn.pipelines.tiny_random import build_model
@@ -38,9 +40,29 @@ def wan_inputs(frames: int, side: int) -> dict[str, Any]:
     }
 
 
-def paired_ratios(pairs: int, frames: int, side: int, warm_up: int = 5) -> tuple[list[float], float]:
+def shipped_pair(frames: int, side: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The shipped, trained tiny-wan twice, with inputs of its own channels."""
+    folder = shipped_model("tiny-wan") / "transformer"
+    stock, applied = (WanTransformer3DModel.from_pretrained(folder).float().eval() for _ in range(2))
+    inputs = wan_inputs(frames, side)
+    generator = torch.Generator().manual_seed(0)
+    size = (1, stock.config.in_channels, frames, 2 * side, 2 * side)
+    inputs["hidden_states"] = torch.randn(size, generator=generator)
+    inputs["encoder_hidden_states"] = torch.randn(1, 512, stock.config.text_dim, generator=generator)
+    return stock, applied, inputs
+
+
+def random_pair(frames: int, side: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The tiny random Wan of the tests twice: three blocks, a forward of a few milliseconds."""
+    return build_model("wan"), build_model("wan"), wan_inputs(frames, side)
+
+
+PAIRS = {"tiny-wan": shipped_pair, "random-wan": random_pair}
+
+
+def paired_ratios(model: str, pairs: int, frames: int, side: int, warm_up: int = 5) -> tuple[list[float], float]:
     """(time with a dense policy over time without, per pair; median stock seconds). Both orders alternate."""
-    stock, applied, inputs = build_model("wan"), build_model("wan"), wan_inputs(frames, side)
+    stock, applied, inputs = PAIRS[model](frames, side)
     ratios, plain = [], []
     with apply(applied, DensePattern()), torch.no_grad():
         if not torch.equal(stock(**inputs)[0], applied(**inputs)[0]):
@@ -67,6 +89,7 @@ def interval(values: list[float], draws: int = 1000) -> tuple[float, float]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and append a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=PAIRS, default="tiny-wan")
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--side", type=int, default=8, help="tokens along each side of a frame")
@@ -74,10 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.pairs < 10:
         parser.error(f"--pairs must be >= 10 for an interval, got {given.pairs}")
-    ratios, seconds = paired_ratios(given.pairs, given.frames, given.side)
+    ratios, seconds = paired_ratios(given.model, given.pairs, given.frames, given.side)
     low, high = interval(ratios)
     row = {
-        "model": "wan (tiny, 3 blocks)",
+        "model": given.model,
         "tokens": given.frames * given.side**2,
         "pairs": given.pairs,
         "stock_ms": f"{1000 * seconds:.3f}",
