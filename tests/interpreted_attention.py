@@ -1,4 +1,4 @@
-"""Run in a process of its own by test_triton_interpreter.py, with TRITON_INTERPRET=1: the Triton kernels against the definition.
+"""The Triton kernels against the definition, in a process of their own with TRITON_INTERPRET=1 (test_triton_interpreter.py).
 
 Prints one line per case and exits with 1 when any is wrong.
 """
