@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,7 @@ def long_command(
         print_lines(*(f"{name}: {value}" for name, value in asdict(result).items()))
 
 
-def _ouroboros() -> "object":
+def _ouroboros() -> Any:
     from genattn.pipelines.ouroboros import Ouroboros
 
     return Ouroboros()

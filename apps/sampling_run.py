@@ -199,7 +199,7 @@ def run_once(pipe: Any, call: Mapping[str, Any], prompt: str, seed: int, attenti
     with contextlib.ExitStack() as stack:
         handle = None
         if attention.pattern is not None:
-            settings = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
+            settings: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
             handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **settings))
         try:
             output = pipe(**call, prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np")
