@@ -113,7 +113,8 @@ def _speed(times: list[float], dense: list[float], plan: BlockPlan, case: Attent
 
 
 def _call(name: str, inputs: list[torch.Tensor], plan: BlockPlan) -> Callable[[], torch.Tensor]:
-    return lambda: block_sparse_attention(*inputs, plan, impl=name)  # type: ignore[return-value]
+    query, key, value = inputs
+    return lambda: block_sparse_attention(query, key, value, plan, impl=name)  # type: ignore[return-value]
 
 
 def _dense_call(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], torch.Tensor]:

@@ -53,8 +53,8 @@ def kernel_error(plan: BlockPlan, dtype: torch.dtype, dim: int) -> float:
     inputs = [torch.randn(s, device="cuda").to(dtype).requires_grad_() for s in shapes]
     mask = torch.rand(2, plan.seqlen_k, device="cuda") < 0.8
     weight = torch.randn(shapes[0], device="cuda")
-    out = block_sparse_attention(*inputs, plan, impl="triton", key_mask=mask)
-    got = [out, *torch.autograd.grad((out * weight).sum(), inputs)]  # type: ignore[operator]
+    out: Any = block_sparse_attention(inputs[0], inputs[1], inputs[2], plan, impl="triton", key_mask=mask)
+    got = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     want_out = reference_attention(exact[0], exact[1], exact[2], plan, key_mask=mask)[0]
     want = [want_out, *torch.autograd.grad((want_out * weight).sum(), exact)]
@@ -66,11 +66,12 @@ def bench_backward(case: AttentionCase, rounds: int) -> dict[str, Any]:
     shape = (1, case.layout.seqlen, case.heads, case.head_dim)
     inputs = [torch.randn(shape, device="cuda", dtype=case.dtype, requires_grad=True) for _ in range(3)]
     plan = plan_for(inputs[0], inputs[1], case.pattern, case.layout)
-    out = block_sparse_attention(*inputs, plan, impl="triton")
+    query, key, value = inputs
+    out: Any = block_sparse_attention(query, key, value, plan, impl="triton")
     grad = torch.randn(shape, device="cuda", dtype=case.dtype)
     times = interleaved(
         {
-            "forward": lambda: block_sparse_attention(*inputs, plan, impl="triton"),  # type: ignore[dict-item, return-value]
+            "forward": lambda: block_sparse_attention(query, key, value, plan, impl="triton"),  # type: ignore[dict-item, return-value]
             "backward": lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)[0],  # type: ignore[arg-type]
         },
         rounds,

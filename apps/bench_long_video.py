@@ -95,7 +95,7 @@ def films(
     for name, settings in variants(hasattr(pipe, "transformer")).items():
         if name not in skip:
             start = time.monotonic()
-            call = {"num_frames": frames, "num_inference_steps": steps, "seed": seed, "progress": False}
+            call: dict[str, Any] = {"num_frames": frames, "num_inference_steps": steps, "seed": seed, "progress": False}
             made = long_video(pipe, prompt, ouroboros=settings, **call)
             yield name, made.video, time.monotonic() - start
 
@@ -214,7 +214,7 @@ def batch(
             raise GenAttnError(
                 f"batched windows must agree with one by one, got a difference of {error:.1e} at window_batch={size}"
             )
-        row = {"window_batch": size, "windows": len(shape.windows), "seconds_per_tick": round(min(times), 4)}
+        row: dict[str, Any] = {"window_batch": size, "windows": len(shape.windows), "seconds_per_tick": round(min(times), 4)}
         row |= {
             "throughput": round(first[1] / min(times), 3),
             "max_difference": f"{error:.1e}",

@@ -77,7 +77,7 @@ def compare(
             result = run_once(pipe, call, prompt, seed + i, attention, f"{i + 1}/{len(prompts)} {attention.name}")
             samples[attention.name].append(_sample(result, dense, prompt, settings))
         on_sample((i + 1) * len(samples), total)
-    common = {
+    common: dict[str, Any] = {
         "pipeline": type(pipe).__name__,
         "model": settings.model or "tiny-wan",
         **{k: call[k] for k in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale") if k in call},

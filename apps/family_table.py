@@ -9,6 +9,7 @@ backend.
 
 import argparse
 import csv
+import functools
 import io
 import platform
 import sys
@@ -103,7 +104,7 @@ def row_of(family: str, with_compile: bool = True) -> dict[str, str]:
     row["removed_exactly"] = "yes" if identities(model) == before else "something was left behind"
     row["radial_runs"] = _attempt(lambda: _radial(model, inputs))
     for how in ("regional", "full") if with_compile else ():
-        row[f"compile_{how}"] = _attempt(lambda how=how: _compiles(family, inputs, how, stock))
+        row[f"compile_{how}"] = _attempt(functools.partial(_compiles, family, inputs, how, stock))
     return row
 
 

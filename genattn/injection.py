@@ -202,8 +202,11 @@ class Injection:
             tokens, heads = gathered_tensors[0].shape[1:3]
             whole = gathered(run.layout, world) if run.layout is not None else None
             layout = layout_at(mark.site, self.family, replace(run, layout=whole), tokens, gathered_tensors[1].shape[1])
+            query, key, value = gathered_tensors
             call = AttentionCall(
-                *gathered_tensors,
+                query,
+                key,
+                value,
                 given,
                 site=mark.site,
                 run=run,

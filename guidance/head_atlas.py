@@ -63,11 +63,11 @@ class HeadAtlas:
         heads: list[Head | None] = [None, *self.hunter.pool]
         missing = [head for head in heads if not self.path(head).exists()]
         size = self.hunter.batch
-        parts = [[head] for head in missing if head is None]
+        parts: list[list[Head | None]] = [[head] for head in missing if head is None]
         named = [head for head in missing if head is not None]
         parts += [list(named[i : i + size]) for i in range(0, len(named), size)]
         for part in parts:
-            weights = [{} if head is None else {head: self.hunter.u} for head in part]
+            weights: list[dict[Head, float]] = [{} if head is None else {head: self.hunter.u} for head in part]
             for head, sample in zip(part, self.hunter.guided(self.prompt, weights), strict=True):
                 write_picture(sample, self.path(head))
         return [self.path(head) for head in heads]

@@ -88,7 +88,13 @@ class HeadHunter:
         self.objectives = {name: checked(objective, name) for name, objective in objectives.items()}
         self.call = {"num_inference_steps": None, **(call or {})}
         self.u, self.batch = check_weight("u", u), batch
-        self.settings = {"scale": scale, "target": check_target(target), "start": start, "stop": stop, "layout": layout}
+        self.settings: dict[str, Any] = {
+            "scale": scale,
+            "target": check_target(target),
+            "start": start,
+            "stop": stop,
+            "layout": layout,
+        }
         self.seeds = list(range(len(self.prompts))) if seeds is None else [int(seed) for seed in seeds]
         self._check()
         DeltaRule(scale)

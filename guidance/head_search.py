@@ -328,7 +328,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
     if any(rank.std() == 0 for rank in ranks):
         return math.nan
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -172,6 +172,7 @@ class X0Probe:
         def step(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if plugin.deltas:
                 scheduler, base = self.pipe.scheduler, plugin.base_delta
+                assert base is not None
                 corrected = [output + _fit(delta - base, output) for delta in plugin.deltas]
                 foreseen.append([denoised(scheduler, o, timestep, sample) for o in corrected])
                 plugin.deltas = []

@@ -81,8 +81,8 @@ def _grouped(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    inputs = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*inputs, enable_gqa=query.shape[2] != key.shape[2]).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=query.shape[2] != key.shape[2]).transpose(1, 2)
 
 
 def _forced(backend: SDPBackend) -> DenseCall:

@@ -74,8 +74,8 @@ def _build(plan: BlockPlan) -> TritonTables:
     if grid is None:
         grid = GridRule(nothing, nothing.view(1, 1, 1), nothing.view(1, 1, 1, 1), nothing.view(1, 1, 1, 1), (1, 1))
     else:
-        tables = (_packed(t) for t in (grid.coords, grid.frame_class, grid.low, grid.width))
-        grid = GridRule(*tables, grid.extent, grid.dilation, grid.circular)
+        coords, classes, low, width = (_packed(t) for t in (grid.coords, grid.frame_class, grid.low, grid.width))
+        grid = GridRule(coords, classes, low, width, grid.extent, grid.dilation, grid.circular)
         words, span = _words(grid.coords), _frame_span(plan.key_tiles, grid.coords)
     return TritonTables(
         order=_longest_first(plan.row_lengths),

@@ -79,7 +79,9 @@ class LTXFrames(FrameDenoiser):
     def decoder(self) -> StreamDecoder:
         """See FrameDenoiser.decoder."""
         vae = self.pipe.vae
-        extra = {"temb": torch.zeros(1, device=self.device, dtype=vae.dtype)} if vae.config.timestep_conditioning else {}
+        extra: dict[str, Any] = (
+            {"temb": torch.zeros(1, device=self.device, dtype=vae.dtype)} if vae.config.timestep_conditioning else {}
+        )
         return OverlapDecoder(vae, self.pipe.vae_temporal_compression_ratio, **extra)
 
     def to_vae(self, latents: torch.Tensor) -> torch.Tensor:

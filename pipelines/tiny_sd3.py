@@ -170,7 +170,7 @@ def train_image_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSett
     def loss_of(model: nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
         return image_loss(model, training_clips(batch, 1, SIZE, generator)[:, :, 0].to(accelerator.device), generator)
 
-    def on_save(model: nn.Module, step: int) -> None:
+    def on_save(model: Any, step: int) -> None:
         images, _ = draw_stills(64, step_generator(12345, 0))
         with torch.no_grad():
             latents = model.encode(images.to(accelerator.device)).latent_dist.mode()

@@ -132,7 +132,7 @@ class HeadStudy:
     def conditions(self, head_set: HeadSet) -> Mapping[str, tuple[float, SoftPAG | None]]:
         """{name: (guidance scale of CFG, plugin)}; the layer is the best one on the hunting captions."""
         settings, u = self.settings, next(iter(head_set.heads.values()))
-        weak = {"scale": settings.scale}
+        weak: dict[str, Any] = {"scale": settings.scale}
         layers = {f"L{layer}": SoftPAG.pag(f"L{layer}", u=u, **weak) for layer in head_set.layer_map}
         best = max(layers, key=lambda name: (self.scores(self.hunting, 1.0, layers[name]).mean(), name))
         rng, pool = (
