@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from genattn.errors import GenAttnError
@@ -30,6 +31,18 @@ ATTENTIONS: dict[str, Callable[..., Pattern] | None] = {
     "radial-official": _radial("official"),
     "neighborhood": _neighborhood,
 }
+
+
+def pattern_from_file(path: Path) -> Pattern:
+    """The pattern in a settings file, as `genattn plan --auto --out` writes it.
+
+    Raises GenAttnError when the file cannot be read as one.
+    """
+    from genattn.patterns.pattern_json import load_pattern
+
+    if not path.is_file():
+        raise GenAttnError(f"--pattern-file must name a file, but there is no {str(path)!r}")
+    return load_pattern(path)
 
 
 def pattern_from_name(name: str, options: str | None = None) -> Pattern | None:

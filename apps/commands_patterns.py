@@ -59,6 +59,10 @@ def plan_command(
     dense_steps: Annotated[float, typer.Option(help="Share of the steps that stays dense.")] = 0.25,
     dense_layers: options.DenseLayers = 1,
     steps: options.Steps = None,
+    auto: Annotated[bool, typer.Option(help="Measure on the pipeline --model and choose per layer and head.")] = False,
+    min_psnr: Annotated[float | None, typer.Option(help="Measure: the sparsest settings that keep so many dB.")] = None,
+    prompt: options.Prompt = "a red circle moves right on a dark background",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the measured settings.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Rank patterns for a model and size by predicted speed; name legal sizes nearby and what a run costs.
@@ -70,6 +74,9 @@ def plan_command(
     pixels = None if size is None else parse_shape("--size", size)
     if pixels is not None and len(pixels) != 2:
         raise GenAttnError(f"--size must be HEIGHTxWIDTH, e.g. 720x1280, got {size!r}")
+    if auto or min_psnr is not None:
+        _measure(model, pixels, frames, steps, prompt, target_density, min_psnr, out, as_json)
+        return
     found = plan_settings(model, pixels, frames, target_density, dense_steps, dense_layers, steps)
     rows = [_setting_row(asdict(s) | {"pattern": repr(s.pattern)}) for s in found.settings]
     summary = {
@@ -89,6 +96,35 @@ def plan_command(
     print_lines(", ".join(f"{name} {value}" for name, value in summary.items()))
     print_table(rows, "predicted, fastest first", [n for n in rows[0] if n != "pattern"] if rows else None)
     print_table([{k: str(v) for k, v in asdict(n).items()} for n in found.nearby], "legal sizes nearby")
+
+
+def _measure(
+    model: str,
+    pixels: tuple[int, ...] | None,
+    frames: int | None,
+    steps: int | None,
+    prompt: str,
+    target_density: float,
+    min_psnr: float | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    from genattn.apps.measured_plan import measured_plan
+    from genattn.apps.sampling_run import SamplingSettings
+
+    if out is not None:
+        check_out(out, (".json",))
+    height, width = pixels or (None, None)
+    settings = SamplingSettings(model, None, frames, height, width, steps)
+    found = measured_plan(settings, prompt, target_density, min_psnr, out=out)
+    if as_json:
+        print_json(found.facts())
+        return
+    print_lines(f"chosen for density {found.density}", repr(found.pattern))
+    if found.psnr is not None:
+        print_lines(f"PSNR {found.psnr:.1f} dB against dense")
+    if out is not None:
+        print_lines(f"wrote {out}; use it with: genattn generate --pattern-file {out}")
 
 
 def _setting_row(setting: dict[str, Any]) -> dict[str, Any]:

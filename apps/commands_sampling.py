@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from genattn.apps import options
-from genattn.apps.attention_names import pattern_from_name
+from genattn.apps.attention_names import pattern_from_file, pattern_from_name
 from genattn.apps.printing import print_clips, print_json, print_lines, print_table
 from genattn.errors import GenAttnError
 
@@ -23,6 +23,7 @@ def generate_command(
     seed: options.Seed = 0,
     attention: options.Attention = "radial",
     pattern_options: options.PatternOptions = None,
+    pattern_file: Annotated[Path | None, typer.Option(help="Settings from `genattn plan --auto --out`.")] = None,
     dense_steps: options.DenseSteps = 0.25,
     dense_layers: options.DenseLayers = 1,
     compare_dense: Annotated[bool, typer.Option(help="Run dense attention too, same seed, and compare.")] = False,
@@ -40,7 +41,9 @@ def generate_command(
     from genattn.apps.generate import GenerateRequest, generate
     from genattn.apps.sampling_run import AttentionSettings, SamplingSettings
 
-    chosen = AttentionSettings(attention, pattern_from_name(attention, pattern_options), dense_steps, dense_layers)
+    name = attention if pattern_file is None else pattern_file.stem
+    pattern = pattern_from_name(attention, pattern_options) if pattern_file is None else pattern_from_file(pattern_file)
+    chosen = AttentionSettings(name, pattern, dense_steps, dense_layers)
     settings = SamplingSettings(
         model, negative_prompt, frames, height, width, steps, guidance_scale, dtype, device, cpu_offload
     )
