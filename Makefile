@@ -22,13 +22,18 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,train]'
 	@touch $@
 
+# the test matrix runs beside them; kept out of `demo`, because diffusers imports torchao, and torchao talks, whenever it is there
+$(VENV)/.quantizers: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[quantizers]'
+	@touch $@
+
 demo: install
 	$(BIN)/genattn generate --prompt "a red circle moves right on a dark background" --compare-dense --out out/demo.mp4
 
-test: install
+test: install $(VENV)/.quantizers
 	$(BIN)/python -m pytest -q
 
-test-all: install
+test-all: install $(VENV)/.quantizers
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
 lint: install

@@ -54,10 +54,22 @@ def torchao_int8(model: Any) -> None:
 
 def bnb_8bit(model: Any) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="8-bit layers need bitsandbytes")
-    old = model.blocks[1].attn1.to_q
-    new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=True, has_fp16_weights=False)
-    new.load_state_dict(old.state_dict())
-    model.blocks[1].attn1.to_q = new
+    replace_projections(model, lambda i, o: bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False))
+
+
+def bnb_nf4(model: Any) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="4-bit layers need bitsandbytes")
+    replace_projections(model, lambda i, o: bnb.nn.Linear4bit(i, o, compute_dtype=torch.float32, quant_type="nf4"))
+
+
+def replace_projections(model: Any, make: Callable[[int, int], Any]) -> None:
+    """Queries, keys and values of every block through layers that keep their weights packed."""
+    for attn in [attn for block in model.blocks for attn in (block.attn1, block.attn2)]:
+        for name in ("to_q", "to_k", "to_v"):
+            old = getattr(attn, name)
+            new = make(old.in_features, old.out_features)
+            new.load_state_dict(old.state_dict())
+            setattr(attn, name, new.to("cpu"))  # packed here
 
 
 def gguf_linear(model: Any) -> None:
@@ -92,7 +104,8 @@ MODEL_ROWS: list[tuple[str, str, Put]] = [
     ("group offload", "wan", group_offload),
     ("model offload", "wan", model_offload),
     ("torchao int8", "wan", torchao_int8),
-    ("bitsandbytes", "wan", bnb_8bit),
+    ("bitsandbytes int8", "wan", bnb_8bit),
+    ("bitsandbytes nf4", "wan", bnb_nf4),
     ("gguf", "wan", gguf_linear),
     ("fused qkv, new style", "wan", fused),
     ("fused qkv, old style", "sd3", fused),
