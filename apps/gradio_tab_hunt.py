@@ -1,0 +1,121 @@
+"""The tab HeadHunter: run a search, watch its map fill, see every head's picture, save the set."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from genattn.apps.gradio_hunt import CAPTION_MATCH, OBJECTIVES, hunt, save_set
+from genattn.apps.gradio_parts import (
+    missing_model,
+    model_choice,
+    picture,
+    prompt_box,
+    refusing,
+    report_field,
+    run_row,
+    size_fields,
+    streamed,
+)
+from genattn.apps.gradio_session import Session
+from genattn.guidance.perturbation import TARGETS
+
+PROMPTS = "a large red circle on a dark background\na small blue square on a light background"
+
+
+def hunt_tab(session: Session) -> dict[str, Any]:
+    """Build the tab; returns the fields that hold the found set, its report and the event of a run."""
+    names = [*session.names(video=False), *session.names(video=True)]
+    if not names:
+        missing_model("text-to-image or text-to-video")
+        return {}
+    tiny = all(name.startswith("tiny-") for name in names)
+    small = ["small"] if all(session.models[n].defaults.get("height", 512) <= 128 for n in names) else []
+    moving = not session.names(video=False)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=340):
+            model = model_choice(session, names)
+            prompts = prompt_box(_moving(PROMPTS) if moving else PROMPTS, "Prompts, one a line", 4)
+            objectives = gr.Dropdown(
+                list(OBJECTIVES),
+                value=[CAPTION_MATCH if tiny else "sharpness"],
+                multiselect=True,
+                label="Objectives, maximised",
+            )
+            with gr.Row():
+                rounds = gr.Number(1, label="Rounds", precision=0, minimum=1, min_width=80)
+                top_k = gr.Number(2, label="Heads a round", precision=0, minimum=1, min_width=80)
+                scale = gr.Number(3.0, label="Guidance w", min_width=80)
+            with gr.Accordion("More", open=False):
+                pool = gr.Textbox("", label="Heads to choose from", placeholder="all; or e.g. L2-5")
+                u = gr.Slider(0, 1, 1.0, step=0.05, label="u while searching")
+                target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
+                batch = gr.Slider(1, 16, 4, step=1, label="Candidates a forward")
+                sheet = gr.Checkbox(True, label="Draw every head's picture: the contact sheet")
+                height, width, *rest = size_fields(session, names[0], frames=moving)
+                steps, cfg = rest[-2:]
+                frames = rest[0] if moving else gr.State(None)
+        with gr.Column(scale=3):
+            run = run_row("Hunt", "hunt")
+            with gr.Row():
+                with gr.Column(min_width=240):
+                    scored = picture("Score of each head: red helps, blue harms", elem_id="hunt-map", height=300)
+                with gr.Column(min_width=240):
+                    latest = picture("Just made", *small, type="numpy", buttons=[], height=300)
+            table = gr.Dataframe(headers=["round", "heads", "score"], interactive=False, label="Rounds", elem_id="hunt-rounds")
+            contact = picture("Contact sheet: each head perturbed alone", type="filepath", elem_id="contact-sheet")
+            with gr.Row(elem_classes="tight"):
+                found = gr.Textbox(label="Heads found", interactive=False, scale=3, elem_id="heads-found")
+                use = gr.Button("Use in Image", scale=1, min_width=120, elem_id="use-heads")
+            with gr.Row(elem_classes="tight"):
+                name = gr.Textbox("my-heads", label="Save the set as", scale=2)
+                keep = gr.Number(None, label="Best heads only", precision=0, minimum=1, min_width=110)
+                save = gr.Button("Save the set", scale=1, min_width=120, elem_id="save-set")
+                file = gr.File(label="Head set", interactive=False, height=80, scale=2, elem_id="set-file")
+            ran = gr.Textbox(label="Run", interactive=False)
+            report = report_field("hunt-report")
+
+    def search(
+        prompts: str,
+        objectives: list[str],
+        pool: str = "",
+        rounds: int = 1,
+        top_k: int = 3,
+        u: float = 1.0,
+        scale: float = 3.0,
+        target: str = "identity",
+        batch: int = 4,
+        sheet: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        model: str | None = None,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Find the heads whose perturbation guides best, and save them as a head set."""
+        form = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance_scale": guidance_scale}
+        with refusing():
+            updates = hunt(session, prompts, objectives, pool, rounds, top_k, u, scale, target, batch, sheet, model, **form)
+            wanted = ("map", "latest", "rounds", "sheet", "heads", "head_set", "run", "report")
+            yield from streamed(updates, *wanted, rounds=_table)
+
+    def keep_set(run: str, name: str = "my-heads", keep: int | None = None) -> str:
+        """A hunt's head set as a file; keep: its best heads only."""
+        with refusing():
+            return save_set(session, run, name, keep)[0]
+
+    inputs = [prompts, objectives, pool, rounds, top_k, u, scale, target, batch, sheet]
+    inputs += [height, width, frames, steps, cfg, model]
+    outputs = [scored, latest, table, contact, found, file, ran, report]
+    event = run.wire(search, inputs, outputs, "hunt")
+    save.click(keep_set, [ran, name, keep], file, api_name="save_set", show_progress="hidden")
+    return {"found": found, "use": use, "report": report, "event": event}
+
+
+def _moving(prompts: str) -> str:
+    return prompts.replace(" circle", " circle moves right").replace(" square", " square moves down")
+
+
+def _table(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    return [[row["round"], row["heads"], row["score"]] for row in rows]

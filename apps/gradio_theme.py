@@ -1,0 +1,47 @@
+"""How the app looks: system fonts (nothing is fetched), one accent colour, results larger than controls."""
+
+import gradio as gr
+
+SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "Arial", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+
+CSS = """
+.gradio-container { max-width: 1320px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container main, .gradio-container .tabs, .gradio-container .tabitem { width: 100%; }
+#title { margin: 6px 0 0 0; }
+#title h1 { font-size: 1.5rem; letter-spacing: -0.01em; margin: 0; }
+#title p { margin: 2px 0 6px 0; color: var(--body-text-color-subdued); }
+.status { min-height: 1.7rem; font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
+.status code { letter-spacing: -1px; background: none; border: 0; padding: 0; color: var(--color-accent); }
+.hint p { color: var(--body-text-color-subdued); font-size: 0.9rem; margin: 0; }
+.notice { border-left: 3px solid var(--color-accent); padding-left: 6px; }
+.tight { align-items: end; }
+.cards { display: flex; flex-wrap: wrap; gap: 10px; }
+.card { flex: 1 1 110px; padding: 10px 14px; border: 1px solid var(--border-color-primary); border-radius: 10px;
+        background: var(--background-fill-secondary); }
+.card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+.card span { font-size: 0.8rem; color: var(--body-text-color-subdued); }
+/* models of 64 pixels: show pixels, not blur */
+.small img, .small video { image-rendering: pixelated; }
+.clickable img { cursor: pointer; }
+.caption { margin-top: 4px; }
+.caption p { font-size: 0.85rem; font-weight: 600; color: var(--body-text-color-subdued); margin: 0; }
+"""
+
+
+def theme() -> gr.themes.Base:
+    """The app's theme."""
+    return gr.themes.Soft(primary_hue="amber", secondary_hue="slate", neutral_hue="slate", font=SANS, font_mono=MONO).set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+        block_title_background_fill="none",
+        block_title_text_color="*neutral_600",
+        block_title_text_weight="600",
+        block_title_padding="0",
+        block_label_background_fill="*neutral_100",
+        block_label_text_color="*neutral_600",
+        block_shadow="none",
+        input_border_width="1px",
+        input_shadow="none",
+    )
