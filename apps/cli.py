@@ -1,9 +1,9 @@
 """The `genattn` command. A request that cannot be served gives one line on standard error and exit code 2."""
 
+import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import click
 import typer
 
 from genattn.apps import commands_hunt, commands_kernels, commands_long, commands_patterns, commands_sampling
@@ -29,23 +29,41 @@ app.command("show")(commands_patterns.show_command)
 app.command("doctor")(commands_kernels.doctor_command)
 app.add_typer(commands_kernels.bench_app, name="bench")
 
+# typer carried click's exceptions from outside, then from within: its own names lead to whichever it raises
+_REFUSALS = tuple(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
 
 def main() -> None:
     """Entry point of `genattn` and `python -m genattn`."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="genattn", standalone_mode=False)
+        sys.stdout.flush()
     except GenAttnError as error:
         _fail(str(error), 2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+    except BrokenPipeError:
+        # who read has gone (`| head`); nothing is wrong, and the interpreter must not complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except _REFUSALS as error:
+        _refuse(error)
     if code == 130:  # typer turns an interrupt into this exit code and says nothing
         _fail("stopped; no unfinished file was left", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _refuse(error: Any) -> NoReturn:
+    """A command line that cannot be read: what is wrong, and where the options stand."""
+    path = "genattn" if getattr(error, "ctx", None) is None else error.ctx.command_path
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help itself was printed already, or is the message
+        if message:
+            print(message)
+        sys.exit(2)
+    _fail(f"{message.strip().removesuffix('.')}; see: {path} --help", 2)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"genattn: {message}", file=sys.stderr)
+    print(f"genattn: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -2,24 +2,29 @@
 
 import inspect
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from genattn.apps import options
 from genattn.apps.printing import print_json, print_lines, print_table
+from genattn.apps.progress import progress_bar
+from genattn.apps.prompt_file import read_prompts
 from genattn.errors import GenAttnError
 
+if TYPE_CHECKING:
+    from genattn.apps.sampling_run import SamplingSettings
 
+
+@options.sampling_options()
 def hunt_command(
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line: these decide.")],
     objective: Annotated[
         list[str],
         typer.Option(help="NAME or NAME=WEIGHT, several allowed: sharpness, -warmth, clip_score:PATH, module:function."),
     ],
-    model: options.Model = None,
+    settings: "SamplingSettings",
     held_out: Annotated[Path | None, typer.Option(help="Text file of prompts for the last check.")] = None,
     floor: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: least mean score of an objective.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds R.")] = 1,
@@ -37,15 +42,11 @@ def hunt_command(
         int | None, typer.Option(help="Heads that the cheap probe leaves to the full check; 0 trusts it.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Candidates per forward.")] = 4,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
     call: Annotated[str, typer.Option(help="More arguments of the pipeline's call, as JSON.")] = "{}",
     log: Annotated[Path, typer.Option(help="Remembers every score; the same command goes on after a kill.")] = Path(
         "out/hunt.jsonl"
     ),
     out: Annotated[Path, typer.Option("--out", "-o", help="The head set.")] = Path("out/heads.json"),
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Find the attention heads whose perturbation guides best; several processes share the work under `accelerate launch`.
@@ -54,63 +55,66 @@ def hunt_command(
     """
     from accelerate import PartialState
 
-    from genattn.apps.sampling_run import SamplingSettings, open_pipeline, own_defaults
+    from genattn.apps.output_files import check_out
+    from genattn.apps.sampling_run import open_pipeline
     from genattn.guidance.head_hunter import HeadHunter
     from genattn.guidance.objectives import load_objective
 
+    check_out(out, (".json",))
+    check_out(log, (".jsonl",), "--log")
     weights = dict(_weighed(text) for text in objective)
-    pipe = open_pipeline(SamplingSettings(model, dtype=dtype, device=device))
-    own = own_defaults(pipe)
-    known = {"height": own.get("height"), "width": own.get("width"), "num_frames": own.get("frames")}
-    known |= {"num_inference_steps": steps or own.get("steps"), "guidance_scale": own.get("guidance_scale")}
-    if guidance_scale is not None:
-        known["guidance_scale"] = guidance_scale
+    floors = dict(_number(text, "floor") for text in floor or ())
+    judges = {name: load_objective(name) for name in weights}
+    deciding = read_prompts(prompts)
+    checking = read_prompts(held_out, "--held-out") if held_out else ()
+    more, grid = _json(call), _numbers(tune_u)
+    pipe = open_pipeline(settings)
     state = PartialState()
-    hunter = HeadHunter(
-        pipe,
-        {name: load_objective(name) for name in weights},
-        read_prompts(prompts),
-        held_out=read_prompts(held_out) if held_out else (),
-        log=log,
-        weights=weights,
-        floors=dict(_number(text, "floor") for text in floor or ()),
-        rounds=rounds,
-        top_k=top_k,
-        pool=heads,
-        min_layer=min_layer,
-        u=u,
-        u_grid=tuple(float(part) for part in tune_u.split(",") if part),
-        scale=scale,
-        target=target,
-        halving=halving,
-        probe_keep=probe_keep,
-        batch=batch,
-        call={**_understood(pipe, known), **_json(call)},
-        accelerator=state,
-        progress=_tell if state.is_main_process else None,
-    )
-    found = hunter.run()
+    with progress_bar("trials") as tell:
+        hunter = HeadHunter(
+            pipe,
+            judges,
+            deciding,
+            held_out=checking,
+            log=log,
+            weights=weights,
+            floors=floors,
+            rounds=rounds,
+            top_k=top_k,
+            pool=heads,
+            min_layer=min_layer,
+            u=u,
+            u_grid=grid,
+            scale=scale,
+            target=target,
+            halving=halving,
+            probe_keep=probe_keep,
+            batch=batch,
+            call={**_understood(pipe, settings), **more},
+            accelerator=state,
+            progress=tell if state.is_main_process else None,
+        )
+        found = hunter.run()
     if state.is_main_process:
-        out.parent.mkdir(parents=True, exist_ok=True)
         found.save(out)
         _show(found, out, as_json)
 
 
-def _understood(pipe: Any, known: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a pipeline's call takes."""
+def _understood(pipe: Any, settings: "SamplingSettings") -> dict[str, Any]:
+    """What was given, and the model's own defaults for the rest, as far as the pipeline's call takes it."""
+    from genattn.apps.sampling_run import own_defaults
+
+    own = own_defaults(pipe)
+    known = {
+        "height": settings.height or own.get("height"),
+        "width": settings.width or own.get("width"),
+        "num_frames": settings.frames or own.get("frames"),
+        "num_inference_steps": settings.steps or own.get("steps"),
+        "guidance_scale": own.get("guidance_scale") if settings.guidance_scale is None else settings.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+    }
     taken = inspect.signature(type(pipe).__call__).parameters
     return {name: value for name, value in known.items() if value is not None and name in taken}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty; raises GenAttnError if there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise GenAttnError(f"prompts must be a readable text file, got {path} ({error}); check the path") from error
-    if not lines:
-        raise GenAttnError(f"prompts must have a line each, got none in {path}; write some")
-    return lines
 
 
 def _weighed(text: str) -> tuple[str, float]:
@@ -136,14 +140,11 @@ def _json(text: str) -> dict[str, Any]:
     return found
 
 
-def _tell(done: int, total: int, seconds: float) -> None:
-    left = seconds / done * (total - done)
-    print(
-        f"\r{done}/{total} batches, {left:.0f} s left in this stage ",
-        end="\n" if done == total else "",
-        file=sys.stderr,
-        flush=True,
-    )
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise GenAttnError(f"--tune-u must be numbers joined by commas, e.g. 0.25,0.5,1, got {text!r}") from None
 
 
 def _show(found: Any, out: Path, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from genattn.apps import options
 from genattn.apps.printing import print_json, print_lines
+from genattn.errors import GenAttnError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: correctness first, ratios interleaved, rows to a CSV.")
 
@@ -33,10 +34,16 @@ def bench_attention_command(
     from genattn.apps.bench_attention import bench_attention, plot_attention
     from genattn.apps.load_pipeline import pick_device
     from genattn.apps.output_files import check_out
+    from genattn.kernels.block_sparse import IMPLS
 
-    for path, suffix in ((out, ".csv"), (plot, ".png")):
+    for option, path, suffix in (("--out", out, ".csv"), ("--plot", plot, ".png")):
         if path is not None:
-            check_out(path, (suffix,))
+            check_out(path, (suffix,), option)
+    unknown = sorted(set(impl or ()) - set(IMPLS))
+    if unknown:
+        raise GenAttnError(f"--impl must be one of {', '.join(IMPLS)}, got {', '.join(unknown)}")
+    if rounds is not None and rounds < 1:
+        raise GenAttnError(f"--rounds must be >= 1, got {rounds}")
     quiet = (lambda line: None) if as_json else print_lines
     rows = bench_attention(quick, None if device is None else pick_device(device), out, rounds, impls=impl, progress=quiet)
     if plot is not None:
@@ -55,6 +62,8 @@ def doctor_command(
     """
     from genattn.apps.doctor import describe_doctor, doctor
 
+    if head_dim < 1:
+        raise GenAttnError(f"--head-dim must be >= 1, got {head_dim}")
     facts = doctor(head_dim)
     if as_json:
         print_json(facts)

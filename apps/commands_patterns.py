@@ -24,7 +24,9 @@ def simulate_command(
     tile_q: Annotated[str | None, typer.Option(help="Query tile, e.g. 4x8x8; default: the one with the least work.")] = None,
     tile_k: Annotated[str | None, typer.Option(help="Key tile; default: the one with the least work.")] = None,
     block: Annotated[int, typer.Option(help="Tokens per tile when tiles are chosen.")] = 128,
-    attention_share: Annotated[float, typer.Option(help="Share of a run's time that becomes sparse, for end to end.")] = 1.0,
+    attention_share: Annotated[
+        float, typer.Option(help="Share of a run's time that becomes sparse, for end to end.", min=0, max=1)
+    ] = 1.0,
     as_json: options.Json = False,
 ) -> None:
     """Bound the speed-up of neighborhood attention: by the worst tile (as NATTEN does) and by total work.
@@ -34,7 +36,7 @@ def simulate_command(
     from genattn.simulate import simulate
 
     found = simulate(
-        parse_shape("--grid", grid),
+        _grid(grid),
         parse_shape("--window", window),
         _one_or_all(parse_shape("--stride", stride)),
         _one_or_all(parse_shape("--dilation", dilation)),
@@ -154,7 +156,7 @@ def show_command(
     pattern = pattern_from_name(attention, pattern_options)
     if pattern is None:
         raise GenAttnError("show draws a pattern, and dense attention has none; name another --attention")
-    layout = TokenLayout.from_grid(parse_shape("--grid", grid), text_before, text_after)
+    layout = TokenLayout.from_grid(_grid(grid), text_before, text_after)
     plan = pattern.plan(layout, block, block)
     if out is not None:
         check_out(out, (".png", ".svg", ".pdf"))
@@ -176,6 +178,13 @@ def parse_shape(option: str, text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"-?\d+(x-?\d+){0,2}", text.strip()):
         raise GenAttnError(f"{option} must be 1 to 3 whole numbers joined by x, e.g. 18x24x24, got {text!r}")
     return tuple(int(part) for part in text.split("x"))
+
+
+def _grid(text: str) -> tuple[int, ...]:
+    shape = parse_shape("--grid", text)
+    if min(shape) < 1:
+        raise GenAttnError(f"--grid must have at least one token on every axis, got {text!r}")
+    return shape
 
 
 def _one_or_all(values: tuple[int, ...]) -> int | tuple[int, ...]:

@@ -1,77 +1,56 @@
 """Commands that sample, or tell what sampling would do: generate, compare, explain."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from genattn.apps import options
-from genattn.apps.attention_names import pattern_from_file, pattern_from_name
 from genattn.apps.printing import print_clips, print_json, print_lines, print_table
 from genattn.errors import GenAttnError
 
+if TYPE_CHECKING:
+    from genattn.apps.sampling_run import AttentionSettings, SamplingSettings
 
+
+@options.sampling_options()
+@options.attention_options()
 def generate_command(
     prompt: options.Prompt,
-    model: options.Model = None,
-    negative_prompt: options.NegativePrompt = None,
-    frames: options.FrameCount = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
+    settings: "SamplingSettings",
+    attention: "AttentionSettings",
     seed: options.Seed = 0,
-    attention: options.Attention = "radial",
-    pattern_options: options.PatternOptions = None,
-    pattern_file: Annotated[Path | None, typer.Option(help="Settings from `genattn plan --auto --out`.")] = None,
-    dense_steps: options.DenseSteps = 0.25,
-    dense_layers: options.DenseLayers = 1,
     compare_dense: Annotated[bool, typer.Option(help="Run dense attention too, same seed, and compare.")] = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    cpu_offload: options.CpuOffload = None,
     fps: options.Fps = None,
     out: options.Out = Path("out/video.mp4"),
     as_json: options.Json = False,
 ) -> None:
     """Make a video (or picture) from a prompt, with sparse attention.
 
+    On long runs a preview of the first frame grows beside --out while the steps go on.
+
     Example: genattn generate --prompt "a red circle moves right on a dark background" --compare-dense --out out.mp4
     """
     from genattn.apps.generate import GenerateRequest, generate
-    from genattn.apps.sampling_run import AttentionSettings, SamplingSettings
 
-    name = attention if pattern_file is None else pattern_file.stem
-    pattern = pattern_from_name(attention, pattern_options) if pattern_file is None else pattern_from_file(pattern_file)
-    chosen = AttentionSettings(name, pattern, dense_steps, dense_layers)
-    settings = SamplingSettings(
-        model, negative_prompt, frames, height, width, steps, guidance_scale, dtype, device, cpu_offload
-    )
-    request = GenerateRequest(prompt, out, chosen, settings, seed, compare_dense, fps)
-    report = generate(request)
+    report = generate(GenerateRequest(prompt, out, attention, settings, seed, compare_dense, fps))
     if as_json:
         print_json(report)
     else:
         print_clips(report)
 
 
+@options.sampling_options()
 def compare_command(
+    settings: "SamplingSettings",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; give it several times for several.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
-    held_out: Annotated[int, typer.Option(help="Add so many held-out captions of the tiny world.")] = 0,
+    held_out: Annotated[int, typer.Option(help="Add so many held-out captions of the tiny world.", min=0)] = 0,
     attention: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME@DENSE_STEPS (radial@0.5); give it several times.")
     ] = None,
-    model: options.Model = None,
-    frames: options.FrameCount = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    seed: options.Seed = 0,
     dense_layers: options.DenseLayers = 1,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
+    seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -80,35 +59,26 @@ def compare_command(
     Example: genattn compare --held-out 20 --attention radial --attention radial@0 --out out/compare.csv
     """
     from genattn.apps.bench_rows import append_rows
-    from genattn.apps.compare import compare, parse_attention, read_prompts
+    from genattn.apps.compare import compare, parse_attention
     from genattn.apps.output_files import check_out
-    from genattn.apps.sampling_run import SamplingSettings
+    from genattn.apps.progress import progress_bar
+    from genattn.apps.prompt_file import read_prompts
 
     if out is not None:
         check_out(out, (".csv",))
     wanted = [parse_attention(text, dense_layers) for text in attention or ["radial"]]
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else []), *_held_out_captions(held_out)]
-    settings = SamplingSettings(model, None, frames, height, width, steps, guidance_scale, dtype, device)
-    rows = compare(texts, wanted, settings, seed)
+    with progress_bar("clips") as on_sample:
+        rows = compare(texts, wanted, settings, seed, on_sample)
     if out is not None:
         append_rows(out, rows)
     if as_json:
         print_json(rows)
     else:
-        names = [
-            "attention",
-            "n",
-            "seconds",
-            "speedup",
-            "density",
-            "peak_memory_gb",
-            "psnr",
-            "ssim",
-            "colour",
-            "shape",
-            "motion",
-        ]
-        print_table(rows, f"{len(texts)} prompts, {rows[0]['device']}", names)
+        print_table(rows, f"{len(texts)} prompts, {rows[0]['device']}", _COMPARED)
+
+
+_COMPARED = ("attention", "n", "seconds", "speedup", "density", "peak_memory_gb", "psnr", "ssim", "colour", "shape", "motion")
 
 
 def _held_out_captions(count: int) -> list[str]:
@@ -119,20 +89,12 @@ def _held_out_captions(count: int) -> list[str]:
     return [caption(sample_scene(10_000 + i, held_out=i % 2 == 1)) for i in range(count)]
 
 
+@options.sampling_options()
+@options.attention_options()
 def explain_command(
+    settings: "SamplingSettings",
+    attention: "AttentionSettings",
     prompt: options.Prompt = "a red circle moves right on a dark background",
-    model: options.Model = None,
-    frames: options.FrameCount = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    attention: options.Attention = "radial",
-    pattern_options: options.PatternOptions = None,
-    dense_steps: options.DenseSteps = 0.25,
-    dense_layers: options.DenseLayers = 1,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Say before a run: which sites, what layout and density, predicted work, what stays dense and why.
@@ -140,15 +102,14 @@ def explain_command(
     Example: genattn explain --attention radial --dense-steps 0.25
     """
     import genattn
-    from genattn.apps.sampling_run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
+    from genattn.apps.sampling_run import call_arguments, open_pipeline
 
-    chosen = AttentionSettings(attention, pattern_from_name(attention, pattern_options), dense_steps, dense_layers)
-    if chosen.pattern is None:
+    if attention.pattern is None:
         raise GenAttnError("explain needs a pattern, and dense attention has none; name another --attention")
-    settings = SamplingSettings(model, None, frames, height, width, steps, guidance_scale, dtype, device)
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
-    with genattn.apply(pipe, chosen.pattern, dense_steps=chosen.steps_to_keep, dense_layers=dense_layers) as handle:
+    kept = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
+    with genattn.apply(pipe, attention.pattern, **kept) as handle:
         found = handle.explain(**call, prompt=prompt, output_type="latent")
     if as_json:
         print_json(found.to_dict())

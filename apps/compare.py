@@ -10,7 +10,6 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from genattn.apps.attention_names import pattern_from_name
@@ -139,18 +138,3 @@ def parse_attention(text: str, dense_layers: int = 1) -> AttentionSettings:
     except ValueError:
         raise GenAttnError(f"--attention must be NAME or NAME@DENSE_STEPS, got {text!r}") from None
     return AttentionSettings(text, pattern, dense_steps, dense_layers)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts from a text file, one a line; empty lines and those that begin with # are left out.
-
-    Raises GenAttnError when the file cannot be read or holds none.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise GenAttnError(f"--prompts {str(path)!r} cannot be read: {error.strerror}") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise GenAttnError(f"--prompts {str(path)!r} holds no prompt; write one a line")
-    return prompts

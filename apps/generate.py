@@ -16,6 +16,7 @@ import numpy.typing as npt
 import genattn
 from genattn.apps.clip_quality import is_tiny_world, psnr, ssim
 from genattn.apps.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_out, write_image, write_json, write_video
+from genattn.apps.preview import StepPreview
 from genattn.apps.sampling_run import (
     DENSE,
     AttentionSettings,
@@ -70,11 +71,19 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     if request.compare_dense:
         warm_up(pipe, call, request.prompt, request.attention)
     wanted = [request.attention] + ([DENSE] if request.compare_dense else [])
-    results = [run_once(pipe, call, request.prompt, request.seed, attention, attention.name) for attention in wanted]
+    results = [_sample(request, pipe, call, attention) for attention in wanted]
     report = _report(request, pipe, call, results, warnings)
     _write_clips(request, report, results)
     write_json(request.out.with_suffix(".json"), report)
     return report
+
+
+def _sample(request: GenerateRequest, pipe: Any, call: dict[str, Any], attention: AttentionSettings) -> RunResult:
+    preview = StepPreview(request.out.with_name(f"{request.out.stem}.preview.png"))
+    try:
+        return run_once(pipe, call, request.prompt, request.seed, attention, attention.name, preview)
+    finally:
+        preview.remove()
 
 
 def _report(

@@ -19,25 +19,26 @@ from genattn.errors import GenAttnError
 CONTAINERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 VIDEO_SUFFIXES = tuple(CONTAINERS)
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+_IMAGE_DESCRIPTION = 0x010E  # EXIF's tag
 Frames = npt.NDArray[np.uint8]
 
 
-def check_out(path: Path, suffixes: Sequence[str]) -> None:
+def check_out(path: Path, suffixes: Sequence[str], option: str = "--out") -> None:
     """Make the folder of `path` and prove that it can be written.
 
     Raises:
-        GenAttnError: another suffix than `suffixes`, a folder of that name, or no right to write there.
+        GenAttnError, naming `option`: another suffix than `suffixes`, a folder of that name, or no right to write there.
     """
     if path.suffix.lower() not in suffixes:
-        raise GenAttnError(f"--out must end in {', '.join(suffixes)}, got {str(path)!r}")
+        raise GenAttnError(f"{option} must end in {', '.join(suffixes)}, got {str(path)!r}")
     if path.is_dir():
-        raise GenAttnError(f"--out must name a file, but {str(path)!r} is a folder; add a file name")
+        raise GenAttnError(f"{option} must name a file, but {str(path)!r} is a folder; add a file name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise GenAttnError(f"--out {str(path)!r} cannot be written: {error.strerror or error}") from None
+        raise GenAttnError(f"{option} {str(path)!r} cannot be written: {error.strerror or error}") from None
 
 
 def write_video(path: Path, frames: Frames, fps: float, metadata: Mapping[str, Any]) -> None:
@@ -47,9 +48,7 @@ def write_video(path: Path, frames: Frames, fps: float, metadata: Mapping[str, A
     part = _part(path)
     rate = Fraction(fps).limit_denominator(1001)
     try:
-        with av.open(
-            str(part), "w", format={".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}[path.suffix.lower()]
-        ) as container:
+        with av.open(str(part), "w", format=CONTAINERS[path.suffix.lower()]) as container:
             container.metadata["comment"] = json.dumps(metadata)
             stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
             stream.height, stream.width = frames.shape[1:3]
@@ -69,24 +68,59 @@ def read_video(path: Path) -> tuple[Frames, dict[str, Any]]:
 
     with av.open(str(path)) as container:
         frames: Frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])  # type: ignore[assignment]
-        tags = {name.lower(): value for name, value in container.metadata.items()}  # Matroska writes them in capitals
-    return frames, json.loads(tags.get("comment", "{}"))
+    return frames, read_metadata(path)
 
 
 def write_image(path: Path, image: Frames, metadata: Mapping[str, Any]) -> None:
-    """A picture uint8 [H, W, 3]; PNG carries `metadata` as a text chunk."""
+    """A picture uint8 [H, W, 3] with `metadata` as JSON: in PNG a text chunk, in JPEG and WebP the EXIF description."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     part = _part(path)
-    info = PngInfo()
-    info.add_text("parameters", json.dumps(metadata))
+    kind = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower(), path.suffix[1:].upper())
+    tags: dict[str, Any] = {}
+    if kind == "PNG":
+        tags["pnginfo"] = PngInfo()
+        tags["pnginfo"].add_text("parameters", json.dumps(metadata))
+    else:
+        tags["exif"] = Image.Exif()
+        tags["exif"][_IMAGE_DESCRIPTION] = json.dumps(metadata)
     try:
-        kind = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower(), path.suffix[1:].upper())
-        Image.fromarray(image).save(part, format=kind, **({"pnginfo": info} if kind == "PNG" else {}))
+        Image.fromarray(image).save(part, format=kind, **tags)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Prompt, seed and settings that a file of ours carries; nothing for other files.
+
+    Raises GenAttnError when the file cannot be opened.
+    """
+    try:
+        text = _picture_text(path) if path.suffix.lower() in IMAGE_SUFFIXES else _film_text(path)
+    except (OSError, ValueError) as error:
+        raise GenAttnError(f"{str(path)!r} cannot be read ({error}); give a video or a picture") from None
+    try:
+        found = json.loads(text)
+    except ValueError:  # somebody else's comment
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _picture_text(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return str(picture.info.get("parameters") or picture.getexif().get(_IMAGE_DESCRIPTION, ""))
+
+
+def _film_text(path: Path) -> str:
+    import av
+
+    with av.open(str(path)) as container:
+        tags = {name.lower(): value for name, value in container.metadata.items()}  # Matroska writes them in capitals
+    return tags.get("comment", "")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

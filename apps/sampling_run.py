@@ -21,6 +21,7 @@ import numpy.typing as npt
 import genattn
 from genattn.apps import legal_sizes
 from genattn.apps.load_pipeline import load_pipeline
+from genattn.apps.preview import StepPreview
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
 
@@ -179,13 +180,22 @@ def prompt_warnings(pipe: Any, prompt: str) -> list[str]:
     return warnings
 
 
-def run_once(pipe: Any, call: Mapping[str, Any], prompt: str, seed: int, attention: AttentionSettings, title: str) -> RunResult:
+def run_once(
+    pipe: Any,
+    call: Mapping[str, Any],
+    prompt: str,
+    seed: int,
+    attention: AttentionSettings,
+    title: str,
+    preview: StepPreview | None = None,
+) -> RunResult:
     """Sample one clip or picture; the pipeline is left as it was.
 
     Args:
         call: from `call_arguments`.
         seed: of the noise, drawn on the CPU so that every device gives the same.
         title: shown on the progress bar.
+        preview: keeps a picture of the first frame while the steps go on; its own time is not counted.
 
     Raises:
         GenAttnError: the pipeline refuses the call, the pattern cannot serve it, or the output is not finite.
@@ -193,6 +203,8 @@ def run_once(pipe: Any, call: Mapping[str, Any], prompt: str, seed: int, attenti
     import torch
 
     pipe.set_progress_bar_config(desc=title, leave=title != "warm-up")
+    if preview is not None and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        call = {**call, "callback_on_step_end": preview}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -210,7 +222,7 @@ def run_once(pipe: Any, call: Mapping[str, Any], prompt: str, seed: int, attenti
         report = None if handle is None else handle.report()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin - (0.0 if preview is None else preview.seconds)
     frames = to_uint8(output.frames[0] if hasattr(output, "frames") else output.images)
     if report is None:
         return RunResult(attention.name, frames, seconds, _peak_memory_gb(), 1.0, None)

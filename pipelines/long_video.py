@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.drift import DriftCorrection, DriftMonitor
 from genattn.pipelines.fifo import Fifo, sample_clip, start_queue
@@ -159,7 +160,7 @@ def start_video(
     path = output if output is not None else None if folder is None else folder / FILM
     writer = None
     if path is not None and fifo.group.is_main:
-        writer = FragmentedMp4Writer(path, settings.fps)
+        writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told())
     return LongVideo(build.parts(fifo, writer, folder, progress))
 
 
@@ -247,6 +248,11 @@ class _Build:
             **fifo.settings(),
             **self.windows.settings(),
         }
+
+    def told(self) -> dict[str, Any]:
+        """What the film's own metadata says: pipeline, prompt, seed and every setting that was given."""
+        given = {name: value for name, value in self.settings.to_json().items() if value is not None}
+        return {"pipeline": type(self.base.pipe).__name__, **given, "genattn": genattn.__version__}
 
     def parts(self, fifo: Fifo, writer: FragmentedMp4Writer | None, folder: Path | None, progress: bool) -> RunParts:
         """The run's parts, at frame 0."""

@@ -257,9 +257,12 @@ class LongVideo:
 
     def run(self) -> LongVideoResult:
         """Make the film to its end (or until Ctrl-C); keeps the frames only when there is no file and no folder."""
+        keep = self.parts.writer is None and self.parts.fifo.group.is_main
+        return self.result([frame for frame in self if keep])
+
+    def result(self, frames: list[np.ndarray] | None = None) -> LongVideoResult:
+        """What the run has come to. frames: uint8 [H, W, 3] each, those to keep in it."""
         parts = self.parts
-        keep = parts.writer is None and parts.fifo.group.is_main
-        frames = [frame for frame in self if keep]
         return LongVideoResult(
             frames=parts.frames,
             seconds=self.seconds,

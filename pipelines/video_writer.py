@@ -8,9 +8,10 @@ on. Nothing is kept in memory but the fragment under way.
 """
 
 import io
+import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +38,8 @@ class FragmentedMp4Writer:
 
     fps: > 0. codec: an encoder PyAV knows. crf: quality, lower is better. fragment_frames: frames per fragment, >= 1; what a
     kill costs.
-    mark: continue a file from here; what stands after it is cut off. sync: fsync after every fragment.
+    mark: continue a file from here; what stands after it is cut off. sync: fsync after every fragment. metadata: stands as
+    JSON in the comment of a new file.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class FragmentedMp4Writer:
         fragment_frames: int = 16,
         mark: WriterMark | None = None,
         sync: bool = False,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.rate = Fraction(fps).limit_denominator(1001)
@@ -60,6 +63,7 @@ class FragmentedMp4Writer:
         if codec not in av.codecs_available:
             raise GenAttnError(f"codec {codec!r} is not in this PyAV build; try 'libx264', 'mpeg4' or 'libvpx-vp9'")
         self.codec, self.crf, self.fragment_frames, self.sync = codec, crf, fragment_frames, sync
+        self._comment = json.dumps(metadata) if metadata else ""
         self._fragment: _Fragment | None = None
         self._size: tuple[int, int] | None = None
         self.mark = mark or WriterMark()
@@ -93,7 +97,7 @@ class FragmentedMp4Writer:
             raise GenAttnError(f"all frames of a file have one size, {self._size} so far, got {size}")
         self._size = size
         if self._fragment is None:
-            self._fragment = _Fragment(size, self.rate, self.codec, self.crf, self.fragment_frames)
+            self._fragment = _Fragment(size, self.rate, self.codec, self.crf, self.fragment_frames, self._comment)
         self._fragment.add(frame)
         if self._fragment.count >= self.fragment_frames:
             self.flush()
@@ -146,13 +150,15 @@ class FragmentedMp4Writer:
 class _Fragment:
     """One closed group of pictures, encoded as its own small MP4 in memory."""
 
-    def __init__(self, size: tuple[int, int], rate: Fraction, codec: str, crf: int, frames: int) -> None:
+    def __init__(self, size: tuple[int, int], rate: Fraction, codec: str, crf: int, frames: int, comment: str) -> None:
         self.buffer = io.BytesIO()
         options = {
             "movflags": "empty_moov+default_base_moof+frag_keyframe",
             "video_track_timescale": str(rate.numerator * _TICKS),
         }
         self.container = av.open(self.buffer, "w", format="mp4", options=options)
+        if comment:
+            self.container.metadata["comment"] = comment
         settings = {"crf": str(crf)} if codec in ("libx264", "libx265", "libvpx-vp9") else {}
         stream: Any = self.container.add_stream(codec, rate=rate, options=settings)
         stream.width, stream.height = size

@@ -21,5 +21,5 @@ def test_doctor_says_what_runs_and_why_not_the_rest(capsys: pytest.CaptureFixtur
 def test_bench_checks_its_files_first(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match=r"--out must end in \.csv"):
         bench_attention_command(quick=True, out=tmp_path / "a.txt")
-    with pytest.raises(GenAttnError, match=r"--out must end in \.png"):
+    with pytest.raises(GenAttnError, match=r"--plot must end in \.png"):
         bench_attention_command(quick=True, plot=tmp_path / "a.csv")

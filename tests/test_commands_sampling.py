@@ -14,7 +14,7 @@ from genattn.errors import GenAttnError
 
 def test_explain_tells_without_denoising(random_wan_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = {"frames": 17, "height": 128, "width": 128, "steps": 8}
-    explain_command("a cat", str(random_wan_folder), **size, attention="radial", dense_steps=0.25, dense_layers=1, as_json=True)
+    explain_command(prompt="a cat", model=str(random_wan_folder), **size, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["layout"] == "grid 5x8x8"
     assert found["num_steps"] == 8
@@ -23,7 +23,7 @@ def test_explain_tells_without_denoising(random_wan_folder: Path, capsys: pytest
     assert (second["sparse"], second["dense"]) == (6, 2)
     assert 0 < found["flops_share"] < 1
     with pytest.raises(GenAttnError, match="dense attention has none"):
-        explain_command("a cat", str(random_wan_folder), attention="dense")
+        explain_command(model=str(random_wan_folder), attention="dense")
 
 
 def test_measure_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

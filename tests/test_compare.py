@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from genattn.apps.compare import compare, parse_attention, read_prompts
+from genattn.apps.compare import compare, parse_attention
 from genattn.apps.sampling_run import SamplingSettings
 from genattn.errors import GenAttnError
 
@@ -26,17 +26,10 @@ def test_rows(random_wan_folder: Path) -> None:
     assert all(row["n"] == 2 and row["commit"] and row["date"] for row in rows)
 
 
-def test_refusals(tmp_path: Path, random_wan_folder: Path) -> None:
+def test_refusals(random_wan_folder: Path) -> None:
     with pytest.raises(GenAttnError, match="at least one prompt"):
         compare([], [], SamplingSettings(model=str(random_wan_folder)))
     with pytest.raises(GenAttnError, match="always samples dense"):
         parse_attention("dense")
     with pytest.raises(GenAttnError, match="NAME or NAME@DENSE_STEPS, got 'radial@x'"):
         parse_attention("radial@x")
-    with pytest.raises(GenAttnError, match="cannot be read"):
-        read_prompts(tmp_path / "none.txt")
-    (tmp_path / "empty.txt").write_text("# a comment\n\n")
-    with pytest.raises(GenAttnError, match="holds no prompt"):
-        read_prompts(tmp_path / "empty.txt")
-    (tmp_path / "two.txt").write_text("a cat\n# no\n\n a dog \n")
-    assert read_prompts(tmp_path / "two.txt") == ["a cat", "a dog"]
