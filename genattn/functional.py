@@ -3,11 +3,15 @@
 out = attention(query, key, value, RadialPattern(), TokenLayout.from_grid((21, 30, 52), text_after=0))
 """
 
+from typing import overload
+
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.halo import halo_plan
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
+from genattn.kernels.halo_plan import HaloPlan, halo_attention
 from genattn.kernels.kernel_config import tile_sizes
 from genattn.patterns.pattern import Pattern
 from genattn.token_layout import TokenLayout
@@ -29,15 +33,16 @@ def attention(
     query [B, S, H, D]; key, value [B, S, Hk, D] with Hk a divisor of H; S = layout.seqlen. key_mask bool [B, S] hides keys
     per sample (padded text). Returns [B, S, H, D], or with lse [B, S, H] (natural log, float32).
 
-    impl: "auto", or the name of a backend (`genattn.kernels.block_sparse.IMPLS`). Raises GenAttnError with the reason when
-    the named one cannot serve, or when shapes do not fit the layout.
+    impl: "auto", the name of a backend (`genattn.kernels.block_sparse.IMPLS`), or "halo" (a NeighborhoodPattern on key boxes
+    that follow the query tile). Raises GenAttnError with the reason when the named one cannot serve, or when shapes do not fit
+    the layout.
     """
     if query.ndim != 4 or query.shape[1] != layout.seqlen:
         raise GenAttnError(
             f"query must be [B, S, H, D] with S = {layout.seqlen} for the layout {layout.describe()!r}, "
             f"got {tuple(query.shape)}"
         )
-    plan = plan_for(query, key, pattern, layout)
+    plan = plan_for(query, key, pattern, layout, impl)
     return planned_attention(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, key_mask=key_mask)
 
 
@@ -45,13 +50,17 @@ def planned_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: BlockPlan,
+    plan: BlockPlan | HaloPlan,
     impl: str = "auto",
     return_lse: bool = False,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` for a plan that is there already, from `plan_for`."""
+    if isinstance(plan, HaloPlan):
+        if return_lse:
+            raise GenAttnError("impl='halo' returns no log-sum-exp; use return_lse=False or another impl")
+        return halo_attention(query, key, value, plan, scale, key_mask)
     try:
         return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
     except ValueError as error:
@@ -65,8 +74,21 @@ def explain_attention(
     return choose_impl(query, key, value, plan_for(query, key, pattern, layout), impl=impl)
 
 
-def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
-    """The block plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence."""
+@overload
+def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan: ...
+@overload
+def plan_for(
+    query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str
+) -> BlockPlan | HaloPlan: ...
+def plan_for(
+    query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto"
+) -> BlockPlan | HaloPlan:
+    """The plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence.
+
+    Boxes that follow the query tile for impl="halo", else lists of fixed tiles.
+    """
+    if impl == "halo":
+        return halo_plan(pattern, layout)
     block = tile_size(layout.seqlen, query.device.type)
     most_q, most_k = tile_sizes(query.device, query.shape[-1])
     return pattern.plan_for(query, key, layout, min(block, most_q), min(block, most_k)).to(query.device)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from genattn.denoiser import INJECTION
@@ -13,14 +14,14 @@ from genattn.errors import GenAttnError
 from genattn.explain import Explanation, FirstForward, explain_run
 from genattn.injection import Injection
 from genattn.patterns.pattern import Pattern
-from genattn.plugin import AttentionCall, AttentionSite, Plugin, Run
+from genattn.plugin import AttentionSite, CallRecord, Plugin, Run
 from genattn.report import GenAttnWarning, Report, SiteStats
 from genattn.schedule import Schedule
 from genattn.sites import head_dims
 from genattn.sparse_plugin import SparsePlugin
 from genattn.steps import StepTracker
 
-_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "unet_2", "denoiser", "prior")
+_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "unet_2", "denoiser", "prior", "diffusion_decoder")
 _COMMON = frozenset({"enabled", "num_steps"})
 
 
@@ -90,6 +91,8 @@ class Handle:
         self._device = "cpu"
         self._injections = _injections(target)
         attached: list[tuple[Plugin, Injection]] = []
+        for injection in self._injections:
+            injection.refuse_split(plugins)
         try:
             for injection in self._injections:
                 for plugin in plugins:
@@ -193,13 +196,15 @@ class Handle:
         if run.num_steps is not None and run.step == run.num_steps - 1:
             self._tell_if_blind()
 
-    def count(self, site: AttentionSite, call: AttentionCall, seconds: float, events: Any = None) -> None:
-        """One attention call at a site has ended."""
+    def count(
+        self, site: AttentionSite, query: torch.Tensor, keys: int, record: CallRecord, seconds: float, events: Any = None
+    ) -> None:
+        """One attention call at a site has ended: query [B, Sq, H, D] on `keys` keys."""
         key = (site.model, site.name)
         if key not in self._stats:
             self._stats[key] = SiteStats(site)
-        self._stats[key].add(call, seconds, events)
-        self._device = call.query.device.type
+        self._stats[key].add(query, keys, record, seconds, events)
+        self._device = query.device.type
 
     @property
     def _calls(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from genattn.plugin import AttentionCall, AttentionSite
+from genattn.plugin import AttentionSite, CallRecord
 
 
 class GenAttnWarning(UserWarning):
@@ -30,11 +30,10 @@ class SiteStats:
     reasons: Counter[str] = field(default_factory=Counter)
     _events: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
-    def add(self, call: AttentionCall, seconds: float, events: tuple[Any, Any] | None) -> None:
-        """One finished call."""
-        record = call.record
-        batch, queries, heads, dim = call.query.shape
-        full = 4.0 * batch * heads * dim * queries * call.key.shape[1]
+    def add(self, query: torch.Tensor, keys: int, record: CallRecord, seconds: float, events: tuple[Any, Any] | None) -> None:
+        """One finished call: query [B, Sq, H, D] on `keys` keys."""
+        batch, queries, heads, dim = query.shape
+        full = 4.0 * batch * heads * dim * queries * keys
         self.calls += 1
         self.tokens = queries
         self.flops_dense += full
@@ -114,7 +113,7 @@ class Report:
     @property
     def verdict(self) -> str:
         """One line that cannot be misread."""
-        if not self.forwards:
+        if not self.forwards and not self.calls:  # a decoder is entered by its decode()
             return "NOT APPLIED YET: no forward of the denoiser since apply()"
         if not self.calls:
             return (

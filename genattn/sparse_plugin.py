@@ -15,7 +15,7 @@ from genattn.kernels.block_plan import BlockPlan
 from genattn.masks import key_mask
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
-from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
 from genattn.schedule import Schedule
 
 _LOG = logging.getLogger("genattn")
@@ -68,12 +68,21 @@ class SparsePlugin(Plugin):
         """Schedule settings are checked as in its constructor."""
         self.schedule.with_options(options)
 
+    @property
+    def touches_attention(self) -> bool:
+        """A dense pattern never does."""
+        return not isinstance(self.pattern, DensePattern)
+
+    def stays_out(self, run: Run, site: AttentionSite, tokens: int) -> str:
+        """What the schedule says of the call; a dense pattern always stays out."""
+        schedule = self.schedule.with_options(run.options_of(self))
+        planned = schedule.why_dense(run, site, tokens, self.blocks_of(run.model))
+        return planned or ("the pattern is dense" if isinstance(self.pattern, DensePattern) else "")
+
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Sparse, or `inner` with a reason."""
         options = call.run.options_of(self)
-        schedule = self.schedule.with_options(options)
-        blocks = self.blocks_of(call.run.model)
-        planned = schedule.why_dense(call.run, call.site, call.query.shape[1], blocks)
+        planned = self.stays_out(call.run, call.site, call.query.shape[1])
         if planned:
             return _dense(call, inner, planned)
         reason = self.why_not(call)
@@ -81,10 +90,10 @@ class SparsePlugin(Plugin):
         if reason:
             self._say_once(call, reason)
             return _dense(call, inner, reason)
-        plan = self.plan_at(call)
-        out = planned_attention(
-            call.query, call.key, call.value, plan, impl=options.get("impl", self.impl), scale=call.scale, key_mask=keys
-        )
+        impl = options.get("impl", self.impl)
+        assert call.layout is not None
+        plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, impl)
+        out = planned_attention(call.query, call.key, call.value, plan, impl=impl, scale=call.scale, key_mask=keys)
         call.record.ran_sparse(plan.density)
         return out  # type: ignore[return-value]
 

@@ -1,5 +1,7 @@
 """Haloed boxes: the same attention as the definition, with less work than fixed tiles where windows are not aligned."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -34,10 +36,17 @@ def test_is_attention_under_the_mask(data: st.DataObject, layout: TokenLayout, b
     tensors = _tensors(layout)
     assert torch.allclose(halo_attention(*tensors, plan), _dense(*tensors, pattern.mask(layout)), atol=1e-12)
     mask = pattern.mask(layout)
-    for tile, box, whole in zip(plan.query_tiles.long(), plan.boxes[plan.box_of_tile].long(), plan.whole):
-        seen = mask[tile[tile >= 0]][:, box[box >= 0]]
-        assert seen.any(0).all() or not seen.all(0).any(), "a key that no query of the tile sees"
-        assert not whole or seen.all()
+    answered = torch.zeros(layout.seqlen, dtype=torch.int64)
+    for parts, seen in plan.kinds():
+        for place in itertools.product(*(range(len(part.rows)) for part in parts)):
+            tile, box = (
+                plan.tokens([getattr(part, name)[i : i + 1] for part, i in zip(parts, place)])[0] for name in ("rows", "keys")
+            )
+            answered[tile] += 1
+            want = mask[tile][:, torch.cat([plan.shared_keys, box])]
+            assert torch.equal(want, torch.ones_like(want) if seen is None else seen)
+            assert want.any(0).all(), "a key that no query of the tile sees"
+    assert torch.equal(answered == 1, layout.raster_index >= 0)
 
 
 def test_gradients_and_key_masks() -> None:
