@@ -4,7 +4,7 @@ Each rank then holds all tokens for H / world heads. With several token streams 
 
     model:      text | image                      two ranks:   text[0] | image[0] | text[1] | image[1]
 
-so the layout is cut into pieces. Ring attention sees a part of the keys at a time and stays with the stock code.
+so the layout is cut into pieces. Ring attention sees a part of the keys at a time, and is refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,18 +39,56 @@ def ulysses(
     world, rank = int(inner.ulysses_degree), int(inner._ulysses_mesh.get_local_rank())
 
     def forward_op(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: Any, *rest: Any, **named: Any) -> Any:
+        ctx.genattn_inputs = (q, k, v, given)
         return chain((q, k, v), given, world, rank)
+
+    def backward_op(ctx: Any, grad_out: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        # the template runs without a graph, so the chain is run again with one
+        *heads, given = ctx.genattn_inputs
+        leaves = [x.detach().requires_grad_() for x in heads]
+        with torch.enable_grad():
+            again = chain(tuple(leaves), given, world, rank)
+        return torch.autograd.grad(again, leaves, grad_out)
 
     template = _template()
     assert template is not None
     out: torch.Tensor = template(
-        *tensors, mask, scale=scale, forward_op=forward_op, backward_op=_no_backward, _parallel_config=config
+        *tensors, mask, scale=scale, forward_op=forward_op, backward_op=backward_op, _parallel_config=config
     )
     return out
 
 
-def _no_backward(*args: Any, **kwargs: Any) -> Any:
-    raise GenAttnError("context-parallel training is not supported under plugins, got a backward pass; remove the handle first")
+def enable_ulysses(model: Any, degree: int, tokens: int) -> None:
+    """Share the tokens of one clip among `degree` GPUs; nothing for a degree of 1.
+
+    tokens: of the sequence, a multiple of degree; so must be the number of heads. Raises GenAttnError with the reason when
+    this process, machine or model cannot.
+    """
+    if degree == 1:
+        return
+    reason = why_not_enable(model, degree, tokens)
+    if reason:
+        raise GenAttnError(f"context_parallel={degree} cannot be served: {reason}")
+    from diffusers import ContextParallelConfig
+
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree))
+
+
+def why_not_enable(model: Any, degree: int, tokens: int) -> str:
+    """The reason why `enable_ulysses` cannot serve, empty when it can."""
+    import torch.distributed as dist
+
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    heads = model.config.get("num_attention_heads", 0)
+    if _template() is None or getattr(model, "_cp_plan", None) is None:
+        return f"diffusers has no context-parallel plan for {type(model).__name__}"
+    if heads % degree or tokens % degree:
+        return f"{heads} heads and {tokens} tokens must both be multiples of it"
+    if torch.cuda.device_count() < degree:
+        return f"it needs {degree} CUDA GPUs, this machine has {torch.cuda.device_count()}"
+    if world != degree:
+        return f"it needs {degree} processes, there are {world}; start with: accelerate launch --num_processes {degree}"
+    return ""
 
 
 @lru_cache(maxsize=1)

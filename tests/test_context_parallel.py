@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 
 from genattn import GenAttnError, TokenLayout
-from genattn.context_parallel import _no_backward, gathered, why_not_ulysses
+from genattn.context_parallel import enable_ulysses, gathered, why_not_enable, why_not_ulysses
 from genattn.token_layout import Segment
 
 
@@ -41,8 +41,33 @@ def test_what_is_refused() -> None:
     config = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=True)
     assert "unevenly" in why_not_ulysses(SimpleNamespace(context_parallel_config=config))
     assert "not diffusers'" in why_not_ulysses(object())
-    with pytest.raises(GenAttnError, match="training"):
-        _no_backward()
+
+
+def test_sharing_a_clip_is_refused_with_the_reason() -> None:
+    from genattn.pipelines.tiny_random import build_model
+
+    model = build_model("wan")
+    enable_ulysses(model, 1, 7)  # nothing to do
+    with pytest.raises(GenAttnError, match="context_parallel=2 cannot be served"):
+        enable_ulysses(model, 2, 48)
+    if torch.cuda.device_count() < 2:
+        assert "2 CUDA GPUs, this machine has" in why_not_enable(model, 2, 48)
+    assert "heads and 49 tokens" in why_not_enable(model, 2, 49)
+    assert "no context-parallel plan" in why_not_enable(build_model("animatediff"), 2, 48)
+
+
+def _gradients(model: Any, inputs: dict[str, Any], world: int) -> dict[str, torch.Tensor]:
+    """Of the query and output projections; each rank holds the part of its own tokens."""
+    import torch.distributed as dist
+
+    model.zero_grad()
+    model(**inputs, return_dict=False)[0].square().mean().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and ("to_q." in n or "to_out.0." in n)}
+    assert found
+    if world > 1:
+        for gradient in found.values():
+            dist.all_reduce(gradient)
+    return {name: gradient.clone() for name, gradient in found.items()}
 
 
 def _rank(rank: int, folder: str, family: str) -> None:
@@ -69,6 +94,7 @@ def _rank(rank: int, folder: str, family: str) -> None:
     settings = {"dense_steps": 0, "dense_layers": 0}
     with apply(single, RadialPattern(), **settings):
         sparse = forward(single)
+        wanted = _gradients(single, inputs, 1)
     dense = forward(single)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     stock = forward(model)
@@ -79,6 +105,8 @@ def _rank(rank: int, folder: str, family: str) -> None:
         torch.testing.assert_close(forward(model), sparse, atol=1e-5, rtol=1e-5)
         report = handle.report()
         assert report.sparse_calls == report.calls > 0, report.dense_reasons
+        for name, gradient in _gradients(model, inputs, 2).items():
+            torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
     assert torch.equal(forward(model), stock)
     Path(folder, f"done{rank}").write_text("ok")
     dist.destroy_process_group()

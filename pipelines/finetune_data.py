@@ -1,0 +1,217 @@
+"""Clips and captions for fine-tuning, from a folder or a webdataset tar; what cannot be used is listed, never dropped silently.
+
+folder   a.mp4 + a.txt, b.mp4 + b.txt ...          or clips beside one metadata.jsonl / metadata.csv (file_name, text)
+tar      key.mp4 + key.txt, or key.mp4 + key.json with "caption" or "text"      (webdataset's convention)
+"""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from genattn.errors import GenAttnError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+CAPTION_NAMES = ("text", "caption", "prompt")
+FILE_NAMES = ("file_name", "file", "video")
+
+Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """One clip that has a caption. name: relative path or tar member. container: the tar, None for a plain file."""
+
+    name: str
+    caption: str
+    path: Path
+    member: str | None = None
+
+    def read_bytes(self) -> bytes:
+        """The encoded clip."""
+        if self.member is None:
+            return self.path.read_bytes()
+        with tarfile.open(self.path) as archive:
+            file = archive.extractfile(self.member)
+            if file is None:
+                raise OSError(f"{self.member} is no file")
+            return file.read()
+
+
+@dataclass
+class Dataset:
+    """Clips to train on. skipped: (name, reason) of everything that was found and cannot be used."""
+
+    clips: list[ClipSource] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note a clip that cannot be used."""
+        self.skipped.append((name, reason))
+
+    def summary(self) -> str:
+        """One line per skipped clip under a head line."""
+        head = f"{len(self.clips)} clips, {len(self.skipped)} skipped"
+        return "\n".join([head, *(f"  skipped {name}: {reason}" for name, reason in self.skipped)])
+
+
+def find_clips(source: Path) -> Dataset:
+    """The clips of a folder, a tar, or a folder of tars, in the order of their names.
+
+    Raises GenAttnError when there is nothing to train on: no such path, no clip, or no clip with a caption.
+    """
+    if not source.exists():
+        raise GenAttnError(f"--data must name a folder or a .tar of clips, but there is no {str(source)!r}")
+    dataset = Dataset()
+    tars = [source] if source.is_file() else sorted(source.glob("*.tar"))
+    if source.is_file() and source.suffix != ".tar":
+        raise GenAttnError(f"--data must name a folder or a .tar of clips, got the file {str(source)!r}")
+    for tar in tars:
+        _from_tar(tar, dataset)
+    if not source.is_file():
+        _from_folder(source, dataset)
+    if not dataset.clips and not dataset.skipped:
+        raise GenAttnError(f"--data must hold clips ({', '.join(VIDEO_SUFFIXES)}) with captions, found none in {source}")
+    check_any(dataset)
+    return dataset
+
+
+def check_any(dataset: Dataset) -> None:
+    """Raise GenAttnError, with the first reasons, when no clip is left."""
+    if not dataset.clips:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in dataset.skipped[:5])
+        raise GenAttnError(f"no clip of the dataset can be used, {len(dataset.skipped)} were skipped: {reasons}")
+
+
+def _from_folder(folder: Path, dataset: Dataset) -> None:
+    captions = _metadata(folder)
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    for path in videos:
+        name = path.relative_to(folder).as_posix()
+        text = captions.pop(name, None)
+        beside = path.with_suffix(".txt")
+        if text is None and beside.is_file():
+            text = _decoded(beside.read_bytes())
+        _add(dataset, name, text, path)
+    for name in captions:
+        dataset.skip(name, "named in the metadata, but there is no such clip")
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    """{clip: caption} of metadata.jsonl or metadata.csv, empty without one."""
+    lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if lines.is_file():
+        rows = [_json_object(text, f"{lines}, line {i}") for i, text in enumerate(lines.read_text("utf-8").splitlines(), 1)]
+        return _captions(rows, lines)
+    if table.is_file():
+        with table.open(newline="", encoding="utf-8") as file:
+            return _captions(list(csv.DictReader(file)), table)
+    return {}
+
+
+def _captions(rows: Sequence[Mapping[str, object]], source: Path) -> dict[str, str]:
+    found = {}
+    for row in rows:
+        name = next((row[n] for n in FILE_NAMES if row.get(n)), None)
+        text = next((row[n] for n in CAPTION_NAMES if row.get(n)), None)
+        if name is None:
+            raise GenAttnError(f"each row of {source} must name its clip as one of {', '.join(FILE_NAMES)}, got {dict(row)}")
+        found[PurePosixPath(str(name)).as_posix()] = "" if text is None else str(text)
+    return found
+
+
+def _json_object(text: str, place: str) -> Mapping[str, object]:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise GenAttnError(f"{place} must be a JSON object, got {text[:60]!r} ({error})") from None
+    if not isinstance(row, dict):
+        raise GenAttnError(f"{place} must be a JSON object, got {text[:60]!r}")
+    return row
+
+
+def _from_tar(tar: Path, dataset: Dataset) -> None:
+    """webdataset: members with equal names up to the first dot are one sample."""
+    samples: dict[str, dict[str, str]] = {}
+    try:
+        with tarfile.open(tar) as archive:
+            texts = {}
+            for member in archive.getmembers():
+                if not member.isfile():
+                    continue
+                place = PurePosixPath(member.name)
+                key, _, suffix = place.name.partition(".")
+                samples.setdefault(f"{place.parent}/{key}", {})[f".{suffix.lower()}"] = member.name
+                if suffix.lower() in ("txt", "json"):
+                    file = archive.extractfile(member)
+                    texts[member.name] = file.read() if file is not None else b""
+    except tarfile.TarError as error:
+        raise GenAttnError(f"{tar} cannot be read as a tar ({error}); make it again") from None
+    for parts in samples.values():
+        video = next((parts[s] for s in VIDEO_SUFFIXES if s in parts), None)
+        if video is not None:
+            _add(dataset, f"{tar.name}/{video}", _tar_caption(parts, texts), tar, video)
+
+
+def _tar_caption(parts: Mapping[str, str], texts: Mapping[str, bytes]) -> str | None:
+    if ".txt" in parts:
+        return _decoded(texts[parts[".txt"]])
+    if ".json" in parts:
+        row = _json_object(_decoded(texts[parts[".json"]]) or "", parts[".json"])
+        return next((str(row[n]) for n in CAPTION_NAMES if row.get(n)), "")
+    return None
+
+
+def _decoded(content: bytes) -> str | None:
+    try:
+        return content.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return None
+
+
+def _add(dataset: Dataset, name: str, text: str | None, path: Path, member: str | None = None) -> None:
+    if text is None:
+        dataset.skip(name, "no caption (a .txt of the same name, or a row of the metadata)")
+    elif not text.strip():
+        dataset.skip(name, "its caption is empty")
+    else:
+        dataset.clips.append(ClipSource(name, text.strip(), path, member))
+
+
+def read_clip(source: ClipSource, frames: int, height: int, width: int) -> Frames:
+    """The first `frames` frames, cut to the asked shape around the middle and scaled: uint8 [frames, height, width, 3].
+
+    Raises GenAttnError with the reason when the clip cannot serve.
+    """
+    import av
+
+    try:
+        with av.open(io.BytesIO(source.read_bytes())) as container:
+            found = [_fitted(frame, height, width) for frame in _first(container, frames)]
+    except (av.FFmpegError, OSError, IndexError, tarfile.TarError) as error:
+        raise GenAttnError(f"it cannot be read as a video ({str(error).splitlines()[0]})") from None
+    if len(found) < frames:
+        raise GenAttnError(f"it has {len(found)} frames and {frames} are needed")
+    return np.stack(found)
+
+
+def _first(container: "av.container.InputContainer", count: int) -> Iterator["av.VideoFrame"]:  # type: ignore[name-defined] # noqa: F821
+    for index, frame in enumerate(container.decode(video=0)):
+        if index == count:
+            return
+        yield frame
+
+
+def _fitted(frame: "av.VideoFrame", height: int, width: int) -> Frames:  # type: ignore[name-defined] # noqa: F821
+    """Scaled until it covers the asked shape, then cut around the middle."""
+    scale = max(height / frame.height, width / frame.width)
+    tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
+    picture = frame.reformat(width=wide, height=tall, format="rgb24").to_ndarray()
+    top, left = (tall - height) // 2, (wide - width) // 2
+    return np.ascontiguousarray(picture[top : top + height, left : left + width])
