@@ -6,7 +6,14 @@ from typing import Any, NoReturn
 
 import typer
 
-from genattn.apps import commands_hunt, commands_kernels, commands_long, commands_patterns, commands_sampling
+from genattn.apps import (
+    commands_comfyui,
+    commands_hunt,
+    commands_kernels,
+    commands_long,
+    commands_patterns,
+    commands_sampling,
+)
 from genattn.errors import GenAttnError
 
 app = typer.Typer(
@@ -28,6 +35,7 @@ app.command("plan")(commands_patterns.plan_command)
 app.command("show")(commands_patterns.show_command)
 app.command("doctor")(commands_kernels.doctor_command)
 app.add_typer(commands_kernels.bench_app, name="bench")
+app.add_typer(commands_comfyui.comfyui_app, name="comfyui")
 
 # typer carried click's exceptions from outside, then from within: its own names lead to whichever it raises
 _REFUSALS = tuple(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

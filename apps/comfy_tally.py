@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,4 +77,5 @@ def _name_of(slot: Any) -> str:
     if slot is None:
         return "nothing"
     named = slot if hasattr(slot, "__qualname__") else type(slot)
-    return f"{named.__module__}.{named.__qualname__}"
+    # ComfyUI names the modules of custom nodes by their whole path
+    return f"{Path(named.__module__).name}.{named.__qualname__}"
