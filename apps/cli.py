@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import typer
 
 from genattn.apps import (
+    commands_app,
     commands_comfyui,
     commands_hunt,
     commands_kernels,
@@ -34,6 +35,7 @@ app.command("simulate")(commands_patterns.simulate_command)
 app.command("plan")(commands_patterns.plan_command)
 app.command("show")(commands_patterns.show_command)
 app.command("doctor")(commands_kernels.doctor_command)
+app.command("app")(commands_app.app_command)
 app.add_typer(commands_kernels.bench_app, name="bench")
 app.add_typer(commands_comfyui.comfyui_app, name="comfyui")
 

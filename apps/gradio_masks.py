@@ -39,8 +39,8 @@ class FrameSheet:
     @property
     def scale(self) -> int:
         """Pixels a token takes."""
-        wanted = min(8, max(2, len(self.shown) // 2), len(self.shown))
-        return max(1, min(24, (_SHEET_WIDTH // max(wanted, 1) - _GAP) // self.grid[2], 480 // self.grid[1]))
+        wanted = min(len(self.shown), 4 if len(self.shown) <= 12 else 6)
+        return max(1, min(24, (_SHEET_WIDTH // wanted - _GAP) // self.grid[2], 480 // self.grid[1]))
 
     @property
     def columns(self) -> int:
@@ -83,6 +83,9 @@ class FrameSheet:
             if self.scale >= 6:  # a hair between tokens
                 big[:: self.scale], big[:, :: self.scale] = _PAPER, _PAPER
             sheet.paste(Image.fromarray(big), (left, top))
+            if frame == query[0] and self.scale < 14:  # one small square is easily overlooked
+                middle = (left + (query[2] + 0.5) * self.scale, top + (query[1] + 0.5) * self.scale)
+                pen.circle(middle, self.scale / 2 + 7, outline=_MARK, width=2)
             pen.text((left, top - 4), f"frame {frame}", _MARK if frame == query[0] else _INK, font, anchor="ls")
         return sheet
 

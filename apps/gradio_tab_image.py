@@ -132,7 +132,6 @@ def image_tab(session: Session) -> dict[str, Any]:
         fn=draw,
         cache_examples=True,
         cache_mode="lazy",
-        api_name="image_example",
         label="Examples: drawn at the first click, then kept",
     )
     return {"heads": heads, "report": report, "event": event, "first": (propose, [heads, model], heads)}

@@ -98,7 +98,6 @@ def video_tab(session: Session) -> dict[str, Any]:
         fn=film,
         cache_examples=True,
         cache_mode="lazy",
-        api_name="video_example",
         label="Examples: made at the first click, then kept",
     )
     return {"report": report, "event": event}
