@@ -4,6 +4,7 @@ import functools
 
 from torch import nn
 
+from genattn.errors import GenAttnError
 from genattn.layouts import image, video
 from genattn.layouts.family import Family
 
@@ -19,3 +20,13 @@ def family_of(model: nn.Module) -> Family | None:
     """The family of a denoiser, by the name of its class or of a base class; None when it is not known."""
     table = _by_class()
     return next((table[base.__name__] for base in type(model).__mro__ if base.__name__ in table), None)
+
+
+def register_family(family: Family) -> None:
+    """Make the denoiser classes of `family` known in this process; a class that was known follows the new family.
+
+    Raises GenAttnError when the family names no class or no list of blocks.
+    """
+    if not family.models or not family.stacks:
+        raise GenAttnError(f"a family must name its classes and stacks, got models={family.models} and stacks={family.stacks}")
+    _by_class().update({name: family for name in family.models})

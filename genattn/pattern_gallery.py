@@ -1,8 +1,8 @@
-"""The pictures and tables of docs/patterns.md, made from the code.
+"""The pictures and tables of docs/radial.md and docs/neighborhood.md, made from the code.
 
-    python -m genattn.pattern_gallery docs/patterns.md assets/figures
+    python -m genattn.pattern_gallery                        in a checkout; or: ... docs assets/figures
 
-Tables stand in the page between `<!-- table: name -->` and `<!-- end -->`; everything between is replaced.
+Tables stand in the pages between `<!-- table: name -->` and `<!-- end -->`; everything between is replaced.
 """
 
 import re
@@ -103,9 +103,10 @@ def simulator_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"density": density_table, "holes": holes_table, "simulator": simulator_table}
+PAGES = {"radial.md": ("density", "holes"), "neighborhood.md": ("simulator",)}
 
 
-def fill_tables(page: str, names: Sequence[str] = tuple(TABLES)) -> str:
+def fill_tables(page: str, names: Sequence[str]) -> str:
     """`page` with the named tables made anew. Raises GenAttnError if the page lacks one."""
     for name in names:
         slot = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -206,11 +207,12 @@ def _x(values: Sequence[int]) -> str:
     return "x".join(map(str, values))
 
 
-def main(page: str, folder: str) -> None:
-    """Rewrite the tables of `page` and the pictures in `folder`."""
-    path = Path(page)
-    path.write_text(fill_tables(path.read_text()))
-    for figure in draw_all(Path(folder)):
+def main(pages: str = "docs", figures: str = "assets/figures") -> None:
+    """Rewrite the tables of the pages in the folder `pages` and the pictures in `figures`."""
+    for name, tables in PAGES.items():
+        page = Path(pages) / name
+        page.write_text(fill_tables(page.read_text(), tables))
+    for figure in draw_all(Path(figures)):
         print(figure)
 
 
