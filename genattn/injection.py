@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from genattn.context_parallel import gathered, ulysses, why_not_ulysses
 from genattn.denoiser import HERE, INJECTION, checkpoints_carry, current_run, denoiser_class, other_cache_context, run_of
+from genattn.errors import GenAttnError
 from genattn.families import family_of
 from genattn.plugin import AttentionCall, CallRecord, Plugin, Run
 from genattn.report import event_pair
@@ -21,6 +22,9 @@ from genattn.steps import StepTracker
 
 if TYPE_CHECKING:
     from genattn.inject import Handle
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_OFF = "switched off (enabled=False)"
 
 
 class Injection:
@@ -35,6 +39,7 @@ class Injection:
         self.found = find_sites(model, name, self.family)
         self.blocks = 1 + max((site.depth for _, site in self.found), default=-1)
         self.marks: list[Mark] = []
+        self._plugins: list[Plugin] = []
         self._wrappers: list[Plugin] = []
         self._processors: dict[int, tuple[Any, list[str]]] = {}
 
@@ -73,6 +78,20 @@ class Injection:
         self._processors.clear()
         self.marks.clear()
 
+    def refuse_split(self, plugins: Iterable[Plugin], config: Any = None) -> None:
+        """Raise GenAttnError where attention is split over devices in a way that one of the plugins cannot follow.
+
+        config: what a processor was told; the model's own where none is given.
+        """
+        if config is None:
+            config = self.model.__dict__.get("_parallel_config")
+            if getattr(config, "context_parallel_config", None) is None:
+                return
+        reason = why_not_ulysses(config)
+        names = [type(plugin).__name__ for plugin in plugins if plugin.touches_attention]
+        if reason and names:
+            raise GenAttnError(f"{', '.join(names)} on {self.model.__class__.__name__} must see whole sequences, but {reason}")
+
     def sync(self) -> None:
         """Mark processors that came after us: fused projections, IP-Adapter, set_attn_processor."""
         for module, _ in self.found:
@@ -82,22 +101,25 @@ class Injection:
 
     def _chain_up(self) -> None:
         pairs = [(plugin, handle) for handle in self.handles for plugin in handle.plugins]
+        self._plugins = [plugin for plugin, _ in pairs]
         self._wrappers = [plugin for plugin, _ in pairs if type(plugin).forward is not Plugin.forward]
         editors = [(plugin, handle) for plugin, handle in pairs if type(plugin).attention is not Plugin.attention]
         editors.sort(key=lambda pair: pair[0].answers)
         for mark in self.marks:
             mark.chain = tuple((plugin, handle) for plugin, handle in editors if plugin.wants(mark.site))
+            mark.handles = tuple(dict.fromkeys(handle for _, handle in mark.chain))
 
     def forward(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The whole of one forward: read the root, run the plugins' wrappers, then stock."""
         self.sync()
         kwargs, told = self.inputs.take_options(kwargs)
         run = self._begin(args, kwargs, told)
+        self.refuse_split(p for p in self._plugins if not _is_off(p, run))
         for handle in self.handles:
             handle.before_forward(self, run)
-        chain = self._stock_with_layout(stock, args, kwargs)
+        chain = self._stock_with_layout(stock, args, kwargs) if self._wrappers else stock
         for plugin in reversed(self._wrappers):
-            if run.options_of(plugin).get("enabled", True):
+            if not _is_off(plugin, run):
                 chain = _wrapped(plugin, chain)
         with current_run(run), checkpoints_carry(self.model, run):
             result = chain(*args, **kwargs)
@@ -110,9 +132,9 @@ class Injection:
         for handle in self.handles:
             merged.update(handle.current_options)
         merged.update(told)
-        for handle in self.handles:
+        for handle in self.handles if told else ():
             handle.check_options(told)
-        bound = self.inputs.bind(self.model, args, kwargs)
+        bound = self.inputs.bind(args, kwargs)
         pass_name, cache_told = (self.cache[-1][0], self.cache[-1][1]) if self.cache else (None, {})
         timestep = self.inputs.timestep(bound)
         rising = self.family is not None and self.family.rising
@@ -144,9 +166,9 @@ class Injection:
 
         def call(*given: Any, **named: Any) -> Any:
             run = run_of(self.model)
-            if run is None or (given is args and named is kwargs):
+            if run is None or _same_objects(given, args, named, kwargs):
                 return stock(*given, **named)
-            layout, why = self.inputs.layout(self.model, self.inputs.bind(self.model, given, named))
+            layout, why = self.inputs.layout(self.model, self.inputs.bind(given, named))
             if layout == run.layout:
                 return stock(*given, **named)
             with current_run(replace(run, layout=layout, why_no_layout=why)):
@@ -165,7 +187,7 @@ class Injection:
     def attend(
         self,
         mark: Mark,
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        tensors: Tensors,
         mask: Any,
         flags: dict[str, Any],
         core: StockCore,
@@ -178,25 +200,28 @@ class Injection:
         )
         if core.parallel_config is not None:
             return self._attend_parallel(mark, tensors, mask, flags, core, run)
-        layout = layout_at(mark.site, self.family, run, tensors[0].shape[1], tensors[1].shape[1])
+        queries, keys = tensors[0].shape[1], tensors[1].shape[1]
+        reason = _why_all_stay_out(mark, run, queries)
+        if reason:
+            return _untouched(mark, tensors, mask, flags, core, reason)
+        layout = layout_at(mark.site, self.family, run, queries, keys)
         call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
         return _timed(mark, call, core)
 
     def _attend_parallel(
         self,
         mark: Mark,
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        tensors: Tensors,
         mask: Any,
         flags: dict[str, Any],
         core: StockCore,
         run: Run,
     ) -> torch.Tensor:
-        """The chain on gathered tokens and some of the heads; stock code, and the reason noted, where that cannot be."""
+        """The chain on gathered tokens and some of the heads; where that cannot be, stock code for plugins that do nothing."""
         reason = why_not_ulysses(core.parallel_config)
         if reason:
-            call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=None, record=CallRecord(), **flags)
-            call.record.stayed_dense(reason)
-            return _timed(mark, call, core, chain=())
+            self.refuse_split((p for p, _ in mark.chain if not _is_off(p, run)), core.parallel_config)
+            return _untouched(mark, tensors, mask, flags, core, reason)
 
         def chain(gathered_tensors: Any, given: Any, world: int, rank: int) -> torch.Tensor:
             tokens, heads = gathered_tensors[0].shape[1:3]
@@ -220,16 +245,49 @@ class Injection:
         return ulysses(tensors, mask, flags["scale"], core.parallel_config, chain)
 
 
-def _timed(mark: Mark, call: AttentionCall, core: StockCore, chain: tuple[Any, ...] | None = None) -> torch.Tensor:
+def _untouched(mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], core: StockCore, reason: str) -> torch.Tensor:
+    """The call as stock would have it, counted."""
+    events, began = event_pair(tensors[0]), time.perf_counter()
+    out = core(*tensors, mask, **flags)
+    _count(mark, tensors[0], tensors[1].shape[1], CallRecord(reason=reason), began, events)
+    return out
+
+
+def _timed(mark: Mark, call: AttentionCall, core: StockCore) -> torch.Tensor:
     """The call through the chain, counted by every handle that has a plugin in it."""
     events, began = event_pair(call.query), time.perf_counter()
-    out = _through(mark.chain if chain is None else chain, 0, call, core)
+    out = _through(mark.chain, 0, call, core)
+    _count(mark, call.query, call.key.shape[1], call.record, began, events)
+    return out
+
+
+def _count(mark: Mark, query: torch.Tensor, keys: int, record: CallRecord, began: float, events: Any) -> None:
     seconds = time.perf_counter() - began
     if events is not None:
         events[1].record()
-    for handle in dict.fromkeys(handle for _, handle in mark.chain):
-        handle.count(mark.site, call, seconds, events)
-    return out
+    for handle in mark.handles:
+        handle.count(mark.site, query, keys, record, seconds, events)
+
+
+def _why_all_stay_out(mark: Mark, run: Run, queries: int) -> str:
+    """The reason for which no plugin at this site has anything to do with the call; empty when one must be asked."""
+    reason = ""
+    for plugin, _ in mark.chain:
+        reason = _OFF if _is_off(plugin, run) else plugin.stays_out(run, mark.site, queries)
+        if not reason:
+            break
+    return reason
+
+
+def _is_off(plugin: Plugin, run: Run) -> bool:
+    return not run.options_of(plugin).get("enabled", True)
+
+
+def _same_objects(given: tuple[Any, ...], args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a plugin passed on exactly what it got."""
+    if len(given) != len(args) or named.keys() != kwargs.keys():
+        return False
+    return all(a is b for a, b in zip(given, args)) and all(named[name] is kwargs[name] for name in named)
 
 
 def _wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,7 +303,7 @@ def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: Stoc
     if place == len(chain):
         return core(call.query, call.key, call.value, call.mask, call.scale, call.is_causal, call.enable_gqa)
     plugin = chain[place][0]
-    if not call.run.options_of(plugin).get("enabled", True):
-        call.record.stayed_dense("switched off (enabled=False)")
+    if _is_off(plugin, call.run):
+        call.record.stayed_dense(_OFF)
         return _through(chain, place + 1, call, core)
     return plugin.attention(call, lambda inner: _through(chain, place + 1, inner, core))

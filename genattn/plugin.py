@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from genattn.errors import GenAttnError
 from genattn.token_layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -161,6 +162,18 @@ class Plugin(ABC):  # noqa: B024
     def begin_run(self, run: Run) -> None:  # noqa: B027
         """Called before the first forward of every sampling run; forget what belongs to the last one."""
 
+    @property
+    def touches_attention(self) -> bool:
+        """Whether `attention` ever does more than hand calls on."""
+        return type(self).attention is not Plugin.attention
+
+    def stays_out(self, run: Run, site: AttentionSite, tokens: int) -> str:
+        """Why `attention` would only hand a call of `tokens` queries on to `inner`; empty when it has to be asked.
+
+        When every plugin at a site stays out, the stock core is called directly, and the last one's reason is counted.
+        """
+        return ""
+
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Answer one attention call, [B, Sq, H, D]."""
         return inner(call)
@@ -172,3 +185,12 @@ class Plugin(ABC):  # noqa: B024
     def describe(self) -> dict[str, Any]:
         """Settings and counters for `report()`, JSON-ready."""
         return {"plugin": type(self).__name__}
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, JSON-ready, for `PluginConfig`. Raises GenAttnError where a plugin has no saved form."""
+        raise GenAttnError(f"{type(self).__name__} cannot be saved: it must name its settings; define settings()")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "Plugin":
+        """A fresh plugin from what `settings` gave; lists may stand for tuples."""
+        return cls(**settings)

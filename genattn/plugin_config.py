@@ -1,14 +1,13 @@
 """Plugins and their settings as a versioned JSON file, beside a model or on the hub.
 
-    PluginConfig.of(RadialPattern(), schedule=Schedule(dense_steps=0.3)).save_pretrained("folder")
+    PluginConfig.of(RadialPattern(), SoftPAG("L2H1"), schedule=Schedule(dense_steps=0.3)).save_pretrained("folder")
     handle = apply(pipe, *PluginConfig.from_pretrained("folder").plugins())
 
 Names and settings only: what a file may name stands in a fixed table, and nothing in it is executed.
 """
 
-import json
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib import import_module
 from os import PathLike
 from typing import Any
@@ -18,14 +17,18 @@ from diffusers.utils import PushToHubMixin
 
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
-from genattn.patterns.pattern_json import pattern_from_dict, pattern_to_dict
 from genattn.plugin import Plugin
 from genattn.schedule import Schedule
 from genattn.sparse_plugin import SparsePlugin
 
 FORMAT_VERSION = 1
 # resolved when a file names them, so that reading a pattern needs no guidance
-_MODULES = {"SoftPAG": "genattn.guidance.softpag", "BroadWay": "genattn.guidance.broadway"}
+_MODULES = {
+    "SparsePlugin": "genattn.sparse_plugin",
+    "SoftPAG": "genattn.guidance.softpag",
+    "BroadWay": "genattn.guidance.broadway",
+    "EnhanceAVideo": "genattn.guidance.enhance_a_video",
+}
 _FIELDS = frozenset({"format_version", "plugins"})
 
 
@@ -75,35 +78,24 @@ class PluginConfig(ConfigMixin, PushToHubMixin):  # type: ignore[misc]
 
 def _settings(plugin: Plugin) -> dict[str, Any]:
     name = type(plugin).__name__
-    if isinstance(plugin, SparsePlugin):
-        schedule = json.loads(json.dumps(asdict(plugin.schedule)))
-        return {"type": name, "pattern": pattern_to_dict(plugin.pattern), "schedule": schedule, "impl": plugin.impl}
-    if name not in _MODULES or not hasattr(plugin, "to_config"):
-        raise GenAttnError(f"{name} cannot be saved; plugins with a saved form are SparsePlugin, {', '.join(_MODULES)}")
-    return {"type": name, **plugin.to_config()}
+    if name not in _MODULES or _class(name) is not type(plugin):
+        raise GenAttnError(f"{name} cannot be saved; plugins with a saved form are {', '.join(_MODULES)}")
+    return {"type": name, **plugin.settings()}
 
 
 def _plugin(settings: Mapping[str, Any]) -> Plugin:
     given = dict(settings)
     name = given.pop("type", None)
-    if name == "SparsePlugin":
-        return _sparse(given)
     if name not in _MODULES:
-        raise GenAttnError(f"a plugin's type must be SparsePlugin, {' or '.join(_MODULES)}, got {name!r}")
-    cls = getattr(import_module(_MODULES[name]), name)
-    try:
-        plugin: Plugin = cls(**given)
-    except TypeError as error:
-        raise GenAttnError(f"settings of {name}: {error}") from None
-    return plugin
+        raise GenAttnError(f"a plugin's type must be one of {', '.join(_MODULES)}, got {name!r}")
+    cls = _class(name)
+    known = list(inspect.signature(cls).parameters)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise GenAttnError(f"unknown settings {unknown}; a {name} has {', '.join(known)}")
+    return cls.from_settings(given)
 
 
-def _sparse(given: dict[str, Any]) -> SparsePlugin:
-    unknown = sorted(set(given) - {"pattern", "schedule", "impl"})
-    if unknown or "pattern" not in given:
-        raise GenAttnError(f"a SparsePlugin has pattern, schedule and impl, got {sorted(given)}")
-    schedule = dict(given.get("schedule") or {})
-    strange = sorted(set(schedule) - Schedule.names())
-    if strange:
-        raise GenAttnError(f"unknown settings {strange}; a schedule has {', '.join(sorted(Schedule.names()))}")
-    return SparsePlugin(pattern_from_dict(given["pattern"]), Schedule(**schedule), given.get("impl", "auto"))
+def _class(name: str) -> type[Plugin]:
+    found: type[Plugin] = getattr(import_module(_MODULES[name]), name)
+    return found

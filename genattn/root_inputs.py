@@ -1,5 +1,6 @@
 """What a denoiser's inputs tell: per-call options, the timestep, the layout of the tokens, the pass."""
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ class RootInputs:
     """Reader of the arguments of one class of denoisers."""
 
     def __init__(self, stock: type, family: Family | None) -> None:
-        self.signature = signature_of(stock)
+        self.names = tuple(signature_of(stock).parameters)[1:]
         self.family = family
         self._memo: tuple[Any, TokenLayout | None, str] | None = None
 
@@ -29,7 +30,7 @@ class RootInputs:
         told: dict[str, Any] = {}
         for name in CARRIERS:
             carried = kwargs.get(name)
-            if isinstance(carried, Mapping) and OPTION_KEY in carried:
+            if carried and isinstance(carried, Mapping) and OPTION_KEY in carried:
                 rest = dict(carried)
                 options = rest.pop(OPTION_KEY)
                 if not isinstance(options, Mapping):
@@ -40,19 +41,18 @@ class RootInputs:
                 kwargs = {**kwargs, name: rest or None}
         return kwargs, told
 
-    def bind(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments by name; empty when they do not fit (the stock forward will say so itself)."""
-        try:
-            return dict(self.signature.bind_partial(model, *args, **kwargs).arguments)
-        except TypeError:
-            return {}
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name; where they do not fit, the stock forward will say so itself."""
+        return {**dict(zip(self.names, args)), **kwargs}
 
     def timestep(self, bound: Mapping[str, Any]) -> float | None:
         """The largest entry of a scalar, per-sample, per-frame or per-token timestep."""
         value = bound.get(self.family.timestep if self.family else "timestep")
         if value is None:
             return None
-        return float(value.max()) if isinstance(value, torch.Tensor) else float(value)
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            value = value.max()
+        return float(value)
 
     def layout(self, model: nn.Module, bound: Mapping[str, Any]) -> tuple[TokenLayout | None, str]:
         """(layout of the self or joint attention, "") or (None, why there is none)."""
@@ -76,7 +76,9 @@ def _shape_key(bound: Mapping[str, Any], reads_values: tuple[str, ...]) -> list[
     key: list[Any] = []
     for name, value in bound.items():
         if isinstance(value, torch.Tensor):
-            key.append((name, tuple(value.shape), weakref.ref(value) if name in reads_values else None, value._version))
+            # an inference tensor counts no changes, so it is never taken for the one before
+            version = math.nan if value.is_inference() else value._version
+            key.append((name, tuple(value.shape), weakref.ref(value) if name in reads_values else None, version))
         elif isinstance(value, (int, float, str, tuple, list)):
             key.append((name, _frozen(value), None, 0))
     return key

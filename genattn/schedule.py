@@ -7,6 +7,7 @@ arXiv:2506.19852, section 5.1). Steps are fractions of the run or counts; raw ti
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from genattn.errors import GenAttnError
@@ -49,13 +50,16 @@ class Schedule:
         if isinstance(self.min_tokens, bool) or self.min_tokens < 0:
             raise GenAttnError(f"min_tokens must be a number of tokens >= 0, got {self.min_tokens!r}")
 
-    @classmethod
-    def names(cls) -> frozenset[str]:
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def names() -> frozenset[str]:
         """The settings that may also come as per-call options."""
-        return frozenset(f.name for f in fields(cls))
+        return frozenset(f.name for f in fields(Schedule))
 
     def with_options(self, options: Mapping[str, Any]) -> "Schedule":
         """This schedule with those of its settings that `options` names."""
+        if not options:
+            return self
         changes = {name: value for name, value in options.items() if name in self.names()}
         return replace(self, **changes) if changes else self
 

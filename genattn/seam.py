@@ -52,7 +52,8 @@ class Mark:
         self.site, self.owner = site, owner
         self.number = next(self._numbers)
         self.handle = torch.tensor(self.number)
-        self.chain: tuple[Any, ...] = ()
+        self.chain: tuple[tuple[Any, Any], ...] = ()  # (plugin, its handle), the outermost first
+        self.handles: tuple[Any, ...] = ()
         Mark.living[self.number] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -85,7 +86,8 @@ def _marking_call(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         mark = attn.__dict__.get(MARK)
-        if mark is None:
+        # a compiled graph takes every mark along: plugins may come to it later
+        if mark is None or not (torch.compiler.is_compiling() or mark.chain):
             return stock(self, attn, *args, **kwargs)
         before = CURRENT.mark
         CURRENT.mark = mark

@@ -15,6 +15,7 @@ from genattn.kernels.block_plan import BlockPlan
 from genattn.masks import key_mask
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
+from genattn.patterns.pattern_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
 from genattn.schedule import Schedule
 
@@ -131,12 +132,29 @@ class SparsePlugin(Plugin):
         """`key_mask`, read once for a tensor that all layers share: reading it waits for the device."""
         if call.mask is None:
             return None, ""
-        version = getattr(call.mask, "_version", None)
+        counts = isinstance(call.mask, torch.Tensor) and not call.mask.is_inference()
+        version = call.mask._version if counts else None
         if self._mask is not None and self._mask[0][0]() is call.mask and self._mask[0][1:] == (version, call.query.shape[:2]):
             return self._mask[1]  # type: ignore[no-any-return]
         answer = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
         self._mask = ((weakref.ref(call.mask), version, call.query.shape[:2]), answer)
         return answer
+
+    def settings(self) -> dict[str, Any]:
+        """Pattern, schedule, backend, as a file holds them."""
+        return {"pattern": pattern_to_dict(self.pattern), "schedule": plain(asdict(self.schedule)), "impl": self.impl}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "SparsePlugin":
+        """See Plugin.from_settings. Raises GenAttnError for an unknown pattern or setting of the schedule."""
+        given = dict(settings)
+        if "pattern" not in given:
+            raise GenAttnError(f"a SparsePlugin has pattern, schedule and impl, got {sorted(given)}")
+        schedule = dict(given.pop("schedule", None) or {})
+        strange = sorted(set(schedule) - Schedule.names())
+        if strange:
+            raise GenAttnError(f"unknown settings {strange}; a schedule has {', '.join(sorted(Schedule.names()))}")
+        return cls(pattern_from_dict(given.pop("pattern")), Schedule(**schedule), **given)
 
     def describe(self) -> dict[str, Any]:
         """Pattern, schedule, backend."""

@@ -28,6 +28,7 @@ from genattn.guidance.frame_marginal import EditedAttention, KeyFrames, edited_a
 from genattn.guidance.frame_marginal_approx import pooled_edit
 from genattn.guidance.temporal_map import EditScalars, MapEdit, parse_energy, resize_anchor
 from genattn.masks import key_mask
+from genattn.patterns.pattern_json import plain
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
 from genattn.token_layout import TokenLayout
 
@@ -112,6 +113,7 @@ class BroadWay(Plugin):
             raise GenAttnError(f"stop must be above start, got start={start} and stop={stop}; 0 and 0.2 guide the first fifth")
         # a window keeps both of its ends; a fifth of fifty steps is ten of them, not eleven
         self.window = Window(start, max(start, stop - 1e-8), sigma_start, sigma_stop)
+        conditional = tuple(conditional) if isinstance(conditional, list) else conditional  # as JSON gives it
         if conditional not in ("auto", "all") and not (
             isinstance(conditional, tuple) and len(conditional) == 2 and 0.0 <= conditional[0] < conditional[1] <= 1.0
         ):
@@ -122,7 +124,7 @@ class BroadWay(Plugin):
             raise GenAttnError(f"method must be one of {', '.join(METHODS)}, got {method!r}; 'exact' is the definition")
         if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
             raise GenAttnError(f"pool must be an integer >= 1, got {pool!r}; 1 averages nothing")
-        self.blocks, self.anchor = blocks, anchor
+        self.blocks, self.anchor, self._stop = blocks, anchor, stop
         self.conditional, self.method, self.pool = conditional, method, pool
         self.keep_first_frame = keep_first_frame
         self.report = BroadWayReport()
@@ -142,6 +144,12 @@ class BroadWay(Plugin):
         if name not in PRESETS:
             raise GenAttnError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}; or give alpha, beta and tau")
         return cls(**{**PRESETS[name], **changes})
+
+    def settings(self) -> dict[str, Any]:
+        """See Plugin.settings."""
+        names = ("blocks", "anchor", "conditional", "method", "pool", "keep_first_frame")
+        own = {name: getattr(self, name) for name in names}
+        return plain({**vars(self.edit), **self.window.settings(), "stop": self._stop, **own})
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """Choose the guided attentions of a denoiser.

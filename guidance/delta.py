@@ -8,7 +8,7 @@ prediction be given the spread of the clean one (`rescale`, arXiv 2305.08891, se
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -75,6 +75,10 @@ class Window:
         low = -math.inf if self.sigma_stop is None else self.sigma_stop
         high = math.inf if self.sigma_start is None else self.sigma_start
         return low <= run.sigma <= high
+
+    def settings(self) -> dict[str, float | None]:
+        """The bounds by name, as plugins take them."""
+        return asdict(self)
 
     def steps(self, num_steps: int) -> list[int]:
         """The steps of a run of `num_steps` that the fractions let through."""

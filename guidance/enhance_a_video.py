@@ -69,6 +69,11 @@ class EnhanceAVideo(Plugin):
             raise GenAttnError(f"preset must be one of {', '.join(WEIGHTS)}, got {name!r}; or give weight")
         return cls(**{"weight": WEIGHTS[name], **changes})
 
+    def settings(self) -> dict[str, Any]:
+        """See Plugin.settings."""
+        blocks = list(self.blocks) if self.blocks is not None else None
+        return {"weight": self.weight, "blocks": blocks, **self.window.settings()}
+
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """Find the full attentions of a denoiser."""
         pool = sorted((s for s in sites if s.kind in ("self", "joint")), key=lambda s: s.depth)

@@ -100,6 +100,15 @@ def parse_head(name: str) -> Head:
     return int(match[1]), int(match[2])
 
 
+def plain_heads(heads: HeadsLike) -> str | list[str] | dict[str, float]:
+    """A request for heads, JSON-ready and readable again: (layer, head) pairs are written as names."""
+    if isinstance(heads, str):
+        return heads
+    if isinstance(heads, Mapping):
+        return {name if isinstance(name, str) else head_name(name): float(u) for name, u in heads.items()}
+    return [name if isinstance(name, str) else head_name(name) for name in heads]
+
+
 def describe_layers(layers: LayerMap) -> str:
     """ "L0-23 with heads H0-23 each", for messages."""
     if not layers:

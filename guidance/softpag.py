@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -25,7 +25,7 @@ from genattn.guidance.block_swap import Bypass, PrefixReuse, Recorder
 from genattn.guidance.delta import DeltaRule, Projection, Window
 from genattn.guidance.head_set import HeadSet
 from genattn.guidance.head_tap import HeadTap, TappedModel
-from genattn.guidance.heads import HeadsLike
+from genattn.guidance.heads import HeadsLike, plain_heads
 from genattn.guidance.pass_role import PassReader, PassRole
 from genattn.guidance.perturbation import HeadMix
 from genattn.guidance.prediction import leaves, take_call, take_rows, with_leaves
@@ -140,6 +140,35 @@ class SoftPAG(HeadTap):
         return cls(found, **{**known, **settings})
 
     # ---- the plugin
+
+    def settings(self) -> dict[str, Any]:
+        """See Plugin.settings; a head set goes in whole."""
+        chosen = self.heads.to_dict() if isinstance(self.heads, HeadSet) else self.heads and plain_heads(self.heads)
+        rule = self.rule
+        return {
+            "heads": chosen,
+            "u": self.u,
+            "scale": rule.scale,
+            "target": self.target,
+            **self.window.settings(),
+            "adaptive": rule.adaptive,
+            "rescale": rule.rescale,
+            "projection": asdict(rule.projection) if rule.projection is not None else None,
+            "mode": self.mode,
+            "layout": self.layout,
+            "reuse_prefix": self.reuse_prefix,
+            "per_sample": [plain_heads(part) for part in self.per_sample] if self.per_sample is not None else None,
+        }
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "SoftPAG":
+        """See Plugin.from_settings."""
+        given = dict(settings)
+        if isinstance(given.get("heads"), Mapping) and "format" in given["heads"]:
+            given["heads"] = HeadSet.from_dict(given["heads"], "the settings of SoftPAG")
+        if given.get("projection") is not None:
+            given["projection"] = _projection(given["projection"])
+        return cls(**given)
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """Find the heads; raises GenAttnError if this model cannot be guided as asked."""
@@ -350,3 +379,10 @@ class GuidedStep:
     state: _State
     rule: DeltaRule
     weight: float
+
+
+def _projection(settings: Mapping[str, Any]) -> Projection:
+    known = [f.name for f in fields(Projection)]
+    if set(settings) - set(known):
+        raise GenAttnError(f"a projection has {', '.join(known)}, got {sorted(settings)}; drop the others")
+    return Projection(**settings)

@@ -420,7 +420,11 @@ def test_save_pretrained_is_untouched(tmp_path: Any) -> None:
     again = type(model).from_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "WanTransformer3DModel"
     inputs = build_inputs("wan")
-    assert torch.equal(forward(again, inputs), forward(model, inputs))
+    saved, kept = again.state_dict(), model.state_dict()
+    assert saved.keys() == kept.keys()
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)
+    # weights mapped from a file lie at other addresses, and BLAS may take another path for them
+    torch.testing.assert_close(forward(again, inputs), forward(model, inputs))
 
 
 def test_two_models_in_two_threads() -> None:

@@ -41,7 +41,7 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
         raise GenAttnError(f"a pattern to be saved must be one of {', '.join(TYPES)}, got {name}")
     settings = {f.name: getattr(pattern, f.name) for f in fields(pattern)}  # type: ignore[arg-type]
     defaults = {f.name: f.default for f in fields(pattern)}  # type: ignore[arg-type]
-    return {"type": name, **{k: _plain(v) for k, v in settings.items() if v != defaults[k]}}
+    return {"type": name, **{k: plain(v) for k, v in settings.items() if v != defaults[k]}}
 
 
 def pattern_from_dict(settings: Mapping[str, Any]) -> Pattern:
@@ -81,10 +81,13 @@ def load_pattern(path: str | Path) -> Pattern:
     return pattern_from_dict(content["pattern"])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` with tuples as lists and patterns as dicts, through lists and dicts."""
     if isinstance(value, Pattern):
         return pattern_to_dict(value)
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _rich(value: Any) -> Any:
