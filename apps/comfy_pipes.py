@@ -42,11 +42,9 @@ class Pipe:
     @contextlib.contextmanager
     def applied(self) -> Iterator[Any]:
         """The pipeline with its plugins on; gives the handle, None without plugins."""
-        if not self.plugins:
-            yield None
-            return
-        with genattn.apply(self.pipe, *self.plugins) as handle:
-            yield handle
+        # ComfyUI runs nodes in inference mode, whose tensors other code may not keep
+        with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
+            yield stack.enter_context(genattn.apply(self.pipe, *self.plugins)) if self.plugins else None
 
 
 def load(model: str, dtype: str, device: str, offline: bool) -> Pipe:
