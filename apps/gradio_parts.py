@@ -159,7 +159,7 @@ def size_fields(session: Session, model: str | None, frames: bool, steps: bool =
 def missing_model(kind: str) -> gr.Markdown:
     """What a tab says whose kind of model the server does not have."""
     return gr.Markdown(
-        f"> **This server has no {kind} model.** Start it with one: `genattn app --model PATH_OR_ID` "
+        f"**This server has no {kind} model.** Start it with one: `genattn app --model PATH_OR_ID` "
         "(a folder in diffusers format, or a hub id). The other tabs work without it.",
         elem_classes="notice",
     )

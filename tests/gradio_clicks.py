@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = "/usr/bin/chromium"
-PATIENCE = 240_000
+PATIENCE = 600_000
 TABS = ("Image", "Video", "Long video", "Mask explorer", "HeadHunter", "Report")
 
 

@@ -82,7 +82,7 @@ def url(session: Session, outside: list[Any]) -> Iterator[str]:
 def _client(url: str) -> Any:
     from gradio_client import Client
 
-    return Client(url, verbose=False)
+    return Client(url, verbose=False, httpx_kwargs={"timeout": 120})
 
 
 @pytest.fixture(scope="module")
