@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-all lint types bench tables clean
+.PHONY: install demo test test-all lint types bench tables evidence clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,9 @@ bench: install
 
 tables: install
 	$(BIN)/python -m genattn.apps.readme_parts
+
+evidence: install
+	$(BIN)/genattn evidence
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ from diffusers import DDIMScheduler
 from genattn.apps.bench_rows import append_rows, provenance
 from genattn.apps.published_shapes import BOUNDS, SPARSITIES
 from genattn.patterns.radial import RadialPattern
+from genattn.scale import radial_density
 from genattn.token_layout import TokenLayout
 
 FOLDER = Path("assets/bench")
@@ -34,24 +35,8 @@ def density_rows() -> list[dict[str, Any]]:
             layout = TokenLayout.from_grid((frames, *FRAME))
             tiles = RadialPattern(variant=variant, decay=1.0).plan(layout, 128, 128).density  # type: ignore[arg-type]
             row = {"variant": variant, "frames": frames, "tokens_per_frame": math.prod(FRAME), "tokens": layout.seqlen}
-            rows.append(row | {"tile_density": tiles, "token_density": _token_density(frames, math.prod(FRAME))})
+            rows.append(row | {"tile_density": tiles, "token_density": radial_density(frames, math.prod(FRAME))})
     return rows
-
-
-def _token_density(frames: int, tokens: int) -> float:
-    """Share of visible pairs by Eq. 4 itself, without tiles: sink, windows, and one place in every q-th frame."""
-    seen = 0.0
-    for apart in range(frames):
-        reach = 2 ** math.floor(math.log2(max(apart, 1)))
-        width = tokens // reach - 1  # |k - l| + 1 <= s / 2^r
-        if width >= 0:
-            pairs = tokens + 2 * sum(tokens - k for k in range(1, min(width, tokens - 1) + 1))
-        else:
-            pairs = tokens if apart % math.ceil(reach / tokens) == 0 else 0
-        # of the pairs of frames `apart`, one direction has frame 0 as key and is seen whole
-        ordered = (frames - apart) * (1 if apart == 0 else 2)
-        seen += pairs * (ordered - 1) + tokens**2
-    return seen / (frames * tokens) ** 2
 
 
 def sparsity_rows() -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ import typer
 from genattn.apps import (
     commands_app,
     commands_comfyui,
+    commands_evidence,
+    commands_finetune,
     commands_hunt,
     commands_kernels,
     commands_long,
@@ -31,9 +33,11 @@ app.command("explain")(commands_sampling.explain_command)
 app.command("measure")(commands_long.measure_command)
 app.command("long")(commands_long.long_command)
 app.command("hunt")(commands_hunt.hunt_command)
+app.command("finetune")(commands_finetune.finetune_command)
 app.command("simulate")(commands_patterns.simulate_command)
 app.command("plan")(commands_patterns.plan_command)
 app.command("show")(commands_patterns.show_command)
+app.command("evidence")(commands_evidence.evidence_command)
 app.command("doctor")(commands_kernels.doctor_command)
 app.command("app")(commands_app.app_command)
 app.add_typer(commands_kernels.bench_app, name="bench")
