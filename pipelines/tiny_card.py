@@ -14,9 +14,8 @@ from pathlib import Path
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_denoiser import POSITION_CHANNELS
 from genattn.pipelines.tiny_evaluate import provenance
-from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults
+from genattn.pipelines.tiny_export import DEFAULTS_FILE, JOURNAL, GenerationDefaults
 
-JOURNAL = "journal.jsonl"
 CARD = """---
 license: apache-2.0
 library_name: diffusers

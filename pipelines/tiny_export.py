@@ -21,6 +21,7 @@ from genattn.pipelines.tiny_text import build_tokenizer
 from genattn.pipelines.tiny_vae import widen_latents
 
 DEFAULTS_FILE = "genattn_defaults.json"
+JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def assemble(run_dir: Path, size: DenoiserSize | None = None) -> tuple[WanPipeli
 def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: DenoiserSize | None = None) -> int:
     """Write a run's pipeline to `folder`, whole or not at all; returns the number of training steps behind it.
 
-    A README.md already there is kept. The transformer and autoencoder are stored in float16; the text encoder, small,
-    in float32, as transformers would load a 16-bit one in 16 bit.
+    A README.md already there is kept, and the run's journal goes along, so that training can go on from the folder. The
+    transformer and autoencoder are stored in float16; the text encoder, small, in float32, as transformers would load a
+    16-bit one in 16 bit.
     """
     pipeline, steps = assemble(run_dir, size)
     half_written = folder.with_name(folder.name + ".part")
@@ -89,8 +91,9 @@ def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Deno
     pipeline.save_pretrained(half_written)
     _forget_origins(half_written)
     (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
-    if (folder / "README.md").exists():
-        shutil.copy2(folder / "README.md", half_written / "README.md")
+    for kept in (folder / "README.md", run_dir / JOURNAL):
+        if kept.exists():
+            shutil.copy2(kept, half_written / kept.name)
     shutil.rmtree(folder, ignore_errors=True)
     half_written.rename(folder)
     return steps

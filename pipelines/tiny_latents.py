@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_vae import still_convolutions, to_model_range
-from genattn.pipelines.tiny_world import caption, render, sample_scene
+from genattn.pipelines.tiny_world import caption, render, sample_scene, settle
 
 SHARD = 64
 
@@ -33,6 +33,7 @@ def cache_latents(
     frames: int = 29,
     size: int = 64,
     two_objects: float = 0.15,
+    settled: bool = False,
 ) -> int:
     """Render, caption and encode training scenes, a shard of 64 at a time; existing shards are kept.
 
@@ -44,6 +45,7 @@ def cache_latents(
         frames: pixel frames T of each clip; 1 caches the first frame of each clip as a still.
         size: pixels of height and width.
         two_objects: share of two-object scenes.
+        settled: draw every object at its usual place, so that a caption says all there is to see.
 
     Returns:
         How many shards the folder holds of those asked for.
@@ -58,6 +60,7 @@ def cache_latents(
             if time.monotonic() - begun > minutes * 60:
                 continue
             scenes = [sample_scene(seed, two_objects=two_objects) for seed in range(SHARD * number, SHARD * (number + 1))]
+            scenes = [settle(scene) for scene in scenes] if settled else scenes
             parts = []
             for first in range(0, SHARD, 8):
                 clips = np.stack([render(scene, max(frames, 2), size, size)[:frames] for scene in scenes[first : first + 8]])

@@ -14,6 +14,7 @@ The joint attention sees those zeros, 256 of them by default; training shows the
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,15 +29,17 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_card import device_name, folder_bytes, journal
+from genattn.pipelines.tiny_denoiser import object_weight
 from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults
 from genattn.pipelines.tiny_text import build_tokenizer
 from genattn.pipelines.tiny_trainer import TrainSettings, step_generator, train
 from genattn.pipelines.tiny_vae import to_model_range, training_clips
-from genattn.pipelines.tiny_world import caption, render, sample_scene
+from genattn.pipelines.tiny_world import caption, render, sample_scene, settle
 
 PHASES = ("vae", "transformer", "export")
 TEXT_TOKENS, TEXT_WIDTH = 24, 64
@@ -110,10 +113,31 @@ class TinySd3(nn.Module):
         """Predicted velocity [B, 4, h, w] of latents at noise levels sigma [B]; ids int [B, 24], `missing` zeros for T5."""
         parts = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         embeds = torch.cat([part.hidden_states[-2] for part in parts], -1)
-        embeds = torch.cat([embeds, embeds.new_zeros(len(ids), missing, embeds.shape[-1])], 1)
+        embeds = torch.cat([embeds, embeds.new_zeros(len(ids), 1, embeds.shape[-1])], 1)
         pooled = torch.cat([part.text_embeds for part in parts], -1)
-        out: torch.Tensor = self.transformer(noisy, embeds, pooled, sigma * 1000, return_dict=False)[0]
+        with RepeatedLastKey(missing):
+            out: torch.Tensor = self.transformer(noisy, embeds, pooled, sigma * 1000, return_dict=False)[0]
         return out
+
+
+class RepeatedLastKey(TorchFunctionMode):
+    """Within, every attention weighs its last key as if it stood there `times` times.
+
+    The zeros in place of T5's answer carry no position, so they stay equal through every block: one of them with
+    log(times) added to its logits is exact, at a third of the work.
+    """
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.bias = math.log(times)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            key = args[1]
+            bias = key.new_zeros(1, 1, 1, key.shape[-2])
+            bias[..., -1] = self.bias
+            kwargs = {**(kwargs or {}), "attn_mask": bias}
+        return func(*args, **(kwargs or {}))
 
 
 def _clip(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModelWithProjection:
@@ -155,10 +179,12 @@ def image_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Genera
     return (weight / weight.mean() * (error + 2.0 * error**2)).mean() + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
 
 
-def draw_stills(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """Pictures [batch, 3, 64, 64] in [-1, 1] of random training scenes, with their captions."""
+def draw_stills(batch: int, generator: torch.Generator, settled: float = 0.0) -> tuple[torch.Tensor, list[str]]:
+    """Pictures [batch, 3, 64, 64] in [-1, 1] of random training scenes, a share `settled` at usual places, with captions."""
     seeds = torch.randint(0, 2**31, (batch,), generator=generator).tolist()
     scenes = [sample_scene(seed, two_objects=TWO_OBJECTS) for seed in seeds]
+    at_rest = round(settled * batch)
+    scenes = [*map(settle, scenes[:at_rest]), *scenes[at_rest:]]
     clips = np.stack([render(scene, 1, SIZE, SIZE) for scene in scenes])
     return to_model_range(clips)[:, :, 0], [caption(scene) for scene in scenes]
 
@@ -193,12 +219,15 @@ def load_image_vae(run_dir: Path) -> AutoencoderKL:
 def train_joint_transformer(
     run_dir: Path, accelerator: Accelerator, settings: TrainSettings, batch: int = 64, size: Sd3Size | None = None
 ) -> int:
-    """Train text encoders and transformer on latents made as they are needed; returns the steps done."""
+    """Train text encoders and transformer on latents made as they are needed; returns the steps done.
+
+    For a third of the steps every object is at its usual place, then half of them are (why: `tiny_wan.train_transformer`).
+    """
     set_seed(settings.seed)
     vae, tokenizer = load_image_vae(run_dir).to(accelerator.device).requires_grad_(False), caption_tokenizer()
 
     def loss_of(model: nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
-        images, captions = draw_stills(batch, generator)
+        images, captions = draw_stills(batch, generator, settled=1.0 if step < settings.steps // 3 else 0.5)
         latents = vae.encode(images.to(accelerator.device)).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return velocity_loss(model, latents, tokenize_captions(tokenizer, captions), generator)
@@ -226,7 +255,8 @@ def velocity_loss(model: nn.Module, latents: torch.Tensor, ids: torch.Tensor, ge
     missing = MISSING_T5_LENGTHS[int(torch.randint(len(MISSING_T5_LENGTHS), (1,), generator=generator))]
     level = sigma.view(-1, 1, 1, 1)
     predicted = model((1 - level) * latents + level * noise, sigma, ids, missing)
-    return (predicted.float() - (noise - latents)).square().mean()
+    weight = object_weight(latents[:, :, None])[:, :, 0]
+    return ((predicted.float() - (noise - latents)).square() * weight).mean()
 
 
 def assemble_sd3(run_dir: Path, size: Sd3Size | None = None) -> tuple[StableDiffusion3Pipeline, int]:

@@ -169,3 +169,29 @@ def widen_latents(vae: AutoencoderKLWan, channels: int) -> AutoencoderKLWan:
             target[torch.tensor(rows)[:, None], torch.tensor(columns)[None]] = value
     wide.quant_conv.bias[new + old :] = -20.0
     return wide.eval()
+
+
+@torch.no_grad()
+def narrow_latents(vae: AutoencoderKLWan, channels: int) -> AutoencoderKLWan:
+    """Undo `widen_latents`: the same autoencoder without its last `channels` latent channels, in float32.
+
+    Raises:
+        GenAttnError: unless some latent channels are left.
+    """
+    config: Any = vae.config
+    new = config.z_dim - channels
+    if channels < 1 or new < 1:
+        raise GenAttnError(f"channels must be in [1, {config.z_dim - 1}], got {channels}; leave at least one")
+    statistics = {name: list(config[name][:new]) for name in ("latents_mean", "latents_std")}
+    narrow = AutoencoderKLWan.from_config({**config, "z_dim": new, **statistics})
+    moments = torch.tensor([*range(new), *range(config.z_dim, config.z_dim + new)])
+    weights = vae.state_dict()
+    for name, target in narrow.state_dict().items():
+        value = weights[name]
+        for axis in range(min(target.ndim, 2)):
+            if value.shape[axis] != target.shape[axis]:
+                # moments are [means, log variances]; a decoder's side has means alone
+                kept = moments if target.shape[axis] == 2 * new else moments[:new]
+                value = value.index_select(axis, kept)
+        target.copy_(value)
+    return narrow.eval()

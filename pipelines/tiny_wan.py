@@ -27,6 +27,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_card import device_name, folder_bytes, journal, write_card
+from genattn.pipelines.tiny_continue import adopt, start_from
 from genattn.pipelines.tiny_denoiser import (
     POSITION_CHANNELS,
     DenoiserSize,
@@ -37,10 +38,10 @@ from genattn.pipelines.tiny_denoiser import (
 )
 from genattn.pipelines.tiny_evaluate import FIRST_SEED, Sampling, append_rows, evaluate, evaluation_scenes
 from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults, export
-from genattn.pipelines.tiny_latents import cache_latents, load_latents, measure_latents
+from genattn.pipelines.tiny_latents import SHARD, cache_latents, load_latents, measure_latents
 from genattn.pipelines.tiny_text import build_tokenizer
 from genattn.pipelines.tiny_trainer import TrainSettings, step_generator, train
-from genattn.pipelines.tiny_vae import build_vae, psnr, still_convolutions, training_clips, vae_loss
+from genattn.pipelines.tiny_vae import CLIP_FRAMES, build_vae, psnr, still_convolutions, training_clips, vae_loss
 
 PHASES = ("vae", "latents", "transformer", "export")
 STILL_BATCH, FRAME_BATCH, CLIP_BATCH = 32, 40, 8
@@ -69,12 +70,14 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, 
 
 
 def make_latents(run_dir: Path, accelerator: Accelerator, clips: range, stills: range, minutes: float) -> tuple[int, int]:
-    """Encode shards of training clips and stills; returns how many of each there are now."""
+    """Encode shards of training clips and stills, and half as many of settled ones; returns how many of the first there are."""
     vae = load_vae(run_dir).to(accelerator.device)
     counts = (
         cache_latents(vae, run_dir / "stills", stills, minutes, frames=1),
         cache_latents(vae, run_dir / "clips", clips, minutes),
     )
+    for kind, shards, frames in (("stills", stills, 1), ("clips", clips, CLIP_FRAMES)):
+        cache_latents(vae, run_dir / f"settled-{kind}", range((len(shards) + 1) // 2), minutes, frames, settled=True)
     statistics = run_dir / "latents.json"
     if not statistics.exists() and counts[1]:
         mean, std = measure_latents(load_latents(run_dir / "clips")[0])
@@ -135,29 +138,36 @@ def train_transformer(
     frame_steps: int,
     size: DenoiserSize | None = None,
     compile_blocks: bool = False,
+    begin_with: Path | None = None,
     on_save: Callable[[nn.Module, int], None] | None = None,
 ) -> int:
-    """Stills until `still_steps`, single frames from anywhere in a clip, a whole one every third step, until
+    """Settled stills until `still_steps`, single frames from anywhere in a clip, a whole one every third step, until
     `frame_steps`, then whole clips.
 
-    Every tenth step after the stills is one of stills, lest a single frame be forgotten. Returns the steps done.
+    Every tenth step after the stills is one of stills, lest a single frame be forgotten. Of the rest every other one shows
+    settled scenes: where an object wanders, its shape can hardly be told from its caption while the noise hides the place,
+    and shapes are learned last or never; where it does not, they are learned with the colours. `begin_with` is an exported
+    pipeline whose weights a run without a checkpoint begins with. Returns the steps done.
     """
     set_seed(settings.seed)
     batches = LatentBatches(run_dir)
     model = TinyDenoiser(batches.mean.shape[0] + POSITION_CHANNELS, len(batches.tokenizer), size)
+    if begin_with is not None and not (run_dir / "transformer.safetensors").exists():
+        start_from(model, begin_with)
     if compile_blocks:
         model.transformer.compile_repeated_blocks(dynamic=False)
 
     def loss_of(module: Any, step: int, generator: torch.Generator) -> torch.Tensor:
+        settled = "settled-" if step < still_steps or step % 2 else ""
         if step < still_steps or step % 10 == 0:
-            latents, ids = batches.draw("stills", STILL_BATCH, generator)
+            latents, ids = batches.draw(f"{settled}stills", STILL_BATCH, generator)
             latents = with_positions(latents)
         elif step < frame_steps and step % 3:
-            clips, ids = batches.draw("clips", FRAME_BATCH, generator)
+            clips, ids = batches.draw(f"{settled}clips", FRAME_BATCH, generator)
             frames = torch.randint(clips.shape[2], (FRAME_BATCH, 1), generator=generator)
             latents = with_positions(clips[torch.arange(FRAME_BATCH)[:, None], :, frames].transpose(1, 2), frames)
         else:
-            latents, ids = batches.draw("clips", CLIP_BATCH, generator)
+            latents, ids = batches.draw(f"{settled}clips", CLIP_BATCH, generator)
             latents = with_positions(latents)
         return flow_loss(module, latents.to(accelerator.device), ids, batches.empty, generator)
 
@@ -169,6 +179,8 @@ def run_training(options: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.mixed_precision)
     run_dir, device = options.run_dir, device_name(options.cpu)
     common = {"minutes": options.minutes, "seed": options.seed}
+    if options.begin_with is not None:
+        adopt(run_dir, options.begin_with)
     if "vae" in options.phases:
         settings = TrainSettings(options.vae_steps, learning_rate=8e-4, save_minutes=2.0, **common)
         with journal(run_dir, "vae", device) as done:
@@ -176,12 +188,15 @@ def run_training(options: argparse.Namespace) -> None:
     if "latents" in options.phases:
         clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
         with journal(run_dir, "latents", device) as done:
-            done["stills"], done["clips"] = make_latents(run_dir, accelerator, clips, stills, options.minutes)
+            shards = make_latents(run_dir, accelerator, clips, stills, options.minutes)
+            done["stills"], done["clips"] = (SHARD * count for count in shards)
     if "transformer" in options.phases:
         settings = TrainSettings(options.steps, learning_rate=options.learning_rate, decay=options.decay, **common)
         curriculum = options.still_steps, options.frame_steps
         with journal(run_dir, "transformer", device) as done:
-            done["steps"] = train_transformer(run_dir, accelerator, settings, *curriculum, compile_blocks=options.compile)
+            done["steps"] = train_transformer(
+                run_dir, accelerator, settings, *curriculum, compile_blocks=options.compile, begin_with=options.begin_with
+            )
     if "export" in options.phases:
         defaults = GenerationDefaults(steps=options.sampling_steps, guidance_scale=options.guidance_scale)
         steps = export(run_dir, options.out, defaults)
@@ -230,6 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--frame-steps", type=int, default=16000, help="step until which the rest are single frames of clips")
     training.add_argument("--learning-rate", type=float, default=1.3e-3, help="peak rate of the transformer")
     training.add_argument("--decay", type=float, default=0.1, help="share of the steps over which the rate falls")
+    training.add_argument("--begin-with", type=Path, help="an exported pipeline to go on from: its autoencoder and weights")
     training.add_argument("--out", type=Path, default=Path("assets/tiny-wan"), help="where the pipeline is exported to")
     training.add_argument("--sampling-steps", type=int, default=25, help="denoising steps written as the default")
     training.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale written as the default")

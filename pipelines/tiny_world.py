@@ -11,7 +11,7 @@ frames and any size show the same scene. All shapes of one size cover the same a
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,11 @@ def sample_scene(seed: int, held_out: bool = False, two_objects: float = 0.2) ->
         second = _sample_object(rng, False, pair)
         if first.colour != second.colour and _share_lanes(first.motion, second.motion):
             return Scene((first, second), background)
+
+
+def settle(scene: Scene) -> Scene:
+    """The same scene with every object at its usual place and orbits begun at the same point: all that its caption says."""
+    return Scene(tuple(replace(thing, offset=(0.0, 0.0), phase=0.0) for thing in scene.objects), scene.background)
 
 
 def caption(scene: Scene) -> str:

@@ -141,3 +141,15 @@ def test_the_tokenizer_survives_saving(tokenizer, tmp_path):
 def test_heads_that_do_not_divide_the_text_width_are_refused():
     with pytest.raises(GenAttnError, match="heads must divide width"):
         build_text_encoder(100, width=30, heads=4)
+
+
+def test_objects_weigh_more_and_the_mean_weight_is_one():
+    latents = 0.1 * torch.rand(2, 3, 4, 8, 8)
+    latents[0, 1, :, 4, 4] = 2.0
+    weight = denoiser.object_weight(latents)
+    assert weight.shape == (2, 1, 4, 8, 8)
+    assert float(weight.mean()) == pytest.approx(1.0)
+    around = weight[0, 0, 0, 3:6, 3:6]
+    assert (around == around[0, 0]).all()
+    assert float(around[0, 0] / weight[0, 0, 0, 0, 0]) == pytest.approx(denoiser.OBJECT_WEIGHT)
+    assert (weight[1] == weight[1, 0, 0, 0, 0]).all()

@@ -137,6 +137,19 @@ def test_added_channels_change_nothing(vae):
         torch.testing.assert_close(wide.decode(noisy).sample, vae.decode(narrow.mean).sample)
 
 
+def test_taking_the_added_channels_away_gives_the_same_autoencoder(vae):
+    back = tiny_vae.narrow_latents(tiny_vae.widen_latents(vae, 3), 3)
+    assert back.config.latents_std == vae.config.latents_std
+    for name, value in vae.state_dict().items():
+        torch.testing.assert_close(back.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("channels", [0, 4])
+def test_no_channels_left_is_refused(vae, channels):
+    with pytest.raises(GenAttnError, match=rf"channels must be in \[1, 3\], got {channels}"):
+        tiny_vae.narrow_latents(vae, channels)
+
+
 def test_no_channels_to_add_is_refused(vae):
     with pytest.raises(GenAttnError, match="channels must be >= 1, got 0"):
         tiny_vae.widen_latents(vae, 0)

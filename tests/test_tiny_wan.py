@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genattn.errors import GenAttnError
 from genattn.pipelines import tiny_card, tiny_wan
+from genattn.pipelines.tiny_continue import adopt
 from genattn.pipelines.tiny_denoiser import POSITION_CHANNELS, DenoiserSize
 from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults, assemble, export
-from genattn.pipelines.tiny_trainer import TrainSettings
-from genattn.pipelines.tiny_vae import build_vae
+from genattn.pipelines.tiny_trainer import TrainSettings, step_generator
+from genattn.pipelines.tiny_vae import build_vae, training_clips
 
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "tiny-wan"
 SMALL = DenoiserSize(2, 12, 1, 24)
@@ -50,7 +51,7 @@ def test_the_shipped_pipeline_is_whole_and_stock(shipped):
 def test_the_shipped_folder_is_small_and_holds_no_pickle():
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md"}
     assert {path.suffix for path in files} >= {".json", ".safetensors", ".md"}
 
 
@@ -132,6 +133,29 @@ def test_a_run_trains_resumes_and_exports(run_dir, tmp_path, monkeypatch):
     for name, value in direct.transformer.state_dict().items():
         torch.testing.assert_close(loaded.transformer.state_dict()[name].float(), value, atol=2e-3, rtol=2e-3)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_training_goes_on_from_the_shipped_folder(shipped, tmp_path):
+    adopt(tmp_path, SHIPPED)
+    clip = training_clips(1, 5, 64, step_generator(0, 0))
+    vae = tiny_wan.load_vae(tmp_path)
+    with torch.no_grad():
+        narrow, wide = vae.encode(clip).latent_dist.mode(), shipped.vae.encode(clip).latent_dist.mode()
+        torch.testing.assert_close(narrow, wide[:, : narrow.shape[1]])
+        torch.testing.assert_close(vae.decode(narrow).sample, shipped.vae.decode(wide).sample)
+    tiny_wan.make_latents(tmp_path, Accelerator(cpu=True), range(0), range(1), minutes=10)
+    mean, _ = tiny_wan.latent_statistics(tmp_path)
+    assert len(mean) + POSITION_CHANNELS == shipped.vae.config.z_dim
+    settings = TrainSettings(1, learning_rate=1e-9, save_minutes=1e9)
+    assert tiny_wan.train_transformer(tmp_path, Accelerator(cpu=True), settings, 1, 1, begin_with=SHIPPED) == 1
+    trained, _ = assemble(tmp_path)
+    for name, value in trained.transformer.state_dict().items():
+        torch.testing.assert_close(value, shipped.transformer.state_dict()[name].float(), atol=1e-6, rtol=1e-6)
+
+
+def test_only_a_pipeline_folder_can_be_gone_on_from(tmp_path):
+    with pytest.raises(GenAttnError, match="without model_index.json; export one"):
+        adopt(tmp_path / "run", tmp_path)
 
 
 def test_the_command_line_trains_the_autoencoder_and_keeps_a_journal(tmp_path):

@@ -150,3 +150,12 @@ def test_a_single_frame_shows_the_middle_of_the_clip():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(GenAttnError, match=message):
         call()
+
+
+def test_a_settled_scene_is_all_that_its_caption_says():
+    for seed in range(20):
+        scene = world.sample_scene(seed, two_objects=0.5)
+        settled = world.settle(scene)
+        assert world.caption(settled) == world.caption(scene)
+        read_back = world.parse_caption(world.caption(scene))
+        np.testing.assert_array_equal(world.render(settled, 5), world.render(read_back, 5))
