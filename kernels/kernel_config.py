@@ -39,26 +39,33 @@ def tile_sizes(device: torch.device, head_dim: int) -> tuple[int, int]:
     arch = arch_of(device)
     if arch == "cpu":
         return 128, 128
-    block_q, block_k = _settings(arch)[_row(head_dim)]["tile"]
+    block_q, block_k = settings_of(arch)[table_row(head_dim)]["tile"]
     return block_q, block_k
 
 
 def launch_of(kernel: str, arch: str, head_dim: int, block: int) -> Launch:
     """Settings for `kernel` ("forward", "dq" or "dkv") walking tiles of `block` lanes."""
-    warps, stages, split, fine = _settings("sm_90" if arch == "cpu" else arch)[_row(head_dim)][kernel]
+    warps, stages, split, fine = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim)][kernel]
     # a step of a matrix product needs 16 lanes
     return Launch(warps, stages, *(max(1, min(n, block // 16)) for n in (split, fine)))
 
 
-def _row(head_dim: int) -> str:
+def table_row(head_dim: int) -> str:
+    """Row of the table that serves a head dim."""
     return "64" if head_dim <= 64 else "128" if head_dim <= 128 else "256"
 
 
 @lru_cache(maxsize=16)
-def _settings(arch: str) -> dict[str, dict[str, list[int]]]:
+def settings_of(arch: str) -> dict[str, dict[str, list[int]]]:
+    """The table of an architecture, {row: {"tile" or kernel: numbers}}, with what was measured on this machine."""
     table: dict[str, dict[str, list[int]]] = json.loads(Path(__file__).with_name("configs.json").read_text())[arch]
-    measured = cache_folder() / f"tune-{arch}.json"
+    measured = measured_table(arch)
     if measured.is_file():
         for row, entries in json.loads(measured.read_text()).items():
             table[row] = {**table[row], **entries}
     return table
+
+
+def measured_table(arch: str) -> Path:
+    """Where the settings measured on this machine are kept."""
+    return cache_folder() / f"tune-{arch}.json"

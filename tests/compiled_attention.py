@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from genattn.kernels import block_sparse_backward_kernel, block_sparse_kernel
 from genattn.kernels.block_plan import dense_plan, run_tiles
 from genattn.kernels.block_sparse_triton import dkv_arguments, dq_arguments, forward_arguments
-from genattn.kernels.kernel_config import _settings
+from genattn.kernels.kernel_config import settings_of, table_row
 from genattn.kernels.random_plan import plan_from_rule, random_grid_rule
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -86,7 +86,7 @@ def plan_for(block_q, block_k, partial):
 
 def launches(arch, dim, dtype, partial):
     """(name, kernel, arguments) of the shipped settings."""
-    plan = plan_for(*_settings(arch)["64" if dim <= 64 else "128" if dim <= 128 else "256"]["tile"], partial)
+    plan = plan_for(*settings_of(arch)[table_row(dim)]["tile"], partial)
     q, k, v, out, grad = (torch.empty(1, 2048, 16, dim, dtype=dtype) for _ in range(5))
     lse, delta = torch.empty(2, 1, 2048, 16)
     yield "forward", block_sparse_kernel.forward_kernel, forward_arguments(q, k, v, out, lse, plan, None, None, arch=arch)
