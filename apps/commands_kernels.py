@@ -52,6 +52,28 @@ def bench_attention_command(
         print_json(rows)
 
 
+@bench_app.command("autotune")
+def autotune_command(
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head dimension; several times for several.")] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of each setting.", min=1)] = 5,
+    as_json: options.Json = False,
+) -> None:
+    """Find faster launch settings of the Triton kernels on this GPU and keep them for this machine.
+
+    Example: genattn bench autotune --head-dim 128
+    """
+    from genattn.apps.autotune import autotune_here
+
+    dims = head_dim or [64, 128]
+    if any(not 1 <= dim <= 256 for dim in dims):
+        raise GenAttnError(f"--head-dim must lie in [1, 256], got {', '.join(map(str, dims))}")
+    found = autotune_here(dims, rounds, (lambda line: None) if as_json else print_lines)
+    if as_json:
+        print_json(found)
+    else:
+        print_lines(f"kept in {found['file']}")
+
+
 def doctor_command(
     head_dim: Annotated[int, typer.Option(help="Head dimension to ask for.")] = 128,
     as_json: options.Json = False,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genattn.apps.autotune import autotune, autotune_here, keep
+from genattn.apps.commands_kernels import autotune_command
 from genattn.errors import GenAttnError
 from genattn.kernels.kernel_config import launch_of, settings_of
 
@@ -65,3 +66,8 @@ def test_a_shipped_setting_that_cannot_run_is_told() -> None:
 def test_no_gpu_is_one_clear_line() -> None:
     with pytest.raises(GenAttnError, match="autotune needs a GPU"):
         autotune_here()
+
+
+def test_the_command_refuses_before_work() -> None:
+    with pytest.raises(GenAttnError, match=r"--head-dim must lie in \[1, 256\], got 300"):
+        autotune_command(head_dim=[300])
