@@ -1,6 +1,7 @@
 """The command app: the Gradio page over all the rest, for this machine alone or as a public server with limits."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +62,6 @@ def app_command(
     else:
         print_lines(f"{url} serves {', '.join(session.names())}; Ctrl-C ends it")
     try:
-        page.block_thread()
+        threading.Event().wait()
     finally:
         page.close(verbose=False)

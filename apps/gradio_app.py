@@ -5,6 +5,8 @@ the GPU, the others wait in a queue with a bound; only the session's folder can 
 """
 
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ def serve(
     open_browser: bool = False,
 ) -> tuple[Any, str]:
     """Start the server in a thread; gives (page, address). Raises GenAttnError if the port is taken."""
-    page = build(session)
+    with redirect_stdout(sys.stderr):  # Gradio tells of its caches where a program expects our JSON
+        page = build(session)
     from genattn.apps.gradio_theme import CSS, theme
 
     try:

@@ -14,7 +14,8 @@ CSS = """
 .status { min-height: 1.7rem; font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
 .status code { letter-spacing: -1px; background: none; border: 0; padding: 0; color: var(--color-accent); }
 .hint p { color: var(--body-text-color-subdued); font-size: 0.9rem; margin: 0; }
-.notice { padding: 14px 18px; border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent); border-radius: 8px; }
+.notice { padding: 14px 18px; border: 1px solid var(--border-color-primary); border-left: 4px solid var(--color-accent);
+          border-radius: 8px; }
 .tight { align-items: end; }
 .cards { display: flex; flex-wrap: wrap; gap: 10px; }
 .card { flex: 1 1 110px; padding: 10px 14px; border: 1px solid var(--border-color-primary); border-radius: 10px;

@@ -61,7 +61,7 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
     tags = {"prompt": prompt, "seed": seed}
     dense, _ = sample(job, pipe, call, prompt, seed, "dense")
     write_video(run / "dense.mp4", dense.frames, fps, {**tags, "attention": "dense"})
-    job.tell("dense clip done", dense=str(run / "dense.mp4"))
+    job.tell("dense clip ready", dense=str(run / "dense.mp4"))
     sparse, told = sample(job, pipe, call, prompt, seed, settings.name, [settings.pattern], **schedule)
     write_video(run / "sparse.mp4", sparse.frames, fps, {**tags, "attention": settings.name})
     rows = [_row("dense", dense, None, dense, model, prompt), _row(settings.name, sparse, told, dense, model, prompt)]

@@ -41,7 +41,7 @@ class Visitor:
     def run(self, name: str) -> None:
         """Press a verb's button and wait until it is done."""
         self.page.locator(f"#{name}-go").click()
-        self.wait_for(f"#{name}-status", "done")
+        self.wait_for(f"#{name}-status", "done in")
 
     def wait_for(self, where: str, text: str) -> None:
         """Wait until an element says `text`."""
@@ -142,7 +142,7 @@ def long(v: Visitor) -> None:
     v.until(lambda: v.value("#long-run") != "")
     if "Resume" in v.page.locator("#long-status").inner_text():
         v.page.locator("#long-resume").click()
-        v.wait_for("#long-status", "done")
+        v.wait_for("#long-status", "done in")
         v.page.locator("#film video").wait_for()
 
 
