@@ -15,6 +15,7 @@ from genattn.errors import GenAttnError
 from genattn.token_layout import TokenLayout
 
 OWN_SHAPE = "own grid"
+_MOST_TILES = 4000  # a picture of 4000 x 4000
 _SHOWN_FRAMES, _SHEET_WIDTH, _LABEL, _GAP = 24, 1000, 18, 8
 _INK, _PAPER = (51, 60, 74), (255, 255, 255)
 _HIDDEN, _SEEN, _MARK = (226, 232, 240), (30, 64, 120), (220, 38, 38)
@@ -117,6 +118,7 @@ def mask(
     )
     session.limits.at_most("tokens", layout.seqlen, session.limits.tokens)
     side = whole("block", block, 16, 128)
+    session.limits.at_most("tiles a side", -(-layout.seqlen // side), _MOST_TILES)
     token = read_token(query, layout)
     facts = _facts(pattern, layout, side, model)
     sheet = FrameSheet.around(layout.grid3, token[0])

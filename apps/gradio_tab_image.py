@@ -97,17 +97,18 @@ def image_tab(session: Session) -> dict[str, Any]:
     event = run.wire(draw, inputs, outputs, "image")
 
     def paint(heads: str, u: float, scores: dict[str, float], model: str) -> Any:
-        layers = session.layers(session.check_name(model, video=False))
         with refusing():
+            layers = session.layers(session.check_name(model, video=False))
             return draw_head_map(layers, read_heads(heads, layers, u), {_pair(n): s for n, s in (scores or {}).items()})
 
     def propose(heads: str, model: str) -> str:
-        layers = sorted(session.layers(session.check_name(model, video=False)))
+        with refusing():
+            layers = sorted(session.layers(session.check_name(model, video=False)))
         return heads or f"L{layers[len(layers) // 2]}"
 
     def click(heads: str, u: float, model: str, event: gr.SelectData) -> str:
-        layers = session.layers(session.check_name(model, video=False))
         with refusing():
+            layers = session.layers(session.check_name(model, video=False))
             return toggle_head(heads, head_at(event.index[0], event.index[1], layers), layers, u)
 
     def load(path: str | None, model: str) -> tuple[Any, ...]:
@@ -126,12 +127,13 @@ def image_tab(session: Session) -> dict[str, Any]:
     grid.select(click, [heads, u, model], heads, **private)
     upload.upload(load, [upload, model], [heads, u, scale, target, scores], api_name="load_head_set", show_progress="hidden")
     gr.Examples(
-        EXAMPLES if small else [[PROMPT, "L5", 0.5, 3.0]],
+        EXAMPLES if names[0] == "tiny-sd3" else [[PROMPT, "L1", 0.5, 3.0]],
         [prompt, heads, u, scale],
         [run.status, *outputs],
         fn=draw,
         cache_examples=True,
         cache_mode="lazy",
+        elem_id="image-examples",
         label="Examples: drawn at the first click, then kept",
     )
     return {"heads": heads, "report": report, "event": event, "first": (propose, [heads, model], heads)}

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,6 +22,7 @@ from genattn.apps.gradio_parts import (
     streamed,
 )
 from genattn.apps.gradio_session import Session
+from genattn.errors import GenAttnError
 
 PROMPT = '0:"a red circle moves right on a dark background" 60:"a blue circle moves right on a dark background"'
 _WAIT_SECONDS = 30.0
@@ -142,10 +142,13 @@ def long_tab(session: Session) -> dict[str, Any]:
         end = time.monotonic() + _WAIT_SECONDS
         while session.lock.locked() and time.monotonic() < end:
             time.sleep(0.1)
-        file = session.folder / "runs" / (run or "-") / "video.mp4"
-        if not file.is_file() or not file.stat().st_size:
+        try:
+            film = session.run_folder(run) / "video.mp4"
+        except GenAttnError:  # stopped while it waited
+            return "stopped before it began", gr.skip()
+        if not film.is_file() or not film.stat().st_size:
             return "stopped before the first frame", gr.skip()
-        return f"stopped; Resume goes on with `{Path(run).name}`", str(file)
+        return "stopped; Resume goes on from here", str(film)
 
     inputs = [prompt, frames, fade, partitions, lookahead, ouroboros, correction, start, seed, fresh, negative]
     inputs += [height, width, cfg, model]

@@ -92,12 +92,13 @@ def video_tab(session: Session) -> dict[str, Any]:
     outputs = [dense, sparse, used, report, table, figures]
     event = run.wire(film, inputs, outputs, "video")
     gr.Examples(
-        EXAMPLES if small else [[PROMPT, "radial", "", 0.25]],
+        EXAMPLES if names[0] == "tiny-wan" else [[PROMPT, "radial", "", 0.25]],
         [prompt, attention, options, dense_steps],
         [run.status, *outputs],
         fn=film,
         cache_examples=True,
         cache_mode="lazy",
+        elem_id="video-examples",
         label="Examples: made at the first click, then kept",
     )
     return {"report": report, "event": event}

@@ -43,6 +43,11 @@ class Visitor:
         self.page.locator(f"#{name}-go").click()
         self.wait_for(f"#{name}-status", "done in")
 
+    def example(self, name: str) -> None:
+        """Click a verb's first example and wait for its result."""
+        self.page.locator(f"#{name}-examples tr").nth(1).click()
+        self.wait_for(f"#{name}-status", "done in")
+
     def wait_for(self, where: str, text: str) -> None:
         """Wait until an element says `text`."""
         self.page.wait_for_function(
@@ -125,6 +130,8 @@ def image(v: Visitor) -> None:
 def video(v: Visitor) -> None:
     """Both clips."""
     v.open("Video")
+    if v.quick:
+        v.example("video")
     v.run("video")
     assert v.page.locator("#clip-dense video").count() == 1
     assert v.page.locator("#clip-sparse video").count() == 1

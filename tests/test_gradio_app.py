@@ -200,7 +200,10 @@ def test_eight_clients_at_once(url: str, session: Session) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i, each in enumerate(clients):
         jobs.append(each.submit(f"cat number {i}", "L1H0", seed=i, steps=1, api_name="/image"))
-        time.sleep(0.3)  # so that there is an order to keep
+        end = time.monotonic() + 120
+        while jobs[-1].status().code.name in ("STARTING", "JOINING_QUEUE"):  # so that there is an order to keep
+            assert time.monotonic() < end
+            time.sleep(0.05)
     waiting = [threading.Thread(target=lambda i=i: rows.setdefault(i, jobs[i].result(timeout=300))) for i in range(8)]
     for thread in waiting:
         thread.start()

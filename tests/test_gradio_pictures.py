@@ -110,6 +110,8 @@ def test_what_cannot_be_drawn(session: Session, tmp_path: Path) -> None:
         mask(session, grid="")
     with pytest.raises(GenAttnError, match="inside 2x4x4, got '2x0x0'"):
         mask(session, grid="2x4x4", query="2x0x0")
+    with pytest.raises(GenAttnError, match="at most 4,000 tiles a side"):
+        mask(session, grid="1x1x64001", block=16)
     with pytest.raises(GenAttnError, match="at most 20 tokens"):
         mask(Session(tmp_path, limits=Limits(tokens=20)), grid="2x4x4")
     assert read_token(None, TokenLayout.from_grid((4, 6, 8))) == (2, 3, 4)
