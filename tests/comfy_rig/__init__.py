@@ -1,11 +1,12 @@
 """Stand-ins for what a tiny random checkpoint lacks: text encoder, VAE, FLUX's fixed width; custom nodes for tests only."""
 
-import torch
-
 import comfy.model_detection
 import comfy.model_patcher
 import comfy.utils
 import folder_paths
+import torch
+
+SEEN: list[int] = []
 
 
 class RigConditioning:
@@ -13,15 +14,23 @@ class RigConditioning:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"tokens": ("INT", {"default": 16}), "width": ("INT", {"default": 4096, "max": 65536}),
-                             "pooled": ("INT", {"default": 768, "max": 65536}), "seed": ("INT", {"default": 0}),
-                             "padding": ("INT", {"default": 0})}}
+        return {
+            "required": {
+                "tokens": ("INT", {"default": 16}),
+                "width": ("INT", {"default": 4096, "max": 65536}),
+                "pooled": ("INT", {"default": 768, "max": 65536}),
+                "seed": ("INT", {"default": 0}),
+                "padding": ("INT", {"default": 0}),
+                "pooled_seed": ("INT", {"default": -1, "min": -1}),
+            }
+        }
 
     RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "rig"
 
-    def make(self, tokens, width, pooled, seed, padding):
+    def make(self, tokens, width, pooled, seed, padding, pooled_seed=-1):
         generator = torch.Generator().manual_seed(seed)
-        told = {"pooled_output": torch.randn(1, pooled, generator=generator), "guidance": 3.5}
+        other = generator if pooled_seed < 0 else torch.Generator().manual_seed(pooled_seed)
+        told = {"pooled_output": torch.randn(1, pooled, generator=other), "guidance": 3.5}
         if padding:
             mask = torch.ones(1, tokens, dtype=torch.long)
             mask[:, tokens - padding :] = 0
@@ -97,7 +106,7 @@ class RigLoad:
 class RigThief:
     """A node of somebody else's that sets the one override slot and hands on to nobody, or hands on and counts."""
 
-    seen = []
+    seen = SEEN
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -119,6 +128,35 @@ class RigThief:
         return (patched,)
 
 
+class RigRecord:
+    """Keeps the queries of the first marked attention call, heads last, to see which token stands where."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {"default": "x"})}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "record", "rig"
+
+    def record(self, model, name):
+        import numpy
+
+        patched = model.clone()
+        options = patched.model_options["transformer_options"]
+        before = options["optimized_attention_override"]
+        place, kept = f"{folder_paths.get_output_directory()}/{name}.npy", []
+
+        def recording(func, q, k, v, heads, **kwargs):
+            forward = kwargs["transformer_options"]["genattn_forward"]
+            if forward.visit is not None and not kept:
+                kept.append(1)
+                query = q.transpose(1, 2).flatten(2) if kwargs.get("skip_reshape") else q
+                numpy.save(place, query.float().numpy())
+            return before(func, q, k, v, heads, **kwargs)
+
+        options["optimized_attention_override"] = recording
+        return (patched,)
+
+
 class RigSeen:
     """How many calls the other node's override saw."""
 
@@ -136,5 +174,5 @@ class RigSeen:
         return float("nan")
 
 
-_NODES = (RigConditioning, RigDecode, RigSave, RigText, RigLoad, RigThief, RigSeen)
+_NODES = (RigConditioning, RigDecode, RigSave, RigText, RigLoad, RigThief, RigRecord, RigSeen)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
