@@ -233,6 +233,22 @@ def test_other_overrides_before_and_after(comfy: Comfy) -> None:
     assert "NOT APPLIED" in comfy.log.read_text()
 
 
+def test_cores_own_context_windows(comfy: Comfy) -> None:
+    windows = {
+        "context_length": 9, "context_overlap": 5, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid",
+    }  # fmt: skip
+    scene = Scene("tiny_wan")
+    for name, model in (("w_plain", scene.model), ("w_full", scene.sparse(FULL)), ("w_sparse", scene.sparse(SPARSE))):
+        windowed = scene.node("WanContextWindowsManual", model=model, **windows)
+        scene.sample(windowed, name, told=name != "w_plain")
+    told = scene.run(comfy)
+    plain = comfy.image("w_plain")
+    np.testing.assert_allclose(comfy.image("w_full"), plain, atol=2e-4 * np.abs(plain).max())
+    assert all(row["tokens"] == 3 * 8 * 8 for row in told["w_sparse"]["sites"]), "the grid is the window's"
+    assert told["w_sparse"]["sparse_calls"] > 0
+
+
 def test_preview_and_probe(comfy: Comfy) -> None:
     scene = Scene("tiny_hunyuan")
     sparse = scene.sparse(SPARSE)
