@@ -112,7 +112,7 @@ def _bounds() -> str:
     table_end = ScaleSettings().rope_latents * 4 - 3
     lines.append(["position table", f"{table_end:,} frames", "dense and Radial; FIFO's window never reaches it"])
     lines.append(
-        ["heads", f"{model.heads}", "Ulysses needs a divisor: 8 and 40, not 64; ring attention runs dense under patterns"]
+        ["heads", f"{model.heads}", "Ulysses needs a divisor: 8 and 40, not 64; ring attention is refused under patterns"]
     )
     return f"## Where each bound bites\n\n{_table(['bound', 'at', 'what it means'], lines)}"
 

@@ -110,7 +110,9 @@ class SparsePlugin(Plugin):
         return plan_for(call.query, call.key, self._pattern_at(call), call.layout)
 
     def _pattern_at(self, call: AttentionCall) -> Pattern:
-        return self.pattern.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
+        pattern = self.pattern.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
+        heads = call.query.shape[2]  # fewer than the site has, where processes share them
+        return pattern.for_heads(call.head_offset, heads) if 0 < heads < call.site.heads else pattern
 
     def why_not(self, call: AttentionCall) -> str:
         """The reason for which this pattern cannot answer the call, empty when it can."""

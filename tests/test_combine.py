@@ -121,3 +121,24 @@ def test_bad_settings() -> None:
 def test_two_patterns_of_different_heads_share_lists() -> None:
     plan = Union(RadialPattern(decay=(0.2, 1.0), block=2), NeighborhoodPattern((3, 3, 3))).plan(VIDEO, 8, 8)
     assert plan.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        PerHead((RadialPattern(block=2), DensePattern(), NeighborhoodPattern(3)), (0, 2, 1, 0)),
+        RadialPattern(decay=(0.2, 0.5, 1.0, 2.0), block=2),
+        Union(RadialPattern(decay=(0.2, 0.5, 1.0, 2.0), block=2), NeighborhoodPattern(3)),
+        Intersection(PerHead((RadialPattern(block=2), DensePattern()), (0, 1, 1, 0)), NeighborhoodPattern(3)),
+        NeighborhoodPattern(3),
+    ],
+)
+def test_some_of_the_heads_follow_their_own_part(pattern: Pattern) -> None:
+    """As processes that share the heads of one attention need it."""
+    whole = pattern.mask(VIDEO)
+    for first, count in ((0, 2), (2, 2), (1, 1)):
+        part = pattern.for_heads(first, count)
+        mask = part.mask(VIDEO)
+        expected = whole[first : first + count] if whole.ndim == 3 else whole
+        assert torch.equal(mask.expand_as(expected), expected)
+        assert part.plan(VIDEO, 8, 8).num_heads in (1, count)

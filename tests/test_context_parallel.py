@@ -76,7 +76,9 @@ def _rank(rank: int, folder: str, family: str) -> None:
     from diffusers import ContextParallelConfig
 
     from genattn import DensePattern, RadialPattern
+    from genattn.guidance.softpag import SoftPAG
     from genattn.inject import apply
+    from genattn.patterns.combine import PerHead
     from genattn.pipelines.tiny_random import build_inputs, build_model
 
     torch.set_num_threads(1)
@@ -108,6 +110,20 @@ def _rank(rank: int, folder: str, family: str) -> None:
         for name, gradient in _gradients(model, inputs, 2).items():
             torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
     assert torch.equal(forward(model), stock)
+    # what differs by head: each rank must take its own heads' part
+    for plugin in (PerHead((RadialPattern(), DensePattern()), (0, 1)), PerHead((RadialPattern(), DensePattern()), (1, 0))):
+        with apply(single, plugin, **settings):
+            wanted_here = forward(single)
+        with apply(model, plugin, **settings) as handle:
+            torch.testing.assert_close(forward(model), wanted_here, atol=1e-5, rtol=1e-5)
+            assert handle.report().sparse_calls == handle.report().calls > 0
+        assert not torch.allclose(wanted_here, dense, atol=1e-4)
+    for head in ("L1H0", "L1H1"):
+        with apply(single, SoftPAG(head, u=1.0, scale=2.0, layout="single")):
+            wanted_here = forward(single)
+        with apply(model, SoftPAG(head, u=1.0, scale=2.0, layout="single")):
+            torch.testing.assert_close(forward(model), wanted_here, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(wanted_here, dense, atol=1e-4)
     Path(folder, f"done{rank}").write_text("ok")
     dist.destroy_process_group()
 

@@ -65,6 +65,10 @@ class _Combined(_Parts):
         """The combination of the parts' patterns for one layer."""
         return type(self)(*(p.for_layer(layer, num_layers) for p in self.patterns))
 
+    def for_heads(self, first: int, count: int) -> Pattern:
+        """The combination of the parts' patterns for some heads."""
+        return type(self)(*(p.for_heads(first, count) for p in self.patterns))
+
 
 @dataclass(frozen=True, init=False)
 class Union(_Combined):
@@ -105,6 +109,11 @@ class PerHead(_Parts):
     def for_layer(self, layer: int, num_layers: int) -> Pattern:
         """The same heads with the parts' patterns for one layer."""
         return PerHead(tuple(p.for_layer(layer, num_layers) for p in self.patterns), self.choice)
+
+    def for_heads(self, first: int, count: int) -> Pattern:
+        """The same patterns, chosen for some of the heads."""
+        assert self.choice is not None
+        return PerHead(self.patterns, self.choice[first : first + count])
 
     def rule(self, layout: TokenLayout) -> ElementRule:
         """One rule per head. Raises GenAttnError if a part already differs by head."""

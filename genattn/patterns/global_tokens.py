@@ -41,6 +41,10 @@ class GlobalTokens(Pattern):
         """With the inner pattern of one layer."""
         return replace(self, pattern=self.pattern.for_layer(layer, num_layers))
 
+    def for_heads(self, first: int, count: int) -> "GlobalTokens":
+        """With the inner pattern of some heads."""
+        return replace(self, pattern=self.pattern.for_heads(first, count))
+
     def check(self, layout: TokenLayout) -> None:
         """The frames must exist."""
         self.pattern.check(layout)

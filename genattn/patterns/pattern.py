@@ -73,6 +73,10 @@ class Pattern(ABC):
         """The pattern of one layer, 0 <= layer < num_layers in execution order; itself unless layers differ."""
         return self
 
+    def for_heads(self, first: int, count: int) -> "Pattern":
+        """The pattern of heads first .. first + count - 1, where processes share the heads; itself unless heads differ."""
+        return self
+
     def plan_for(
         self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int = 128, block_k: int = 128
     ) -> BlockPlan:

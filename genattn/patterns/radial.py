@@ -88,6 +88,11 @@ class RadialPattern(Pattern):
             )
         return replace(self, decay=self.layer_decay[layer], layer_decay=None)
 
+    def for_heads(self, first: int, count: int) -> "RadialPattern":
+        """The decays of some of the heads."""
+        one = len(self.decays) == 1
+        return self if one else replace(self, decay=self.decays[first : first + count])
+
     @property
     def decays(self) -> tuple[float, ...]:
         """Decay per head; one entry when all heads share it."""
