@@ -156,7 +156,7 @@ def _go_on(job: Job, session: Session, model: Model, run: Path, video: Any, grou
     }
     report = session.write_report(run, report)
     film = str(video.parts.writer.path)
-    return {"film": film, "drift": watch.rows(), "run": run.name, "seed": settings.seed, "report": report}
+    return {"film": film, **watch.drift(), "run": run.name, "seed": settings.seed, "report": report}
 
 
 class _Watch:
@@ -200,12 +200,13 @@ class _Watch:
 
     def tell(self, **values: Any) -> None:
         """Where the film is."""
-        self.job.tell("frames", self.video.frames, self.total, drift=self.rows(), run=self.run.name, **values)
+        self.job.tell("frames", self.video.frames, self.total, run=self.run.name, **self.drift(), **values)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The plot's points: change since the first one, in levels of 0 to 255."""
-        return [
+    def drift(self) -> dict[str, Any]:
+        """The plot's points as `drift`: change since the first one, in levels of 0 to 255; nothing before that."""
+        rows = [
             {"frame": frame, "statistic": name, "change": value}
             for frame, values in self.points
             for name, value in values.items()
         ]
+        return {"drift": rows} if rows else {}

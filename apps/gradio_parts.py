@@ -66,14 +66,10 @@ class Run:
         outputs: Sequence[Any] = (),
     ) -> None:
         """Let the stop button cancel events, then say so."""
-        self.stop.click(
-            after_stop or (lambda: "stopped"),
-            list(inputs),
-            [self.status, *outputs],
-            cancels=list(events),
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        told: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # cancel first: what the run still sends must not write over what the stop says
+        cancelled = self.stop.click(None, cancels=list(events), **told)
+        cancelled.then(after_stop or (lambda: "stopped"), list(inputs), [self.status, *outputs], **told)
 
 
 def run_row(label: str, elem_id: str, status: bool = True) -> Run:
@@ -152,8 +148,16 @@ def size_fields(session: Session, model: str | None, frames: bool, steps: bool =
         for name in wanted:
             label = {"guidance_scale": "CFG scale"}.get(name, name.capitalize())
             whole = name != "guidance_scale"
-            fields.append(gr.Number(known.get(name), label=label, precision=0 if whole else None, min_width=80))
+            fields.append(optional_number(label, known.get(name), whole, placeholder="model's"))
     return fields
+
+
+def optional_number(
+    label: str, value: float | None = None, whole: bool = True, placeholder: str = "-", **more: Any
+) -> gr.Number:
+    """A number that may be left out; without a placeholder an empty field would read 0."""
+    look: dict[str, Any] = {"precision": 0 if whole else None, "min_width": 80, "placeholder": placeholder}
+    return gr.Number(value, label=label, **{**look, **more})
 
 
 def missing_model(kind: str) -> gr.Markdown:

@@ -9,6 +9,7 @@ from genattn.apps.gradio_hunt import CAPTION_MATCH, OBJECTIVES, hunt, save_set
 from genattn.apps.gradio_parts import (
     missing_model,
     model_choice,
+    optional_number,
     picture,
     prompt_box,
     refusing,
@@ -69,7 +70,7 @@ def hunt_tab(session: Session) -> dict[str, Any]:
                 use = gr.Button("Use in Image", scale=1, min_width=120, elem_id="use-heads")
             with gr.Row(elem_classes="tight"):
                 name = gr.Textbox("my-heads", label="Save the set as", scale=2)
-                keep = gr.Number(None, label="Best heads only", precision=0, minimum=1, min_width=110)
+                keep = optional_number("Best heads only", placeholder="all", min_width=110)
                 save = gr.Button("Save the set", scale=1, min_width=120, elem_id="save-set")
                 file = gr.File(label="Head set", interactive=False, height=80, scale=2, elem_id="set-file")
             ran = gr.Textbox(label="Run", interactive=False)

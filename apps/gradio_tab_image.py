@@ -12,6 +12,7 @@ from genattn.apps.gradio_parts import (
     cards,
     missing_model,
     model_choice,
+    optional_number,
     picture,
     prompt_box,
     refusing,
@@ -66,7 +67,7 @@ def image_tab(session: Session) -> dict[str, Any]:
                 elem_classes=small,
             )
             figures = gr.HTML("")
-            used = gr.Number(label="Seed used", precision=0, interactive=False)
+            used = optional_number("Seed used", interactive=False)
             report = report_field("image-report")
 
     def draw(

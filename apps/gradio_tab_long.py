@@ -13,6 +13,7 @@ from genattn.apps.gradio_parts import (
     LocalFile,
     missing_model,
     model_choice,
+    optional_number,
     prompt_box,
     refusing,
     report_field,
@@ -77,7 +78,7 @@ def long_tab(session: Session) -> dict[str, Any]:
             if alone is not None:
                 gr.Markdown(alone, elem_classes="hint")
             drift = gr.LinePlot(
-                _frame([]),
+                None,  # an empty table is an error to the plot
                 x="frame",
                 y="change",
                 color="statistic",
@@ -88,9 +89,9 @@ def long_tab(session: Session) -> dict[str, Any]:
             )
             with gr.Row(elem_classes="tight"):
                 name = gr.Textbox(label="Run", placeholder="name of a stopped run", scale=3, elem_id="long-run")
-                more = gr.Number(None, label="New length", info="frames; empty: as it was", precision=0, min_width=110)
+                more = optional_number("New length", placeholder="as it was", min_width=110)
                 again = gr.Button("Resume", elem_id="long-resume", scale=1, min_width=100)
-            used = gr.Number(label="Seed used", precision=0, interactive=False)
+            used = optional_number("Seed used", interactive=False)
             report = report_field("long-report")
 
     shown = ("segment", "film", "drift", "run", "seed", "report")

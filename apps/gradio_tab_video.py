@@ -10,6 +10,7 @@ from genattn.apps.gradio_parts import (
     cards,
     missing_model,
     model_choice,
+    optional_number,
     prompt_box,
     refusing,
     report_field,
@@ -58,7 +59,7 @@ def video_tab(session: Session) -> dict[str, Any]:
                 sparse = _player("sparse", small)
             figures = gr.HTML("")
             table = gr.Dataframe(headers=list(COLUMNS), interactive=False, label="Runs", elem_id="video-rows")
-            used = gr.Number(label="Seed used", precision=0, interactive=False)
+            used = optional_number("Seed used", interactive=False)
             report = report_field("video-report")
 
     def film(
