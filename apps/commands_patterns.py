@@ -173,6 +173,9 @@ def show_command(
 def parse_shape(option: str, text: str) -> tuple[int, ...]:
     """`18x24x24` as (18, 24, 24).
 
+    >>> parse_shape("--grid", "18x24x24")
+    (18, 24, 24)
+
     Raises GenAttnError for anything but 1 to 3 whole numbers joined by x.
     """
     if not re.fullmatch(r"-?\d+(x-?\d+){0,2}", text.strip()):

@@ -1,9 +1,9 @@
-"""README's generated parts: tables from the files under assets/, the picture from the shipped model.
+"""Generated parts of README.md and docs/: tables from the files under assets/, commands from the command line itself.
 
     <!-- begin generated: quality -->     everything between the marks is replaced,
     <!-- end generated: quality -->       the rest of the page is left alone
 
-`python -m genattn.apps.readme_parts [--check]` rewrites README.md, or fails when it is not what the files say.
+`python -m genattn.apps.readme_parts [--check]` rewrites the pages, or fails when one is not what the files say.
 """
 
 import argparse
@@ -139,24 +139,46 @@ def families_table() -> str:
     return f"{markdown(rows)}\n\n<sub>{note}</sub>"
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "families": families_table,
-    "speed": lambda: speed_table(ROOT / "assets" / "bench" / "attention.csv"),
-    "quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv"),
+def commands_table() -> str:
+    """Every command with its first sentence and its example, from the help that `--help` shows."""
+    import typer
+
+    from genattn.apps.cli import app
+
+    rows: list[str] = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        for full, each in {f"{name} {n}": c for n, c in inner.items()}.items() if inner else ((name, command),):
+            said, _, example = (each.help or "").partition("Example: ")
+            rows.append(f"**{full}**: {' '.join(said.split())}\n\n    {' '.join(example.split())}")
+    return "\n\n".join(rows)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "families": families_table,
+        "speed": lambda: speed_table(ROOT / "assets" / "bench" / "attention.csv"),
+        "quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv"),
+    },
+    "docs/command-line.md": {"commands": commands_table},
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite README.md, or with --check tell whether it is up to date (exit code 1 if not)."""
+    """Rewrite the pages, or with --check tell whether all are up to date (exit code 1 if not, naming them)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--check", action="store_true")
     options: Any = parser.parse_args(arguments)
-    page = (ROOT / "README.md").read_text()
-    wanted = fill(page, {name: make() for name, make in PARTS.items()})
-    if options.check:
-        return int(wanted != page)
-    (ROOT / "README.md").write_text(wanted)
-    return 0
+    stale = 0
+    for name, parts in PAGES.items():
+        page = (ROOT / name).read_text()
+        wanted = fill(page, {part: make() for part, make in parts.items()})
+        if not options.check:
+            (ROOT / name).write_text(wanted)
+        elif wanted != page:
+            print(f"{name} is not what the files say; run: make tables", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -21,6 +21,14 @@ from genattn.errors import GenAttnError
 class AxisWindow:
     """Window along one axis: `length` tokens, `window` keys, `stride` >= 1 in queries, `dilation` >= 1.
 
+    >>> AxisWindow("width", 6, 3).mask().astype(int)
+    array([[1, 1, 1, 0, 0, 0],
+           [1, 1, 1, 0, 0, 0],
+           [0, 1, 1, 1, 0, 0],
+           [0, 0, 1, 1, 1, 0],
+           [0, 0, 0, 1, 1, 1],
+           [0, 0, 0, 1, 1, 1]])
+
     Raises GenAttnError, with the nearest legal value, unless 1 <= window, window * dilation <= length, 1 <= stride <= window.
     """
 

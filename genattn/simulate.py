@@ -61,6 +61,10 @@ def simulate(
     tile and is cut into blocks of prod(tile_k) without alignment. attention_share: share of a run's time that becomes sparse.
 
     Raises GenAttnError for settings that do not fit the grid.
+
+    >>> found = simulate((30, 48, 80), (18, 24, 24), (16, 8, 8), tile_q=(4, 8, 8), tile_k=(2, 8, 8))
+    >>> round(found.worst_tile, 2)
+    11.11
     """
     pattern, layout = NeighborhoodPattern(window_size, stride, dilation, is_causal), TokenLayout.from_grid(grid)
     axes = pattern.axes(layout)

@@ -83,7 +83,12 @@ class TokenLayout:
 
     @classmethod
     def from_grid(cls, grid: Sequence[int], text_before: int = 0, text_after: int = 0) -> "TokenLayout":
-        """A grid of 1 to 3 axes (frames, height, width) with text before or after it."""
+        """A grid of 1 to 3 axes (frames, height, width) with text before or after it.
+
+        >>> layout = TokenLayout.from_grid((8, 6, 10), text_before=7)
+        >>> layout.seqlen, layout.describe()
+        (487, 'text 7 + grid 8x6x10')
+        """
         if text_before < 0 or text_after < 0:
             raise GenAttnError(f"text lengths must be >= 0, got text_before={text_before}, text_after={text_after}")
         parts = [Segment("grid", tuple(grid))]

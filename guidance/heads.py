@@ -68,6 +68,10 @@ def resolve_heads(heads: HeadsLike, layers: LayerMap, u: float = 1.0) -> HeadWei
     Returns:
         {(layer, head): u}, sorted.
 
+    Example:
+        >>> resolve_heads("L0H1:0.3,L1H0-1", {0: 4, 1: 4}, u=0.5)
+        {(0, 1): 0.3, (1, 0): 0.5, (1, 1): 0.5}
+
     Raises:
         GenAttnError: for an empty selection, an unknown layer or head, a name that cannot be read, a weight outside [0, 1],
             or one head given two weights.
@@ -90,6 +94,9 @@ def resolve_heads(heads: HeadsLike, layers: LayerMap, u: float = 1.0) -> HeadWei
 
 def parse_head(name: str) -> Head:
     """ "L11H15" -> (11, 15).
+
+    >>> parse_head("L11H15")
+    (11, 15)
 
     Raises:
         GenAttnError: if the text names anything but one head.

@@ -117,6 +117,10 @@ def high_bins(frames: int, tau: float, tau_frames: int | None = 16) -> tuple[int
         tau: half-width of the band in bins of a clip of `tau_frames` frames, >= 0.
         tau_frames: None takes tau in bins of this clip.
 
+    Example:
+        >>> high_bins(9, 4.0)
+        (3, 4, 5, 6)
+
     Raises:
         GenAttnError: for fewer than two frames.
     """
@@ -137,7 +141,11 @@ def band_projection(frames: int, tau: float, tau_frames: int | None = 16) -> tor
 
 
 def energy(rows: torch.Tensor) -> torch.Tensor:
-    """Mean over rows of the sum of squares over key frames (eq. 4): [..., F] -> 0-dim."""
+    """Mean over rows of the sum of squares over key frames (eq. 4): [..., F] -> 0-dim.
+
+    >>> energy(torch.full((4, 4), 0.25)).item(), energy(torch.eye(4)).item()
+    (0.25, 1.0)
+    """
     return rows.square().sum(-1).mean()
 
 

@@ -76,7 +76,11 @@ class QueueShape:
 
     @classmethod
     def from_partitions(cls, partitions: int, window: int, latents_per_level: int = 1, lookahead: bool = True) -> "QueueShape":
-        """As the papers count: `partitions` windows in a row, partitions * window / latents_per_level levels (rounded up)."""
+        """As the papers count: `partitions` windows in a row, partitions * window / latents_per_level levels (rounded up).
+
+        >>> QueueShape.from_partitions(4, 16).num_levels
+        64
+        """
         if partitions < 1:
             raise GenAttnError(f"partitions must be >= 1, got {partitions}")
         if latents_per_level < 1:

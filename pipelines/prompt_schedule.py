@@ -47,6 +47,9 @@ class PromptSchedule:
         """From a plain prompt, a mapping {frame: prompt}, or the text form 0:"..." 120:"...".
 
         Text is a schedule when it starts like one (digits, colon, quote); it must then be one to the end.
+
+        >>> PromptSchedule.parse('0:"a red circle" 120:"it turns blue"').prompts
+        ('a red circle', 'it turns blue')
         """
         if isinstance(prompt, PromptSchedule):
             return prompt

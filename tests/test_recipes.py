@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md, each on the tiny pipeline of its family: other id, size, device and type, the same lines else."""
+"""The recipes of docs/recipes.md, each on the tiny pipeline of its family: other id, size and device, the same lines else."""
 
 import re
 import sys
@@ -54,7 +54,10 @@ def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         cls, "from_pretrained", lambda _, motion_adapter=None, dtype=None: opened(tmp_path / "model", dtype=dtype)
     )
-    monkeypatch.setattr(diffusers.MotionAdapter, "from_pretrained", lambda _, torch_dtype: None)
+    adapter = diffusers.MotionAdapter.from_pretrained
+    monkeypatch.setattr(
+        diffusers.MotionAdapter, "from_pretrained", lambda name, **kw: adapter(name, **kw) if Path(name).is_dir() else None
+    )
     code = shrunk(RECIPES[name], call).replace(
         "num_frames=256, partitions=4", "num_frames=6, height=32, width=24, num_inference_steps=4"
     )

@@ -41,6 +41,10 @@ class NeighborhoodPattern(Pattern):
     base_size: grid for which the settings were made; windows, strides and dilations scale with the actual grid (-1: same axis).
     tile: "auto" (boxes chosen per grid), "runs" (raster runs), or the box (frames, height, width).
     Leading axes of one token may be left out. A single value leaves axes of one token alone.
+
+    >>> layout = TokenLayout.from_grid((4, 8, 8))
+    >>> NeighborhoodPattern((2, 4, 4), stride=(2, 4, 4)).plan(layout, 32, 32).density
+    0.125
     """
 
     window_size: int | Sequence[int]
