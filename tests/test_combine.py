@@ -129,7 +129,7 @@ def test_two_patterns_of_different_heads_share_lists() -> None:
         PerHead((RadialPattern(block=2), DensePattern(), NeighborhoodPattern(3)), (0, 2, 1, 0)),
         RadialPattern(decay=(0.2, 0.5, 1.0, 2.0), block=2),
         Union(RadialPattern(decay=(0.2, 0.5, 1.0, 2.0), block=2), NeighborhoodPattern(3)),
-        Intersection(PerHead((RadialPattern(block=2), DensePattern()), (0, 1, 1, 0)), NeighborhoodPattern(3)),
+        GlobalTokens(RadialPattern(decay=(0.2, 0.5, 1.0, 2.0), block=2), frames=(0,)),
         NeighborhoodPattern(3),
     ],
 )
