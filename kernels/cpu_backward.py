@@ -1,4 +1,4 @@
-"""Gradients on the CPU, eager: the groups of cpu_grouped.py walked once more, probabilities recomputed from the log-sum-exp.
+"""Gradients on the CPU, eager: the groups of cpu_groups.py walked once more, probabilities recomputed from the log-sum-exp.
 
 p = exp(scale <q, k> - lse),   ds = scale p (do v^T - <out, do> + dlse)
 dq += ds k,   dk += ds^T q,   dv += p^T do
@@ -7,7 +7,7 @@ dq += ds k,   dk += ds^T q,   dv += p^T do
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.cpu_grouped import Group, groups_of_plan
+from genattn.kernels.cpu_groups import Group, groups_of_plan
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -39,10 +39,11 @@ def grouped_backward(
     group = query.shape[2] // key.shape[2]
     for head in range(query.shape[2]):
         for part in lists[head if len(lists) > 1 else 0]:
-            rows = max(1, _SCORES_AT_ONCE // (query.shape[0] * part.keys.numel()))
-            for first in range(0, part.queries.numel(), rows):
-                piece = slice(first, first + rows)
-                _add(grads, heads, lse[..., head], delta[..., head], part, piece, head, head // group, scale, key_mask)
+            rows = max(1, _SCORES_AT_ONCE // (query.shape[0] * part.keys.shape[1]))
+            for run in range(part.queries.shape[0]):
+                for first in range(0, part.queries.shape[1], rows):
+                    piece = run, slice(first, first + rows)
+                    _add(grads, heads, lse[..., head], delta[..., head], part, piece, head, head // group, scale, key_mask)
     return tuple(g.transpose(1, 2).to(x.dtype) for g, x in zip(grads, (query, key, value)))  # type: ignore[return-value]
 
 
@@ -52,14 +53,14 @@ def _add(
     lse: torch.Tensor,
     delta: torch.Tensor,
     part: Group,
-    piece: slice,
+    piece: tuple[int, slice],
     head: int,
     kv_head: int,
     scale: float,
     key_mask: torch.Tensor | None,
 ) -> None:
-    """Add what one piece of a group's queries contributes to the gradients of one head."""
-    queries, keys = part.queries[piece], part.keys
+    """Add what a piece (run, queries) of a group contributes to the gradients of one head."""
+    queries, keys = part.queries[piece], part.keys[piece[0]]
     query, grad = inputs[0][:, head, queries], inputs[3][:, head, queries]
     key, value = inputs[1][:, kv_head, keys], inputs[2][:, kv_head, keys]
     if key_mask is not None:
@@ -67,7 +68,7 @@ def _add(
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     scores = query @ key.mT * scale
     if part.mask is not None:
-        scores = scores.masked_fill(~part.mask[piece], float("-inf"))
+        scores[..., part.whole :].masked_fill_(~part.mask[piece], float("-inf"))
     if key_mask is not None:
         scores = scores.masked_fill(hidden.mT, float("-inf"))
     probs = (scores - lse[:, queries, None]).exp()

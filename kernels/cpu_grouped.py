@@ -1,25 +1,17 @@
-"""Block-sparse attention on the CPU without a compiler: one dense SDPA call per group of query tiles that share their keys.
+"""Block-sparse attention on the CPU without a compiler: dense SDPA over the groups of cpu_groups.py.
 
-Query tiles with the same key list form a group; its keys are gathered once, keys that none of its queries sees are dropped,
-and only what is still ragged gets a mask. SDPA's own log-sum-exp comes out with it.
+Keys that a whole group sees run without a mask, what is ragged with one, and the two parts are merged by their log-sum-exp.
 """
-
-from dataclasses import dataclass
 
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
+from genattn.kernels.cpu_groups import Group, groups_of_plan
 
-_MASK_BYTES = 512 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Queries that are served by one call: `queries` [Lq] and `keys` [Lk] token indices, `mask` bool [Lq, Lk] or None."""
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    mask: torch.Tensor | None
+_KEPT_BIAS_BYTES = 1 << 30
+_CHUNK_BYTES = 8 << 20
+_FEW_KEYS = 256
+Parts = tuple[torch.Tensor, torch.Tensor]
 
 
 def why_not_grouped(query: torch.Tensor, plan: BlockPlan) -> str | None:
@@ -39,7 +31,7 @@ def grouped_attention(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Parts:
     """Forward only; shapes and meaning as in `reference_attention`."""
     if key_mask is not None:
         key = key.masked_fill(~key_mask[:, :, None, None], 0.0)
@@ -49,84 +41,108 @@ def grouped_attention(
     out = torch.zeros(query.shape, dtype=query.dtype)
     lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32))
     lists = groups_of_plan(plan)
+    biases = _biases(plan, query.dtype) if key_mask is None else None
     for row, groups in enumerate(lists):
         heads = slice(None) if len(lists) == 1 else slice(row, row + 1)
         kv_heads = slice(None) if len(lists) == 1 else slice(row // group, row // group + 1)
-        repeat = group if len(lists) == 1 else 1
-        for part in groups:
-            mask = _call_mask(part, key_mask)
-            out_part, lse_part = _sdpa(
-                query[:, heads, part.queries],
-                key[:, kv_heads, part.keys].repeat_interleave(repeat, 1),
-                value[:, kv_heads, part.keys].repeat_interleave(repeat, 1),
-                mask,
-                scale,
-            )
-            out[:, heads, part.queries] = out_part
-            lse[:, heads, part.queries] = lse_part.to(lse.dtype)
+        inputs = query[:, heads], key[:, kv_heads], value[:, kv_heads]
+        for place, part in enumerate(groups):
+            bias = None if biases is None else biases[row][place]
+            _serve(part, bias, inputs, key_mask, scale, out[:, heads], lse[:, heads])
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    bias, empty = None, None
-    if mask is not None:
-        empty = ~mask.any(-1)
-        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~(mask | empty[..., None]), float("-inf"))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
+def _serve(
+    part: Group,
+    bias: Parts | None,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Write what a group answers into `out` [B, H, S, D] and `lse` [B, H, S], a few of its runs at a time."""
+    query, key, value = inputs
+    batch, heads, _, dim = query.shape
+    repeat = heads // key.shape[1]
+    step = max(1, _CHUNK_BYTES // (2 * batch * heads * dim * part.keys.shape[1] * query.element_size()))
+    for first in range(0, part.queries.shape[0], step):
+        some = slice(first, first + step)
+        queries, keys = part.queries[some], part.keys[some]
+        q = query[:, :, queries].flatten(0, 1)
+        k, v = (x[:, :, keys].repeat_interleave(repeat, 1).flatten(0, 1) for x in (key, value))
+        answer, sums = _parts(part, some, bias, (q, k, v), key_mask, scale)
+        out[:, :, queries] = answer.unflatten(0, (batch, heads))
+        lse[:, :, queries] = sums.unflatten(0, (batch, heads)).to(lse.dtype)
+
+
+def _parts(
+    part: Group,
+    some: slice,
+    bias: Parts | None,
+    gathered: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+) -> Parts:
+    """(out [B * H, G, Lq, D], lse [B * H, G, Lq]) of some of a group's runs."""
+    q, k, v = gathered
+    if key_mask is not None:
+        mask = _with_key_mask(part, some, key_mask, q.shape[0])
+        return _sdpa(q, k, v, _as_bias(mask, q.dtype), scale)
+    if part.mask is None:
+        return _sdpa(q, k, v, None, scale)
+    ragged = _as_bias(part.mask[some], q.dtype) if bias is None else (bias[0][some], bias[1][some])
+    if part.whole < _FEW_KEYS:  # not worth a call of its own
+        left = ragged[0].new_zeros(*ragged[0].shape[:2], part.whole)
+        # a row that sees none of the ragged keys still sees the whole ones
+        hidden = ragged[0].masked_fill(ragged[1][..., None], float("-inf")) if part.whole else ragged[0]
+        empty = ragged[1] & (part.whole == 0)
+        return _sdpa(q, k, v, (torch.cat([left, hidden], -1) if part.whole else hidden, empty), scale)
+    whole = _sdpa(q, k[:, :, : part.whole], v[:, :, : part.whole], None, scale)
+    return _joined(whole, _sdpa(q, k[:, :, part.whole :], v[:, :, part.whole :], ragged, scale))
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Parts | None, scale: float | None) -> Parts:
+    """Dense attention [B, G, L, D] with its log-sum-exp; bias: (0 or -inf per score, rows that see nothing)."""
+    mask, empty = (None, None) if bias is None else (bias[0] if bias[0].ndim == 4 else bias[0][None], bias[1])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     if empty is not None and bool(empty.any()):
         out = out.masked_fill(empty[..., None], 0.0)
         lse = lse.masked_fill(empty, float("-inf"))
     return out, lse
 
 
-def _call_mask(part: Group, key_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[1 or B, 1, Lq, Lk], or None when every query of the group sees every key."""
-    mask = None if part.mask is None else part.mask[None, None]
-    if key_mask is None:
-        return mask
-    hidden = key_mask[:, None, None, part.keys].expand(-1, -1, part.queries.numel(), -1)
-    if bool(hidden.all()):
-        return mask
-    return hidden if mask is None else mask & hidden
+def _joined(one: Parts, other: Parts) -> Parts:
+    """One softmax over the keys of both; the first sees at least one key everywhere."""
+    lse = torch.logaddexp(one[1], other[1])
+    weight = (other[1] - lse).exp().to(one[0].dtype)[..., None]
+    return one[0].lerp(other[0], weight), lse
 
 
-def groups_of_plan(plan: BlockPlan) -> list[list[Group]]:
-    """Per list of the plan (one, or one per head) its groups; kept in the plan."""
-    if "groups" not in plan.cache:
-        plan.cache["groups"] = [_groups_of(plan, head) for head in range(plan.mask_heads)]
-    return plan.cache["groups"]  # type: ignore[return-value]
+def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> Parts:
+    """(0 or -inf, rows that see nothing); those rows are 0, or SDPA would make them NaN."""
+    empty = ~mask.any(-1)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~(mask | empty[..., None]), float("-inf")), empty
 
 
-def _groups_of(plan: BlockPlan, head: int) -> list[Group]:
-    row = head if plan.num_heads > 1 else 0
-    ptr = plan.row_ptr[row].tolist()
-    full = plan.num_full[row].tolist()
-    columns = plan.columns.tolist()
-    same: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for tile, count in enumerate(full):
-        first, last = ptr[tile], ptr[tile + 1]
-        lists = (tuple(sorted(columns[first : first + count])), tuple(sorted(columns[first + count : last])))
-        same.setdefault(lists, []).append(tile)
-    groups = [_group(plan, head, tiles, *lists) for lists, tiles in same.items() if lists != ((), ())]
-    return [g for g in groups if g.keys.numel()]
+def _biases(plan: BlockPlan, dtype: torch.dtype) -> list[list[Parts | None]] | None:
+    """The masks as SDPA takes them, kept in the plan; None where they would take too much memory."""
+    name = ("biases", dtype)
+    if name not in plan.cache:
+        lists = groups_of_plan(plan)
+        scores = sum(part.mask.numel() for groups in lists for part in groups if part.mask is not None)
+        fits = scores * dtype.itemsize <= _KEPT_BIAS_BYTES
+        plan.cache[name] = (
+            [[None if p.mask is None else _as_bias(p.mask, dtype) for p in groups] for groups in lists] if fits else None
+        )
+    return plan.cache[name]  # type: ignore[return-value]
 
 
-def _group(plan: BlockPlan, head: int, tiles: list[int], full: tuple[int, ...], partial: tuple[int, ...]) -> Group:
-    queries = _lanes(plan.query_tiles, tiles)
-    whole, ragged = _lanes(plan.key_tiles, list(full)), _lanes(plan.key_tiles, list(partial))
-    if not ragged.numel() or plan.rule is None:
-        return Group(queries, whole, None)
-    seen = plan.rule(queries[:, None], ragged[None, :])
-    seen = seen[head if seen.shape[0] > 1 else 0]
-    kept = seen.any(0)
-    ragged, seen = ragged[kept], seen[:, kept]
-    mask = torch.cat([torch.ones(queries.numel(), whole.numel(), dtype=torch.bool), seen], 1)
-    return Group(queries, torch.cat([whole, ragged]), None if bool(seen.all()) else mask)
-
-
-def _lanes(tiles: torch.Tensor, chosen: list[int]) -> torch.Tensor:
-    """Token indices of the used lanes of the chosen tiles, int64."""
-    lanes = tiles[chosen].flatten() if chosen else tiles.new_empty(0)
-    return lanes[lanes >= 0].long()
+def _with_key_mask(part: Group, some: slice, key_mask: torch.Tensor, rows: int) -> torch.Tensor:
+    """Bool [B * H, G, Lq, Lk]: the group's mask under a key mask per sample."""
+    keys, queries = part.keys[some], part.queries[some]
+    seen = torch.ones(*queries.shape, keys.shape[1], dtype=torch.bool)
+    if part.mask is not None:
+        seen[..., part.whole :] = part.mask[some]
+    shown = key_mask[:, keys].repeat_interleave(rows // key_mask.shape[0], 0)
+    return seen & shown[:, :, None, :]

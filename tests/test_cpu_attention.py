@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genattn.kernels import cpu_grouped, cpu_groups
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.random_plan import random_plan
 from genattn.kernels.reference import reference_attention
+from genattn.patterns.radial import RadialPattern
+from genattn.token_layout import TokenLayout
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
 
@@ -65,3 +68,34 @@ def test_sdpa_matches_definition():
     out = block_sparse_attention(*inputs, plan, impl="sdpa", key_mask=key_mask)
     expected = reference_attention(*inputs, plan, key_mask=key_mask)[0]
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("few", [1, 10_000])
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_parts_of_a_group_make_one_softmax(monkeypatch, few, kept):
+    monkeypatch.setattr(cpu_grouped, "_FEW_KEYS", few)
+    monkeypatch.setattr(cpu_grouped, "_KEPT_BIAS_BYTES", kept)
+    monkeypatch.setattr(cpu_grouped, "_CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(cpu_groups, "_CALL", 0.0)
+    plan = RadialPattern().plan(TokenLayout.from_grid((5, 8, 8), text_after=20), 16, 16)
+    groups = [group for groups in cpu_groups.groups_of_plan(plan) for group in groups]
+    assert any(group.whole and group.mask is not None for group in groups), "nothing to join"
+    inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 3)
+    for _ in range(2):
+        got = block_sparse_attention(*inputs, plan, impl="grouped", return_lse=True)
+        _assert_close(got, inputs, plan, torch.float32)
+
+
+def test_every_query_stands_in_one_group_and_neighbours_share_calls():
+    layout, pattern = TokenLayout.from_grid((4, 16, 16)), RadialPattern()
+    plan = pattern.plan(layout, 64, 64)
+    groups = cpu_groups.groups_of_plan(plan)[0]
+    queries = torch.cat([group.queries.flatten() for group in groups])
+    assert torch.equal(queries.sort().values, torch.arange(layout.seqlen))
+    assert max(group.queries.shape[1] for group in groups) > 64
+    for group in groups:
+        for place, (run, keys) in enumerate(zip(group.queries, group.keys)):
+            want = pattern.mask(layout)[run][:, keys]
+            assert want[:, : group.whole].all()
+            assert torch.equal(want[:, group.whole :], want[:, :0] if group.mask is None else group.mask[place])
+            assert want.sum() == pattern.mask(layout)[run].sum(), "a key is missing"
