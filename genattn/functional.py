@@ -13,8 +13,12 @@ from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
 from genattn.kernels.halo_plan import HaloPlan, halo_attention
 from genattn.kernels.kernel_config import tile_sizes
+from genattn.kernels.optional_peers import GridWindows, natten_attention, why_not_natten
+from genattn.natten_windows import natten_windows
 from genattn.patterns.pattern import Pattern
 from genattn.token_layout import TokenLayout
+
+AnyPlan = BlockPlan | HaloPlan | GridWindows
 
 
 def attention(
@@ -33,9 +37,9 @@ def attention(
     query [B, S, H, D]; key, value [B, S, Hk, D] with Hk a divisor of H; S = layout.seqlen. key_mask bool [B, S] hides keys
     per sample (padded text). Returns [B, S, H, D], or with lse [B, S, H] (natural log, float32).
 
-    impl: "auto", the name of a backend (`genattn.kernels.block_sparse.IMPLS`), or "halo" (a NeighborhoodPattern on key boxes
-    that follow the query tile). Raises GenAttnError with the reason when the named one cannot serve, or when shapes do not fit
-    the layout.
+    impl: "auto", the name of a backend (`genattn.kernels.block_sparse.IMPLS`), or, for a NeighborhoodPattern, "halo" (key
+    boxes that follow the query tile) or "natten" (where it is installed). Raises GenAttnError with the reason when the named
+    one cannot serve, or when shapes do not fit the layout.
     """
     if query.ndim != 4 or query.shape[1] != layout.seqlen:
         raise GenAttnError(
@@ -50,17 +54,22 @@ def planned_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: BlockPlan | HaloPlan,
+    plan: AnyPlan,
     impl: str = "auto",
     return_lse: bool = False,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` for a plan that is there already, from `plan_for`."""
+    if not isinstance(plan, BlockPlan) and return_lse:
+        raise GenAttnError(f"impl={impl!r} returns no log-sum-exp; use return_lse=False or another impl")
     if isinstance(plan, HaloPlan):
-        if return_lse:
-            raise GenAttnError("impl='halo' returns no log-sum-exp; use return_lse=False or another impl")
         return halo_attention(query, key, value, plan, scale, key_mask)
+    if isinstance(plan, GridWindows):
+        reason = "a key mask is given" if key_mask is not None else why_not_natten(query, plan)
+        if reason is not None:
+            raise GenAttnError(f"impl='natten' cannot serve this call: {reason}; use impl='auto'")
+        return natten_attention(query, key, value, plan, scale)
     try:
         return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
     except ValueError as error:
@@ -77,18 +86,16 @@ def explain_attention(
 @overload
 def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan: ...
 @overload
-def plan_for(
-    query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str
-) -> BlockPlan | HaloPlan: ...
-def plan_for(
-    query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto"
-) -> BlockPlan | HaloPlan:
+def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str) -> AnyPlan: ...
+def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto") -> AnyPlan:
     """The plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence.
 
-    Boxes that follow the query tile for impl="halo", else lists of fixed tiles.
+    Boxes that follow the query tile for impl="halo", windows for "natten", else lists of fixed tiles.
     """
     if impl == "halo":
         return halo_plan(pattern, layout)
+    if impl == "natten":
+        return natten_windows(pattern, layout)
     block = tile_size(layout.seqlen, query.device.type)
     most_q, most_k = tile_sizes(query.device, query.shape[-1])
     return pattern.plan_for(query, key, layout, min(block, most_q), min(block, most_k)).to(query.device)

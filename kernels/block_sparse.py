@@ -10,10 +10,12 @@ import torch
 
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.block_sparse_ops import OP_IMPLS, block_sparse_forward, why_not_op
+from genattn.kernels.optional_peers import PEERS, peer_attention, why_not_peer
 from genattn.kernels.reference import reference_attention
 from genattn.kernels.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
 
-IMPLS = ("auto", *OP_IMPLS, "flex", "sdpa", "reference")
+IMPLS = ("auto", *OP_IMPLS, "flex", "sdpa", "reference", *PEERS)
+_AUTO = tuple(name for name in IMPLS[1:] if name not in PEERS)
 
 
 def block_sparse_attention(
@@ -46,6 +48,8 @@ def block_sparse_attention(
     )
     if chosen == "sdpa":
         return sdpa_mask_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
+    if chosen in PEERS:
+        return peer_attention(chosen, query, key, value, plan.to(query.device), scale)
     if chosen == "flex":
         from genattn.kernels.flex import flex_block_attention
 
@@ -74,7 +78,7 @@ def choose_impl(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     reasons: dict[str, str] = {}
-    for name in IMPLS[1:] if impl == "auto" else (impl,):
+    for name in _AUTO if impl == "auto" else (impl,):
         reason = _why_not(name, query, plan, return_lse, scale, masked)
         if reason is None:
             return name, reasons
@@ -90,6 +94,8 @@ def _why_not(
         from genattn.kernels.flex import why_not_flex
 
         return why_not_flex(query, plan, return_lse, masked)
+    if name in PEERS:
+        return why_not_peer(name, query, plan, return_lse, masked)
     if name == "sdpa":
         return why_not_sdpa_mask(query, plan, return_lse)
     return why_not_op(name, query, plan, scale) if name in OP_IMPLS else None
