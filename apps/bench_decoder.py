@@ -1,7 +1,7 @@
-"""`python -m genattn.apps.bench_decoder`: memory and time of one attention of LTX-2.5's decoder, stock's Flex route against ours.
+"""`python -m genattn.apps.bench_decoder`: memory and time of one attention of LTX-2.5's decoder, stock's Flex against ours.
 
 Each route runs in a process of its own, so that one's memory does not hide in the other's. Rows go to
-assets/bench/neighborhood_decoder.csv; what Flex would need at the shipped sizes is in the rows too, as the S x S bytes of its mask.
+assets/bench/neighborhood_decoder.csv.
 """
 
 import json
@@ -22,7 +22,7 @@ MOST_FLEX_TOKENS = 8200
 
 
 def measure(route: str, grid: tuple[int, int, int], kernel: tuple[int, int, int], heads: int = 4) -> dict[str, Any]:
-    """Seconds and peak bytes of one attention module of head dim 64 at `grid`; route "flex" is stock's, else an impl of ours."""
+    """Seconds and peak bytes of one attention module, head dim 64; route "flex" is stock's, else an impl of ours."""
     from diffusers.models.autoencoders.ltx2_diffusion_decoder import LTX2VideoVaeNeighborhoodAttention
 
     from genattn.neighborhood_decoder import NeighborhoodProcessor

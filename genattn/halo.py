@@ -20,7 +20,8 @@ from genattn.token_layout import TokenLayout
 def halo_plan(pattern: Pattern, layout: TokenLayout, block_q: int = 128) -> HaloPlan:
     """Boxes that follow query tiles of at most `block_q` tokens, for windows that no fixed tiling fits.
 
-    Kept by its settings. Raises GenAttnError for other patterns, layouts without a grid, circular axes, and settings that do not fit.
+    Kept by its settings. Raises GenAttnError for other patterns, layouts without a grid, circular axes, and settings that do
+    not fit.
     """
     reason = why_not_halo(pattern, layout)
     if reason is not None:

@@ -1,8 +1,8 @@
 """LTX-2.5's diffusion decoder without its block mask: `genattn.apply(pipe, NeighborhoodDecoder())`.
 
-Its blocks attend inside 3-D windows (3 x 7 x 7 to 11 x 11 x 11). Stock diffusers offers FlexAttention, whose mask takes gigabytes
-before the first product, or a kernel fetched from the hub. Here the windows are a NeighborhoodPattern on the grid of each stage;
-what has to be held beside the tensors is a few numbers per axis and the keys of the tiles in flight.
+Its blocks attend inside 3-D windows (3 x 7 x 7 to 11 x 11 x 11). Stock diffusers offers FlexAttention, whose mask takes
+gigabytes before the first product, or a kernel fetched from the hub. Here the windows are a NeighborhoodPattern on the grid of
+each stage; what is held beside the tensors is a few numbers per axis and the keys of the tiles in flight.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,8 @@ class NeighborhoodDecoder(Plugin):
         found = [module for module in modules if hasattr(module, "kernel_size") and hasattr(module, "project_qkv")]
         if not found:
             raise GenAttnError(
-                f"{type(model).__name__} has no neighborhood attention; NeighborhoodDecoder is for LTX2VideoDiffusionDecoderModel"
+                f"{type(model).__name__} has no neighborhood attention; "
+                "NeighborhoodDecoder is for LTX2VideoDiffusionDecoderModel"
             )
         ours = NeighborhoodProcessor(self.impl)
         self._stock[id(model)] = [(module, module.processor) for module in found]

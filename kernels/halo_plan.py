@@ -9,8 +9,8 @@
 Fixed key tiles visit every tile that the window touches, at unaligned windows a good part of it for nothing. Here the union
 of a query tile's windows (one box, because windows move without gaps) is gathered and attended densely, with a mask where the
 queries of a tile differ. Seen from its own box most tiles are the same tile, so the mask is one per kind of tile and the plan
-holds a few numbers per axis, whatever the length of the sequence. After FNA's dynamic tiling (Hassani et al., arXiv 2403.04690).
-Plain tensor operations and scaled_dot_product_attention: any device, any dtype, with backward.
+holds a few numbers per axis, whatever the length of the sequence. After FNA's dynamic tiling (Hassani et al., arXiv
+2403.04690). Plain tensor operations and scaled_dot_product_attention: any device, any dtype, with backward.
 """
 
 import itertools
@@ -150,9 +150,8 @@ def _chunks(plan: HaloPlan, parts: Axes, query: torch.Tensor) -> Iterator[tuple[
     counts = tuple(len(part.rows) for part in parts)
     for some in torch.arange(math.prod(counts), device=query.device).split(step):
         place = torch.unravel_index(some, counts)
-        rows, boxes = (
-            plan.tokens([t[p] for t, p in zip(tensors, place)]) for tensors in zip(*((p.rows, p.keys) for p in parts))
-        )
+        rows = plan.tokens([part.rows[p] for part, p in zip(parts, place)])
+        boxes = plan.tokens([part.keys[p] for part, p in zip(parts, place)])
         yield rows, torch.cat([plan.shared_keys.expand(len(some), -1), boxes], dim=1)
 
 
