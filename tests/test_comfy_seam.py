@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import genattn
 from genattn.apps.comfy_hosts import Entry, host_of
 from genattn.apps.comfy_pictures import layout_for, mask_picture, sparse_of
 from genattn.apps.comfy_seam import KEY, OVERRIDE, Override, around_model, chain_of, patch_model, run_of
@@ -18,6 +19,7 @@ from genattn.functional import attention
 from genattn.guidance.softpag import SoftPAG
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.pipelines.tiny_random import build_inputs, build_model
 from genattn.schedule import Schedule
 from genattn.sparse_plugin import SparsePlugin
 from genattn.token_layout import TokenLayout
@@ -345,3 +347,16 @@ def test_sites_count_over_all_stacks() -> None:
     ]
     model = Patcher(SimpleNamespace(diffusion_model=MMDiT()))
     assert layout_for(model, torch.zeros(1, 16, 8, 8), 5).describe() == "text 5 + grid 4x4"
+
+
+@pytest.mark.parametrize("family", ["wan", "flux", "hunyuan-video"])
+def test_the_diffusers_seam_in_the_inference_mode_of_comfyui(family: str) -> None:
+    model, inputs = build_model(family), build_inputs(family)
+    with torch.no_grad():
+        stock = model(**inputs, return_dict=False)[0]
+    with torch.inference_mode(), genattn.apply(model, NeighborhoodPattern(-1), schedule=ALWAYS) as handle:
+        fresh = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        for _ in range(2):
+            out = model(**fresh, return_dict=False)[0]
+    torch.testing.assert_close(out, stock, atol=1e-4, rtol=1e-4)
+    assert handle.report().sparse_calls
