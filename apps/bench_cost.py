@@ -4,8 +4,8 @@
 
     python -m genattn.apps.bench_cost        adds rows to assets/bench/cost_growth.csv; about four minutes
 
-One head of 64, frames of 32 x 32 tokens. Lengths and methods are interleaved and processor time is taken, so that a busy machine
-changes little. Before it is timed, a sparse result is held against its definition on sampled queries.
+One head of 64, frames of 32 x 32 tokens. Methods are interleaved and processor time is taken, so that a busy machine changes
+little. Before it is timed, a sparse result is held against its definition on sampled queries.
 """
 
 import time

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -165,7 +166,7 @@ def noise_span(tables: Tables) -> Finding:
     """Spread of noise levels inside a window."""
     rows = tables.rows("noise_span")
     parts = [f"n = {r['partitions']}: mean {number(r, 'mean_span'):.2f}, worst {number(r, 'worst_span'):.2f}" for r in rows]
-    falls = all(number(b, "mean_span") < number(a, "mean_span") for a, b in zip(rows, rows[1:]))
+    falls = all(number(b, "mean_span") < number(a, "mean_span") for a, b in pairwise(rows))
     return Finding(
         f"VideoCrafter2's schedule, windows of 16: {'; '.join(parts)}", REPRODUCED if falls else NOT, "", tuple(rows)
     )
@@ -228,7 +229,8 @@ def _lora(tables: Tables, factor: str) -> Finding:
     sampling = number(untuned, "sample_seconds") / number(radial, "sample_seconds")
     kept = bounds(radial, "accuracy")[1] >= number(dense, "accuracy")
     lifted = number(radial, "accuracy") > number(untuned, "accuracy")
-    told = f"{radial['clips']} captions, oracle accuracy: {'; '.join(parts)}; training step {training:.2f}x, sampling {sampling:.2f}x"
+    told = f"{radial['clips']} captions, oracle accuracy: {'; '.join(parts)}; "
+    told += f"training step {training:.2f}x, sampling {sampling:.2f}x"
     reasons = ["" if lifted else "tuning did not lift accuracy", "" if kept else "Radial LoRA is behind dense LoRA"]
     reasons.append("" if training > 1 and sampling > 1 else "no faster at so few tokens")
     why = "; ".join(filter(None, reasons))

@@ -117,8 +117,8 @@ def _speed(tables: Tables, kind: str) -> Finding:
     best = max(rows, key=lambda row: number(row, "speedup"))
     spread = f"median of rounds {number(best, 'dense_seconds') / number(best, 'median_seconds'):.2f}x"
     text = (
-        f"one call, {best['case']}, density {number(best, 'density'):.2f}: {number(best, 'speedup'):.2f}x over the fastest dense "
-        f"backend ({spread}), {number(best, 'ratio'):.2f} of what the density promises"
+        f"one call, {best['case']}, density {number(best, 'density'):.2f}: {number(best, 'speedup'):.2f}x over the fastest "
+        f"dense backend ({spread}), {number(best, 'ratio'):.2f} of what the density promises"
     )
     faster = number(best, "speedup") > 1
     return Finding(text, MINIATURE if faster else NOT, "" if faster else "it is slower here", (best,))

@@ -1,4 +1,4 @@
-"""Pictures of the sweeps behind the evidence page, each from one measured table; a picture whose table is missing is left out."""
+"""Pictures of the sweeps behind the evidence page, one per measured table; where a table is missing its picture is left out."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from genattn.errors import GenAttnError
@@ -120,4 +121,4 @@ def bounds(row: Row, name: str) -> tuple[float, float]:
 
 def rising(values: Sequence[float], slack: float = 0.0) -> bool:
     """Whether each value is at least the one before, less `slack`."""
-    return all(b >= a - slack for a, b in zip(values, values[1:]))
+    return all(b >= a - slack for a, b in pairwise(values))

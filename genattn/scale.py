@@ -5,8 +5,8 @@
     wire         4 n / g d (g - 1) / g values           sent per GPU and block by Ulysses: query, key, value, output
     time         arithmetic / (g rate), or wire / link where that is longer
 
-FIFO (window w of the model's own length, 2 p windows a latent with lookahead): the same for w tokens, times the latents. The rate
-is what published runs on one H100 came to (560 PFLOPs in 1630 s, 612 in 1649 s), not the data sheet's.
+FIFO (window w of the model's own length, 2 p windows a latent with lookahead): the same for w tokens, times the latents. The
+rate is what published runs on one H100 came to (560 PFLOPs in 1630 s, 612 in 1649 s), not the data sheet's.
 """
 
 import math
@@ -21,7 +21,7 @@ Method = Literal["dense", "radial", "fifo"]
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of one kind. rate: FLOP/s reached. memory: bytes. link, network: bytes/s per GPU inside a node of eight and beyond."""
+    """GPUs of one kind. rate: FLOP/s reached. memory: bytes. link, network: bytes/s per GPU inside a node and beyond."""
 
     name: str = "H100 80 GB"
     rate: float = 350e12

@@ -1,9 +1,9 @@
 """LoRA fine-tuning of a stock video pipeline at a length it was not trained for, with sparse attention in both directions.
 
-    clips + captions -> latents, once -> LoRA on q, k, v, o through the pattern's own backward -> pytorch_lora_weights.safetensors
+    clips + captions -> latents, once -> LoRA on q, k, v, o through the pattern's backward -> pytorch_lora_weights.safetensors
 
-Radial Attention, arXiv 2506.19852, section 5.3: rank 128, first two blocks dense while training. Everything random comes from the
-seed and the step, so a run that was killed at any moment and started again ends with the same weights.
+Radial Attention, arXiv 2506.19852, section 5.3: rank 128, first two blocks dense while training. Everything random comes from
+the seed and the step, so a run that was killed at any moment and started again ends with the same weights.
 """
 
 import contextlib

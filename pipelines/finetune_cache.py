@@ -1,7 +1,7 @@
 """What training reads of a clip, computed once: latents and text embeddings as one safetensors file per clip.
 
-A file's name is a hash of the clip's bytes, its caption, the size and the weights that encoded it, so that a changed clip, size or
-autoencoder is encoded anew and nothing stale is read. Files appear only when they are whole.
+A file's name is a hash of the clip's bytes, its caption, the size and the weights that encoded it, so that a changed clip, size
+or autoencoder is encoded anew and nothing stale is read. Files appear only when they are whole.
 """
 
 import hashlib
