@@ -26,7 +26,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _map(axes: Any, values: Any, title: str, colours: str = "Blues", **limits: float) -> Any:
-    picture = axes.imshow(values, cmap=colours, interpolation="nearest", **limits)
+    picture = axes.imshow(np.array(values.tolist()), cmap=colours, interpolation="nearest", **limits)
     axes.set_title(title, fontsize=9)
     axes.set(xticks=[], yticks=[])
     return picture

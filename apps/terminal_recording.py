@@ -69,12 +69,17 @@ def _output(command: str, folder: Path) -> list[Event]:
         except OSError:  # the other end is closed
             break
         if data:
-            shown.append((time.monotonic(), data.decode(errors="replace")))
+            shown.append((time.monotonic(), without_notices(data.decode(errors="replace"))))
         elif process.poll() is not None:
             break
     os.close(leader)
     process.wait()
     return shown
+
+
+def without_notices(text: str) -> str:
+    """Without the lines that optional packages of this machine (torchao, bitsandbytes) log while they are imported."""
+    return re.sub(r"[^\r\n]*(?:Failed to load|Unable to import|\bW\d{4} )[^\r\n]*\r?\n", "", text)
 
 
 def _words(command: str) -> list[str]:

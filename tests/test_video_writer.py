@@ -127,3 +127,18 @@ def test_wrong_input_is_refused(tmp_path):
         writer.write(frame(0))
         with pytest.raises(GenAttnError, match="have one size"):
             writer.write(frame(0, (32, 32)))
+
+
+def test_a_film_carries_what_it_was_made_with(tmp_path):
+    from genattn.apps.output_files import read_metadata
+
+    path = tmp_path / "a.mp4"
+    with FragmentedMp4Writer(path, 16, fragment_frames=4, metadata={"prompt": "a cat", "seed": 7}) as writer:
+        for i in range(6):
+            writer.write(frame(i))
+    assert len(read(path)) == 6
+    assert read_metadata(path) == {"prompt": "a cat", "seed": 7}
+    with FragmentedMp4Writer(path, 16, mark=writer.mark) as writer:
+        writer.write(frame(6))
+    assert len(read(path)) == 7
+    assert read_metadata(path)["seed"] == 7
