@@ -136,9 +136,17 @@ def measure_command(
     if as_json:
         print_json(found | {"metadata": metadata})
         return
-    print_table([{"measure": name, "value": value} for name, value in found.items()], str(file))
+    print_table([{"measure": name, "value": value} for name, value in _flat(found)], str(file))
     if metadata:
         print_lines("made with: " + ", ".join(f"{name} {value}" for name, value in metadata.items()))
+
+
+def _flat(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """A row per number: `drift_per_100_frames, red` instead of a dict in a cell."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in found.items():
+        rows += [(f"{name}, {part}", v) for part, v in value.items()] if isinstance(value, dict) else [(name, value)]
+    return rows
 
 
 def _film_measures(file: Path, fps: float | None) -> dict[str, Any]:

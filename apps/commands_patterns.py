@@ -97,7 +97,8 @@ def plan_command(
         return
     print_lines(", ".join(f"{name} {value}" for name, value in summary.items()))
     print_table(rows, "predicted, fastest first", [n for n in rows[0] if n != "pattern"] if rows else None)
-    print_table([{k: str(v) for k, v in asdict(n).items()} for n in found.nearby], "legal sizes nearby")
+    nearby = [{k: v if isinstance(v, float) else str(v) for k, v in asdict(n).items()} for n in found.nearby]
+    print_table(nearby, "legal sizes nearby")
 
 
 def _measure(
