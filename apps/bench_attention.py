@@ -86,6 +86,7 @@ def _bench_case(
         **{"case": case.name, "layout": case.layout.describe(), "seqlen": shape[1], "heads": case.heads},
         **{"head_dim": case.head_dim, "dtype": str(case.dtype)[6:], "density": plan.density, "full_share": plan.full_share},
         **{"computed_density": plan.computed_density, "tile": f"{plan.block_q}x{plan.block_k}", "plan_seconds": planned},
+        "dense_times": "; ".join(f"{name} {min(times[name]):.6g}" for name in dense),
         **{"dense": fastest, "dense_seconds": min(times[fastest]), "rounds": rounds, "loadavg": os.getloadavg()[0]},
     }
     rows = []

@@ -7,7 +7,6 @@ import torch
 
 from genattn.apps import bench_attention as bench
 from genattn.apps.attention_cases import AttentionCase, cpu_cases, gpu_cases
-from genattn.apps.bench_gpu import main as bench_gpu
 from genattn.apps.doctor import describe_doctor, doctor
 from genattn.patterns.radial import RadialPattern
 
@@ -52,9 +51,3 @@ def test_doctor_says_why_not():
         assert "needs a GPU" in facts["backends"]["triton"]
         assert "no: it needs a GPU" in text
         assert facts["auto"] in ("cpu", "grouped")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: the whole benchmark would run")
-def test_gpu_benchmark_says_that_there_is_none(capsys):
-    assert bench_gpu([]) == 1
-    assert "a GPU must be there" in capsys.readouterr().err
