@@ -57,7 +57,7 @@ def hunt(
         rounds=whole("rounds", rounds, 1),
         top_k=whole("heads per round", top_k, 1),
     )
-    settings = {
+    settings: dict[str, Any] = {
         "u": number("u", u),
         "scale": number("scale", scale),
         "target": target,

@@ -51,7 +51,7 @@ def long(
     session.limits.at_most("frames", wished, session.limits.long_frames)
     PromptSchedule.parse(prompt, whole("fade", fade, 0))
     drawn = read_seed(seed, randomize_seed)
-    settings = {
+    settings: dict[str, Any] = {
         "prompt": prompt,
         "prompt_fade": whole("fade", fade, 0),
         "num_frames": wished,

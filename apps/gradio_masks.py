@@ -77,7 +77,7 @@ class FrameSheet:
         pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
         for place, frame in enumerate(self.shown):
             left, top = self.corner(place)
-            pixels = np.where(seen[frame][..., None], np.uint8(_SEEN), np.uint8(_HIDDEN))
+            pixels = np.where(seen[frame][..., None], np.array(_SEEN), np.array(_HIDDEN)).astype(np.uint8)
             if frame == query[0]:
                 pixels[query[1], query[2]] = _MARK
             big = pixels.repeat(self.scale, 0).repeat(self.scale, 1)

@@ -11,28 +11,22 @@ from genattn.apps.gradio_job import Update
 from genattn.apps.gradio_session import Session
 from genattn.errors import GenAttnError
 
-GPU = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "hidden"}
+GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "hidden"}
 
 
-class LocalFile(gr.File):
+def local_file(label: str, suffixes: Sequence[str], **settings: Any) -> gr.File:
     """An upload that must come from the visitor's own machine: a URL is refused instead of fetched by the server."""
+    field = gr.File(label=label, file_types=list(suffixes), height=110, **settings)
+    stock = field.async_move_resource_to_block_cache
 
-    is_template = True
+    async def keep(url_or_file_path: Any) -> str | None:
+        if isinstance(url_or_file_path, str) and "://" in url_or_file_path:
+            raise gr.Error("upload the file itself: this server fetches nothing from other addresses", print_exception=False)
+        return await stock(url_or_file_path)
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        """The file's place in the cache; raises gr.Error for a URL."""
-        _refuse_url(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-    def preprocess(self, payload: Any) -> Any:
-        """The file's path; raises gr.Error for a URL."""
-        _refuse_url(getattr(payload, "path", None))
-        return super().preprocess(payload)
-
-
-def _refuse_url(path: Any) -> None:
-    if isinstance(path, str) and "://" in path:
-        raise gr.Error("upload the file itself: this server fetches nothing from other addresses", print_exception=False)
+    # on the field, not in a subclass: Gradio writes a stub file beside the source of every subclass
+    field.async_move_resource_to_block_cache = keep  # type: ignore[method-assign]
+    return field
 
 
 @dataclass(frozen=True)

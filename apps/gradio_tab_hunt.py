@@ -55,7 +55,7 @@ def hunt_tab(session: Session) -> dict[str, Any]:
                 sheet = gr.Checkbox(True, label="Draw every head's picture: the contact sheet")
                 height, width, *rest = size_fields(session, names[0], frames=moving)
                 steps, cfg = rest[-2:]
-                frames = rest[0] if moving else gr.State(None)
+                frames: Any = rest[0] if moving else gr.State(None)
         with gr.Column(scale=3):
             run = run_row("Hunt", "hunt")
             with gr.Row():
@@ -106,7 +106,7 @@ def hunt_tab(session: Session) -> dict[str, Any]:
         with refusing():
             return save_set(session, run, name, keep)[0]
 
-    inputs = [prompts, objectives, pool, rounds, top_k, u, scale, target, batch, sheet]
+    inputs: list[Any] = [prompts, objectives, pool, rounds, top_k, u, scale, target, batch, sheet]
     inputs += [height, width, frames, steps, cfg, model]
     outputs = [scored, latest, table, contact, found, file, ran, report]
     event = run.wire(search, inputs, outputs, "hunt")

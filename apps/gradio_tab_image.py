@@ -8,8 +8,8 @@ import gradio as gr
 from genattn.apps.gradio_head_map import draw_head_map, head_at, read_heads, toggle_head, write_heads
 from genattn.apps.gradio_image import image, read_head_set
 from genattn.apps.gradio_parts import (
-    LocalFile,
     cards,
+    local_file,
     missing_model,
     model_choice,
     optional_number,
@@ -55,7 +55,7 @@ def image_tab(session: Session) -> dict[str, Any]:
                 target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
                 negative = prompt_box("", label="Negative prompt", lines=1)
                 height, width, steps, cfg = size_fields(session, names[0], frames=False)
-                upload = LocalFile(label="Head set (JSON)", file_types=[".json"], height=110, elem_id="head-set")
+                upload = local_file("Head set (JSON)", [".json"], elem_id="head-set")
         with gr.Column(scale=3):
             run = run_row("Draw both", "image")
             pair = gr.ImageSlider(
@@ -122,7 +122,7 @@ def image_tab(session: Session) -> dict[str, Any]:
         named = {f"L{layer}H{head}": score for (layer, head), score in found.scores.items()}
         return write_heads(found.heads, u), u, found.scale, found.target, named
 
-    private = {"show_progress": "hidden", "api_visibility": "private"}
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     drawn = gr.on([heads.change, u.change, scores.change, model.change], paint, [heads, u, scores, model], grid, **private)
     assert drawn is not None
     grid.select(click, [heads, u, model], heads, **private)

@@ -10,7 +10,7 @@ import gradio as gr
 from genattn.apps.gradio_long import PLOTTED, long, resume
 from genattn.apps.gradio_parts import (
     GPU,
-    LocalFile,
+    local_file,
     missing_model,
     model_choice,
     optional_number,
@@ -60,7 +60,7 @@ def long_tab(session: Session) -> dict[str, Any]:
                     ouroboros = gr.Checkbox(False, label="Ouroboros: coherent tail, memory")
                 negative = prompt_box("", label="Negative prompt", lines=1)
                 height, width, cfg = size_fields(session, names[0], frames=False, steps=False)
-                start = LocalFile(label="Begin from a picture", file_types=[".png", ".jpg", ".jpeg", ".webp"], height=110)
+                start = local_file("Begin from a picture", [".png", ".jpg", ".jpeg", ".webp"])
         with gr.Column(scale=3):
             run = run_row("Start the film", "long")
             with gr.Row():

@@ -61,10 +61,10 @@ def mask_tab(session: Session) -> dict[str, Any]:
 
     inputs = [attention, options, grid, before, after, query, block, model]
     outputs = [window, plan, query, figures, report]
-    drawing = {"concurrency_id": "cpu", "concurrency_limit": 2, "show_progress": "minimal"}
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    drawing: dict[str, Any] = {"concurrency_id": "cpu", "concurrency_limit": 2, "show_progress": "minimal"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     go.click(draw, inputs, outputs, api_name="mask", **drawing)
-    again = {"api_visibility": "private", **drawing}
+    again: dict[str, Any] = {"api_visibility": "private", **drawing}
     window.select(click, [grid, query], query, **quiet).success(draw, inputs, outputs, **again)
     model.input(shape, model, [grid, before, after, block, query], **quiet).success(draw, inputs, outputs, **again)
     attention.input(lambda name: SUGGESTED.get(name, ""), attention, options, **quiet).success(draw, inputs, outputs, **again)

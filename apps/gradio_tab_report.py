@@ -49,7 +49,7 @@ def report_tab(session: Session) -> dict[str, Any]:
         run = kept[event.index[0]]["run"]
         return run, show_report(run)
 
-    light = {"concurrency_id": "cpu", "concurrency_limit": 2, "show_progress": "minimal"}
+    light: dict[str, Any] = {"concurrency_id": "cpu", "concurrency_limit": 2, "show_progress": "minimal"}
     show.click(show_report, name, report, api_name="report", **light)
     ask.click(describe_machine, None, machine, api_name="machine", **light)
     table.select(pick, kept, [name, report], api_visibility="private", show_progress="hidden")

@@ -79,7 +79,13 @@ def video_tab(session: Session) -> dict[str, Any]:
         model: str | None = None,
     ) -> Iterator[tuple[Any, ...]]:
         """One clip with dense and with sparse attention, same seed; seconds, density and PSNR."""
-        form = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance_scale": guidance_scale}
+        form: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "frames": frames,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+        }
         form["negative_prompt"] = negative_prompt
         with refusing():
             updates = video(

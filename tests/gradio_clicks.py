@@ -141,9 +141,9 @@ def video(v: Visitor) -> None:
 def long(v: Visitor) -> None:
     """A film: stopped after its first second, then resumed."""
     v.open("Long video")
-    v.number("Frames", 17 if v.quick else 97)
+    v.number("Frames", 65 if v.quick else 97)
     v.page.locator("#long-go").click()
-    v.until(lambda: re.search(r"frames [1-9]", v.page.locator("#long-status").inner_text()) is not None)
+    v.until(lambda: re.search(r"frames [1-9]|done in", v.page.locator("#long-status").inner_text()) is not None)
     v.page.locator("#long-stop").click()
     v.wait_for("#long-status", "Resume goes on")
     v.page.locator("#film video").wait_for()
