@@ -105,7 +105,7 @@ def with_setting(arguments, setting):
 def report(kernel, arguments, target, arch, row):
     made, options = source(kernel, arguments)
     compiled = triton.compile(made, target=target, options=options)
-    row = {"arch": arch, **row, **options, "split": arguments["SPLIT"], "fine": arguments["FINE"]}
+    row = {"arch": arch, "triton": triton.__version__, **row, **options, "split": arguments["SPLIT"], "fine": arguments["FINE"]}
     print(json.dumps(row | facts(compiled, arch)), flush=True)
 
 
