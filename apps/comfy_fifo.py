@@ -101,6 +101,12 @@ class FifoSampling:
                 f"FIFO is for videos longer than the window of {window} latent frames, got {x.shape[2]}; "
                 "raise the length of the latent or use an ordinary sampler"
             )
+        shape = self.settings.shape(len(sigmas) - 1)
+        if shape.working < window:
+            raise GenAttnError(
+                f"the queue must hold the first clip: at least as many steps as the window has latent frames ({window}) over "
+                f"latents_per_level ({shape.latents_per_level}), got {shape.num_levels} steps; raise them or narrow the window"
+            )
         if float(sigmas[-1]) != 0 or not bool((sigmas[:-1] > sigmas[1:]).all()):
             raise GenAttnError(
                 f"sigmas must fall to 0, got {[round(float(s), 4) for s in sigmas]}; use denoise 1 and all steps"

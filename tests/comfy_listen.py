@@ -1,6 +1,6 @@
 """Submit a prompt and say what ComfyUI told a listening page; run with ComfyUI's Python: comfy_listen.py PORT < graph.json.
 
-Prints {"kinds": {message: count}, "previews": n, "progress": [[value, max], ...]}. With a second argument N, the run is
+Prints {"kinds": {message: count}, "previews": n, "progress": [[value, max], ...], "error": text}. With a second argument N, the run is
 interrupted after N progress messages.
 """
 
@@ -13,7 +13,7 @@ import aiohttp
 
 
 async def main(port: int, interrupt_after: int) -> None:
-    url, kinds, progress, previews = f"http://127.0.0.1:{port}", Counter(), [], 0
+    url, kinds, progress, previews, error = f"http://127.0.0.1:{port}", Counter(), [], 0, ""
     graph = json.load(sys.stdin)
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{url}/ws?clientId=listener") as socket:
         await session.post(f"{url}/prompt", json={"prompt": graph, "client_id": "listener"})
@@ -27,9 +27,10 @@ async def main(port: int, interrupt_after: int) -> None:
                 progress.append([told["data"]["value"], told["data"]["max"]])
                 if interrupt_after and len(progress) == interrupt_after:
                     await session.post(f"{url}/interrupt", json={})
+            error = told["data"].get("exception_message", error)
             if told["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                 break
-    print(json.dumps({"kinds": kinds, "previews": previews, "progress": progress}))
+    print(json.dumps({"kinds": kinds, "previews": previews, "progress": progress, "error": error}))
 
 
 asyncio.run(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))
