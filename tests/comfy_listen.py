@@ -1,7 +1,7 @@
 """Submit a prompt and say what ComfyUI told a listening page; run with ComfyUI's Python: comfy_listen.py PORT < graph.json.
 
-Prints {"kinds": {message: count}, "previews": n, "progress": [[value, max], ...], "error": text}. With a second argument N, the run is
-interrupted after N progress messages.
+Prints {"kinds": {message: count}, "previews": n, "progress": [[value, max], ...], "error": text}. With a second argument N,
+the run is interrupted after N progress messages.
 """
 
 import asyncio
