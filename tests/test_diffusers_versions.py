@@ -12,6 +12,9 @@ FAMILIES = ("wan", "flux", "sd3", "hunyuan-video", "cogvideox", "ltx", "mochi", 
 SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
+import importlib.util
+find = importlib.util.find_spec  # old versions cannot import the quantisers of today, and need none here
+importlib.util.find_spec = lambda name, *rest: None if name in ("torchao", "bitsandbytes") else find(name, *rest)
 import torch, diffusers
 assert diffusers.__version__ == sys.argv[1], diffusers.__version__
 from genattn import DensePattern, RadialPattern
