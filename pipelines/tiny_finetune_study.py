@@ -110,7 +110,7 @@ def sample(
 
 
 def measured(clips: Any, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Means with bootstrap intervals: asked attributes found, subjects that stay themselves, drift of brightness per 100 frames."""
+    """Means with bootstrap intervals: asked attributes found, subjects that stay themselves, drift of brightness."""
     verdicts = [judge(clip, scene) for clip, scene in zip(clips, scenes, strict=True)]
     columns = {
         "accuracy": [np.mean([v.share(name) for name in ("colour", "shape", "motion")]) for v in verdicts],
