@@ -17,6 +17,7 @@ from genattn.guidance.head_search import SearchSettings
 from genattn.guidance.head_set import HeadSet
 from genattn.guidance.heads import Head, all_heads, head_name, resolve_heads
 from genattn.guidance.objectives import STATISTICS, load_objective
+from genattn.pipelines.tiny_world import parse_caption
 
 CAPTION_MATCH = "caption match (tiny world)"
 OBJECTIVES = (CAPTION_MATCH, *STATISTICS, "steadiness")
@@ -49,6 +50,12 @@ def hunt(
     unknown = sorted(set(objectives or ()) - set(OBJECTIVES))
     if unknown or not objectives:
         raise GenAttnError(f"objectives must be some of {', '.join(OBJECTIVES)}, got {unknown or 'none'}; choose one")
+    strange = [line for line in lines if CAPTION_MATCH in objectives and parse_caption(line) is None]
+    if strange:
+        raise GenAttnError(
+            f"the oracle judges captions of the tiny world, got {strange[0]!r}; write e.g. "
+            "'a red circle moves right on a dark background', or choose another objective"
+        )
     chosen = session.check_name(model, video=model in session.names(video=True) or not session.names(video=False))
     wanted = ClipForm.read(**form)
     search = SearchSettings(

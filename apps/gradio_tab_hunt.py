@@ -21,7 +21,7 @@ from genattn.apps.gradio_parts import (
 from genattn.apps.gradio_session import Session
 from genattn.guidance.perturbation import TARGETS
 
-PROMPTS = "a large red circle on a dark background\na small blue square on a light background"
+PROMPTS = "a large red circle stays still on a dark background\na small blue square stays still on a light background"
 
 
 def hunt_tab(session: Session) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def hunt_tab(session: Session) -> dict[str, Any]:
 
 
 def _moving(prompts: str) -> str:
-    return prompts.replace(" circle", " circle moves right").replace(" square", " square moves down")
+    return prompts.replace("circle stays still", "circle moves right").replace("square stays still", "square moves down")
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[Any]]:

@@ -25,11 +25,11 @@ from genattn.apps.gradio_parts import (
 from genattn.apps.gradio_session import Session
 from genattn.guidance.perturbation import TARGETS
 
-PROMPT = "a large red circle on a dark background"
+PROMPT = "a large red circle stays still on a dark background"
 EXAMPLES = [
-    ["a large red circle on a dark background", "L2H0,L3H1", 0.5, 3.0],
-    ["a small blue square on a light background", "L4", 0.5, 2.0],
-    ["a green triangle on a gray background", "L1H2,L5H3", 1.0, 3.0],
+    ["a large red circle stays still on a dark background", "L2H0,L3H1", 0.5, 3.0],
+    ["a small blue square stays still on a light background", "L4", 0.5, 2.0],
+    ["a green triangle stays still on a gray background", "L1H2,L5H3", 1.0, 3.0],
 ]
 
 

@@ -12,7 +12,7 @@ from gradio_session import LIMITS, SD3, random_model, random_session
 from PIL import Image
 
 from genattn.apps.gradio_head_map import cell_size
-from genattn.apps.gradio_hunt import hunt, save_set
+from genattn.apps.gradio_hunt import CAPTION_MATCH, hunt, save_set
 from genattn.apps.gradio_image import image, read_head_set
 from genattn.apps.gradio_job import Update
 from genattn.apps.gradio_limits import Limits
@@ -237,6 +237,7 @@ def test_what_cannot_be_hunted(session: Session) -> None:
         ({"objectives": []}, "objectives must be some of"),
         ({"objectives": ["os:system"]}, "objectives must be some of"),
         ({"objectives": ["palette:/etc/passwd"]}, "objectives must be some of"),
+        ({"objectives": [CAPTION_MATCH]}, "judges captions of the tiny world, got 'a cat'"),
         ({"rounds": 0}, "rounds must be >= 1"),
         ({"batch": 17}, "at most 16 candidates"),
         ({"rounds": 8, "prompts": "a\nb\nc\nd\ne\nf\ng\nh"}, "at most 60 pictures a hunt"),
