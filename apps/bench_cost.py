@@ -40,14 +40,14 @@ def prepared(method: str, tensors: tuple[torch.Tensor, ...], layout: TokenLayout
     FIFO: one attention over a window of eight frames for each frame that the film has (per window of the queue).
     """
     query, key, value = tensors
-    heads_first = [t.transpose(1, 2) for t in tensors]
+    first_q, first_k, first_v = (t.transpose(1, 2) for t in tensors)
     if method == "dense":
-        return lambda: F.scaled_dot_product_attention(*heads_first), 1.0
+        return lambda: F.scaled_dot_product_attention(first_q, first_k, first_v), 1.0
     if method == "fifo":
         window = WINDOW_FRAMES * FRAME[0] * FRAME[1]
-        parts = [torch.randn(1, 1, window, HEAD_DIM) for _ in range(3)]
+        q, k, v = (torch.randn(1, 1, window, HEAD_DIM) for _ in range(3))
         frames = layout.grid3[0]
-        return lambda: [F.scaled_dot_product_attention(*parts) for _ in range(frames)], frames * window**2 / layout.seqlen**2
+        return lambda: [F.scaled_dot_product_attention(q, k, v) for _ in range(frames)], frames * window**2 / layout.seqlen**2
     plan = plan_for(query, key, PATTERNS[method], layout)
     _check(method, tensors, layout)
     return lambda: planned_attention(query, key, value, plan), plan.density

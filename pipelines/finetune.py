@@ -154,7 +154,8 @@ class Batches:
     def __init__(self, files: Sequence[Path], empty: Embeds, settings: FinetuneSettings, accelerator: Accelerator) -> None:
         self.files, self.empty, self.settings, self.device = list(files), empty, settings, accelerator.device
         shared = settings.context_parallel > 1  # then all processes work on the same clip
-        self.world, self.rank = (1, 0) if shared else (accelerator.num_processes, accelerator.process_index)
+        self.world: int = 1 if shared else accelerator.num_processes
+        self.rank: int = 0 if shared else accelerator.process_index
         first = load_clip(self.files[0])[0]
         if first is None:
             raise GenAttnError(f"the cached clip {self.files[0]} holds no latents; delete the cache and start again")

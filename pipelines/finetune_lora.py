@@ -46,7 +46,8 @@ def add_lora(transformer: Any, rank: int, alpha: float) -> list[str]:
     if not names:
         raise GenAttnError(f"{type(transformer).__name__} has no attention projection called {', '.join(TARGETS)}")
     transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), adapter_name=ADAPTER)
+    settings: Any = {"r": rank, "lora_alpha": alpha, "target_modules": names}
+    transformer.add_adapter(LoraConfig(**settings), adapter_name=ADAPTER)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

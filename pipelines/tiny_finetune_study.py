@@ -112,7 +112,7 @@ def sample(
 def measured(clips: Any, scenes: Sequence[Scene]) -> dict[str, Any]:
     """Means with bootstrap intervals: asked attributes found, subjects that stay themselves, drift of brightness."""
     verdicts = [judge(clip, scene) for clip, scene in zip(clips, scenes, strict=True)]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "accuracy": [np.mean([v.share(name) for name in ("colour", "shape", "motion")]) for v in verdicts],
         "consistency": [v.consistency for v in verdicts],
         "drift": [abs(drift(clip)["brightness"]) for clip in clips],
