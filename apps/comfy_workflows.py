@@ -23,7 +23,7 @@ _COLUMN, _ROW, _LINE = 340, 60, 24
 
 def node_definitions(url: str, graph: Graph) -> dict[str, Any]:
     """ComfyUI's own word on every node of a graph; raises GenAttnError when it cannot be asked or does not know one."""
-    found = {}
+    found: dict[str, Any] = {}
     for kind in sorted({node["class_type"] for node in graph.values()}):
         try:
             with urllib.request.urlopen(f"{url.rstrip('/')}/object_info/{kind}", timeout=30) as answer:
