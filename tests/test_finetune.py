@@ -160,8 +160,8 @@ def test_clips_are_encoded_once(clips: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_what_cannot_be_trained_says_why(clips: Path, tmp_path: Path) -> None:
     for family, reason in {
-        "wan_experts": "two experts",
-        "hunyuan_video": "modulation vector",
+        "wan-experts": "two experts",
+        "hunyuan-video": "modulation vector",
         "animatediff": "no transformer",
     }.items():
         with pytest.raises(GenAttnError, match=f"cannot fine-tune: .*{reason}"):
