@@ -177,11 +177,13 @@ def radial_over_window(tables: Tables) -> Finding:
     rows = _windows(tables)
     radial = rows.pop("radial")
     rows.pop("dense")
-    near = sorted(rows.values(), key=lambda row: abs(number(row, "density") - number(radial, "density")))[:3]
+    # every window that costs no more counts, the best of them first
+    near = [row for row in rows.values() if number(row, "density") <= number(radial, "density") + 0.03]
+    near = sorted(near, key=lambda row: -number(row, "psnr"))[:4]
     text = "; ".join(f"{r['attention']} (density {number(r, 'density'):.2f}) {between(r, 'psnr', 1)}" for r in (radial, *near))
     good = all(number(radial, "psnr") > number(row, "psnr") for row in near)
     sure = all(bounds(radial, "psnr")[0] > bounds(row, "psnr")[1] for row in near)
-    why = "" if good else "a window of like density is as near"
+    why = "" if good else "a window that costs no more is as near or nearer"
     note = "" if sure else "; the intervals overlap"
     return Finding(f"tiny-wan, {radial['n']} captions, dB: {text}{note}", MINIATURE if good else NOT, why, (radial, *near))
 
