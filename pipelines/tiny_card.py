@@ -137,15 +137,15 @@ def model_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, float | int
         head_dim=configs["transformer"]["attention_head_dim"],
         z_dim=configs["vae"]["z_dim"],
         places=POSITION_CHANNELS,
-        transformer_weights=_weights(folder / "transformer"),
-        vae_weights=_weights(folder / "vae"),
-        text_weights=_weights(folder / "text_encoder"),
+        transformer_weights=count_weights(folder / "transformer"),
+        vae_weights=count_weights(folder / "vae"),
+        text_weights=count_weights(folder / "text_encoder"),
         shift=json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"],
         device_line=f"{made} for {minutes:.0f} minutes in all, the other work of that machine beside it.",
         seed=seed,
         clips=counts.get("clips", 0),
         stills=counts.get("stills", 0),
-        training="\n".join(_training_line(entry) for entry in entries),
+        training="\n".join(training_line(entry) for entry in entries),
         notes="".join(f"\n{entry['note']}\n" for entry in entries if "note" in entry),
         evaluated=rows[0]["clips"],
         eval_steps=rows[0]["steps"],
@@ -176,7 +176,8 @@ def device_name(cpu: bool = False) -> str:
     return provenance(cpu)["device"]
 
 
-def _training_line(entry: dict[str, str | int | float]) -> str:
+def training_line(entry: dict[str, str | int | float]) -> str:
+    """A row of the card's table of training phases."""
     return f"| {entry['phase']} | {entry.get('steps', '')} | {entry['minutes']} | {entry['device']} |"
 
 
@@ -188,7 +189,7 @@ def _score_line(name: str, rows: Sequence[dict[str, float | int | str]]) -> str:
     return f"| {name.replace('_', ' ')} | {' | '.join(cells)} |"
 
 
-def _weights(folder: Path) -> float:
+def count_weights(folder: Path) -> float:
     """Millions of weights in a folder's safetensors files."""
     from safetensors import safe_open
 

@@ -7,6 +7,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from genattn.errors import GenAttnError
+from genattn.guidance.head_set import HeadSet
+from genattn.guidance.softpag import SoftPAG
+from genattn.inject import apply
+from genattn.pipelines.oracle_objective import caption_match
+from genattn.pipelines.tiny_evaluate import evaluation_scenes
 from genattn.pipelines.tiny_sd3 import (
     Sd3Size,
     TinySd3,
@@ -17,6 +22,7 @@ from genattn.pipelines.tiny_sd3 import (
     main,
     tokenize_captions,
 )
+from genattn.pipelines.tiny_world import caption
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +81,28 @@ def test_the_study_compares_at_equal_cost(run: Path, tmp_path: Path) -> None:
     numbers = {"count": 2, "hunting": 2, "rounds": 1, "top-k": 1, "steps": 2, "batch": 12, "random-sets": 1}
     asked = [part for name, value in numbers.items() for part in (f"--{name}", str(value))]
     table = tmp_path / "table.csv"
-    tiny_sd3_study.main(["--model", str(run / "model"), "--run-dir", str(tmp_path), "--csv", str(table), "--cpu", *asked])
+    tiny_sd3_study.main(
+        [
+            "--model",
+            str(run / "model"),
+            "--run-dir",
+            str(tmp_path),
+            "--csv",
+            str(table),
+            "--card-from",
+            str(run / "run"),
+            "--cpu",
+            *asked,
+        ]
+    )
     with table.open() as file:
         rows = {row["condition"]: row for row in csv.DictReader(file)}
     layer = next(name for name in rows if name.startswith("layer L"))
-    assert set(rows) == {"unguided", "cfg", "hunted", "hunted + cfg", layer, "random sets", "probe"}
+    sweep = {"u 0.25", "u 0.5", "u 0.75", "u 1"}
+    assert set(rows) == {"unguided", "cfg", "hunted", "hunted + cfg", layer, "random sets", "probe", *sweep}
+    card = (run / "model" / "README.md").read_text()
+    assert f"| hunted | {float(rows['hunted']['mean']):.3f}" in card
+    assert "| transformer | 2 |" in card
     assert float(rows["hunted"]["hunted_minus"]) == 0
     assert (tmp_path / "heads.json").exists()
     with pytest.raises(GenAttnError, match="must be a pipeline folder"):
@@ -94,9 +117,31 @@ def test_differences_have_intervals() -> None:
     from genattn.pipelines.tiny_sd3_study import compare
 
     rng = np.random.default_rng(0)
-    plain = rng.uniform(size=400)
+    plain = rng.uniform(size=(400, 4))
     rows = compare({"unguided": plain, "hunted": plain + 0.1, "random 0": plain, "random 1": plain + 0.2})
     found = {row["condition"]: row for row in rows}
     assert found["unguided"]["minus_low"] == pytest.approx(0.1)
     assert found["random sets"]["hunted_minus"] == pytest.approx(0.0, abs=1e-9)
     assert found["unguided"]["low"] < found["unguided"]["mean"] < found["unguided"]["high"]
+
+
+def test_the_shipped_folder_is_small_stock_and_draws_what_is_asked() -> None:
+    shipped = Path(__file__).resolve().parents[1] / "assets" / "tiny-sd3"
+    files = [path for path in shipped.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    assert not {path.suffix for path in files} - {".json", ".jsonl", ".safetensors", ".md"}
+    pipe = StableDiffusion3Pipeline.from_pretrained(shipped, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    texts = [caption(scene) for scene in evaluation_scenes(8)]
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    size = {"height": 64, "width": 64, "num_inference_steps": 6, "guidance_scale": 3.0}
+    pictures = pipe(texts, generator=seeds, output_type="pt", **size).images
+    assert sum(caption_match(list(pictures), texts)) / 8 > 0.9
+
+
+def test_the_shipped_heads_fit_the_shipped_model() -> None:
+    shipped = Path(__file__).resolve().parents[1] / "assets"
+    heads = HeadSet.load(shipped / "heads" / "tiny-sd3.json")
+    pipe = StableDiffusion3Pipeline.from_pretrained(shipped / "tiny-sd3", local_files_only=True)
+    with apply(pipe, SoftPAG.from_head_set(heads)) as handle:
+        assert handle.report() is not None
