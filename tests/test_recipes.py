@@ -59,7 +59,7 @@ def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         diffusers.MotionAdapter, "from_pretrained", lambda name, **kw: adapter(name, **kw) if Path(name).is_dir() else None
     )
     code = shrunk(RECIPES[name], call).replace(
-        "num_frames=256, partitions=4", "num_frames=6, height=32, width=24, num_inference_steps=4"
+        "num_frames=256, partitions=4", "num_frames=20, height=32, width=24, num_inference_steps=16"
     )
     exec(compile(code, f"recipe {name}", "exec"), {"__name__": "recipe"})  # the page's own lines
     pictures = [*tmp_path.glob("*.png"), *written]
