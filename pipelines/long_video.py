@@ -152,6 +152,7 @@ def start_video(
     with base.installed(), single_step_caches_off(base.models, tell=False), torch.no_grad():
         height, width = settings.size(base)
         if start is None:
+            _check_window(build.shape)
             like = torch.zeros(1, base.channels, build.shape.window, *base.latent_size(height, width), device=base.device)
             clip = sample_clip(build.windows, build.solver, like, seed=settings.seed, progress=progress)
         else:
@@ -162,6 +163,14 @@ def start_video(
     if path is not None and fifo.group.is_main:
         writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told())
     return LongVideo(build.parts(fifo, writer, folder, progress))
+
+
+def _check_window(shape: QueueShape) -> None:
+    if shape.window > shape.working:
+        raise GenAttnError(
+            f"the queue must hold a whole window of {shape.window} latents to begin with, got {shape.working} (steps x latents per "
+            "level); raise num_inference_steps or latents_per_level"
+        )
 
 
 def resume_video(
