@@ -355,6 +355,7 @@ def test_latents_that_are_not_finite_stop_the_run(pipe, monkeypatch):
         ({"window": 0, "num_frames": 5}, "window must be >= 1"),
         ({"latents_per_level": 9, "num_frames": 5}, "latents_per_level must be"),
         ({"eta": 2, "num_frames": 5}, "eta must be"),
+        ({"num_inference_steps": 1, "num_frames": 5}, "the queue must hold a whole window of . latents"),
         ({}, "without end needs output, folder or stream"),
         ({"num_frames": 5, "ouroboros": Ouroboros(subject_attention=True)}, "use memory_frames instead"),
         ({"num_frames": 5, "ouroboros": Ouroboros(subject="dog", guidance=0.1)}, "must stand in the prompt"),
