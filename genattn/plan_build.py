@@ -231,6 +231,9 @@ def tile_codes(rule: ElementRule, query_tiles: torch.Tensor, key_tiles: torch.Te
         return BlockCodes(rule, query_tiles, key_tiles)
     if isinstance(rule, CombinedRule):
         return CombinedCodes(rule, query_tiles, key_tiles)
+    if isinstance(rule, PerHeadRule):
+        each = [tile_codes(part, query_tiles, key_tiles) for part in rule.rules]
+        return StackedCodes([each[choice] for choice in rule.choice])
     raise TypeError(f"no analytic tile codes for {type(rule).__name__}")
 
 
@@ -243,7 +246,7 @@ def plan_from_rule(rule: ElementRule, query_tiles: torch.Tensor, key_tiles: torc
 
 
 class StackedCodes:
-    """Codes of several rules of one head each, one after the other."""
+    """Codes of several rules of one head each, a rule per head."""
 
     def __init__(self, parts: Sequence[TileCodes]) -> None:
         self.parts, self.num_heads = parts, len(parts)

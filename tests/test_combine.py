@@ -83,6 +83,16 @@ def test_per_head_takes_the_cheaper_tiles() -> None:
     assert torch.equal(plan.row_ptr[1] - plan.row_ptr[1, 0], plan.row_ptr[0])
 
 
+@pytest.mark.parametrize("combine", [Union, Intersection])
+def test_a_choice_per_head_can_be_a_part(combine: type[Union] | type[Intersection]) -> None:
+    per_head = PerHead((NeighborhoodPattern(3), NeighborhoodPattern((1, 3, 3)), RadialPattern(block=2)), (2, 0, 1, 0))
+    pattern = combine(per_head, RadialPattern(block=2, decay=0.3, sink=False))
+    masks, other = per_head.mask(VIDEO), pattern.patterns[1].mask(VIDEO)
+    expected = masks | other if combine is Union else masks & other
+    assert torch.equal(pattern.mask(VIDEO), expected)
+    assert_plan_is_exact(pattern.plan(VIDEO, 4, 8), expected, VIDEO.raster_index == -2)
+
+
 def test_layers() -> None:
     pattern = PerLayer((DensePattern(), RadialPattern(layer_decay=(0.2, 0.5, 1.0))), (0, 1, 1))
     assert pattern.for_layer(0, 3) == DensePattern()
