@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = chosen.part or PARTS[:-1]
     cases = [case for case in gpu_cases() if chosen.only in case.name]
     shapes = [shape.longer(times) for times in (1, 4) for shape in (WAN_14B, HUNYUAN)]
-    jobs = {
+    jobs: dict[str, tuple[str, list[Job]]] = {
         "forward": (TABLE.name, forward_jobs(cases, chosen.rounds, "cuda", ["triton"])),
         "step": ("denoising_step.csv", step_jobs(shapes, "cuda", "triton")),
         "settings": (

@@ -44,7 +44,9 @@ app.add_typer(commands_kernels.bench_app, name="bench")
 app.add_typer(commands_comfyui.comfyui_app, name="comfyui")
 
 # typer carried click's exceptions from outside, then from within: its own names lead to whichever it raises
-_REFUSALS = tuple(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_REFUSALS = tuple(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
+)
 
 
 def main() -> None:

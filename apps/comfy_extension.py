@@ -64,7 +64,7 @@ def schema_of(spec: NodeSpec) -> Any:
 def node_class(spec: NodeSpec) -> type:
     """The V3 class of a node."""
 
-    def execute(cls: type, **inputs: Any) -> Any:
+    def execute(cls: type, /, **inputs: Any) -> Any:
         answer = spec.run(**inputs)
         if not isinstance(answer, Answer):
             return io.NodeOutput(*answer)

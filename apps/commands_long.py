@@ -68,7 +68,7 @@ def long_command(
             folder=folder,
             stream=True,
         )
-    result = _make(run, as_json)
+    result = _make(run, folder if resume is None else resume, as_json)
     if as_json:
         print_json(asdict(result))
     else:
@@ -95,11 +95,11 @@ def _check_long(settings: "SamplingSettings", prompt: str, folder: Path, resume:
         raise GenAttnError(f"a resumed run keeps its settings, got {', '.join(given)} beside --resume; leave them out")
 
 
-def _make(run: "LongVideo", quiet: bool) -> "LongVideoResult":
+def _make(run: "LongVideo", folder: Path, quiet: bool) -> "LongVideoResult":
     """Run to the end; the first frame becomes a picture as soon as it is there."""
     from genattn.apps.output_files import write_image
 
-    picture = run.parts.folder / "first_frame.png"
+    picture = folder / "first_frame.png"
     for frame in run:
         if not picture.exists():
             write_image(picture, frame, {"prompt": run.parts.settings.prompt, "seed": run.parts.settings.seed})

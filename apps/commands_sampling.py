@@ -1,7 +1,7 @@
 """Commands that sample, or tell what sampling would do: generate, compare, explain."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -108,7 +108,7 @@ def explain_command(
         raise GenAttnError("explain needs a pattern, and dense attention has none; name another --attention")
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
-    kept = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
+    kept: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
     with genattn.apply(pipe, attention.pattern, **kept) as handle:
         found = handle.explain(**call, prompt=prompt, output_type="latent")
     if as_json:

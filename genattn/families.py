@@ -29,4 +29,4 @@ def register_family(family: Family) -> None:
     """
     if not family.models or not family.stacks:
         raise GenAttnError(f"a family must name its classes and stacks, got models={family.models} and stacks={family.stacks}")
-    _by_class().update({name: family for name in family.models})
+    _by_class().update(dict.fromkeys(family.models, family))

@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional import plan_for, planned_attention
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.halo_plan import HaloPlan
+from genattn.functional import AnyPlan, plan_for, planned_attention
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
 from genattn.token_layout import TokenLayout
@@ -29,7 +27,7 @@ class GridWindow:
     kernel_size: tuple[int, int, int]
     impl: str = "halo"
 
-    def plan(self, query: torch.Tensor, key: torch.Tensor) -> HaloPlan | BlockPlan:
+    def plan(self, query: torch.Tensor, key: torch.Tensor) -> AnyPlan:
         """The plan for these tensors; kept by its settings."""
         return plan_for(query, key, NeighborhoodPattern(self.kernel_size), TokenLayout.from_grid(self.grid), self.impl)
 
@@ -48,9 +46,9 @@ class NeighborhoodProcessor:
         self.impl = impl
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor, block_mask: Any = None) -> torch.Tensor:
-        grid = hidden_states.shape[1:4]
+        frames, height, width = grid = hidden_states.shape[1:4]
         query, key, value = (tensor.flatten(1, 3) for tensor in attn.project_qkv(hidden_states))
-        window = GridWindow(tuple(grid), tuple(attn.kernel_size), self.impl)
+        window = GridWindow((frames, height, width), tuple(attn.kernel_size), self.impl)
         out = dispatch_attention_fn(query, key, value, window, scale=1.0)
         return attn.to_out[0](out.flatten(2).unflatten(1, grid))  # type: ignore[no-any-return]
 

@@ -108,8 +108,8 @@ class HaloPlan:
     def _copy_to(self, device: torch.device) -> "HaloPlan":
         axes = tuple(tuple(HaloParts(*(t.to(device) for t in vars(p).values())) for p in kinds) for kinds in self.axes)
         places = None if self.places is None else self.places.to(device)
-        rest = (t.to(device) for t in (self.shared_keys, self.dense_queries, self.visible_keys))
-        return HaloPlan(axes, self.extent, places, *rest, self.seqlen)  # type: ignore[arg-type]
+        shared, dense, visible = (t.to(device) for t in (self.shared_keys, self.dense_queries, self.visible_keys))
+        return HaloPlan(axes, self.extent, places, shared, dense, visible, self.seqlen)  # type: ignore[arg-type]
 
 
 def halo_attention(

@@ -121,8 +121,8 @@ def _flashinfer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pla
     if name not in plan.cache:
         sparse = importlib.import_module("flashinfer").sparse
         workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=query.device)
-        wrapper = sparse.BlockSparseAttentionWrapper(workspace)
-        wrapper.plan(
+        planned = sparse.BlockSparseAttentionWrapper(workspace)
+        planned.plan(
             plan.row_ptr[0],
             plan.columns,
             plan.seqlen_q,
@@ -135,8 +135,8 @@ def _flashinfer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pla
             q_data_type=query.dtype,
             sm_scale=scale,
         )
-        plan.cache[name] = wrapper
-    wrapper = plan.cache[name]  # type: ignore[assignment]
+        plan.cache[name] = planned
+    wrapper: Any = plan.cache[name]
     return torch.stack([wrapper.run(*(x[i].contiguous() for x in (query, key, value))) for i in range(query.shape[0])])
 
 

@@ -168,8 +168,8 @@ def start_video(
 def _check_window(shape: QueueShape) -> None:
     if shape.window > shape.working:
         raise GenAttnError(
-            f"the queue must hold a whole window of {shape.window} latents to begin with, got {shape.working} (steps x latents per "
-            "level); raise num_inference_steps or latents_per_level"
+            f"the queue must hold a whole window of {shape.window} latents to begin with, got {shape.working} "
+            "(steps x latents per level); raise num_inference_steps or latents_per_level"
         )
 
 
