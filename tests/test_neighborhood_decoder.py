@@ -85,9 +85,12 @@ def test_a_processor_that_came_later_stays() -> None:
 
 
 def test_the_decode_pipeline_is_a_target() -> None:
-    from types import SimpleNamespace
+    class DecodePipeline:
+        def __init__(self) -> None:
+            self.scheduler = None
+            self.components = {"diffusion_decoder": _decoder(), "scheduler": None, "vae": None}
 
-    pipe = SimpleNamespace(components={"diffusion_decoder": _decoder(), "scheduler": None, "vae": None}, scheduler=None)
+    pipe = DecodePipeline()
     with genattn.apply(pipe, NeighborhoodDecoder()) as handle:
         assert {site.model for site in handle.sites} == {"diffusion_decoder"}
 
