@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,21 @@ def test_it_starts_and_ends(tmp_path: Path) -> None:
         "--json",
     ]
     environment = {**os.environ, "NO_PROXY": "127.0.0.1,localhost", "PYTHONWARNINGS": "ignore"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
-    ) as server:
+    # a shell that runs the tests in the background has its children ignore Ctrl-C
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, preexec_fn=heed, **pipes) as server:
         try:
             told = _first_json(server)
             with urllib.request.urlopen(told["url"], timeout=60) as page:
                 assert "genattn" in page.read().decode()
         finally:
             server.send_signal(signal.SIGINT)
-            rest, errors = server.communicate(timeout=60)
+            try:
+                rest, errors = server.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                raise
     assert told["models"] == ["random-sd3"]
     assert told["limits"]["steps"] == 7
     assert Path(told["folder"]) == folder.resolve()

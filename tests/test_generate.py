@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,9 @@ def test_one_line_and_exit_code_2(random_wan_folder: Path, tmp_path: Path) -> No
 def test_interrupt_leaves_nothing(random_wan_folder: Path, tmp_path: Path) -> None:
     arguments = ["generate", "--prompt", "a cat", "--model", str(random_wan_folder), "--out", str(tmp_path / "a.mp4")]
     arguments += ["--steps", "100000", "--frames", "9", "--height", "32", "--width", "32"]
-    process = subprocess.Popen(_command(*arguments), stderr=subprocess.PIPE, text=True)
+    # a shell that runs the tests in the background has its children ignore Ctrl-C
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(_command(*arguments), stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     seen = ""
     deadline = time.monotonic() + 120
     while "radial" not in seen and time.monotonic() < deadline:
