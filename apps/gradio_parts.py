@@ -134,7 +134,7 @@ def seed_fields() -> tuple[gr.Number, gr.Checkbox]:
 
 
 def size_fields(session: Session, model: str | None, frames: bool, steps: bool = True) -> list[gr.Number]:
-    """Height, width[, frames][, steps] and guidance scale; empty means what the model was made for."""
+    """Height, width[, frames][, steps] and guidance scale; 0 means what the model was made for."""
     known = session.models[model].defaults if model else {}
     wanted = ["height", "width", *(["frames"] if frames else []), *(["steps"] if steps else []), "guidance_scale"]
     fields = []
@@ -142,15 +142,15 @@ def size_fields(session: Session, model: str | None, frames: bool, steps: bool =
         for name in wanted:
             label = {"guidance_scale": "CFG scale"}.get(name, name.capitalize())
             whole = name != "guidance_scale"
-            fields.append(optional_number(label, known.get(name), whole, placeholder="model's"))
+            fields.append(optional_number(label, known.get(name), whole, "0: the model's"))
     return fields
 
 
 def optional_number(
-    label: str, value: float | None = None, whole: bool = True, placeholder: str = "-", **more: Any
+    label: str, value: float | None = None, whole: bool = True, zero: str | None = None, **more: Any
 ) -> gr.Number:
-    """A number that may be left out; without a placeholder an empty field would read 0."""
-    look: dict[str, Any] = {"precision": 0 if whole else None, "min_width": 80, "placeholder": placeholder}
+    """A number that may be left out: Gradio's page sends 0 for an empty field, and `zero` says what 0 stands for."""
+    look: dict[str, Any] = {"precision": 0 if whole else None, "min_width": 80, "info": zero if value is None else None}
     return gr.Number(value, label=label, **{**look, **more})
 
 

@@ -18,7 +18,7 @@ LARGEST_SEED = 2**31 - 1
 
 @dataclass(frozen=True)
 class ClipForm:
-    """What a form asks for beside the prompt; None means what the model was made for."""
+    """What a form asks for beside the prompt; None, and 0 in the form, means what the model was made for."""
 
     negative_prompt: str | None = None
     frames: int | None = None
@@ -34,8 +34,8 @@ class ClipForm:
         scale = sent.get("guidance_scale")
         return cls(
             negative_prompt=sent.get("negative_prompt") or None,
-            guidance_scale=None if scale is None else number("guidance scale", scale),
-            **{name: None if value is None else whole(name, value, 1) for name, value in sizes.items()},
+            guidance_scale=number("guidance scale", scale) if scale else None,
+            **{name: whole(name, value, 1) if value else None for name, value in sizes.items()},
         )
 
 

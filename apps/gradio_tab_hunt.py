@@ -70,7 +70,7 @@ def hunt_tab(session: Session) -> dict[str, Any]:
                 use = gr.Button("Use in Image", scale=1, min_width=120, elem_id="use-heads")
             with gr.Row(elem_classes="tight"):
                 name = gr.Textbox("my-heads", label="Save the set as", scale=2)
-                keep = optional_number("Best heads only", placeholder="all", min_width=110)
+                keep = optional_number("Best heads only", zero="0: all", min_width=110)
                 save = gr.Button("Save the set", scale=1, min_width=120, elem_id="save-set")
                 file = gr.File(label="Head set", interactive=False, height=80, scale=2, elem_id="set-file")
             ran = gr.Textbox(label="Run", interactive=False)
@@ -101,10 +101,10 @@ def hunt_tab(session: Session) -> dict[str, Any]:
             wanted = ("map", "latest", "rounds", "sheet", "heads", "head_set", "run", "report")
             yield from streamed(updates, *wanted, rounds=_table)
 
-    def keep_set(run: str, name: str = "my-heads", keep: int | None = None) -> str:
-        """A hunt's head set as a file; keep: its best heads only."""
+    def keep_set(run: str, name: str = "my-heads", keep: int = 0) -> str:
+        """A hunt's head set as a file; keep: its best heads only, 0 for all."""
         with refusing():
-            return save_set(session, run, name, keep)[0]
+            return save_set(session, run, name, keep or None)[0]
 
     inputs: list[Any] = [prompts, objectives, pool, rounds, top_k, u, scale, target, batch, sheet]
     inputs += [height, width, frames, steps, cfg, model]

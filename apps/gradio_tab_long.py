@@ -89,7 +89,7 @@ def long_tab(session: Session) -> dict[str, Any]:
             )
             with gr.Row(elem_classes="tight"):
                 name = gr.Textbox(label="Run", placeholder="name of a stopped run", scale=3, elem_id="long-run")
-                more = optional_number("New length", placeholder="as it was", min_width=110)
+                more = optional_number("New length", zero="0: as it was", min_width=110)
                 again = gr.Button("Resume", elem_id="long-resume", scale=1, min_width=100)
             used = optional_number("Seed used", interactive=False)
             report = report_field("long-report")
@@ -133,10 +133,10 @@ def long_tab(session: Session) -> dict[str, Any]:
             )
             yield from streamed(updates, *shown, drift=_frame)
 
-    def go_on(run: str, frames: int | None = None) -> Iterator[tuple[Any, ...]]:
-        """Take up a stopped run; frames: its new length."""
+    def go_on(run: str, frames: int = 0) -> Iterator[tuple[Any, ...]]:
+        """Take up a stopped run; frames: its new length, 0 for the old one."""
         with refusing():
-            yield from streamed(resume(session, run, frames), *shown, drift=_frame)
+            yield from streamed(resume(session, run, frames or None), *shown, drift=_frame)
 
     def stopped(run: str) -> tuple[Any, Any]:
         """Wait for the film to be closed and show it."""

@@ -17,7 +17,7 @@ from genattn.apps.gradio_image import image, read_head_set
 from genattn.apps.gradio_job import Update
 from genattn.apps.gradio_limits import Limits
 from genattn.apps.gradio_long import long, resume
-from genattn.apps.gradio_sampling import read_seed
+from genattn.apps.gradio_sampling import ClipForm, read_seed
 from genattn.apps.gradio_session import Session
 from genattn.apps.gradio_video import video
 from genattn.errors import GenAttnError
@@ -69,6 +69,10 @@ def test_a_new_seed_is_told(session: Session) -> None:
         read_seed(2**40, randomize=False)
     found = _last(image(session, "a cat", "L1H0", randomize_seed=True, steps=1))
     assert found["report"]["seed"] == found["seed"]
+
+
+def test_a_field_left_empty_is_the_models_own() -> None:
+    assert ClipForm.read(frames=0, height=0, width=None, steps=0, guidance_scale=0, negative_prompt="") == ClipForm()
 
 
 def test_what_an_image_cannot_be(session: Session) -> None:
