@@ -50,7 +50,7 @@ def test_wan_with_patches_as_in_ti2v_is_exact_too():
         scale_factor_spatial=16,
     ).eval()
     latents = torch.randn(1, 16, 4, 3, 3)
-    torch.testing.assert_close(streamed(CausalCacheDecoder(vae), latents, [1] * 4), whole(vae, latents), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(streamed(CausalCacheDecoder(vae), latents, [1] * 4), whole(vae, latents), atol=2e-5, rtol=1e-5)
     # a processor may round a 1 x 1 convolution of four latents unlike four of one; without it the bits must agree
     vae.post_quant_conv = torch.nn.Identity()
     assert torch.equal(streamed(CausalCacheDecoder(vae), latents, [1] * 4), whole(vae, latents))
