@@ -41,7 +41,8 @@ def draw_head_map(
         for head in range(layers[layer]):
             left, top = _LEFT + head * cell + 1, _TOP + row * cell + 1
             box = (left, top, left + cell - 3, top + cell - 3)
-            pen.rounded_rectangle(box, cell // 7, fill=_colour(scores.get((layer, head)), peak))
+            paint = _colour(scores.get((layer, head)), peak)
+            pen.rounded_rectangle(box, cell // 7, fill=paint, outline=_PLAIN)  # so that white is seen
             if (layer, head) in chosen:
                 bar = box[3] - round(chosen[layer, head] * (cell - 3))
                 pen.rectangle((box[0], bar, box[0] + max(2, cell // 7), box[3]), fill=_CHOSEN)

@@ -39,7 +39,7 @@ def hunt_tab(session: Session) -> dict[str, Any]:
             prompts = prompt_box(_moving(PROMPTS) if moving else PROMPTS, "Prompts, one a line", 4)
             objectives = gr.Dropdown(
                 list(OBJECTIVES),
-                value=[CAPTION_MATCH if tiny else "sharpness"],
+                value=[*([CAPTION_MATCH] if tiny else []), "sharpness"],
                 multiselect=True,
                 label="Objectives, maximised",
             )
@@ -70,9 +70,9 @@ def hunt_tab(session: Session) -> dict[str, Any]:
                 use = gr.Button("Use in Image", scale=1, min_width=120, elem_id="use-heads")
             with gr.Row(elem_classes="tight"):
                 name = gr.Textbox("my-heads", label="Save the set as", scale=2)
-                keep = optional_number("Best heads only", zero="0: all", min_width=110)
-                save = gr.Button("Save the set", scale=1, min_width=120, elem_id="save-set")
-                file = gr.File(label="Head set", interactive=False, height=80, scale=2, elem_id="set-file")
+                keep = optional_number("Best heads only", zero="0: all", min_width=160)
+                save = gr.Button("Save the set", scale=1, min_width=160, elem_id="save-set")
+            file = gr.File(label="Head set", interactive=False, height=80, elem_id="set-file")
             ran = gr.Textbox(label="Run", interactive=False)
             report = report_field("hunt-report")
 
