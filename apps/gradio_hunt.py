@@ -120,8 +120,14 @@ def _hunt(
         {"round": i + 1, "heads": ", ".join(r["added"]), "score": round(r["score"], 4), **r["means"]}
         for i, r in enumerate(head_set.notes["rounds"])
     ]
-    report = {"verb": "hunt", "model": model.name, "prompts": prompts, "call": call, **settings, "rounds": rows}
-    report |= {"heads": head_set.names(), "baseline": head_set.notes["baseline"], "stopped": head_set.notes["stopped"]}
+    report = {"verb": "hunt", "model": model.name, "prompts": prompts, "seeds": hunter.seeds, "call": call}
+    report |= {
+        **settings,
+        "rounds": rows,
+        "heads": head_set.names(),
+        "baseline": head_set.notes["baseline"],
+        "stopped": head_set.notes["stopped"],
+    }
     return {
         "map": draw_head_map(layers, head_set.heads, head_set.scores),
         "head_set": str(path),

@@ -223,6 +223,7 @@ def test_a_hunt_is_watched_and_its_set_saved(session: Session) -> None:
     assert HeadSet.load(found["head_set"]).notes["prompts"] == 2
     assert len(found["heads"].split(",")) == 2
     assert found["rounds"][0]["round"] == 1
+    assert session.report(found["run"])["seeds"] == [0, 1]
     with Image.open(found["sheet"]) as sheet:
         assert sheet.width > sheet.height
     path, kept = save_set(session, found["run"], "best", keep=1)
