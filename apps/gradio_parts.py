@@ -151,7 +151,7 @@ def optional_number(
 ) -> gr.Number:
     """A number that may be left out: Gradio's page sends 0 for an empty field, and `zero` says what 0 stands for."""
     look: dict[str, Any] = {"precision": 0 if whole else None, "min_width": 80, "info": zero if value is None else None}
-    return gr.Number(value, label=label, **{**look, **more})
+    return gr.Number(0 if value is None and zero else value, label=label, **{**look, **more})
 
 
 def missing_model(kind: str) -> gr.Markdown:
