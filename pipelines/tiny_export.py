@@ -89,7 +89,7 @@ def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Deno
         for parameter in part.parameters():
             parameter.data = parameter.data.half()
     pipeline.save_pretrained(half_written)
-    _forget_origins(half_written)
+    forget_origins(half_written)
     (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
     for kept in (folder / "README.md", run_dir / JOURNAL):
         if kept.exists():
@@ -99,7 +99,7 @@ def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Deno
     return steps
 
 
-def _forget_origins(folder: Path) -> None:
+def forget_origins(folder: Path) -> None:
     """Take the training machine's paths out of the components' configs."""
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())

@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_card import device_name, folder_bytes, journal
 from genattn.pipelines.tiny_denoiser import object_weight
-from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults
+from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults, forget_origins
 from genattn.pipelines.tiny_text import build_tokenizer
 from genattn.pipelines.tiny_trainer import TrainSettings, step_generator, train
 from genattn.pipelines.tiny_vae import to_model_range, training_clips
@@ -294,6 +294,7 @@ def export_sd3(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: 
         for parameter in part.parameters():
             parameter.data = parameter.data.half()
     pipeline.save_pretrained(half_written)
+    forget_origins(half_written)
     (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
     if (folder / "README.md").exists():
         shutil.copy2(folder / "README.md", half_written / "README.md")

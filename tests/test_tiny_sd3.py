@@ -130,6 +130,7 @@ def test_the_shipped_folder_is_small_stock_and_draws_what_is_asked() -> None:
     files = [path for path in shipped.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
     assert not {path.suffix for path in files} - {".json", ".jsonl", ".safetensors", ".md"}
+    assert not [path for path in files if path.name == "config.json" and "_name_or_path" in path.read_text()]
     pipe = StableDiffusion3Pipeline.from_pretrained(shipped, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     texts = [caption(scene) for scene in evaluation_scenes(8)]
