@@ -144,5 +144,11 @@ def test_the_shipped_heads_fit_the_shipped_model() -> None:
     shipped = Path(__file__).resolve().parents[1] / "assets"
     heads = HeadSet.load(shipped / "heads" / "tiny-sd3.json")
     pipe = StableDiffusion3Pipeline.from_pretrained(shipped / "tiny-sd3", local_files_only=True)
-    with apply(pipe, SoftPAG.from_head_set(heads)) as handle:
-        assert handle.report() is not None
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    prompt = "a red circle moves right on a dark background"
+    plain = pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images
+    with apply(pipe, SoftPAG.from_head_set(heads)):
+        guided = pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images
+    assert heads.heads
+    assert float((guided - plain).abs().max()) > 1e-3
