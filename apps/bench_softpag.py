@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 
-from genattn.guidance.head_search import bootstrap_interval
+from genattn.apps.seam_overhead import interval
 from genattn.guidance.softpag import SoftPAG
 from genattn.inject import apply
 from genattn.pipelines.tiny_evaluate import append_rows, provenance
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for first_layer in (0, LAYERS // 2, LAYERS - 1):
         found = ratios(model, inputs, first_layer, options.pairs)
-        low, high = bootstrap_interval(found)
+        low, high = interval(found)
         share = (LAYERS - first_layer) / LAYERS
         row = {"tokens": 1101, "layers": LAYERS, "first_layer": first_layer, "share_of_layers": round(share, 3)}
         row |= {
