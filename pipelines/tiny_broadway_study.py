@@ -30,14 +30,16 @@ from genattn.guidance.broadway_blocks import choose_sites
 from genattn.guidance.frame_marginal import edited_attention, key_frames
 from genattn.guidance.frame_marginal_approx import pooled_edit
 from genattn.guidance.temporal_map import MapEdit
+from genattn.pipelines.tiny_animatediff_card import write_motion_card
 from genattn.pipelines.tiny_evaluate import append_rows, evaluation_scenes, provenance
 from genattn.pipelines.tiny_export import DEFAULTS_FILE, GenerationDefaults
-from genattn.pipelines.tiny_oracle import Verdict, judge
+from genattn.pipelines.tiny_oracle import judge
 from genattn.pipelines.tiny_world import Scene, caption
 from genattn.pipelines.video_metrics import dynamic_degree, motion_smoothness, temporal_flickering
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
 
-MEASURES = ("accuracy", "dynamic_degree", "motion_amount", "consistency", "smoothness", "flickering")
+ASKED = ("colour", "shape", "motion")
+MEASURES = ("accuracy", *ASKED, "dynamic_degree", "motion_amount", "consistency", "smoothness", "flickering")
 HIGHER_IS_THE_CLAIM = ("dynamic_degree",)
 NOT_LOWER_IS_THE_CLAIM = ("consistency", "smoothness")
 
@@ -100,13 +102,14 @@ def sample(pipe: Any, scenes: Sequence[Scene], size: GenerationDefaults, variant
 def measure(clips: Clips, scenes: Sequence[Scene], fps: float) -> dict[str, npt.NDArray[np.float64]]:
     """`MEASURES` of every clip, each float64 [N].
 
-    accuracy: share of asked colours, shapes and motions that are there. dynamic_degree: strongest flow, in pixels.
-    motion_amount: path of the objects, in frame sides. consistency: do subjects stay themselves. smoothness, flickering: as
-    VBench. The first five grow with what they are named for; flickering is 1 for a still.
+    accuracy: share of asked colours, shapes and motions that are there, and each alone. dynamic_degree: strongest flow, in
+    pixels. motion_amount: path of the objects, in frame sides. consistency: do subjects stay themselves. smoothness,
+    flickering: as VBench. All grow with what they are named for, but flickering, which is 1 for a still.
     """
     verdicts = [judge(clip, scene) for clip, scene in zip(clips, scenes, strict=True)]
     columns = {
-        "accuracy": [_accuracy(verdict) for verdict in verdicts],
+        "accuracy": [np.mean([verdict.share(name) for name in ASKED]) for verdict in verdicts],
+        **{name: [verdict.share(name) for verdict in verdicts] for name in ASKED},
         "dynamic_degree": [dynamic_degree(clip, fps)[0] for clip in clips],
         "motion_amount": [verdict.motion_amount for verdict in verdicts],
         "consistency": [verdict.consistency for verdict in verdicts],
@@ -206,18 +209,37 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def study(
-    pipe: Any, size: GenerationDefaults, kinds: Sequence[Variant], scenes: Sequence[Scene], batch: int = 8, seed: int = 0
+    pipe: Any,
+    size: GenerationDefaults,
+    kinds: Sequence[Variant],
+    scenes: Sequence[Scene],
+    batch: int = 8,
+    seed: int = 0,
+    keep: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Sample and measure every variant; the first must be stock. Rows as `rows_of`."""
+    """Sample and measure every variant; the first must be stock. Rows as `rows_of`.
+
+    keep: folder for what each variant measured, clip by clip; variants that lie there are not made again.
+    """
     if not kinds or kinds[0].plugin is not None:
         raise GenAttnError(f"the first variant must be stock, got {[kind.name for kind in kinds]}; put it first")
     results: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     seconds = {}
     for kind in kinds:
-        begun = time.monotonic()
-        clips = sample(pipe, scenes, size, kind, batch, seed)
-        seconds[kind.name] = (time.monotonic() - begun) / len(scenes)
-        results[kind.name] = measure(clips, scenes, size.fps)
+        kept = None if keep is None else keep / f"{kind.name}-{len(scenes)}-seed{seed}.json"
+        if kept is None or not kept.exists():
+            begun = time.monotonic()
+            clips = sample(pipe, scenes, size, kind, batch, seed)
+            seconds[kind.name] = (time.monotonic() - begun) / len(scenes)
+            results[kind.name] = measure(clips, scenes, size.fps)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                values = {name: column.tolist() for name, column in results[kind.name].items()}
+                kept.write_text(json.dumps({"seconds": seconds[kind.name], "measures": values}))
+        else:
+            found = json.loads(kept.read_text())
+            seconds[kind.name] = found["seconds"]
+            results[kind.name] = {name: np.asarray(found["measures"][name]) for name in MEASURES}
     return rows_of(results, seconds)
 
 
@@ -243,6 +265,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--beta", type=float, default=1.5, help="of motion enhancement")
     parser.add_argument("--stop", type=float, default=0.2, help="guided share of the steps")
     parser.add_argument("--pooled-error", action="store_true", help="measure the pooled edits on a video DiT instead")
+    parser.add_argument("--only", nargs="+", help="these variants alone, beside stock")
+    parser.add_argument("--keep", type=Path, help="folder for each variant's measures; what lies there is not made again")
+    parser.add_argument("--card-from", type=Path, help="training run of tiny-animatediff from which to write the model card")
     parser.add_argument("--table", type=Path, help="CSV file to append the rows to")
     return parser
 
@@ -256,18 +281,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = pooled_errors(pipe, size, scenes, options)
     else:
         kinds = variants(options.alpha, options.beta, stop=options.stop)
-        rows = study(pipe, size, kinds, scenes, options.batch, options.seed)
+        chosen = [kind for kind in kinds if options.only is None or kind.name in ("stock", *options.only)]
+        rows = study(pipe, size, chosen, scenes, options.batch, options.seed, options.keep)
         for row in rows[1:]:
             print(verdict(row))
     settings = {"model": options.model.name, "alpha": options.alpha, "beta": options.beta, "stop": options.stop}
+    rows = [provenance() | settings | {"steps": size.steps} | row for row in rows]
+    print(json.dumps(rows, indent=1))
     if options.table is not None:
-        append_rows(options.table, [provenance() | settings | row for row in rows])
-    else:
-        print(json.dumps(rows, indent=1))
-
-
-def _accuracy(told: Verdict) -> float:
-    return float(np.mean([told.share(name) for name in ("colour", "shape", "motion")]))
+        append_rows(options.table, rows)
+    if options.card_from is not None:
+        write_motion_card(options.model, options.card_from, rows)
 
 
 if __name__ == "__main__":

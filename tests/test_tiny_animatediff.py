@@ -11,6 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from genattn.errors import GenAttnError
 from genattn.pipelines import tiny_animatediff as tiny
+from genattn.pipelines.tiny_animatediff_card import SCORED, write_motion_card
+from genattn.pipelines.tiny_evaluate import provenance
 from genattn.pipelines.tiny_latents import load_latents
 from genattn.pipelines.tiny_motion import (
     FRAMES,
@@ -76,7 +78,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path) -> Path:
 
 
 def test_run_begins_with_what_it_adopts(run_dir: Path, tiny_sd3: Path) -> None:
-    """The scale is kept, the shift, which AnimateDiff would not apply, is dropped; the text encoder begins as the trained one."""
+    """The scale is kept, the shift, which AnimateDiff does not apply, is dropped; the text encoder begins as that one."""
     latents, captions = load_latents(run_dir / "clips")
     assert latents.shape == (8, 4, FRAMES, 16, 16)
     assert len(captions) == 8
@@ -125,6 +127,11 @@ def test_export_is_a_stock_folder(run_dir: Path, tmp_path: Path) -> None:
     frames = pipe("a red circle moves right on a dark background", **call, output_type="np").frames[0]
     assert frames.shape == (4, 32, 32, 3)
     assert (tmp_path / "tiny-animatediff" / "journal.jsonl").exists()
+    rows = [dict.fromkeys(SCORED, 0.5) | {"variant": "stock", "clips": 2, "steps": 3} | provenance(cpu=True)]
+    write_motion_card(tmp_path / "tiny-animatediff", run_dir, rows)
+    card = (tmp_path / "tiny-animatediff" / "README.md").read_text()
+    assert "| unet | 4 | 0.1 | CPU |" in card
+    assert "| dynamic degree | 0.500 |" in card
     defaults = json.loads((tmp_path / "tiny-animatediff" / "genattn_defaults.json").read_text())
     assert defaults["frames"] == FRAMES
     before = pipe.unet.state_dict()

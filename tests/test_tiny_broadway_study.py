@@ -12,6 +12,7 @@ import pytest
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway import BroadWay
 from genattn.pipelines import tiny_broadway_study as tiny
+from genattn.pipelines.tiny_animatediff_card import write_motion_card
 from genattn.pipelines.tiny_evaluate import evaluation_scenes
 from genattn.pipelines.tiny_export import GenerationDefaults
 from genattn.pipelines.tiny_random import build_pipeline
@@ -100,6 +101,22 @@ def test_a_whole_study_on_a_random_pipeline(tmp_path: Path) -> None:
     assert [row["variant"] for row in rows] == ["stock", "self-guidance", "enhancement", "both"]
     assert float(rows[3]["smoothness"]) != float(rows[0]["smoothness"])
     assert {"commit", "device", "alpha", "stop"} <= set(rows[0])
+
+
+def test_kept_measures_are_not_made_again(tmp_path: Path) -> None:
+    scenes, pipe = evaluation_scenes(3), Drawing()
+    kinds = [tiny.Variant("stock", None)]
+    first = tiny.study(pipe, SIZE, kinds, scenes, 2, 5, keep=tmp_path)
+    assert pipe.seeds == [5, 6, 7]
+    assert tiny.study(pipe, SIZE, kinds, scenes, 2, 5, keep=tmp_path) == first
+    assert pipe.seeds == [5, 6, 7]
+    tiny.study(pipe, SIZE, kinds, scenes, 2, 6, keep=tmp_path)  # other noise is another measurement
+    assert pipe.seeds == [5, 6, 7, 6, 7, 8]
+
+
+def test_card_needs_the_stock_row(tmp_path: Path) -> None:
+    with pytest.raises(GenAttnError, match="a card needs the row of stock"):
+        write_motion_card(tmp_path, tmp_path, [{"variant": "both"}])
 
 
 def test_pooled_error_on_a_random_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
