@@ -143,26 +143,19 @@ def start_video(
     base = frame_denoiser(pipe)
     folder = None if folder is None else Path(folder)
     group = group or WindowGroup.from_torch()
-    # one process looks: by the time the others come here it may have written its first checkpoint
-    if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
-        raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
-    build = _Build(base, settings, group)
-    if settings.num_frames is not None:
-        build.decoder.latents_for(settings.num_frames)
-    with base.installed(), single_step_caches_off(base.models, tell=False), torch.no_grad():
-        height, width = settings.size(base)
-        if start is None:
-            _check_window(build.shape)
-            like = torch.zeros(1, base.channels, build.shape.window, *base.latent_size(height, width), device=base.device)
-            clip = sample_clip(build.windows, build.solver, like, seed=settings.seed, progress=progress)
-        else:
-            clip = clip_from_frames(base, start, (height, width), build.shape.working)
-    fifo = build.fifo(start_queue(build.shape, build.solver, clip, seed=settings.seed))
-    path = output if output is not None else None if folder is None else folder / FILM
-    writer = None
-    if path is not None and fifo.group.is_main:
-        writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told())
-    return LongVideo(build.parts(fifo, writer, folder, progress))
+    with group.preparing(base.device):
+        # one process looks: by the time the others come here it may have written its first checkpoint
+        if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
+            raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
+        build = _Build(base, settings, group)
+        if settings.num_frames is not None:
+            build.decoder.latents_for(settings.num_frames)
+        fifo = build.fifo(start_queue(build.shape, build.solver, build.first_clip(start, progress), seed=settings.seed))
+        path = output if output is not None else None if folder is None else folder / FILM
+        writer = None
+        if path is not None and group.is_main:
+            writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told())
+        return LongVideo(build.parts(fifo, writer, folder, progress))
 
 
 def _check_window(shape: QueueShape) -> None:
@@ -191,17 +184,19 @@ def resume_video(
     base = frame_denoiser(pipe)
     saved = LongVideoSettings.from_json(record["settings"])
     settings = replace(saved, num_frames=num_frames or saved.num_frames, window_batch=window_batch)
-    build = _Build(base, settings, group)
-    tensors = {name: tensor.to(base.device) for name, tensor in read_tensors(folder, record).items()}
-    fifo = build.fifo(LatentQueue.from_checkpoint(build.shape, tensors, record["queue"]))
-    check_same(record["identity"], build.identity(fifo), "settings or another model")
-    build.decoder.load(tensors, record["decoder"])
-    for hook in fifo.hooks:
-        hook.load(tensors, record["hooks"])
-    writer = None
-    if record["film"] is not None and fifo.group.is_main:
-        mark = WriterMark(int(record["film"]["frames"]), int(record["film"]["bytes"]))
-        writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark)
+    group = group or WindowGroup.from_torch()
+    with group.preparing(base.device):
+        build = _Build(base, settings, group)
+        tensors = {name: tensor.to(base.device) for name, tensor in read_tensors(folder, record).items()}
+        fifo = build.fifo(LatentQueue.from_checkpoint(build.shape, tensors, record["queue"]))
+        check_same(record["identity"], build.identity(fifo), "settings or another model")
+        build.decoder.load(tensors, record["decoder"])
+        for hook in fifo.hooks:
+            hook.load(tensors, record["hooks"])
+        writer = None
+        if record["film"] is not None and group.is_main:
+            mark = WriterMark(int(record["film"]["frames"]), int(record["film"]["bytes"]))
+            writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark)
     parts = build.parts(fifo, writer, folder, progress)
     parts.frames = int(record["frames"])
     parts.pending = tensors.get("run.pending")
@@ -212,8 +207,8 @@ def resume_video(
 class _Build:
     """Everything that follows from a pipeline and its settings; the same for a new run and a resumed one."""
 
-    def __init__(self, base: FrameDenoiser, settings: LongVideoSettings, group: WindowGroup | None) -> None:
-        self.base, self.settings, self.group = base, settings, group or WindowGroup.from_torch()
+    def __init__(self, base: FrameDenoiser, settings: LongVideoSettings, group: WindowGroup) -> None:
+        self.base, self.settings, self.group = base, settings, group
         base.guidance_scale_2 = settings.guidance_scale_2
         self.shape: QueueShape = settings.queue_shape(base)
         self.height, self.width = settings.size(base)
@@ -230,6 +225,17 @@ class _Build:
         )
 
         self.ouroboros = Ouroboros.from_json(settings.ouroboros).build(self.windows, self.shape, self.group, settings.seed)
+
+    def first_clip(self, start: StartFrames | None, progress: bool) -> torch.Tensor:
+        """Clean latents [1, C, K, h, w] that the queue begins with: a sampled clip, or the given frames."""
+        base, shape = self.base, self.shape
+        with base.installed(), single_step_caches_off(base.models, tell=False), torch.no_grad():
+            if start is not None:
+                return clip_from_frames(base, start, (self.height, self.width), shape.working)
+            _check_window(shape)
+            places = base.latent_size(self.height, self.width)
+            like = torch.zeros(1, base.channels, shape.window, *places, device=base.device)
+            return sample_clip(self.windows, self.solver, like, seed=self.settings.seed, progress=progress)
 
     def fifo(self, queue: LatentQueue) -> Fifo:
         """The queue's engine, with the parts of Ouroboros that were asked for."""

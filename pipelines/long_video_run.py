@@ -26,6 +26,7 @@ from genattn.pipelines.run_stop import StopRequest
 from genattn.pipelines.single_step_caches import single_step_caches_off
 from genattn.pipelines.stream_decode import StreamDecoder
 from genattn.pipelines.video_writer import FragmentedMp4Writer
+from genattn.pipelines.window_group import ProcessLeft
 
 
 @dataclass
@@ -125,15 +126,19 @@ class LongVideo:
                 yield from rest
                 self._close_film()
             except OSError as error:
+                self._leave_group(failed=True)
                 self._give_up(error)
             except GeneratorExit:
                 self.stopped = "left early"
+                self._leave_group(failed=False)
                 if not self._finished():
                     self._save()
                 self._close_film()
                 raise
-            except BaseException:
+            except BaseException as error:
                 # the film keeps what it has; the last checkpoint stands, and a resume cuts the film back to it
+                if isinstance(error, Exception):
+                    self._leave_group(failed=True)
                 self._close_film()
                 raise
             finally:
@@ -161,7 +166,10 @@ class LongVideo:
                 group.ask_to_stop()
                 if group.stop_agreed:
                     break
-            latents, numbers = self.parts.fifo.tick()
+            try:
+                latents, numbers = self.parts.fifo.tick()
+            except ProcessLeft:
+                break
             frames = self._frames(latents, numbers) if group.is_main else []
             self._take(frames)
             self._show(bar, len(frames))
@@ -170,6 +178,11 @@ class LongVideo:
             yield frames
         if stop.asked or group.stop_agreed:
             self.stopped = "interrupted"
+
+    def _leave_group(self, failed: bool) -> None:
+        # after the last tick the others wait for nothing any more
+        if not self._finished():
+            self.parts.fifo.group.abandon(self.parts.base.device, failed=failed)
 
     def _frames(self, latents: torch.Tensor, numbers: list[int]) -> list[np.ndarray]:
         wanted = [i for i, n in enumerate(numbers) if self._total is None or n < self._total]

@@ -186,74 +186,79 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def process(rank, size, port, mode, clip, results):
+def share_windows(rank, mode, clip):
+    group = WindowGroup.from_torch()
+    shape, calls = QueueShape(6, 4), []
+
+    def watched(batch):
+        calls.extend(batch.index)
+        if mode == "fail" and rank == 1:
+            raise RuntimeError("on purpose")
+        return denoise(batch)
+
+    solver = flow_solver(6)
+    fifo = Fifo(watched, solver, start_queue(shape, solver, clip, seed=7), seed=7, group=group)
+    out, stopped_after = [], None
+    for tick in range(10):
+        if mode == "stop" and rank == 0 and tick == 3:
+            group.ask_to_stop()
+        try:
+            out.append(fifo.tick()[0])
+        except Exception as error:
+            # everybody knows already, so this must not send anything
+            group.abandon(clip.device, failed=True)
+            return f"{type(error).__name__}: {error}"
+        if group.stop_agreed:
+            stopped_after = tick
+            break
+    return torch.cat(out, 2).numpy(), sorted(set(calls)), stopped_after
+
+
+def process(rank, size, port, clip, results):
     import datetime
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
     )
-    try:
-        group = WindowGroup.from_torch()
-        shape, calls = QueueShape(6, 4), []
-
-        def watched(batch):
-            calls.extend(batch.index)
-            if mode == "fail" and rank == 1:
-                raise RuntimeError("on purpose")
-            return denoise(batch)
-
-        solver = flow_solver(6)
-        fifo = Fifo(watched, solver, start_queue(shape, solver, clip, seed=7), seed=7, group=group)
-        out, stopped_after = [], None
-        for tick in range(10):
-            if mode == "stop" and rank == 0 and tick == 3:
-                group.ask_to_stop()
-            out.append(fifo.tick()[0])
-            if group.stop_agreed:
-                stopped_after = tick
-                break
-        results.put((rank, torch.cat(out, 2).numpy(), sorted(set(calls)), stopped_after, None))
-    except Exception as error:
-        results.put((rank, None, None, None, f"{type(error).__name__}: {error}"))
-    finally:
-        torch.distributed.destroy_process_group()
+    results.put((rank, {mode: share_windows(rank, mode, clip) for mode in ("fail", "stop", "plain")}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
-def in_processes(size, mode, clip):
+@pytest.fixture(scope="module")
+def in_two_processes():
+    clip = torch.randn(CLIP)
     context = multiprocessing.get_context("spawn")
     results, port = context.Queue(), free_port()
-    workers = [context.Process(target=process, args=(r, size, port, mode, clip, results)) for r in range(size)]
+    workers = [context.Process(target=process, args=(rank, 2, port, clip, results)) for rank in range(2)]
     for worker in workers:
         worker.start()
     got = sorted((results.get(timeout=240) for _ in workers), key=lambda item: item[0])
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
-    return got
+    return clip, [out for _, out in got]
 
 
-def test_two_processes_share_windows_that_do_not_divide_evenly():
+def test_two_processes_share_windows_that_do_not_divide_evenly(in_two_processes):
     # six levels, window 4, stride 2: three windows for two processes
-    clip = torch.randn(CLIP)
+    clip, got = in_two_processes
     alone = run(flow_solver(6), QueueShape(6, 4), clip, 10)[0]
-    got = in_processes(2, "plain", clip)
     assert len(QueueShape(6, 4).windows) == 3
-    assert [calls for _, _, calls, _, _ in got] == [[0, 2], [1]]
-    for _, latents, _, _, error in got:
-        assert error is None
-        assert torch.equal(torch.from_numpy(latents), alone)
+    assert [out["plain"][1] for out in got] == [[0, 2], [1]]
+    for out in got:
+        assert torch.equal(torch.from_numpy(out["plain"][0]), alone)
 
 
-def test_a_wish_to_stop_reaches_all_processes_at_the_same_tick():
-    got = in_processes(2, "stop", torch.randn(CLIP))
-    assert [stopped for _, _, _, stopped, _ in got] == [3, 3]
+def test_a_wish_to_stop_reaches_all_processes_at_the_same_tick(in_two_processes):
+    assert [out["stop"][2] for out in in_two_processes[1]] == [3, 3]
 
 
-def test_a_process_that_fails_takes_the_others_along_instead_of_leaving_them_waiting():
-    errors = [error for *_, error in in_processes(2, "fail", torch.randn(CLIP))]
-    assert "1 of 2 processes failed" in errors[0]
-    assert errors[1] == "RuntimeError: on purpose"
+def test_a_process_that_fails_takes_the_others_along_instead_of_leaving_them_waiting(in_two_processes):
+    first, second = (out["fail"] for out in in_two_processes[1])
+    assert "1 of 2 processes failed" in first
+    assert second == "RuntimeError: on purpose"
 
 
 def test_a_group_of_one_stops_at_once():
