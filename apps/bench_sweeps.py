@@ -7,7 +7,8 @@
 
     python -m genattn.apps.bench_sweeps steps --count 6
 
-Rows go to assets/bench/sweep_NAME.csv. Interleaved, with 95 % intervals over held-out captions, all from the same noise.
+Rows go to assets/bench/sweep_NAME.csv. 95 % intervals over held-out captions, all from the same noise. Nearness and density
+alone: what a call takes is measured by `genattn bench attention`.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
 FOLDER = Path("assets/bench")
 SPARSE_RADIAL = RadialPattern(decay=0.1, floor=0)
 WINDOWS: tuple[tuple[int, int, int], ...] = ((4, 8, 8), (8, 4, 4), (6, 6, 6), (4, 4, 4))
+COSTS = ("seconds", "speedup", "peak_memory")
 Sweep = Literal["steps", "layers", "windows"]
 
 
@@ -148,7 +150,8 @@ def main(
         rows = [mark | {"captions": count} | row | provenance("cpu") for row in error_rows(model, count, steps)]
     else:
         chosen = list(attentions(sweep).values())  # type: ignore[arg-type]
-        rows = [mark | row for row in compare(captions(count), chosen, SamplingSettings(model, steps=steps, device="cpu"))]
+        found = compare(captions(count), chosen, SamplingSettings(model, steps=steps, device="cpu"))
+        rows = [mark | {name: value for name, value in row.items() if not name.startswith(COSTS)} for row in found]
     append_rows(table or FOLDER / f"sweep_{sweep}.csv", rows)
     for row in rows:
         print({name: row[name] for name in ("attention", "name", "density", "psnr", "error") if name in row}, flush=True)

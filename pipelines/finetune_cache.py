@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.finetune_data import ClipSource, Dataset, check_any, read_clip
+from genattn.pipelines.finetune_places import with_places
 from genattn.pipelines.frame_denoisers import Embeds, FrameDenoiser
 from genattn.pipelines.queue_checkpoint import model_fingerprint
-from genattn.pipelines.tiny_denoiser import LATENT_FRAMES, POSITION_CHANNELS, with_positions
 
 EMPTY = "empty"
 
@@ -92,22 +92,12 @@ class LatentCache:
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Clean model latents float32 [C, F, h, w] of uint8 [T, H, W, 3]."""
         video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        return _with_places(self.base.encode_frames(video))[0].float().cpu()
+        return with_places(self.base.encode_frames(video))[0].float().cpu()
 
     @torch.no_grad()
     def encode_text(self, caption: str) -> Embeds:
         """Embeddings of a caption, batch 1, as the stock pipeline makes them."""
         return {name: value.cpu() for name, value in self.base.encode_prompt(caption, None, guided=False).cond.items()}
-
-
-def _with_places(latents: torch.Tensor) -> torch.Tensor:
-    """tiny-wan's encoder leaves its channels of place empty; they are stretched over the clip as its motions are."""
-    rest = latents[:, :-POSITION_CHANNELS]
-    if latents.shape[1] <= POSITION_CHANNELS or bool(latents[:, -POSITION_CHANNELS:].any()) or not bool(rest.any()):
-        return latents
-    frames = latents.shape[2]
-    places = (torch.arange(frames) + 0.5) * (max(LATENT_FRAMES, 1) / frames) - 0.5
-    return with_positions(rest, places)
 
 
 def load_clip(path: Path) -> tuple[torch.Tensor | None, Embeds]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.finetune_places import place_weight
 from genattn.pipelines.frame_denoisers import Embeds, FrameDenoiser, Pass
 from genattn.pipelines.noise_grid import NoiseGrid
 
@@ -61,14 +62,19 @@ def target(grid: NoiseGrid, latents: torch.Tensor, noise: torch.Tensor, levels: 
 def denoising_loss(
     base: FrameDenoiser, grid: NoiseGrid, latents: torch.Tensor, embeds: Embeds, random: TrainingDraw
 ) -> torch.Tensor:
-    """Mean squared error of one forward, 0-dim float32. latents [B, C, F, h, w] clean; embeds with batch B."""
+    """Mean squared error of one forward, 0-dim float32. latents [B, C, F, h, w] clean; embeds with batch B.
+
+    Weighed as in the model's own training where latents hold channels of place.
+    """
     noise = random.noise.to(latents.device)
     alpha, sigma = (_at(table, random.levels, latents) for table in (grid.alpha, grid.sigma))
     noisy = alpha * latents + sigma * noise
     times = grid.model_timesteps(random.levels)[:, None].expand(-1, latents.shape[2]).to(latents.device)
     where = Pass("cond", 0, LEVELS, float(sigma.max()))
     answer = base.predict(noisy, times, embeds, where)
-    return (answer.float() - target(grid, latents, noise, random.levels)).square().mean()
+    error = (answer.float() - target(grid, latents, noise, random.levels)).square()
+    weight = place_weight(latents)
+    return (error if weight is None else error * weight).mean()
 
 
 def _at(table: torch.Tensor, levels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -213,11 +213,25 @@ def flow_loss(
     length = PADDED_LENGTHS[int(torch.randint(len(PADDED_LENGTHS), (1,), generator=generator))]
     level = sigma.view(-1, 1, 1, 1, 1)
     predicted = model((1 - level) * latents + level * noise, sigma, ids, length)
-    weight = object_weight(latents[:, :-POSITION_CHANNELS])
-    error = ((predicted.float() - (noise - latents)).square() * weight).mean((0, 2, 3, 4))
-    # the waves of place are large so that they show early in the noise; their error is weighed back
-    places = error[-POSITION_CHANNELS:].mean() / POSITION_AMPLITUDE**2
-    return error[:-POSITION_CHANNELS].mean() + 0.5 * places
+    return ((predicted.float() - (noise - latents)).square() * loss_weight(latents)).mean()
+
+
+def loss_weight(latents: torch.Tensor) -> torch.Tensor:
+    """Weight of each squared error of the velocity: objects by `object_weight`, places half of all, as if their waves had
+    amplitude 1.
+
+    The waves of place are large so that they show early in the noise; unweighed they would be all of the loss.
+
+    Args:
+        latents: clean, with their channels of place, [B, C, F, H, W].
+
+    Returns:
+        [B, C, F, H, W]; the mean of weighted errors is the mean over contents plus half the mean over places.
+    """
+    contents = latents.shape[1] - POSITION_CHANNELS
+    objects = object_weight(latents[:, :contents]).expand(-1, contents, -1, -1, -1) * (latents.shape[1] / contents)
+    share = 0.5 / POSITION_AMPLITUDE**2 * latents.shape[1] / POSITION_CHANNELS
+    return torch.cat([objects, torch.full_like(latents[:, contents:], share)], 1)
 
 
 def object_weight(latents: torch.Tensor) -> torch.Tensor:
