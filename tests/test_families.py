@@ -10,8 +10,9 @@ import torch
 
 import genattn
 from genattn import DensePattern, GenAttnError, RadialPattern, TokenLayout
-from genattn.families import FAMILIES, family_of
+from genattn.families import FAMILIES, family_of, register_family
 from genattn.inject import apply
+from genattn.layouts.family import Family
 from genattn.patterns.pattern import Pattern
 from genattn.pipelines.tiny_random import build_inputs, build_model, families
 from genattn.plugin import AttentionCall, AttentionSite, Inner, Plugin
@@ -232,3 +233,21 @@ def test_unknown_family_stays_dense_and_says_so() -> None:
     model.__class__ = type("SomethingNew", (torch.nn.Module,), dict(type(model).__dict__))
     assert family_of(model) is None
     assert genattn.families.family_of(build_model("wan")) is not None
+
+
+def test_a_registered_family_is_found_and_a_nameless_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stranger(torch.nn.Module):
+        """Stands for a denoiser that no table knows."""
+
+    class Heir(Stranger):
+        """A subclass is of its base's family."""
+
+    known: dict[str, Family] = {}
+    monkeypatch.setattr("genattn.families._by_class", lambda: known)
+    for models, stacks in (((), ("blocks",)), (("Stranger",), ())):
+        with pytest.raises(GenAttnError, match="must name its classes and stacks, got models="):
+            register_family(Family("stranger", models, stacks, layout=lambda model, inputs: None))
+    assert family_of(Stranger()) is None
+    family = Family("stranger", ("Stranger",), ("blocks",), layout=lambda model, inputs: None)
+    register_family(family)
+    assert family_of(Stranger()) is family_of(Heir()) is family
