@@ -40,7 +40,8 @@ Every headline claim of the papers behind this package, what was measured of it 
 - **needs a GPU or weights not at hand**: what is missing stands beside it
 
 Square brackets are 95 % intervals over captions or clips unless quartiles are named; ± is a standard error or half an interval.
-The papers' figures are theirs, on their models; ours are not comparable in size, only in direction."""
+The papers' figures are theirs, on their models; ours are not comparable in size, only in direction. *second-hand*: the figure
+was taken from notes on the paper, whose text was not at hand."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _table(evidence: Sequence[Evidence]) -> str:
     for e in evidence:
         verdict = f"**{e.verdict}**" + (f" ({e.why})" if e.why else "")
         made = "<br>".join(filter(None, (f"`{e.claim.command}`" if e.claim.command else "", e.where)))
-        cells = (e.claim.claim, f"{e.claim.published} ({e.claim.source})", e.measured or "-", verdict, made or "-")
+        source = "; ".join(filter(None, (e.claim.source, e.claim.standing)))
+        cells = (e.claim.claim, f"{e.claim.published} ({source})", e.measured or "-", verdict, made or "-")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -22,7 +22,8 @@ REPRODUCED, MINIATURE, NOT, NEEDS = (
 class Claim:
     """One headline claim. measure: name of a finding, "test:FILE[::NAME]" (exact by construction), "mini-test:..." or "".
 
-    needs: what is not at hand to measure it as published. command: what makes our counterpart.
+    needs: what is not at hand to measure it as published. command: what makes our counterpart. standing: what of the source
+    was not read; empty where its text was.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Claim:
     measure: str
     needs: str
     command: str
+    standing: str = ""
 
 
 @dataclass(frozen=True)

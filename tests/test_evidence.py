@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from genattn.apps import evidence
@@ -74,6 +75,32 @@ def test_a_verdict_comes_with_the_table(tmp_path: Path) -> None:
         assert got.where == "CPU, 1 threads, 2026-01-01"
     with pytest.raises(NotMeasuredError, match="has no rows with variant both, model tiny-animatediff yet"):
         METHODS["broadway_dynamic"](tables(tmp_path / "other", "broadway", [row | {"variant": "stock"}]))
+
+
+def test_the_studies_write_what_the_page_reads(tmp_path: Path) -> None:
+    """Columns of the studies of BroadWay and of long video, from the functions that make their rows."""
+    from genattn.apps.bench_long_video import variants as films
+    from genattn.pipelines.tiny_broadway_study import MEASURES, rows_of, variants
+
+    rng = np.random.default_rng(0)
+    results = {kind.name: {name: rng.random(6) for name in MEASURES} for kind in variants()}
+    rows = rows_of(results, dict.fromkeys(results, 1.0))
+    for table, model in (("broadway", "tiny-animatediff"), ("broadway_dit", "tiny-wan")):
+        found = tables(tmp_path, table, [row | {"model": model} for row in rows])
+    names = [name for name in METHODS if name.startswith("broadway") and name != "broadway_cost"]
+    assert len(names) == 4
+    assert all("6 captions" in METHODS[name](found).measured for name in names)
+    for kind in (True, False):
+        film = dict.fromkeys(("subject_consistency", "background_consistency", "motion_smoothness", "temporal_flickering"), 0.9)
+        made = [film | {"variant": name, "prompt": p, "frames": 253} for name in films(kind) for p in "ab"]
+        found = tables(tmp_path / str(kind), "long_video_ablation", made)
+        for name in ("ouroboros_over_fifo", "ouroboros_tail", "ouroboros_sacfa", "ouroboros_guidance"):
+            assert "2 prompts" in METHODS[name](found).measured
+
+
+def test_what_was_not_read_is_told(tmp_path: Path) -> None:
+    told = evidence.page([evidence.judge(claim(needs="a GPU", standing="second-hand"), Tables(tmp_path))])
+    assert "| c | p (s; second-hand) |" in told
 
 
 def softpag(name: str, mean: float, gain: float) -> dict:
