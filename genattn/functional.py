@@ -11,7 +11,8 @@ from genattn.errors import GenAttnError
 from genattn.halo import halo_plan
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
-from genattn.kernels.halo_plan import HaloPlan, halo_attention
+from genattn.kernels.halo_plan import HaloPlan, check_halo_inputs, halo_attention
+from genattn.kernels.halo_triton import triton_halo_attention, why_not_triton_halo
 from genattn.kernels.kernel_config import tile_sizes
 from genattn.kernels.optional_peers import GridWindows, natten_attention, why_not_natten
 from genattn.natten_windows import natten_windows
@@ -61,10 +62,10 @@ def planned_attention(
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` for a plan that is there already, from `plan_for`."""
-    if not isinstance(plan, BlockPlan) and return_lse:
-        raise GenAttnError(f"impl={impl!r} returns no log-sum-exp; use return_lse=False or another impl")
     if isinstance(plan, HaloPlan):
-        return halo_attention(query, key, value, plan, scale, key_mask)
+        return _halo(query, key, value, plan, return_lse, scale, key_mask)
+    if isinstance(plan, GridWindows) and return_lse:
+        raise GenAttnError(f"impl={impl!r} returns no log-sum-exp; use return_lse=False or another impl")
     if isinstance(plan, GridWindows):
         reason = "a key mask is given" if key_mask is not None else why_not_natten(query, plan)
         if reason is not None:
@@ -74,6 +75,27 @@ def planned_attention(
         return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
     except ValueError as error:
         raise GenAttnError(str(error)) from error
+
+
+def _halo(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: HaloPlan,
+    return_lse: bool,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The haloed-box kernel where it serves, else tensor operations."""
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    reason = why_not_triton_halo(query, plan.to(query.device), wants_gradient)
+    if reason is None and not torch.compiler.is_compiling():
+        check_halo_inputs(query, key, plan)
+        out, lse = triton_halo_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
+        return (out, lse) if return_lse else out
+    if return_lse:
+        raise GenAttnError(f"impl='halo' returns no log-sum-exp here: {reason}; use return_lse=False or another impl")
+    return halo_attention(query, key, value, plan, scale, key_mask)
 
 
 def explain_attention(

@@ -14,7 +14,7 @@ from genattn.kernels.kernel_config import arch_of, launch_of
 from genattn.kernels.triton_tables import triton_tables
 
 Arguments = dict[str, object]
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def interpreting() -> bool:
@@ -28,7 +28,7 @@ def why_not_triton(query: torch.Tensor, plan: BlockPlan, scale: float | None = N
         return "triton is not installed"
     if query.device.type != "cuda" and not interpreting():
         return f"it needs a GPU, got tensors on {query.device.type}"
-    if query.dtype not in _DTYPES:
+    if query.dtype not in TRITON_DTYPES:
         return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
     if not 1 <= query.shape[-1] <= 256:
         return f"the head dim must lie in [1, 256], got {query.shape[-1]}"
@@ -123,7 +123,7 @@ def forward_arguments(
         "COLUMNS": plan.columns,
         "NUM_FULL": plan.num_full,
         "ORDER": tables.order,
-        **_strides("o", out),
+        **strides_of("o", out),
         "tiles_q": plan.query_tiles.shape[0],
         "HOLES": tables.holes or key_mask is not None,
         "HAS_MIX": value_mix is not None,
@@ -142,12 +142,12 @@ def delta_arguments(
         "DO": grad_out,
         "DLSE": delta if grad_lse is None else grad_lse.float().contiguous(),
         "DELTA": delta,
-        **_strides("o", out),
-        **_strides("d", grad_out),
+        **strides_of("o", out),
+        **strides_of("d", grad_out),
         "seqlen": out.shape[1],
         "heads": out.shape[2],
         "DIM": dim,
-        "DIM_PAD": _padded(dim),
+        "DIM_PAD": padded(dim),
         "BLOCK": block,
         "HAS_DLSE": grad_lse is not None,
         "num_warps": 4,
@@ -179,8 +179,8 @@ def dq_arguments(
         "COLUMNS": plan.columns,
         "NUM_FULL": plan.num_full,
         "ORDER": tables.order,
-        **_strides("d", grad_out),
-        **_strides("g", grad_query),
+        **strides_of("d", grad_out),
+        **strides_of("g", grad_query),
         "tiles_q": plan.query_tiles.shape[0],
         "HOLES": tables.holes or key_mask is not None,
         **_launch("dq", arch or arch_of(query.device), query.shape[-1], plan.block_k),
@@ -216,8 +216,8 @@ def dkv_arguments(
         "COLUMNS": inverse.columns,
         "NUM_FULL": inverse.num_full,
         "ORDER": triton_tables(plan).order_k,
-        **_strides("d", grad_out),
-        **_strides("g", grad_key),
+        **strides_of("d", grad_out),
+        **strides_of("g", grad_key),
         "tiles_k": plan.key_tiles.shape[0],
         **_launch("dkv", arch or arch_of(query.device), query.shape[-1], plan.block_q),
     }
@@ -250,9 +250,9 @@ def _tensors(
         "BITS": tables.bits,
         "SLOTS": tables.slots,
         "scale": dim**-0.5 if scale is None else scale,
-        **_strides("q", query),
-        **_strides("k", key),
-        **_strides("v", value),
+        **strides_of("q", query),
+        **strides_of("k", key),
+        **strides_of("v", value),
         "seqlen_q": query.shape[1],
         "seqlen_k": key.shape[1],
         "heads": query.shape[2],
@@ -264,7 +264,7 @@ def _tensors(
         "extent_y": grid.extent[0],
         "extent_x": grid.extent[1],
         "DIM": dim,
-        "DIM_PAD": _padded(dim),
+        "DIM_PAD": padded(dim),
         "BLOCK_Q": plan.block_q,
         "BLOCK_K": plan.block_k,
         "LISTS": plan.num_heads,
@@ -279,11 +279,12 @@ def _tensors(
         "DIL_X": grid.dilation[1],
         "CIRC_Y": grid.circular[0],
         "CIRC_X": grid.circular[1],
-        "PRECISION": _precision(query),
+        "PRECISION": precision_of(query),
     }
 
 
-def _strides(name: str, tensor: torch.Tensor) -> Arguments:
+def strides_of(name: str, tensor: torch.Tensor) -> Arguments:
+    """Strides of batch, sequence and heads as arguments `<name>_b`, `<name>_s`, `<name>_h`."""
     return {f"{name}_{axis}": tensor.stride(place) for place, axis in enumerate("bsh")}
 
 
@@ -292,12 +293,13 @@ def _launch(kernel: str, arch: str, dim: int, block: int) -> Arguments:
     return {"num_warps": launch.warps, "num_stages": launch.stages, "SPLIT": launch.split, "FINE": launch.fine}
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
     """Next power of two, at least 16: what a matrix product takes."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _precision(query: torch.Tensor) -> str:
+def precision_of(query: torch.Tensor) -> str:
+    """Precision of the products, as `tl.dot` takes it."""
     # fp32 without tensor cores spills its way to a crawl; three tf32 products keep about 21 bits of the mantissa
     split = query.dtype == torch.float32 and query.is_cuda and torch.version.hip is None
     return "tf32x3" if split else "ieee"

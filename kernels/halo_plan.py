@@ -105,6 +105,11 @@ class HaloPlan:
     def _copies(self) -> dict[torch.device, "HaloPlan"]:
         return {}
 
+    @cached_property
+    def cache(self) -> dict[str, object]:
+        """Room for what a backend derives from this plan once."""
+        return {}
+
     def _copy_to(self, device: torch.device) -> "HaloPlan":
         axes = tuple(tuple(HaloParts(*(t.to(device) for t in vars(p).values())) for p in kinds) for kinds in self.axes)
         places = None if self.places is None else self.places.to(device)
@@ -124,11 +129,7 @@ def halo_attention(
 
     Every query must be left at least one key. Raises ValueError if the tensors do not fit the plan.
     """
-    if query.shape[1] != plan.seqlen or key.shape[1] != plan.seqlen or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"query and key must be [B, {plan.seqlen}, H, D] with H a multiple of key heads, "
-            f"got {tuple(query.shape)} and {tuple(key.shape)}"
-        )
+    check_halo_inputs(query, key, plan)
     plan = plan.to(query.device)
     out = torch.zeros_like(query)
     if plan.dense_queries.numel():
@@ -140,6 +141,15 @@ def halo_attention(
             part = _attend(query, key, value, rows, columns, mask, scale, key_mask)
             out.index_copy_(1, rows.flatten(), part.flatten(1, 2))
     return out
+
+
+def check_halo_inputs(query: torch.Tensor, key: torch.Tensor, plan: HaloPlan) -> None:
+    """Raise ValueError unless the tensors fit the plan."""
+    if query.shape[1] != plan.seqlen or key.shape[1] != plan.seqlen or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"query and key must be [B, {plan.seqlen}, H, D] with H a multiple of key heads, "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
 
 
 def _chunks(plan: HaloPlan, parts: Axes, query: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

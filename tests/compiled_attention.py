@@ -23,11 +23,15 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from genattn.kernels import block_sparse_backward_kernel, block_sparse_kernel
+from genattn.halo import halo_plan
+from genattn.kernels import block_sparse_backward_kernel, block_sparse_kernel, halo_kernel
 from genattn.kernels.block_plan import dense_plan, run_tiles
 from genattn.kernels.block_sparse_triton import dkv_arguments, dq_arguments, forward_arguments
+from genattn.kernels.halo_triton import halo_arguments
 from genattn.kernels.kernel_config import settings_of, table_row
 from genattn.kernels.random_plan import plan_from_rule, random_grid_rule
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.token_layout import TokenLayout
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
@@ -93,19 +97,25 @@ def launches(arch, dim, dtype, partial):
     backward = block_sparse_backward_kernel
     yield "dq", backward.dq_kernel, dq_arguments(q, k, v, grad, lse, delta, out, plan, None, None, arch=arch)
     yield "dkv", backward.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, None, arch=arch)
+    pattern = NeighborhoodPattern((4, 8, 8), stride=1 if partial else (4, 8, 8))
+    boxes = halo_plan(pattern, TokenLayout.from_grid((8, 16, 16)))
+    yield "halo", halo_kernel.halo_kernel, halo_arguments(q, k, v, out, lse, boxes, None, None, arch=arch)[0]
 
 
 def with_setting(arguments, setting):
     if setting is None:
         return dict(arguments)
     names = ("num_warps", "num_stages", "SPLIT", "FINE")
+    if "SPLIT" not in arguments:
+        names = ("num_warps", "num_stages", "BLOCK_K")
     return arguments | dict(zip(names, map(int, setting.split(","))))
 
 
 def report(kernel, arguments, target, arch, row):
     made, options = source(kernel, arguments)
     compiled = triton.compile(made, target=target, options=options)
-    row = {"arch": arch, "triton": triton.__version__, **row, **options, "split": arguments["SPLIT"], "fine": arguments["FINE"]}
+    taken = {name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_K") if name in arguments}
+    row = {"arch": arch, "triton": triton.__version__, **row, **options, **taken}
     print(json.dumps(row | facts(compiled, arch)), flush=True)
 
 

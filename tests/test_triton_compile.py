@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "hip": 64 << 10}
 MATRIX = {"sm_80": "hmma", "sm_86": "hmma", "sm_90": "hgmma", "sm_100": "utchmma", "hip": "mfma"}
-NO_SPILLS = ("sm_80", "sm_90", "hip")
+NO_SPILLS = ("sm_80", "sm_90", "sm_100", "hip")
 OLDER = "3.6.0"
 
 
@@ -51,7 +51,7 @@ def test_a_bad_build_is_seen():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "hip"])
 def test_every_kernel_compiles_within_limits(arch):
     rows = _compile("--arch", arch, "--dim", "64", "--dim", "128")
-    assert len(rows) == 12
+    assert len(rows) == 16
     for row in rows:
         _check(row)
 
@@ -71,8 +71,8 @@ def older_triton(tmp_path_factory):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "hip"])
 def test_every_kernel_compiles_with_an_older_triton(arch, older_triton):
     rows = _compile("--arch", arch, "--dim", "64", "--dim", "128", path=older_triton)
-    assert len(rows) == 12
+    assert len(rows) == 16
     for row in rows:
         assert row["triton"] == OLDER
-        assert row["shared"] <= SHARED[arch], row
-        assert row[MATRIX[arch]] > 0, row
+        # 3.6 spills a few registers elsewhere; the settings are chosen with the newer one
+        _check(row | ({} if arch == "sm_90" else {"spills": 0}))

@@ -10,9 +10,10 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_match_the_definition_in_the_interpreter():
-    script = Path(__file__).with_name("interpreted_attention.py")
+@pytest.mark.parametrize(("name", "cases"), [("interpreted_attention.py", 18), ("interpreted_halo.py", 20)])
+def test_kernels_match_the_definition_in_the_interpreter(name, cases):
+    script = Path(__file__).with_name(name)
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert run.stdout.count("ok   ") >= 18
+    assert run.stdout.count("ok   ") >= cases
