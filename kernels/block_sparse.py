@@ -9,13 +9,13 @@ error; "auto" goes on to the next, and `choose_impl` tells what it took and why 
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.block_sparse_ops import OP_IMPLS, block_sparse_forward, why_not_op
+from genattn.kernels.block_sparse_ops import NAMED_IMPLS, OP_IMPLS, block_sparse_forward, why_not_op
 from genattn.kernels.optional_peers import PEERS, peer_attention, why_not_peer
 from genattn.kernels.reference import reference_attention
 from genattn.kernels.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
 
-IMPLS = ("auto", *OP_IMPLS, "flex", "sdpa", "reference", *PEERS)
-_AUTO = tuple(name for name in IMPLS[1:] if name not in PEERS)
+IMPLS = ("auto", *OP_IMPLS, "flex", "sdpa", "reference", *NAMED_IMPLS, *PEERS)
+_AUTO = tuple(name for name in IMPLS[1:] if name not in (*NAMED_IMPLS, *PEERS))
 
 
 def block_sparse_attention(
@@ -98,7 +98,7 @@ def _why_not(
         return why_not_peer(name, query, plan, return_lse, masked)
     if name == "sdpa":
         return why_not_sdpa_mask(query, plan, return_lse)
-    return why_not_op(name, query, plan, scale) if name in OP_IMPLS else None
+    return why_not_op(name, query, plan, scale) if name in (*OP_IMPLS, *NAMED_IMPLS) else None
 
 
 def check_inputs(

@@ -118,6 +118,15 @@ def bits_visible(BITS, slot, rows, lanes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
 
 
 @triton.jit
+def scores_of(query, key, factor, KEY_SCALES, key_tile, INT8: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores [BQ, BK] in base 2; integers count in units of `factor` times the scale of their key tile."""
+    if INT8:
+        return tl.dot(query, tl.trans(key)).to(tl.float32) * (factor * tl.load(KEY_SCALES + key_tile))
+    else:
+        return tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+
+
+@triton.jit
 def accumulate(scores, value, acc, top, total, GUARD: tl.constexpr, PRECISION: tl.constexpr):
     """Online softmax: fold scores (base 2) and their values in."""
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -150,15 +159,15 @@ def add_frame_sums(FRAME_LSE, row_at, used_q, scores, tk, FRAME_SPAN, key_tile):
 @triton.jit
 def forward_kernel(
     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK,
-    COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, scale,
+    COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
-    seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x,
+    seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LISTS, RULE_HEADS, SLOT_ROWS: 1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is
     taken in SPLIT steps, a partial one in FINE steps (its mask needs registers too)."""
@@ -180,6 +189,9 @@ def forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM_PAD], tl.float32)
     factor = scale * LOG2E
+    if INT8:
+        factor *= tl.load(QUERY_SCALES + (batch * heads + head) * tiles_q + tile)
+        KEY_SCALES += (batch * (heads // group) + kv_head) * tiles_k
     if HAS_FRAMES:
         row_at = ((batch * seqlen_q + token_q) * heads + head) * frames
     first = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile)
@@ -192,7 +204,7 @@ def forward_kernel(
         if MASKED:
             used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
         key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, not HOLES, WIDE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+        scores = scores_of(query, key, factor, KEY_SCALES, key_tile, INT8, PRECISION)
         if HOLES:
             scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
         if HAS_FRAMES:
@@ -214,7 +226,7 @@ def forward_kernel(
             if MASKED:
                 used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
             key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, False, WIDE)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+            scores = scores_of(query, key, factor, KEY_SCALES, key_tile, INT8, PRECISION)
             if RULE == 1:
                 words_k = tl.load(COORDS + token_k, mask=used_k, other=0)
                 scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,

@@ -11,13 +11,22 @@ from genattn.kernels.block_sparse_triton import triton_backward, triton_forward,
 from genattn.kernels.cpu_backward import grouped_backward
 from genattn.kernels.cpu_grouped import grouped_attention, why_not_grouped
 from genattn.kernels.cpu_native import native_attention, why_not_native
+from genattn.kernels.int8_scores import triton_int8_forward, why_not_int8
 
 OP_IMPLS = ("triton", "cpu", "grouped")
-_FORWARD = {"triton": triton_forward, "cpu": native_attention, "grouped": grouped_attention}
+NAMED_IMPLS = ("triton-int8",)  # never taken unless named
+_FORWARD = {
+    "triton": triton_forward,
+    "cpu": native_attention,
+    "grouped": grouped_attention,
+    "triton-int8": triton_int8_forward,
+}
 
 
 def why_not_op(impl: str, query: torch.Tensor, plan: BlockPlan, scale: float | None) -> str | None:
-    """The reason why one of `OP_IMPLS` cannot serve, or None."""
+    """The reason why one of `OP_IMPLS` or `NAMED_IMPLS` cannot serve, or None."""
+    if impl == "triton-int8":
+        return why_not_int8(query, plan, scale)
     if impl == "triton":
         return why_not_triton(query, plan, scale)
     return why_not_native(query, plan) if impl == "cpu" else why_not_grouped(query, plan)
@@ -69,6 +78,8 @@ def block_sparse_backward(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value."""
+    if impl in NAMED_IMPLS:
+        raise ValueError(f"impl={impl!r} has no backward; use impl='triton' where gradients are wanted")
     plan = plan_of_handle(handle).to(query.device)
     run = triton_backward if _settle(impl, query, plan, scale) == "triton" else grouped_backward
     grads = run(grad_out, grad_lse, query, key, value, out, lse, plan, scale=scale, key_mask=key_mask)

@@ -28,6 +28,7 @@ from genattn.kernels import block_sparse_backward_kernel, block_sparse_kernel, h
 from genattn.kernels.block_plan import dense_plan, run_tiles
 from genattn.kernels.block_sparse_triton import dkv_arguments, dq_arguments, forward_arguments
 from genattn.kernels.halo_triton import halo_arguments
+from genattn.kernels.int8_scores import int8_arguments
 from genattn.kernels.kernel_config import settings_of, table_row
 from genattn.kernels.random_plan import plan_from_rule, random_grid_rule
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -35,9 +36,10 @@ from genattn.token_layout import TokenLayout
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
-    torch.uint8: "*u8", torch.bool: "*i1",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def facts(compiled, arch):
         code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     found["registers"] = int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1])
     found["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return found | {name.lower(): len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA", "UTCHMMA")}
+    return found | {name.lower(): len(re.findall(rf"\b{name}\b", code)) for name in MATRIX}
 
 
 def plan_for(block_q, block_k, partial):
@@ -97,6 +99,8 @@ def launches(arch, dim, dtype, partial):
     backward = block_sparse_backward_kernel
     yield "dq", backward.dq_kernel, dq_arguments(q, k, v, grad, lse, delta, out, plan, None, None, arch=arch)
     yield "dkv", backward.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, None, arch=arch)
+    whole = torch.empty(1, 2048, 16, dim, dtype=torch.int8), torch.empty(1, 16, 32)
+    yield "int8", block_sparse_kernel.forward_kernel, int8_arguments(whole, whole, v, out, lse, plan, None, None, arch=arch)
     pattern = NeighborhoodPattern((4, 8, 8), stride=1 if partial else (4, 8, 8))
     boxes = halo_plan(pattern, TokenLayout.from_grid((8, 16, 16)))
     yield "halo", halo_kernel.halo_kernel, halo_arguments(q, k, v, out, lse, boxes, None, None, arch=arch)[0]

@@ -17,8 +17,10 @@ import triton.language as tl
 from interpreter_bf16 import cure_bfloat16
 
 from genattn.kernels.block_plan import dense_plan
+from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.block_sparse_triton import triton_backward, triton_forward, why_not_triton
 from genattn.kernels.element_rule import BlockRule, PerHeadRule
+from genattn.kernels.int8_scores import int8_reference_attention, triton_int8_forward, why_not_int8
 from genattn.kernels.random_plan import plan_from_rule, random_grid_rule, random_plan
 from genattn.kernels.reference import reference_attention
 
@@ -89,6 +91,36 @@ def check_options(dtype=torch.float32) -> None:
     _says("log-sum-exp per key frame", worst < 1e-5, f"{worst:.1e}")
 
 
+def check_int8(name, plan, dtype, heads=2, kv_heads=2, dim=32, masked=False) -> None:
+    """int8 scores against their definition, which has the same integers."""
+    shapes = [(2, plan.seqlen_q, heads, dim)] + [(2, plan.seqlen_k, kv_heads, dim)] * 2
+    query, key, value = (torch.randn(s).to(dtype) for s in shapes)
+    key = key + 3 * torch.randn(dim).to(dtype)
+    key_mask = torch.rand(2, plan.seqlen_k) < 0.7 if masked else None
+    want, want_lse = int8_reference_attention(query, key, value, plan, key_mask=key_mask)
+    if masked:
+        key[~key_mask] = float("nan")
+    out, lse = triton_int8_forward(query, key, value, plan, key_mask=key_mask)
+    finite = torch.isfinite(want_lse)
+    lse_ok = torch.equal(torch.isfinite(lse), finite) and float((lse - want_lse)[finite].abs().max()) < 1e-4
+    _says(f"int8 {name}", _error(out, want) < BOUNDS[dtype] and lse_ok, f"{_error(out, want):.1e} lse {lse_ok}")
+
+
+def check_int8_limits() -> None:
+    plan = random_plan(3, (2, 3, 4))
+    rows = torch.randn(1, plan.seqlen_q, 1, 32).half()
+    wanting = rows.clone().requires_grad_()
+    for query, wanted in ((rows, "None"), (rows.float(), "out of proportion"), (wanting, "no backward")):
+        _says("int8 reason", wanted in str(why_not_int8(query, plan)), str(why_not_int8(query, plan)))
+    out = block_sparse_attention(rows, rows, rows, plan, impl="triton-int8")
+    _says("int8 by name", _error(out, reference_attention(*[rows.double()] * 3, plan)[0]) < 3e-2, "impl='triton-int8'")
+    try:
+        block_sparse_attention(rows, rows, wanting, plan, impl="triton-int8").sum().backward()
+        _says("int8 backward", False, "gave a gradient")
+    except ValueError as error:
+        _says("int8 backward", "has no backward" in str(error), str(error))
+
+
 def main() -> int:
     torch.manual_seed(0)
     stock = _product_error()
@@ -122,6 +154,10 @@ def main() -> int:
         check(f"head dim {dim}", random_plan(dim, (2, 3, 4)), torch.float32, 1, 1, dim)
     check("split tiles", random_plan(31, (2, 8, 8), globals_=3, block_q=64, block_k=64), torch.float32, 1, 1, 256)
     check_options()
+    check_int8("drawn plan", random_plan(40, (2, 4, 5), block_q=16, block_k=32), torch.float16)
+    check_int8("grouped, masked", random_plan(41, (2, 4, 4), padding=3, scattered=True), torch.bfloat16, 4, 2, 24, True)
+    check_int8("per head, small", random_plan(42, (2, 3, 4), heads=2), torch.float16, 2, 1, 16)
+    check_int8_limits()
     odd = random_plan(0, block_q=24, block_k=16)
     query = torch.randn(1, odd.seqlen_q, 1, 16)
     _says("reasons", "powers of two" in (why_not_triton(query, odd) or ""), str(why_not_triton(query, odd)))
