@@ -3,7 +3,9 @@
     check      every Triton kernel against the definition on drawn plans; nothing is timed if one is wrong
     forward    each case against each dense backend forced in turn and against compiled flex_attention
     step       one denoising step of Wan-14B- and Hunyuan-shaped transformers, dense against Radial, at 1x and 4x length
-    settings   launch settings of the forward kernel side by side: 4 or 8 warps, tiles in one step or two
+    options    what is not on by default beside what is: int8 scores, and haloed boxes where windows slide
+    settings   launch settings of the forward kernel side by side: 4 or 8 warps, tiles in one step or two, one program a tile
+               or a few per processor
     backward   backward over forward
     tune       the launch settings of all kernels, kept for this machine (on request: it takes minutes)
 
@@ -14,7 +16,8 @@ more. Cases that no longer fit the time are named. Needs torch and triton, not d
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,21 @@ import torch
 
 from genattn.apps.attention_cases import AttentionCase, gpu_cases
 from genattn.apps.autotune import autotune_here, gpu_timer
-from genattn.apps.bench_attention import TABLE, bench_attention, interleaved
+from genattn.apps.bench_attention import TABLE, bench_attention, bound_of, interleaved, sampled_error
 from genattn.apps.bench_rows import append_rows, provenance
 from genattn.apps.denoising_step import HUNYUAN, WAN_14B, StepShape, step_row
-from genattn.functional import plan_for
+from genattn.errors import GenAttnError
+from genattn.functional import plan_for, planned_attention
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.random_plan import random_plan
 from genattn.kernels.reference import reference_attention
+from genattn.patterns.neighborhood import NeighborhoodPattern
 
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-PARTS = ("check", "forward", "step", "settings", "backward", "tune")
-_SETTINGS = ((8, 2, 1, 2), (8, 3, 1, 2), (8, 2, 2, 4), (8, 3, 2, 4), (4, 2, 1, 2), (4, 3, 1, 2), (4, 2, 2, 4), (4, 3, 2, 4))
+PARTS = ("check", "forward", "options", "step", "settings", "backward", "tune")
+_SETTINGS = ((8, 2, 1, 2), (8, 3, 1, 2), (8, 2, 2, 4), (8, 3, 2, 4), (4, 2, 1, 2), (4, 3, 1, 2), (4, 2, 2, 4), (4, 3, 2, 4),
+             (8, 2, 1, 2, 1), (8, 2, 1, 2, 2), (8, 2, 2, 4, 1), (8, 2, 2, 4, 2))  # fmt: skip
 Rows = Iterable[dict[str, Any]]
 Job = tuple[str, Callable[[], Rows]]
 
@@ -93,10 +99,36 @@ def setting_rows(case: AttentionCase, timer: Callable[[str, Any], float]) -> Ite
     """One row per launch setting of the forward kernel; what cannot run gives its reason."""
     for setting in _SETTINGS:
         row: dict[str, Any] = {"case": case.name, "head_dim": case.head_dim, **dict(zip(("warps", "stages", "split"), setting))}
+        row["persistent"] = setting[4] if len(setting) > 4 else 0
         try:
             yield {**row, "seconds": timer("forward", setting)}
         except RuntimeError as error:
             yield {**row, "error": str(error).splitlines()[0]}
+
+
+def option_rows(case: AttentionCase, impls: Sequence[str], rounds: int, device: str = "cuda") -> Rows:
+    """Seconds of the first of `impls` and of those that wait to be measured; what is wrong or refused gives no speed."""
+    shape = (1, case.layout.seqlen, case.heads, case.head_dim)
+    inputs = [torch.randn(shape, device=device, dtype=case.dtype) for _ in range(3)]
+    lists = plan_for(inputs[0], inputs[1], case.pattern, case.layout)
+    row: dict[str, Any] = {"case": case.name, "seqlen": shape[1], "heads": case.heads, "head_dim": case.head_dim}
+    calls: dict[str, Any] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for impl in impls:
+        try:
+            plan = plan_for(inputs[0], inputs[1], case.pattern, case.layout, impl)
+            call = partial(planned_attention, *inputs, plan, impl=impl)
+            error = sampled_error(call(), inputs, lists)
+        except (GenAttnError, RuntimeError) as reason:  # triton raises kinds of its own for what a chip cannot hold
+            facts[impl] = {"error": str(reason).splitlines()[0]}
+            continue
+        facts[impl] = {"error": error, "computed_density": plan.computed_density}
+        if error <= bound_of(impl, case.dtype):
+            calls[impl] = call
+    times = interleaved(calls, rounds, device)
+    for impl in impls:
+        speed = {"seconds": min(times[impl]), "over_first": min(times[impl]) / min(times[impls[0]])} if impl in calls else {}
+        yield {**row, "impl": impl, **facts[impl], **speed}
 
 
 def run_jobs(jobs: Iterable[Job], table: Path, facts: dict[str, str], until: float) -> list[str]:
@@ -130,6 +162,12 @@ def forward_jobs(cases: list[AttentionCase], rounds: int, device: str, impls: li
     ]
 
 
+def option_jobs(cases: list[AttentionCase], rounds: int) -> list[Job]:
+    """One job per case: int8 scores everywhere, haloed boxes where the pattern is a neighborhood."""
+    named = {c: ["triton", "triton-int8"] + ["halo"] * isinstance(c.pattern, NeighborhoodPattern) for c in cases}
+    return [(c.name, lambda c=c, impls=impls: option_rows(c, impls, rounds)) for c, impls in named.items()]  # type: ignore[misc]
+
+
 def _forward(case: AttentionCase, rounds: int, device: str, impl: str) -> Rows:
     return bench_attention(False, device, None, rounds, [case], [impl], progress=lambda line: None)
 
@@ -161,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     shapes = [shape.longer(times) for times in (1, 4) for shape in (WAN_14B, HUNYUAN)]
     jobs: dict[str, tuple[str, list[Job]]] = {
         "forward": (TABLE.name, forward_jobs(cases, chosen.rounds, "cuda", ["triton"])),
+        "options": ("attention_options.csv", option_jobs(cases, chosen.rounds)),
         "step": ("denoising_step.csv", step_jobs(shapes, "cuda", "triton")),
         "settings": (
             "attention_settings.csv",

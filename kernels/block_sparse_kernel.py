@@ -157,7 +157,8 @@ def add_frame_sums(FRAME_LSE, row_at, used_q, scores, tk, FRAME_SPAN, key_tile):
 
 
 @triton.jit
-def forward_kernel(
+def serve_tile(
+    rank, pair,
     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK,
     COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
@@ -169,13 +170,14 @@ def forward_kernel(
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
     HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """LISTS, RULE_HEADS, SLOT_ROWS: 1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is
-    taken in SPLIT steps, a partial one in FINE steps (its mask needs registers too)."""
-    head = tl.program_id(1) % heads
-    batch = (tl.program_id(1) // heads).to(tl.int64)
+    """One query tile of one head: the tile of this rank by length, pair = batch * heads + head. LISTS, RULE_HEADS, SLOT_ROWS:
+    1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is taken in SPLIT steps, a partial one in
+    FINE steps (its mask needs registers too)."""
+    head = pair % heads
+    batch = (pair // heads).to(tl.int64)
     listed = head if LISTS > 1 else 0
     # longest lists first, so that the last wave is short
-    tile = tl.load(ORDER + listed * tiles_q + tl.program_id(0))
+    tile = tl.load(ORDER + listed * tiles_q + rank)
     rows = tl.arange(0, BLOCK_Q)
     channels = tl.arange(0, DIM_PAD)
     token_q, used_q = tile_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
@@ -251,3 +253,45 @@ def forward_kernel(
     at = OUT + batch * o_b + head * o_h + token_o[:, None] * o_s + channels[None, :]
     tl.store(at, acc.to(OUT.dtype.element_ty), mask=used_q[:, None] & (channels < DIM)[None, :])
     tl.store(LSE + (batch * seqlen_q + token_q) * heads + head, lse, mask=used_q)
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK,
+    COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
+    seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
+    RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
+    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
+    HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
+    pairs, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """A program serves one tile, or when PERSISTENT every `num_programs`-th one, longest first and back and
+    forth, so that no program gets the longer of each wave: balanced without atomics. pairs: batch * heads."""
+    if PERSISTENT:
+        programs = tl.num_programs(0)
+        for wave in tl.range(0, tl.cdiv(tiles_q * pairs, programs)):
+            slot = tl.program_id(0)
+            work = wave * programs + tl.where(wave % 2 == 0, slot, programs - 1 - slot)
+            if work < tiles_q * pairs:
+                serve_tile(
+                    work % tiles_q, work // tiles_q,
+                    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK, COORDS,
+                    FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale, q_b,
+                    q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, seqlen_q, seqlen_k, heads, group, tiles_q,
+                    tiles_k, nnz, frames, classes, longest, extent_y, extent_x, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT,
+                    FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS, RUNS_Q, RUNS_K, HOLES, MASKED, WIDE, DIL_Y, DIL_X, CIRC_Y,
+                    CIRC_X, HAS_MIX, HAS_FRAMES, INT8, PRECISION
+                )  # fmt: skip
+    else:
+        serve_tile(
+            tl.program_id(0), tl.program_id(1),
+            Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK, COORDS, FRAME_SPAN,
+            CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale, q_b, q_s, q_h, k_b, k_s,
+            k_h, v_b, v_s, v_h, o_b, o_s, o_h, seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes,
+            longest, extent_y, extent_x, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
+            RUNS_Q, RUNS_K, HOLES, MASKED, WIDE, DIL_Y, DIL_X, CIRC_Y, CIRC_X, HAS_MIX, HAS_FRAMES, INT8, PRECISION
+        )  # fmt: skip

@@ -64,7 +64,7 @@ def triton_forward(
         out.zero_()
         lse.fill_(float("-inf"))
     arguments = forward_arguments(query, key, value, out, lse, plan, scale, key_mask, value_mix, frame_lse)
-    forward_kernel[(plan.query_tiles.shape[0], query.shape[0] * query.shape[2])](**arguments)
+    forward_kernel[forward_grid(query, plan)](**arguments)
     return out, lse
 
 
@@ -98,6 +98,21 @@ def triton_backward(
     return grads[0], grads[1], grads[2]
 
 
+def forward_grid(query: torch.Tensor, plan: BlockPlan, persistent: int | None = None) -> tuple[int, int]:
+    """Programs of `forward_kernel`: one per tile and head, or a few per processor that share them out (see `Launch`)."""
+    tiles, pairs = plan.query_tiles.shape[0], query.shape[0] * query.shape[2]
+    if persistent is None:
+        persistent = launch_of("forward", arch_of(query.device), query.shape[-1], plan.block_k).persistent
+    if not persistent:
+        return tiles, pairs
+    return min(tiles * pairs, persistent * processors(query.device)), 1
+
+
+def processors(device: torch.device) -> int:
+    """Processors of a GPU; 2 where the interpreter stands in for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def forward_arguments(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,6 +128,7 @@ def forward_arguments(
 ) -> Arguments:
     """Every argument of `forward_kernel`, launch settings included."""
     tables = triton_tables(plan)
+    launch = launch_of("forward", arch or arch_of(query.device), query.shape[-1], plan.block_k)
     return {
         **_tensors(query, key, value, plan, scale, key_mask),
         "OUT": out,
@@ -132,6 +148,8 @@ def forward_arguments(
         "HOLES": tables.holes or key_mask is not None,
         "HAS_MIX": value_mix is not None,
         "HAS_FRAMES": frame_lse is not None,
+        "pairs": query.shape[0] * query.shape[2],
+        "PERSISTENT": launch.persistent > 0,
         **_launch("forward", arch or arch_of(query.device), query.shape[-1], plan.block_k),
     }
 

@@ -12,7 +12,7 @@ nothing takes this backend unless it is named. Forward only.
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.block_sparse_triton import Arguments, forward_arguments, padded, why_not_triton
+from genattn.kernels.block_sparse_triton import Arguments, forward_arguments, forward_grid, padded, why_not_triton
 from genattn.kernels.reference import reference_attention
 
 _LEAST_CAPABILITY = (8, 0)
@@ -110,7 +110,7 @@ def triton_int8_forward(
         out.zero_()
         lse.fill_(float("-inf"))
     arguments = int8_arguments(whole_q, whole_k, value, out, lse, plan, scale, key_mask)
-    forward_kernel[(plan.query_tiles.shape[0], query.shape[0] * query.shape[2])](**arguments)
+    forward_kernel[forward_grid(query, plan)](**arguments)
     return out, lse + shift
 
 

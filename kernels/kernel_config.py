@@ -15,12 +15,16 @@ from genattn.kernels.native_build import cache_folder
 
 @dataclass(frozen=True)
 class Launch:
-    """Settings of one kernel: warps, pipeline stages, and in how many steps it takes a full and a partial tile."""
+    """Settings of one kernel: warps, pipeline stages, and in how many steps it takes a full and a partial tile.
+
+    persistent: programs per processor, each of which serves many tiles; 0: one program per tile (forward only).
+    """
 
     warps: int
     stages: int
     split: int
     fine: int
+    persistent: int = 0
 
 
 def arch_of(device: torch.device) -> str:
@@ -45,9 +49,9 @@ def tile_sizes(device: torch.device, head_dim: int) -> tuple[int, int]:
 
 def launch_of(kernel: str, arch: str, head_dim: int, block: int) -> Launch:
     """Settings for `kernel` ("forward", "dq" or "dkv") walking tiles of `block` lanes."""
-    warps, stages, split, fine = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim)][kernel]
+    warps, stages, split, fine, *rest = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim)][kernel]
     # a step of a matrix product needs 16 lanes
-    return Launch(warps, stages, *(max(1, min(n, block // 16)) for n in (split, fine)))
+    return Launch(warps, stages, *(max(1, min(n, block // 16)) for n in (split, fine)), *rest)
 
 
 def table_row(head_dim: int) -> str:

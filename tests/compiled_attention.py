@@ -95,7 +95,9 @@ def launches(arch, dim, dtype, partial):
     plan = plan_for(*settings_of(arch)[table_row(dim)]["tile"], partial)
     q, k, v, out, grad = (torch.empty(1, 2048, 16, dim, dtype=dtype) for _ in range(5))
     lse, delta = torch.empty(2, 1, 2048, 16)
-    yield "forward", block_sparse_kernel.forward_kernel, forward_arguments(q, k, v, out, lse, plan, None, None, arch=arch)
+    forward = forward_arguments(q, k, v, out, lse, plan, None, None, arch=arch)
+    yield "forward", block_sparse_kernel.forward_kernel, dict(forward)
+    yield "persistent", block_sparse_kernel.forward_kernel, forward | {"PERSISTENT": True}
     backward = block_sparse_backward_kernel
     yield "dq", backward.dq_kernel, dq_arguments(q, k, v, grad, lse, delta, out, plan, None, None, arch=arch)
     yield "dkv", backward.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, None, arch=arch)

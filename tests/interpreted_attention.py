@@ -18,7 +18,8 @@ from interpreter_bf16 import cure_bfloat16
 
 from genattn.kernels.block_plan import dense_plan
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.block_sparse_triton import triton_backward, triton_forward, why_not_triton
+from genattn.kernels.block_sparse_kernel import forward_kernel
+from genattn.kernels.block_sparse_triton import forward_arguments, forward_grid, triton_backward, triton_forward, why_not_triton
 from genattn.kernels.element_rule import BlockRule, PerHeadRule
 from genattn.kernels.int8_scores import int8_reference_attention, triton_int8_forward, why_not_int8
 from genattn.kernels.random_plan import plan_from_rule, random_grid_rule, random_plan
@@ -91,6 +92,21 @@ def check_options(dtype=torch.float32) -> None:
     _says("log-sum-exp per key frame", worst < 1e-5, f"{worst:.1e}")
 
 
+def check_persistent() -> None:
+    """A few programs that share out all tiles give the same bits as one program a tile."""
+    plan = random_plan(50, (2, 4, 5), heads=2)
+    inputs = [torch.randn(2, plan.seqlen_q, 2, 16) for _ in range(3)]
+    want = triton_forward(*inputs, plan)
+    for programs in (1, 3):
+        out, lse = torch.full_like(want[0], float("nan")), torch.full_like(want[1], float("nan"))
+        arguments = forward_arguments(*inputs, out, lse, plan, None, None) | {"PERSISTENT": True}
+        forward_kernel[(programs, 1)](**arguments)
+        _says(f"persistent, {programs} programs", torch.equal(out, want[0]) and torch.equal(lse, want[1]), "same bits")
+    grids = forward_grid(inputs[0], plan), forward_grid(inputs[0], plan, 1), forward_grid(inputs[0], plan, 99)
+    tiles = plan.query_tiles.shape[0]
+    _says("persistent grid", grids == ((tiles, 4), (2, 1), (min(tiles * 4, 198), 1)), str(grids))
+
+
 def check_int8(name, plan, dtype, heads=2, kv_heads=2, dim=32, masked=False) -> None:
     """int8 scores against their definition, which has the same integers."""
     shapes = [(2, plan.seqlen_q, heads, dim)] + [(2, plan.seqlen_k, kv_heads, dim)] * 2
@@ -154,6 +170,7 @@ def main() -> int:
         check(f"head dim {dim}", random_plan(dim, (2, 3, 4)), torch.float32, 1, 1, dim)
     check("split tiles", random_plan(31, (2, 8, 8), globals_=3, block_q=64, block_k=64), torch.float32, 1, 1, 256)
     check_options()
+    check_persistent()
     check_int8("drawn plan", random_plan(40, (2, 4, 5), block_q=16, block_k=32), torch.float16)
     check_int8("grouped, masked", random_plan(41, (2, 4, 4), padding=3, scattered=True), torch.bfloat16, 4, 2, 24, True)
     check_int8("per head, small", random_plan(42, (2, 3, 4), heads=2), torch.float16, 2, 1, 16)

@@ -37,6 +37,20 @@ def test_the_fastest_setting_is_found_kept_and_used(tmp_path: Path) -> None:
     assert launch_of("dkv", "sm_90", 128, 128).warps == 8, "the rest stays as shipped"
 
 
+def test_programs_that_share_out_tiles_are_a_candidate_of_the_forward_kernel_alone() -> None:
+    asked: dict[str, set[int]] = {"forward": set(), "dq": set()}
+
+    def timer(kernel: str, setting: tuple[int, ...]) -> float:
+        asked[kernel].add(len(setting))
+        return 1.0 - 0.1 * (setting[4] == 2 if len(setting) > 4 else 0)
+
+    entry = autotune("sm_90", 128, timer, ("forward", "dq"), lambda line: None)
+    assert entry == {"forward": [*settings_of("sm_90")["128"]["forward"], 2]}
+    assert asked == {"forward": {5}, "dq": {4}}
+    keep("sm_90", 128, entry)
+    assert launch_of("forward", "sm_90", 128, 128).persistent == 2
+
+
 def test_noise_changes_nothing() -> None:
     start = tuple(settings_of("sm_90")["64"]["forward"])
     assert autotune("sm_90", 64, lambda k, s: 1.0 if s == start else 0.99, ("forward",), lambda line: None) == {}

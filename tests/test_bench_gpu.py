@@ -8,8 +8,19 @@ import pytest
 import torch
 
 from genattn.apps.attention_cases import AttentionCase
-from genattn.apps.bench_gpu import backward_rows, check_kernels, forward_jobs, main, run_jobs, setting_rows, step_jobs
+from genattn.apps.bench_gpu import (
+    backward_rows,
+    check_kernels,
+    forward_jobs,
+    main,
+    option_jobs,
+    option_rows,
+    run_jobs,
+    setting_rows,
+    step_jobs,
+)
 from genattn.apps.denoising_step import HUNYUAN, WAN_14B, StepShape
+from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
 
 TOY = AttentionCase("toy", (5, 8, 8), RadialPattern(), 5, 2, 16, torch.float32)
@@ -33,6 +44,18 @@ def test_forward_and_backward_rows(tmp_path: Path) -> None:
     assert float(row["ratio"]) > 0
     run_jobs([("toy", lambda: backward_rows(TOY, 1, "cpu", "grouped"))], tmp_path / "back.csv", FACTS, _later())
     assert float(_rows(tmp_path / "back.csv")[0]["backward_ratio"]) > 0
+
+
+def test_options_beside_the_default() -> None:
+    case = AttentionCase("windows", (4, 6, 6), NeighborhoodPattern((3, 3, 3)), 5, 2, 16, torch.float32)
+    first, halo, refused = option_rows(case, ("grouped", "halo", "triton-int8"), 1, "cpu")
+    assert first["over_first"] == 1.0
+    assert halo["error"] < 1e-5
+    assert halo["seconds"] > 0
+    assert halo["computed_density"] <= first["computed_density"]
+    assert "seconds" not in refused
+    assert "needs a GPU" in refused["error"] or "triton" in refused["error"]
+    assert [name for name, _ in option_jobs([TOY, case], 1)] == ["toy", "windows"]
 
 
 def test_a_case_that_fails_leaves_its_reason_and_the_others(tmp_path: Path) -> None:
