@@ -78,18 +78,37 @@ def test_parts_of_a_group_make_one_softmax(monkeypatch, few, kept):
     monkeypatch.setattr(cpu_grouped, "_CHUNK_BYTES", 1 << 12)
     monkeypatch.setattr(cpu_groups, "_CALL", 0.0)
     plan = RadialPattern().plan(TokenLayout.from_grid((5, 8, 8), text_after=20), 16, 16)
-    groups = [group for groups in cpu_groups.groups_of_plan(plan) for group in groups]
-    assert any(group.whole and group.mask is not None for group in groups), "nothing to join"
     inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 3)
+    rates = cpu_groups.CallRates.of(inputs[0], plan)
+    groups = [group for groups in cpu_groups.groups_of_plan(plan, rates) for group in groups]
+    assert any(group.whole and group.mask is not None for group in groups), "nothing to join"
     for _ in range(2):
         got = block_sparse_attention(*inputs, plan, impl="grouped", return_lse=True)
         _assert_close(got, inputs, plan, torch.float32)
 
 
+def test_what_a_dense_call_costs():
+    rows = torch.tensor([128, 256, 768, 1024])
+    for half in (False, True):
+        for wide in (False, True):
+            plain, masked = cpu_groups.CallRates(half, wide, 1, 1).factors(rows)
+            assert bool((plain.diff() <= 0).all())
+            assert bool((plain[:2] >= 1.0).all())
+            assert bool((masked > 0.9).all())
+    one = cpu_groups.CallRates(False, False, 1, 1).factors(rows)[0]
+    two = cpu_groups.CallRates(False, False, 1, 2).factors(rows)[0]
+    assert float(two[2] / one[2]) == pytest.approx(4 / 3), "three slices of 256 keep two threads busy for as long as four"
+    assert float(two[3] / one[3]) == pytest.approx(1.0)
+    many = cpu_groups.CallRates(False, False, 16, 2).factors(rows)[0]
+    assert float(many[2]) == pytest.approx(1.0), "heads fill the threads"
+    query = torch.zeros(2, 8, 3, 80, dtype=torch.bfloat16)
+    assert cpu_groups.CallRates.of(query, random_plan(0)) == cpu_groups.CallRates(True, True, 6, torch.get_num_threads())
+
+
 def test_every_query_stands_in_one_group_and_neighbours_share_calls():
     layout, pattern = TokenLayout.from_grid((4, 16, 16)), RadialPattern()
     plan = pattern.plan(layout, 64, 64)
-    groups = cpu_groups.groups_of_plan(plan)[0]
+    groups = cpu_groups.groups_of_plan(plan, cpu_groups.CallRates(False, False, 1, 2))[0]
     queries = torch.cat([group.queries.flatten() for group in groups])
     assert torch.equal(queries.sort().values, torch.arange(layout.seqlen))
     assert max(group.queries.shape[1] for group in groups) > 64
