@@ -2,7 +2,7 @@
 
     clips + captions -> latents, once -> LoRA on q, k, v, o through the pattern's backward -> pytorch_lora_weights.safetensors
 
-Radial Attention, arXiv 2506.19852, section 5.3: rank 128, first two blocks dense while training. Everything random comes from
+Radial Attention, arXiv 2506.19852: rank 128, first two blocks dense while training. Everything random comes from
 the seed and the step, so a run that was killed at any moment and started again ends with the same weights.
 """
 
