@@ -1,10 +1,11 @@
-"""Cosmos 1.0 text to world: a timestep per frame, [B, 1, F, 1, 1], as the stock forward takes it.
+"""Cosmos 1.0 and 2.5, text to world: a timestep per frame, [B, 1, F, 1, 1], as the stock forward takes it.
 
-Its EDM scheduler (arXiv 2206.00364) works on x = x0 + sigma n. Scaled as the model sees it, y = x / sqrt(sigma^2 + d^2), the
-same trajectory is variance-preserving with alpha = d / sqrt(sigma^2 + d^2) and the model answers v: so the queue holds y,
-and an Euler step is a DDIM step.
+The EDM scheduler of 1.0 (arXiv 2206.00364) works on x = x0 + sigma n. Scaled as the model sees it, y = x / sqrt(sigma^2 + d^2),
+the same trajectory is variance-preserving with alpha = d / sqrt(sigma^2 + d^2) and the model answers v: so the queue holds y,
+and an Euler step is a DDIM step. 2.5 is a rectified flow over Wan's latents that is told sigma itself.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from genattn.pipelines.frame_denoisers import Embeds, FrameDenoiser, Pass, Promp
 from genattn.pipelines.frame_solvers import FrameSolver, SingleStepSolver
 from genattn.pipelines.noise_grid import NoiseGrid
 from genattn.pipelines.stream_decode import OverlapDecoder, StreamDecoder
+from genattn.pipelines.wan_frames import WanFrames
 
 
 class CosmosFrames(FrameDenoiser):
@@ -116,3 +118,52 @@ class CosmosFrames(FrameDenoiser):
         latents = encoded.latent_dist.mode().float()
         statistics = self._statistics(latents)
         return latents if statistics is None else (latents - statistics[0]) / statistics[1]
+
+
+class Cosmos25Frames(WanFrames):
+    """Cosmos2_5_PredictBasePipeline without a given picture. Latents that left stand in a window as the condition frames that
+    the model was trained to continue: their mask is 1 and their timestep the pipeline's own for such frames."""
+
+    family: ClassVar[str] = "Cosmos 2.5"
+    pipelines: ClassVar[tuple[str, ...]] = ("Cosmos2_5_PredictBasePipeline",)
+    route: ClassVar[str] = "per frame, stock forward (clean frames trained so)"
+    note: ClassVar[str] = "references in the head are its condition frames; the safety checker is not run on streamed frames"
+
+    @classmethod
+    def why_not(cls, pipe: Any) -> str | None:
+        """See FrameDenoiser.why_not."""
+        return CosmosFrames.why_not(pipe)
+
+    @property
+    def channels(self) -> int:
+        """See FrameDenoiser.channels; one channel of the model's input is the mask of condition frames."""
+        return int(self.pipe.transformer.config.in_channels) - 1
+
+    def solver(self, num_levels: int, latents: tuple[int, int, int], eta: float | None = None) -> FrameSolver:
+        """See FrameDenoiser.solver."""
+        solver = super().solver(num_levels, latents, eta)
+        told = solver.grid.sigma.clone()
+        told[0] = self.default("conditional_frame_timestep")
+        solver.grid = replace(solver.grid, timesteps=told)
+        return solver
+
+    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: Embeds, where: Pass) -> torch.Tensor:
+        """See FrameDenoiser.predict."""
+        model, factor = self.pipe.transformer, self.pipe.vae_scale_factor_spatial
+        height, width = latents.shape[3] * factor, latents.shape[4] * factor
+        times = timesteps.to(latents.device)[:, None, :, None, None]
+        is_clean = times <= self.default("conditional_frame_timestep")
+        with where.context(model):
+            answer = model(
+                hidden_states=latents.to(model.dtype),
+                condition_mask=is_clean.to(model.dtype).expand(-1, -1, -1, *latents.shape[3:]),
+                timestep=times,
+                padding_mask=torch.zeros(1, 1, height, width, device=latents.device, dtype=model.dtype),
+                return_dict=False,
+                **embeds,
+            )
+        return answer[0].float()
+
+    def guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: float, timesteps: torch.Tensor) -> torch.Tensor:
+        """See FrameDenoiser.guide; Cosmos counts its scale from the conditional answer."""
+        return cond + scale * (cond - uncond)

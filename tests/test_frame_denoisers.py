@@ -172,7 +172,10 @@ def test_the_manual_holds_the_generated_table():
     assert page.split(begin)[1].split(end)[0] == capability_markdown()
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideoPipeline", "MochiPipeline", "WanVACEPipeline", "StableDiffusionPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    ["HunyuanVideoPipeline", "MochiPipeline", "WanVACEPipeline", "Cosmos2VideoToWorldPipeline", "StableDiffusionPipeline"],
+)
 def test_other_pipelines_are_refused_with_the_reason(name):
     pipe = type(name, (), {})()
     reason = why_no_frames(pipe)

@@ -1,6 +1,7 @@
 """Tiny stock video pipelines with random weights, one per family that endless video serves, and what their clips are called
 with."""
 
+import functools
 import importlib
 import types
 from collections.abc import Callable
@@ -155,6 +156,27 @@ def cosmos(**config: Any) -> Any:
     return quiet(pipe)
 
 
+def cosmos25(**config: Any) -> Any:
+    model = build_model("cosmos", in_channels=17, out_channels=16, text_embed_dim=32, extra_pos_embed_type=None, **config)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0, "use_karras_sigmas": True}
+    pipe = diffusers.Cosmos2_5_PredictBasePipeline(
+        transformer=model,
+        vae=wan_vae(),
+        scheduler=diffusers.UniPCMultistepScheduler(**flow, sigma_max=200.0, sigma_min=0.01),
+        text_encoder=text.t5_encoder(),
+        tokenizer=text.t5_tokenizer(),
+        safety_checker=_NoChecker(),
+    )
+    pipe._get_prompt_embeds = functools.partial(_t5_embeds, pipe)
+    return quiet(pipe)
+
+
+def _t5_embeds(pipe: Any, prompt: list[str], max_sequence_length: int, device: Any, dtype: Any) -> torch.Tensor:
+    """Stands where Qwen2.5-VL and its chat template would; what is tested begins behind it."""
+    ids = pipe.tokenizer(prompt, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    return pipe.text_encoder(ids).last_hidden_state
+
+
 class _NoChecker:
     """Stands where the gated safety model would; nothing here looks at pictures."""
 
@@ -255,6 +277,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], int, int, dict[str, Any]]] = {
     "SkyReels-V2": (skyreels, 32, 9, {"ar_step": 0, "max_sequence_length": 512}),
     "LTX-Video": (ltx, 32, 9, {"max_sequence_length": 128}),
     "Cosmos": (cosmos, 32, 9, {"max_sequence_length": 512}),
+    "Cosmos 2.5": (cosmos25, 32, 9, {"max_sequence_length": 512}),
     "AnimateDiff": (animatediff, 16, 3, {}),
     "UNet3D": (unet3d, 16, 3, {}),
     "CogVideoX": (cogvideox, 32, 9, {"max_sequence_length": 16}),
