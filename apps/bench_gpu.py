@@ -3,7 +3,7 @@
     check      every Triton kernel against the definition on drawn plans; nothing is timed if one is wrong
     forward    each case against each dense backend forced in turn and against compiled flex_attention
     step       one denoising step of Wan-14B- and Hunyuan-shaped transformers, dense against Radial, at 1x and 4x length
-    options    what is not on by default beside what is: int8 scores, and haloed boxes where windows slide
+    options    what is not on by default beside what is: int8 scores, haloed boxes, specialised warps on full tiles
     settings   launch settings of the forward kernel side by side: 4 or 8 warps, tiles in one step or two, one program a tile
                or a few per processor
     backward   backward over forward
@@ -30,9 +30,9 @@ from genattn.apps.bench_rows import append_rows, provenance
 from genattn.apps.denoising_step import HUNYUAN, WAN_14B, StepShape, step_row
 from genattn.errors import GenAttnError
 from genattn.functional import plan_for, planned_attention
-from genattn.kernels.block_plan import BlockPlan
+from genattn.kernels.block_plan import BlockPlan, run_tiles
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.random_plan import random_plan
+from genattn.kernels.random_plan import plan_from_states, random_plan
 from genattn.kernels.reference import reference_attention
 from genattn.patterns.neighborhood import NeighborhoodPattern
 
@@ -131,6 +131,33 @@ def option_rows(case: AttentionCase, impls: Sequence[str], rounds: int, device: 
         yield {**row, "impl": impl, **facts[impl], **speed}
 
 
+def full_tile_rows(
+    seqlen: int, heads: int, head_dim: int, rounds: int, device: str = "cuda", impls: Sequence[str] = ("triton", "triton-full")
+) -> Rows:
+    """Plans of full tiles only, drawn at a quarter of the pairs: whether groups of four specialised warps beat eight."""
+    query, key, value = (torch.randn(1, seqlen, heads, head_dim, device=device, dtype=torch.bfloat16) for _ in range(3))
+    block = min(128, seqlen // 4)
+    tiles = run_tiles(seqlen, block)
+    states = 2 * (torch.rand(1, len(tiles), len(tiles), generator=torch.Generator().manual_seed(0)) < 0.25).int()
+    plan = plan_from_states(states, tiles, tiles, None, seqlen, seqlen).to(device)
+    row: dict[str, Any] = {"case": f"full tiles {seqlen}", "seqlen": seqlen, "heads": heads, "head_dim": head_dim}
+    calls: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    for impl in impls:
+        call = partial(block_sparse_attention, query, key, value, plan, impl=impl)
+        try:
+            errors[impl] = sampled_error(call(), [query, key, value], plan)
+        except (ValueError, RuntimeError) as reason:
+            errors[impl] = str(reason).splitlines()[0]
+            continue
+        if errors[impl] <= bound_of(impl, query.dtype):
+            calls[impl] = call
+    times = interleaved(calls, rounds, device)
+    for impl in impls:
+        speed = {"seconds": min(times[impl]), "over_first": min(times[impl]) / min(times[impls[0]])} if impl in calls else {}
+        yield {**row, "impl": impl, "error": errors[impl], "computed_density": plan.density, **speed}
+
+
 def run_jobs(jobs: Iterable[Job], table: Path, facts: dict[str, str], until: float) -> list[str]:
     """Run each job alone and append its rows at once; names of the jobs that failed or no longer fitted."""
     missed = []
@@ -163,9 +190,10 @@ def forward_jobs(cases: list[AttentionCase], rounds: int, device: str, impls: li
 
 
 def option_jobs(cases: list[AttentionCase], rounds: int) -> list[Job]:
-    """One job per case: int8 scores everywhere, haloed boxes where the pattern is a neighborhood."""
+    """Specialised warps on full tiles; per case int8 scores, and haloed boxes where the pattern is a neighborhood."""
     named = {c: ["triton", "triton-int8"] + ["halo"] * isinstance(c.pattern, NeighborhoodPattern) for c in cases}
-    return [(c.name, lambda c=c, impls=impls: option_rows(c, impls, rounds)) for c, impls in named.items()]  # type: ignore[misc]
+    full = [(f"full tiles D{d}", partial(full_tile_rows, 32768, 24, d, rounds)) for d in (64, 128)]
+    return full + [(c.name, partial(option_rows, c, impls, rounds)) for c, impls in named.items()]
 
 
 def _forward(case: AttentionCase, rounds: int, device: str, impl: str) -> Rows:

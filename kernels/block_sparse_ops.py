@@ -11,22 +11,24 @@ from genattn.kernels.block_sparse_triton import triton_backward, triton_forward,
 from genattn.kernels.cpu_backward import grouped_backward
 from genattn.kernels.cpu_grouped import grouped_attention, why_not_grouped
 from genattn.kernels.cpu_native import native_attention, why_not_native
+from genattn.kernels.full_tiles import full_tiles_forward, why_not_full_tiles
 from genattn.kernels.int8_scores import triton_int8_forward, why_not_int8
 
 OP_IMPLS = ("triton", "cpu", "grouped")
-NAMED_IMPLS = ("triton-int8",)  # never taken unless named
+NAMED_IMPLS = ("triton-int8", "triton-full")  # never taken unless named
 _FORWARD = {
     "triton": triton_forward,
     "cpu": native_attention,
     "grouped": grouped_attention,
     "triton-int8": triton_int8_forward,
+    "triton-full": full_tiles_forward,
 }
 
 
 def why_not_op(impl: str, query: torch.Tensor, plan: BlockPlan, scale: float | None) -> str | None:
     """The reason why one of `OP_IMPLS` or `NAMED_IMPLS` cannot serve, or None."""
-    if impl == "triton-int8":
-        return why_not_int8(query, plan, scale)
+    if impl in NAMED_IMPLS:
+        return (why_not_int8 if impl == "triton-int8" else why_not_full_tiles)(query, plan, scale)
     if impl == "triton":
         return why_not_triton(query, plan, scale)
     return why_not_native(query, plan) if impl == "cpu" else why_not_grouped(query, plan)

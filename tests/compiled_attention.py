@@ -24,9 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from genattn.halo import halo_plan
-from genattn.kernels import block_sparse_backward_kernel, block_sparse_kernel, halo_kernel
+from genattn.kernels import block_sparse_backward_kernel, block_sparse_kernel, full_tiles_kernel, halo_kernel
 from genattn.kernels.block_plan import dense_plan, run_tiles
 from genattn.kernels.block_sparse_triton import dkv_arguments, dq_arguments, forward_arguments
+from genattn.kernels.full_tiles import full_tiles_arguments
 from genattn.kernels.halo_triton import halo_arguments
 from genattn.kernels.int8_scores import int8_arguments
 from genattn.kernels.kernel_config import settings_of, table_row
@@ -36,7 +37,7 @@ from genattn.token_layout import TokenLayout
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
-MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA")
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA", "USETMAXREG", "UTMALDG")
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
@@ -103,6 +104,8 @@ def launches(arch, dim, dtype, partial):
     yield "dkv", backward.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, None, arch=arch)
     whole = torch.empty(1, 2048, 16, dim, dtype=torch.int8), torch.empty(1, 16, 32)
     yield "int8", block_sparse_kernel.forward_kernel, int8_arguments(whole, whole, v, out, lse, plan, None, None, arch=arch)
+    if not partial and arch in ("sm_90", "sm_100"):
+        yield "full", full_tiles_kernel.full_tiles_kernel, full_tiles_arguments(q, k, v, out, lse, plan, None)
     pattern = NeighborhoodPattern((4, 8, 8), stride=1 if partial else (4, 8, 8))
     boxes = halo_plan(pattern, TokenLayout.from_grid((8, 16, 16)))
     yield "halo", halo_kernel.halo_kernel, halo_arguments(q, k, v, out, lse, boxes, None, None, arch=arch)[0]
@@ -120,7 +123,7 @@ def with_setting(arguments, setting):
 def report(kernel, arguments, target, arch, row):
     made, options = source(kernel, arguments)
     compiled = triton.compile(made, target=target, options=options)
-    taken = {name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_K") if name in arguments}
+    taken = {name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_K", "SPECIALISED") if name in arguments}
     row = {"arch": arch, "triton": triton.__version__, **row, **options, **taken}
     print(json.dumps(row | facts(compiled, arch)), flush=True)
 

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from interpreter_bf16 import cure_bfloat16
 
-from genattn.kernels.block_plan import dense_plan
+from genattn.kernels.block_plan import dense_plan, run_tiles
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.block_sparse_kernel import forward_kernel
 from genattn.kernels.block_sparse_triton import forward_arguments, forward_grid, triton_backward, triton_forward, why_not_triton
 from genattn.kernels.element_rule import BlockRule, PerHeadRule
+from genattn.kernels.full_tiles import why_not_full_tiles
 from genattn.kernels.int8_scores import int8_reference_attention, triton_int8_forward, why_not_int8
-from genattn.kernels.random_plan import plan_from_rule, random_grid_rule, random_plan
+from genattn.kernels.random_plan import plan_from_rule, plan_from_states, random_grid_rule, random_plan
 from genattn.kernels.reference import reference_attention
 
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1.2e-3, torch.bfloat16: 7e-3}
@@ -107,6 +108,31 @@ def check_persistent() -> None:
     _says("persistent grid", grids == ((tiles, 4), (2, 1), (min(tiles * 4, 198), 1)), str(grids))
 
 
+def check_full_tiles() -> None:
+    """Plans of full tiles by the kernel with tensor descriptors, and why it serves no others."""
+    draw = torch.Generator().manual_seed(7)
+    for dtype, heads in ((torch.float32, 1), (torch.float16, 2)):
+        states = 2 * (torch.rand(heads, 3, 4, generator=draw) < 0.5).int()
+        plan = plan_from_states(states, run_tiles(40, 16), run_tiles(128, 32), None, 40, 128)
+        query, key, value = (torch.randn(2, n, h, 32).to(dtype) for n, h in ((40, 2), (128, 1), (128, 1)))
+        want, want_lse = reference_attention(query.double(), key.double(), value.double(), plan)
+        out, lse = block_sparse_attention(query, key, value, plan, impl="triton-full", return_lse=True)
+        lse_ok = torch.equal(torch.isfinite(lse), torch.isfinite(want_lse))
+        _says(f"full tiles {dtype}", _error(out, want) < BOUNDS[dtype] and lse_ok, f"{_error(out, want):.1e} lse {lse_ok}")
+    for name, call, wanted in (
+        ("partial", (query, random_plan(3)), "partial"),
+        ("tail", (query, dense_plan(40, 120, 16, 32)), "must divide 120"),
+        ("head dim", (query[..., :24], plan), "power of two"),
+        ("gradient", (query.clone().requires_grad_(), plan), "no backward"),
+    ):
+        _says(f"full tiles reason {name}", wanted in str(why_not_full_tiles(*call)), str(why_not_full_tiles(*call)))
+    try:
+        block_sparse_attention(query, key, value, plan, impl="triton-full", key_mask=torch.ones(2, 128, dtype=torch.bool))
+        _says("full tiles key mask", False, "served")
+    except ValueError as error:
+        _says("full tiles key mask", "serves no key mask" in str(error), str(error))
+
+
 def check_int8(name, plan, dtype, heads=2, kv_heads=2, dim=32, masked=False) -> None:
     """int8 scores against their definition, which has the same integers."""
     shapes = [(2, plan.seqlen_q, heads, dim)] + [(2, plan.seqlen_k, kv_heads, dim)] * 2
@@ -171,6 +197,7 @@ def main() -> int:
     check("split tiles", random_plan(31, (2, 8, 8), globals_=3, block_q=64, block_k=64), torch.float32, 1, 1, 256)
     check_options()
     check_persistent()
+    check_full_tiles()
     check_int8("drawn plan", random_plan(40, (2, 4, 5), block_q=16, block_k=32), torch.float16)
     check_int8("grouped, masked", random_plan(41, (2, 4, 4), padding=3, scattered=True), torch.bfloat16, 4, 2, 24, True)
     check_int8("per head, small", random_plan(42, (2, 3, 4), heads=2), torch.float16, 2, 1, 16)

@@ -12,6 +12,7 @@ from genattn.apps.bench_gpu import (
     backward_rows,
     check_kernels,
     forward_jobs,
+    full_tile_rows,
     main,
     option_jobs,
     option_rows,
@@ -55,7 +56,15 @@ def test_options_beside_the_default() -> None:
     assert halo["computed_density"] <= first["computed_density"]
     assert "seconds" not in refused
     assert "needs a GPU" in refused["error"] or "triton" in refused["error"]
-    assert [name for name, _ in option_jobs([TOY, case], 1)] == ["toy", "windows"]
+    assert [name for name, _ in option_jobs([TOY, case], 1)] == ["full tiles D64", "full tiles D128", "toy", "windows"]
+
+
+def test_full_tiles_beside_the_default() -> None:
+    first, refused = full_tile_rows(128, 2, 16, 1, "cpu", ("grouped", "triton-full"))
+    assert first["error"] < 1e-2
+    assert first["seconds"] > 0
+    assert "seconds" not in refused
+    assert "cannot serve" in refused["error"]
 
 
 def test_a_case_that_fails_leaves_its_reason_and_the_others(tmp_path: Path) -> None:
