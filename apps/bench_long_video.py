@@ -35,6 +35,7 @@ from genattn.pipelines.tiny_oracle import judge
 from genattn.pipelines.tiny_world import caption, sample_scene
 from genattn.pipelines.video_metrics import measure
 
+Row = dict[str, str]
 TABLE = Path("assets/bench/long_video_ablation.csv")
 BATCH_TABLE = Path("assets/bench/window_batch.csv")
 MEASURES = (
@@ -50,12 +51,23 @@ MEASURES = (
     "oracle_shape",
     "oracle_subject",
 )
+# Ouroboros-Diffusion, table 3: VideoCrafter2, 128 frames, VBench; FIFO, + tail, + SACFA, + guidance; no dynamic degree
+PAPER = {
+    "subject_consistency": (94.04, 95.56, 95.71, 96.06),
+    "background_consistency": (96.08, 96.66, 96.73, 96.90),
+    "motion_smoothness": (95.88, 97.61, 97.70, 97.73),
+    "temporal_flickering": (93.38, 95.86, 96.00, 96.12),
+}
 app = typer.Typer(add_completion=False)
 
 
-def variants(is_transformer: bool) -> dict[str, Ouroboros | None]:
-    """Name -> settings, each with what came before; None is plain FIFO, "chunked" is made apart."""
+def variants(is_transformer: bool, subject: str | None = None) -> dict[str, Ouroboros | None]:
+    """Name -> settings, each with what came before; None is plain FIFO, "chunked" is made apart.
+
+    subject: its words in the prompt; without them the masks of guidance hold whatever the prompt names, background included.
+    """
     third: dict[str, Any] = {"memory_frames": 2} if is_transformer else {"subject_attention": True}
+    third["subject"] = subject
     name = "+ memory frames" if is_transformer else "+ SACFA"
     return {
         "FIFO": None,
@@ -85,18 +97,20 @@ def chunked(pipe: Any, prompt: str, frames: int, steps: int, seed: int) -> np.nd
 
 
 def films(
-    pipe: Any, prompt: str, seed: int, frames: int, steps: int, skip: set[str]
+    pipe: Any, prompt: str, subject: str, seed: int, frames: int, steps: int, skip: set[str]
 ) -> Iterator[tuple[str, np.ndarray, float]]:
     """(variant, uint8 film, seconds) of every variant that is not in `skip`."""
     if "chunked" not in skip:
         start = time.monotonic()
         video = chunked(pipe, prompt, frames, steps, seed)
         yield "chunked", video, time.monotonic() - start
-    for name, settings in variants(hasattr(pipe, "transformer")).items():
+    for name, settings in variants(hasattr(pipe, "transformer"), subject).items():
         if name not in skip:
             start = time.monotonic()
             call: dict[str, Any] = {"num_frames": frames, "num_inference_steps": steps, "seed": seed, "progress": False}
             made = long_video(pipe, prompt, ouroboros=settings, **call)
+            if made.stopped is not None:
+                raise GenAttnError(f"a film was {made.stopped} after {made.frames} of {frames} frames; run again to go on")
             yield name, made.video, time.monotonic() - start
 
 
@@ -120,8 +134,7 @@ def film_row(video: np.ndarray, prompt: str) -> dict[str, Any]:
 def _done(prompt: str, model: str, frames: int, steps: int, path: Path) -> set[str]:
     if not path.is_file():
         return set()
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _read(path)
     key = {"prompt": prompt, "model": model, "frames": str(frames), "steps": str(steps)}
     return {row["variant"] for row in rows if all(row.get(name) == value for name, value in key.items())}
 
@@ -143,11 +156,21 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(model or shipped_model()).to(device)
     pipe.set_progress_bar_config(disable=True)
-    mark = model_fingerprint(frame_denoiser(pipe).models)
+    mark, base = model_fingerprint(frame_denoiser(pipe).models), Path(pipe.config._name_or_path).name
     for seed in range(prompts):
-        prompt = caption(sample_scene(seed, held_out=True, two_objects=0.0))
-        for name, video, seconds in films(pipe, prompt, seed, frames, steps, _done(prompt, mark, frames, steps, table)):
-            row = {"variant": name, "prompt": prompt, "seed": seed, "model": mark, "steps": steps, "seconds": round(seconds, 1)}
+        scene = sample_scene(seed, held_out=True, two_objects=0.0)
+        prompt, subject = caption(scene), f"{scene.objects[0].colour} {scene.objects[0].shape}"
+        done = _done(prompt, mark, frames, steps, table)
+        for name, video, seconds in films(pipe, prompt, subject, seed, frames, steps, done):
+            row = {
+                "variant": name,
+                "base": base,
+                "prompt": prompt,
+                "seed": seed,
+                "model": mark,
+                "steps": steps,
+                "seconds": round(seconds, 1),
+            }
             append_rows(table, [{**row, **film_row(video, prompt), "note": note, **provenance(device)}])
             print(f"{prompt}: {name}, {seconds:.0f} s", flush=True)
 
@@ -158,25 +181,76 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("inf")
 
 
-def summary(path: Path = TABLE, model: str | None = None) -> list[dict[str, str]]:
-    """One row per variant, mean and 95 % interval of every measure, over the prompts that all variants have. model:
-    fingerprint."""
+def _read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    model = model or rows[-1]["model"]
+        return list(csv.DictReader(file))
+
+
+def _by_variant(rows: Sequence[Row], model: str) -> dict[str, list[Row]]:
+    """Rows of one model by variant, over the prompts that all variants have, in the order of the prompts."""
     rows = [row for row in rows if row["model"] == model]
     names = list(dict.fromkeys(row["variant"] for row in rows))
     shared = set.intersection(*({row["prompt"] for row in rows if row["variant"] == name} for name in names))
+    return {
+        name: sorted((r for r in rows if r["variant"] == name and r["prompt"] in shared), key=lambda row: row["prompt"])
+        for name in names
+    }
+
+
+def _values(rows: Sequence[Row], measure_name: str) -> list[float]:
+    return [float(row[measure_name]) for row in rows if row.get(measure_name)]
+
+
+def summary(path: Path = TABLE, model: str | None = None) -> list[dict[str, str]]:
+    """One row per variant, mean and 95 % interval of every measure, over the prompts that all variants have. model:
+    fingerprint."""
+    rows = _read(path)
     out = []
-    for name in names:
-        chosen = [row for row in rows if row["variant"] == name and row["prompt"] in shared]
+    for name, chosen in _by_variant(rows, model or rows[-1]["model"]).items():
         line = {"variant": name, "n": str(len(chosen))}
         for measure_name in MEASURES:
-            values = [float(row[measure_name]) for row in chosen if row.get(measure_name)]
+            values = _values(chosen, measure_name)
             mean, half = interval(values) if values else (float("nan"), 0.0)
             line[measure_name] = f"{mean:.4f} ± {half:.4f}"
         out.append(line)
     return out
+
+
+def verdict(before: Sequence[float], after: Sequence[float], rises: bool) -> str:
+    """Whether a measure moved from `before` to `after` (the same prompts, paired) as the paper's did."""
+    if len(before) != len(after) or not before:
+        return "-"
+    mean, half = interval([b - a for a, b in zip(before, after)])
+    if abs(mean) <= half:
+        return f"no clear change ({mean:+.4f} ± {half:.4f})"
+    return f"{'follows' if (mean > 0) == rises else 'does not follow'} ({mean:+.4f} ± {half:.4f})"
+
+
+def ablation_markdown(path: Path = TABLE) -> str:
+    """For the manual: per model a table of measures by variant, the paper's numbers and whether ours follow them."""
+    rows = _read(path)
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        films = _by_variant(rows, model)
+        first = next(row for row in rows if row["model"] == model)
+        count = len(next(iter(films.values())))
+        last = list(films)[-1]
+        header = ["measure", *films, "paper: FIFO, + tail, + SACFA, + guidance", f"FIFO to {last}, as the paper's?"]
+        body = []
+        for name in MEASURES:
+            cells = [interval(_values(films[variant], name)) if films[variant] else (float("nan"), 0.0) for variant in films]
+            told = ", ".join(f"{value:.2f}" for value in PAPER[name]) if name in PAPER else "not reported"
+            before, after = (_values(films.get(variant, []), name) for variant in ("FIFO", last))
+            said = verdict(before, after, rises=True) if name in PAPER else "-"
+            body.append([name.replace("_", " "), *(f"{mean:.4f} ± {half:.4f}" for mean, half in cells), told, said])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body))
+        note = (
+            f"{first.get('base') or 'tiny-wan'}, {count} held-out captions, one film of {first['frames']} frames each, "
+            f"{first['steps']} levels; mean and 95 % interval, the last column paired by caption. {first['device']}, "
+            f"torch {first['torch_version']}, diffusers {first['diffusers_version']}, {first['date']}."
+        )
+        parts.append(f"{table}\n\n<sub>{note}</sub>")
+    return "\n\n".join(parts)
 
 
 @app.command()
