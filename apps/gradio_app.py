@@ -37,6 +37,7 @@ def build(session: Session) -> Any:
         import gradio as gr
     except ImportError as error:
         raise GenAttnError(f"the app needs Gradio, got {error}; install it: pip install 'genattn[gradio]'") from error
+    from genattn.apps.gradio_parts import QUIET
     from genattn.apps.gradio_tab_hunt import hunt_tab
     from genattn.apps.gradio_tab_image import image_tab
     from genattn.apps.gradio_tab_long import long_tab
@@ -59,17 +60,16 @@ def build(session: Session) -> Any:
                 hunt = hunt_tab(session)
             with gr.Tab("Report", id="report"):
                 reports = report_tab(session)
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         remember, kept, table = reports["remember"]
         for tab in (image, video, long, hunt):
             for event in tab.get("events", [tab["event"]] if "event" in tab else []):
-                event.success(remember, [kept, tab["report"]], [kept, table], **quiet)
-        page.load(*masks["first"], **quiet)
+                event.success(remember, [kept, tab["report"]], [kept, table], **QUIET)
+        page.load(*masks["first"], **QUIET)
         if image:
-            page.load(*image["first"], **quiet)
+            page.load(*image["first"], **QUIET)
         if image and hunt:
             # what was found, into the other tab
-            hunt["use"].click(lambda found: (found, gr.Tabs(selected="image")), hunt["found"], [image["heads"], tabs], **quiet)
+            hunt["use"].click(lambda found: (found, gr.Tabs(selected="image")), hunt["found"], [image["heads"], tabs], **QUIET)
     return page.queue(max_size=session.limits.queue, default_concurrency_limit=4)
 
 

@@ -4,6 +4,7 @@ The film and its checkpoint lie in the run's folder; a stop ends after the tick 
 frame there is no checkpoint: a stop in the first clip ends the run for good.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,11 +15,13 @@ from genattn.apps.gradio_job import Job, Update
 from genattn.apps.gradio_limits import number, read_picture, whole
 from genattn.apps.gradio_sampling import ClipForm, read_seed
 from genattn.apps.gradio_session import Model, Session
+from genattn.apps.output_files import write_json
 from genattn.errors import GenAttnError
 
 PLOTTED = ("brightness", "contrast", "saturation")
 PLOTTED_POINTS = 400
 CHECKPOINT_LATENTS = 4
+HISTORY = "drift.json"
 
 
 def long(
@@ -70,14 +73,15 @@ def long(
 
 
 def resume(session: Session, run: str, frames: int | None = None) -> Iterator[Update]:
-    """Go on with a stopped long run; frames: a new length. Updates as those of `long`.
+    """Go on with a stopped long run; frames: a new length, 0 for the old one.
 
+    Updates as those of `long`; the plot goes on from the film's beginning.
     Raises GenAttnError for a run that is not there, cannot go on, or is of another model.
     """
     folder = session.run_folder(run)
     if not (folder / "checkpoint.json").is_file():
         raise GenAttnError(f"run {run!r} cannot go on: it was stopped before its first frame, or is no long video; start again")
-    wished = None if frames is None else whole("frames", frames, 1)
+    wished = None if not frames else whole("frames", frames, 1)
     session.limits.at_most("frames", wished or 1, session.limits.long_frames)
     chosen = session.check_name((folder / "model.txt").read_text(), video=True)
 
@@ -168,8 +172,10 @@ class _Watch:
         self.fps = video.parts.settings.fps
         self.frames: list[Any] = []
         self.segments = 0
-        self.first: dict[str, float] | None = None
-        self.points: list[tuple[int, dict[str, float]]] = []
+        self.history = run / HISTORY
+        # what a film that is taken up again has already shown; the checkpoint may lie before its last points
+        known = json.loads(self.history.read_text())["points"] if self.history.is_file() else []
+        self.points: list[tuple[int, dict[str, float]]] = [(at, found) for at, found in known if at <= video.frames]
 
     def take(self, frame: Any) -> None:
         """One more frame, uint8 [H, W, 3]."""
@@ -191,10 +197,10 @@ class _Watch:
                 writer.write(frame)
         self.segments += 1
         found = frame_statistics(self.frames[-1])
-        self.first = self.first or found
-        self.points.append((self.video.frames, {name: found[name] - self.first[name] for name in PLOTTED}))
+        self.points.append((self.video.frames, {name: found[name] for name in PLOTTED}))
         if len(self.points) > PLOTTED_POINTS:
             del self.points[1:-1:2]
+        write_json(self.history, {"points": self.points})
         self.frames = []
         self.tell(segment=str(path))
 
@@ -205,8 +211,8 @@ class _Watch:
     def drift(self) -> dict[str, Any]:
         """The plot's points as `drift`: change since the first one, in levels of 0 to 255; nothing before that."""
         rows = [
-            {"frame": frame, "statistic": name, "change": value}
+            {"frame": frame, "statistic": name, "change": values[name] - self.points[0][1][name]}
             for frame, values in self.points
-            for name, value in values.items()
+            for name in PLOTTED
         ]
         return {"drift": rows} if rows else {}

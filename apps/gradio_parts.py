@@ -1,7 +1,8 @@
 """What the app's tabs are built from: fields that repeat, results that stream in, refusals in plain words."""
 
+import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from genattn.apps.gradio_session import Session
 from genattn.errors import GenAttnError
 
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "hidden"}
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def local_file(label: str, suffixes: Sequence[str], **settings: Any) -> gr.File:
@@ -38,18 +40,11 @@ class Run:
     status: gr.Markdown
 
     def wire(
-        self,
-        verb: Callable[..., Iterator[tuple[Any, ...]]],
-        inputs: Sequence[Any],
-        outputs: Sequence[Any],
-        api_name: str,
-        after_stop: Callable[..., Any] | None = None,
-        stop_inputs: Sequence[Any] = (),
-        stop_outputs: Sequence[Any] = (),
+        self, verb: Callable[..., Iterator[tuple[Any, ...]]], inputs: Iterable[Any], outputs: Iterable[Any], api_name: str
     ) -> Any:
         """Run `verb` into the status and `outputs`; stop cancels it. Returns the event."""
         event = self.go.click(verb, list(inputs), [self.status, *outputs], api_name=api_name, **GPU)
-        self.stop_with([event], after_stop, stop_inputs, stop_outputs)
+        self.stop_with([event])
         return event
 
     def stop_with(
@@ -60,10 +55,9 @@ class Run:
         outputs: Sequence[Any] = (),
     ) -> None:
         """Let the stop button cancel events, then say so."""
-        told: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         # cancel first: what the run still sends must not write over what the stop says
-        cancelled = self.stop.click(None, cancels=list(events), **told)
-        cancelled.then(after_stop or (lambda: "stopped"), list(inputs), [self.status, *outputs], **told)
+        cancelled = self.stop.click(None, cancels=list(events), **QUIET)
+        cancelled.then(after_stop or (lambda: "stopped"), list(inputs), [self.status, *outputs], **QUIET)
 
 
 def run_row(label: str, elem_id: str, status: bool = True) -> Run:
@@ -75,18 +69,44 @@ def run_row(label: str, elem_id: str, status: bool = True) -> Run:
     return Run(go, stop, line)
 
 
-def streamed(updates: Iterable[Update], *names: str, **shown: Callable[[Any], Any]) -> Iterator[tuple[Any, ...]]:
-    """Updates as rows for the page: the status line, then the values called `names`; what is not new is skipped.
+def page_verb(
+    verb: Callable[..., Iterator[Update]],
+    session: Session,
+    fields: Mapping[str, Any],
+    results: Iterable[str],
+    **dress: Callable[[Any], Any],
+) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """`verb` as the page and programs call it: what it needs from `fields`, what it tells into `results`.
 
-    shown: how a value of that name is dressed for its component.
+    fields: by the verb's own names, in the order in which programs pass them; what the verb does not name goes into its
+    `**form`. results: names of its values; "figures" is made from its report. dress: how a value becomes what is shown.
     """
+    names, told = tuple(fields), tuple(results)
+
+    def call(*values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from streamed(verb(session, **dict(zip(names, values))), told, dress)
+
+    # names and defaults of the API are read from here
+    known = inspect.signature(verb).parameters
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    given = [inspect.Parameter(name, kind, default=known[name].default if name in known else None) for name in names]
+    call.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
+    call.__doc__ = (verb.__doc__ or "").splitlines()[0]
+    return call
+
+
+def streamed(
+    updates: Iterable[Update], names: Sequence[str], dress: Mapping[str, Callable[[Any], Any]]
+) -> Iterator[tuple[Any, ...]]:
+    """Updates as rows for the page: the status line, then the values called `names`; what is not new is skipped."""
+
+    def cell(values: Mapping[str, Any], name: str) -> Any:
+        source = "report" if name == "figures" else name
+        return dress.get(name, lambda value: value)(values[source]) if source in values else gr.skip()
+
     with refusing():
         for update in updates:
-            row = (
-                shown.get(name, lambda value: value)(update.values[name]) if name in update.values else gr.skip()
-                for name in names
-            )
-            yield (update.text(), *row)
+            yield (update.text(), *(cell(update.values, name) for name in names))
 
 
 class refusing:
@@ -133,25 +153,31 @@ def seed_fields() -> tuple[gr.Number, gr.Checkbox]:
     return seed, fresh
 
 
-def size_fields(session: Session, model: str | None, frames: bool, steps: bool = True) -> list[gr.Number]:
-    """Height, width[, frames][, steps] and guidance scale; 0 means what the model was made for."""
+def seed_used() -> gr.Textbox:
+    """The seed of the last run; empty before the first (an empty number field shows 0)."""
+    return gr.Textbox(label="Seed used", interactive=False, placeholder="after a run", elem_classes="seed-used")
+
+
+def size_fields(session: Session, model: str | None, *names: str) -> dict[str, gr.Number]:
+    """Height, width, `names` (of "frames" and "steps") and guidance scale; 0 means what the model was made for."""
     known = session.models[model].defaults if model else {}
-    wanted = ["height", "width", *(["frames"] if frames else []), *(["steps"] if steps else []), "guidance_scale"]
-    fields = []
+    fields = {}
     with gr.Row(elem_classes="tight"):
-        for name in wanted:
+        for name in ("height", "width", *names, "guidance_scale"):
             label = {"guidance_scale": "CFG scale"}.get(name, name.capitalize())
-            whole = name != "guidance_scale"
-            fields.append(optional_number(label, known.get(name), whole, "0: the model's"))
+            fields[name] = optional_number(label, "0: the model's", known.get(name), name != "guidance_scale")
     return fields
 
 
-def optional_number(
-    label: str, value: float | None = None, whole: bool = True, zero: str | None = None, **more: Any
-) -> gr.Number:
+def pixel_classes(session: Session, names: Iterable[str]) -> list[str]:
+    """The class of pictures so small that their pixels are to be seen, where all these models make such."""
+    return ["small"] if all(session.models[name].defaults.get("height", 512) <= 128 for name in names) else []
+
+
+def optional_number(label: str, zero: str, value: float | None = None, whole: bool = True, **more: Any) -> gr.Number:
     """A number that may be left out: Gradio's page sends 0 for an empty field, and `zero` says what 0 stands for."""
     look: dict[str, Any] = {"precision": 0 if whole else None, "min_width": 80, "info": zero if value is None else None}
-    return gr.Number(0 if value is None and zero else value, label=label, **{**look, **more})
+    return gr.Number(value or 0, label=label, **{**look, **more})
 
 
 def missing_model(kind: str) -> gr.Markdown:

@@ -1,22 +1,24 @@
 """The tab HeadHunter: run a search, watch its map fill, see every head's picture, save the set."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
 from genattn.apps.gradio_hunt import CAPTION_MATCH, OBJECTIVES, hunt, save_set
 from genattn.apps.gradio_parts import (
+    Run,
     missing_model,
     model_choice,
     optional_number,
+    page_verb,
     picture,
+    pixel_classes,
     prompt_box,
     refusing,
     report_field,
     run_row,
     size_fields,
-    streamed,
 )
 from genattn.apps.gradio_session import Session
 from genattn.guidance.perturbation import TARGETS
@@ -30,88 +32,71 @@ def hunt_tab(session: Session) -> dict[str, Any]:
     if not names:
         missing_model("text-to-image or text-to-video")
         return {}
-    tiny = all(name.startswith("tiny-") for name in names)
-    small = ["small"] if all(session.models[n].defaults.get("height", 512) <= 128 for n in names) else []
-    moving = not session.names(video=False)
     with gr.Row():
         with gr.Column(scale=2, min_width=340):
-            model = model_choice(session, names)
-            prompts = prompt_box(_moving(PROMPTS) if moving else PROMPTS, "Prompts, one a line", 4)
-            objectives = gr.Dropdown(
-                list(OBJECTIVES),
-                value=[*([CAPTION_MATCH] if tiny else []), "sharpness"],
-                multiselect=True,
-                label="Objectives, maximised",
-            )
-            with gr.Row():
-                rounds = gr.Number(1, label="Rounds", precision=0, minimum=1, min_width=80)
-                top_k = gr.Number(2, label="Heads a round", precision=0, minimum=1, min_width=80)
-                scale = gr.Number(3.0, label="Guidance w", min_width=80)
-            with gr.Accordion("More", open=False):
-                pool = gr.Textbox("", label="Heads to choose from", placeholder="all; or e.g. L2-5")
-                u = gr.Slider(0, 1, 1.0, step=0.05, label="u while searching")
-                target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
-                batch = gr.Slider(1, 16, 4, step=1, label="Candidates a forward")
-                sheet = gr.Checkbox(True, label="Draw every head's picture: the contact sheet")
-                height, width, *rest = size_fields(session, names[0], frames=moving)
-                steps, cfg = rest[-2:]
-                frames: Any = rest[0] if moving else gr.State(None)
+            fields = _fields(session, names, moving=not session.names(video=False))
         with gr.Column(scale=3):
-            run = run_row("Hunt", "hunt")
-            with gr.Row():
-                with gr.Column(min_width=240):
-                    scored = picture("Score of each head: red helps, blue harms", elem_id="hunt-map", height=300)
-                with gr.Column(min_width=240):
-                    latest = picture("Just made", *small, type="numpy", buttons=[], height=300)
-            table = gr.Dataframe(headers=["round", "heads", "score"], interactive=False, label="Rounds", elem_id="hunt-rounds")
-            contact = picture("Contact sheet: each head perturbed alone", type="filepath", elem_id="contact-sheet")
-            with gr.Row(elem_classes="tight"):
-                found = gr.Textbox(label="Heads found", interactive=False, scale=3, elem_id="heads-found")
-                use = gr.Button("Use in Image", scale=1, min_width=120, elem_id="use-heads")
-            with gr.Row(elem_classes="tight"):
-                name = gr.Textbox("my-heads", label="Save the set as", scale=2)
-                keep = optional_number("Best heads only", zero="0: all", min_width=160)
-                save = gr.Button("Save the set", scale=1, min_width=160, elem_id="save-set")
-            file = gr.File(label="Head set", interactive=False, height=80, elem_id="set-file")
-            ran = gr.Textbox(label="Run", interactive=False)
-            report = report_field("hunt-report")
-
-    def search(
-        prompts: str,
-        objectives: list[str],
-        pool: str = "",
-        rounds: int = 1,
-        top_k: int = 3,
-        u: float = 1.0,
-        scale: float = 3.0,
-        target: str = "identity",
-        batch: int = 4,
-        sheet: bool = True,
-        height: int | None = None,
-        width: int | None = None,
-        frames: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        model: str | None = None,
-    ) -> Iterator[tuple[Any, ...]]:
-        """Find the heads whose perturbation guides best, and save them as a head set."""
-        form = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance_scale": guidance_scale}
-        with refusing():
-            updates = hunt(session, prompts, objectives, pool, rounds, top_k, u, scale, target, batch, sheet, model, **form)
-            wanted = ("map", "latest", "rounds", "sheet", "heads", "head_set", "run", "report")
-            yield from streamed(updates, *wanted, rounds=_table)
+            run, results, saving = _results(pixel_classes(session, names))
+    search = page_verb(hunt, session, fields, results, rounds=_table)
+    event = run.wire(search, fields.values(), results.values(), "hunt")
 
     def keep_set(run: str, name: str = "my-heads", keep: int = 0) -> str:
         """A hunt's head set as a file; keep: its best heads only, 0 for all."""
         with refusing():
             return save_set(session, run, name, keep or None)[0]
 
-    inputs: list[Any] = [prompts, objectives, pool, rounds, top_k, u, scale, target, batch, sheet]
-    inputs += [height, width, frames, steps, cfg, model]
-    outputs = [scored, latest, table, contact, found, file, ran, report]
-    event = run.wire(search, inputs, outputs, "hunt")
-    save.click(keep_set, [ran, name, keep], file, api_name="save_set", show_progress="hidden")
-    return {"found": found, "use": use, "report": report, "event": event}
+    told = [results["run"], saving["name"], saving["keep"]]
+    saving["save"].click(keep_set, told, results["head_set"], api_name="save_set", show_progress="hidden")
+    return {"found": results["heads"], "use": saving["use"], "report": results["report"], "event": event}
+
+
+def _fields(session: Session, names: Sequence[str], moving: bool) -> dict[str, Any]:
+    """The verb's fields in its order. moving: for models that make videos."""
+    tiny = all(name.startswith("tiny-") for name in names)
+    model = model_choice(session, names)
+    prompts = prompt_box(_moving(PROMPTS) if moving else PROMPTS, "Prompts, one a line", 4)
+    objectives = gr.Dropdown(
+        list(OBJECTIVES),
+        value=[*([CAPTION_MATCH] if tiny else []), "sharpness"],
+        multiselect=True,
+        label="Objectives, maximised",
+    )
+    with gr.Row():
+        rounds = gr.Number(1, label="Rounds", precision=0, minimum=1, min_width=80)
+        top_k = gr.Number(2, label="Heads a round", precision=0, minimum=1, min_width=80)
+        scale = gr.Number(3.0, label="Guidance w", min_width=80)
+    with gr.Accordion("More", open=False):
+        pool = gr.Textbox("", label="Heads to choose from", placeholder="all; or e.g. L2-5")
+        u = gr.Slider(0, 1, 1.0, step=0.05, label="u while searching")
+        target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
+        batch = gr.Slider(1, 16, 4, step=1, label="Candidates a forward")
+        sheet = gr.Checkbox(True, label="Draw every head's picture: the contact sheet")
+        sizes = size_fields(session, names[0], *(["frames"] if moving else []), "steps")
+    fields = {"prompts": prompts, "objectives": objectives, "pool": pool, "rounds": rounds, "top_k": top_k, "u": u}
+    return {**fields, "scale": scale, "target": target, "batch": batch, "sheet": sheet, **sizes, "model": model}
+
+
+def _results(small: list[str]) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+    """The buttons, where the verb's values are shown, and the fields and buttons that keep the set."""
+    run = run_row("Hunt", "hunt")
+    with gr.Row():
+        with gr.Column(min_width=240):
+            scored = picture("Score of each head: red helps, blue harms", elem_id="hunt-map", height=300)
+        with gr.Column(min_width=240):
+            latest = picture("Just made", *small, type="numpy", buttons=[], height=300)
+    table = gr.Dataframe(headers=["round", "heads", "score"], interactive=False, label="Rounds", elem_id="hunt-rounds")
+    contact = picture("Contact sheet: each head perturbed alone", type="filepath", elem_id="contact-sheet")
+    with gr.Row(elem_classes="tight"):
+        found = gr.Textbox(label="Heads found", interactive=False, scale=3, elem_id="heads-found")
+        use = gr.Button("Use in Image", scale=1, min_width=120, elem_id="use-heads")
+    with gr.Row(elem_classes="tight"):
+        name = gr.Textbox("my-heads", label="Save the set as", scale=2)
+        keep = optional_number("Best heads only", "0: all", min_width=160)
+        save = gr.Button("Save the set", scale=1, min_width=160, elem_id="save-set")
+    file = gr.File(label="Head set", interactive=False, height=80, elem_id="set-file")
+    ran = gr.Textbox(label="Run", interactive=False)
+    results = {"map": scored, "latest": latest, "rounds": table, "sheet": contact, "heads": found, "head_set": file, "run": ran}
+    return run, {**results, "report": report_field("hunt-report")}, {"use": use, "name": name, "keep": keep, "save": save}
 
 
 def _moving(prompts: str) -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,17 +10,19 @@ import gradio as gr
 from genattn.apps.gradio_long import PLOTTED, long, resume
 from genattn.apps.gradio_parts import (
     GPU,
+    Run,
     local_file,
     missing_model,
     model_choice,
     optional_number,
+    page_verb,
+    pixel_classes,
     prompt_box,
-    refusing,
     report_field,
     run_row,
     seed_fields,
+    seed_used,
     size_fields,
-    streamed,
 )
 from genattn.apps.gradio_session import Session
 from genattn.errors import GenAttnError
@@ -41,102 +43,16 @@ def long_tab(session: Session) -> dict[str, Any]:
     if not names:
         missing_model("text-to-video")
         return {}
-    small = ["small"] if all(session.models[n].defaults.get("height", 512) <= 128 for n in names) else []
-    alone = why_not_streaming()
     with gr.Row():
         with gr.Column(scale=2, min_width=340):
-            model = model_choice(session, names)
-            prompt = prompt_box(PROMPT, "Prompt, or prompts by frame", 3, 'A text, or 0:"first" 60:"from frame 60 on"')
-            with gr.Row():
-                frames = gr.Number(125, label="Frames", precision=0, minimum=1, min_width=90)
-                fade = gr.Number(16, label="Cross-fade", info="frames", precision=0, minimum=0, min_width=90)
-            seed, fresh = seed_fields()
-            with gr.Accordion("More", open=False):
-                with gr.Row():
-                    partitions = gr.Slider(1, 8, 4, step=1, label="Partitions: windows in the queue")
-                    correction = gr.Slider(0, 1, 0, step=0.05, label="Drift correction")
-                with gr.Row():
-                    lookahead = gr.Checkbox(True, label="Lookahead (twice the work)")
-                    ouroboros = gr.Checkbox(False, label="Ouroboros: coherent tail, memory")
-                negative = prompt_box("", label="Negative prompt", lines=1)
-                height, width, cfg = size_fields(session, names[0], frames=False, steps=False)
-                start = local_file("Begin from a picture", [".png", ".jpg", ".jpeg", ".webp"])
+            fields = _fields(session, names)
         with gr.Column(scale=3):
-            run = run_row("Start the film", "long")
-            with gr.Row():
-                live = gr.Video(
-                    label="Live: segment by segment" if alone is None else "Live: newest second",
-                    streaming=alone is None,
-                    autoplay=True,
-                    loop=alone is not None,
-                    interactive=False,
-                    height=300,
-                    elem_classes=small,
-                    elem_id="live",
-                )
-                film = gr.Video(label="Film so far", interactive=False, height=300, elem_classes=small, elem_id="film")
-            if alone is not None:
-                gr.Markdown(alone, elem_classes="hint")
-            drift = gr.LinePlot(
-                None,  # an empty table is an error to the plot
-                x="frame",
-                y="change",
-                color="statistic",
-                height=220,
-                title="Drift: change since the first second, in levels of 0 to 255",
-                color_map=dict(zip(PLOTTED, ("#d97706", "#2563eb", "#16a34a"))),
-                elem_id="drift",
-            )
-            with gr.Row(elem_classes="tight"):
-                name = gr.Textbox(label="Run", placeholder="name of a stopped run", scale=3, elem_id="long-run")
-                more = optional_number("New length", zero="0: as it was", min_width=110)
-                again = gr.Button("Resume", elem_id="long-resume", scale=1, min_width=100)
-            used = optional_number("Seed used", interactive=False)
-            report = report_field("long-report")
-
-    shown = ("segment", "film", "drift", "run", "seed", "report")
-
-    def start_film(
-        prompt: str,
-        frames: int = 125,
-        fade: int = 0,
-        partitions: int = 4,
-        lookahead: bool = True,
-        ouroboros: bool = False,
-        drift_correction: float = 0.0,
-        start_picture: str | None = None,
-        seed: int = 0,
-        randomize_seed: bool = False,
-        negative_prompt: str = "",
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale: float | None = None,
-        model: str | None = None,
-    ) -> Iterator[tuple[Any, ...]]:
-        """A video of any length, streamed while it is made; give `run` to resume after a stop."""
-        form = {"negative_prompt": negative_prompt, "height": height, "width": width, "guidance_scale": guidance_scale}
-        with refusing():
-            updates = long(
-                session,
-                prompt,
-                frames,
-                fade,
-                partitions,
-                lookahead,
-                ouroboros,
-                drift_correction,
-                start_picture,
-                seed,
-                randomize_seed,
-                model,
-                **form,
-            )
-            yield from streamed(updates, *shown, drift=_frame)
-
-    def go_on(run: str, frames: int = 0) -> Iterator[tuple[Any, ...]]:
-        """Take up a stopped run; frames: its new length, 0 for the old one."""
-        with refusing():
-            yield from streamed(resume(session, run, frames or None), *shown, drift=_frame)
+            run, results, more, again = _results(pixel_classes(session, names))
+    outputs = [run.status, *results.values()]
+    start = page_verb(long, session, fields, results, drift=_frame)
+    go_on = page_verb(resume, session, {"run": results["run"], "frames": more}, results, drift=_frame)
+    first = run.go.click(start, list(fields.values()), outputs, api_name="long", **GPU)
+    second = again.click(go_on, [results["run"], more], outputs, api_name="resume", **GPU)
 
     def stopped(run: str) -> tuple[Any, Any]:
         """Wait for the film to be closed and show it."""
@@ -151,13 +67,67 @@ def long_tab(session: Session) -> dict[str, Any]:
             return "stopped before the first frame", gr.skip()
         return "stopped; Resume goes on from here", str(film)
 
-    inputs = [prompt, frames, fade, partitions, lookahead, ouroboros, correction, start, seed, fresh, negative]
-    inputs += [height, width, cfg, model]
-    outputs = [live, film, drift, name, used, report]
-    first = run.go.click(start_film, inputs, [run.status, *outputs], api_name="long", **GPU)
-    second = again.click(go_on, [name, more], [run.status, *outputs], api_name="resume", **GPU)
-    run.stop_with([first, second], stopped, [name], [film])
-    return {"report": report, "events": [first, second]}
+    run.stop_with([first, second], stopped, [results["run"]], [results["film"]])
+    return {"report": results["report"], "events": [first, second]}
+
+
+def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
+    """The verb's fields in its order."""
+    model = model_choice(session, names)
+    prompt = prompt_box(PROMPT, "Prompt, or prompts by frame", 3, 'A text, or 0:"first" 60:"from frame 60 on"')
+    with gr.Row():
+        frames = gr.Number(125, label="Frames", precision=0, minimum=1, min_width=90)
+        fade = gr.Number(16, label="Cross-fade", info="frames", precision=0, minimum=0, min_width=90)
+    seed, fresh = seed_fields()
+    with gr.Accordion("More", open=False):
+        with gr.Row():
+            partitions = gr.Slider(1, 8, 4, step=1, label="Partitions: windows in the queue")
+            correction = gr.Slider(0, 1, 0, step=0.05, label="Drift correction")
+        with gr.Row():
+            lookahead = gr.Checkbox(True, label="Lookahead (twice the work)")
+            ouroboros = gr.Checkbox(False, label="Ouroboros: coherent tail, memory")
+        negative = prompt_box("", label="Negative prompt", lines=1)
+        sizes = size_fields(session, names[0])
+        start = local_file("Begin from a picture", [".png", ".jpg", ".jpeg", ".webp"])
+    fields = {"prompt": prompt, "frames": frames, "fade": fade, "partitions": partitions, "lookahead": lookahead}
+    fields |= {"ouroboros": ouroboros, "drift_correction": correction, "start_picture": start}
+    return {**fields, "seed": seed, "randomize_seed": fresh, "negative_prompt": negative, **sizes, "model": model}
+
+
+def _results(small: list[str]) -> tuple[Run, dict[str, Any], gr.Number, gr.Button]:
+    """The buttons, where the verbs' values are shown, and the new length and the button of a resume."""
+    alone = why_not_streaming()
+    run = run_row("Start the film", "long")
+    with gr.Row():
+        live = gr.Video(
+            label="Live: segment by segment" if alone is None else "Live: newest second",
+            streaming=alone is None,
+            autoplay=True,
+            loop=alone is not None,
+            interactive=False,
+            height=300,
+            elem_classes=small,
+            elem_id="live",
+        )
+        film = gr.Video(label="Film so far", interactive=False, height=300, elem_classes=small, elem_id="film")
+    if alone is not None:
+        gr.Markdown(alone, elem_classes="hint")
+    drift = gr.LinePlot(
+        None,  # an empty table is an error to the plot
+        x="frame",
+        y="change",
+        color="statistic",
+        height=220,
+        title="Drift: change since the first second, in levels of 0 to 255",
+        color_map=dict(zip(PLOTTED, ("#d97706", "#2563eb", "#16a34a"))),
+        elem_id="drift",
+    )
+    with gr.Row(elem_classes="tight"):
+        name = gr.Textbox(label="Run", placeholder="name of a stopped run", scale=3, elem_id="long-run")
+        more = optional_number("New length", "0: as it was", min_width=110)
+        again = gr.Button("Resume", elem_id="long-resume", scale=1, min_width=100)
+    results = {"segment": live, "film": film, "drift": drift, "run": name, "seed": seed_used()}
+    return run, {**results, "report": report_field("long-report")}, more, again
 
 
 def _frame(rows: list[dict[str, Any]]) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from genattn.apps.gradio_masks import OWN_SHAPE, clicked_token, mask, preset_shape
-from genattn.apps.gradio_parts import cards, picture, refusing, report_field
+from genattn.apps.gradio_parts import QUIET, cards, picture, refusing, report_field
 from genattn.apps.gradio_session import Session
 from genattn.apps.gradio_tab_video import SPARSE
 from genattn.presets import PRESETS
@@ -62,12 +62,11 @@ def mask_tab(session: Session) -> dict[str, Any]:
     inputs = [attention, options, grid, before, after, query, block, model]
     outputs = [window, plan, query, figures, report]
     drawing: dict[str, Any] = {"concurrency_id": "cpu", "concurrency_limit": 2, "show_progress": "minimal"}
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     go.click(draw, inputs, outputs, api_name="mask", **drawing)
     again: dict[str, Any] = {"api_visibility": "private", **drawing}
-    window.select(click, [grid, query], query, **quiet).success(draw, inputs, outputs, **again)
-    model.input(shape, model, [grid, before, after, block, query], **quiet).success(draw, inputs, outputs, **again)
-    attention.input(lambda name: SUGGESTED.get(name, ""), attention, options, **quiet).success(draw, inputs, outputs, **again)
+    window.select(click, [grid, query], query, **QUIET).success(draw, inputs, outputs, **again)
+    model.input(shape, model, [grid, before, after, block, query], **QUIET).success(draw, inputs, outputs, **again)
+    attention.input(lambda name: SUGGESTED.get(name, ""), attention, options, **QUIET).success(draw, inputs, outputs, **again)
     return {"first": (draw, inputs, outputs)}
 
 

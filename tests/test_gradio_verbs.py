@@ -167,6 +167,8 @@ def test_a_long_video_stops_and_goes_on(session: Session) -> None:
     assert _frames(rest["film"]) == 33
     assert rest["report"]["frames"] == 33
     assert {row["statistic"] for row in rest["drift"]} == {"brightness", "contrast", "saturation"}
+    assert rest["drift"][:3] == whole["drift"][:3], "the plot goes on from the film's beginning"
+    assert rest["drift"][-1]["frame"] == 33
     with av.open(whole["film"]) as one, av.open(rest["film"]) as other:
         pairs = zip(one.decode(video=0), other.decode(video=0), strict=True)
         worst = max(float(np.abs(a.to_ndarray(format="rgb24") - 1.0 * b.to_ndarray(format="rgb24")).mean()) for a, b in pairs)
