@@ -6,8 +6,9 @@
     step        moves against g along its noise direction only                    eq. 6, in Fifo
 
 The paper leaves open the weights and the scale. Here the loss is the mean over layers of the squared distance over the
-squared length of the memory, and with scale_by="relative" the push has `scale` times the size of the model's answer,
-whatever the model; "published" takes the gradient as it is.
+squared length of the memory, and with scale_by="relative" the push has, where it is strongest, `scale` times the size of the
+model's answer, whatever the model; "published" takes the gradient as it is. The gradient stands on the subject alone, so one
+scaled by its mean over all places would overrun a small subject.
 """
 
 from dataclasses import dataclass
@@ -129,8 +130,10 @@ class SubjectWindows(QueueHook):
     def _scaled(self, gradient: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         if self.guidance.scale_by == "published":
             return self.guidance.scale * gradient
-        size = gradient.square().mean().sqrt().clamp(min=1e-20)
-        return self.guidance.scale * answer.square().mean().sqrt() / size * gradient
+        # by place: the strongest of all; by channel: the middle one, as some models carry a few channels of another size
+        strongest = gradient.square().mean(1).sqrt().amax().clamp(min=1e-20)
+        size = answer.square().mean((0, 2, 3, 4)).sqrt().median()
+        return self.guidance.scale * size / strongest * gradient
 
     def _remember(self, features: dict[str, torch.Tensor], prompt: int) -> None:
         if prompt != self.prompt and self.guidance.on_switch == "reset":
