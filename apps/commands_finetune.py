@@ -48,6 +48,8 @@ def finetune_command(
 
     Example: genattn finetune --model assets/tiny-wan --data clips --attention radial --frames-factor 2 --lora-rank 16
     """
+    from accelerate import PartialState
+
     from genattn.apps.attention_names import pattern_from_name
     from genattn.apps.load_pipeline import load_pipeline
     from genattn.apps.sampling_run import default_size
@@ -75,7 +77,8 @@ def finetune_command(
         context_parallel=context_parallel,
         training=training,
     )
-    if not as_json:
+    speaks = PartialState().is_main_process  # of data-parallel processes one speaks and writes
+    if speaks and not as_json:
         print_lines(f"{data}: {dataset.summary()}", f"training at {size.frames} frames of {size.height} x {size.width}")
 
     def draw_samples(pipe: Any, step: int) -> None:
@@ -83,9 +86,9 @@ def finetune_command(
             _draw(pipe, prompt, size, seed + index, sample_steps, out / "samples" / f"step-{step:06d}-{index}.mp4")
 
     result = finetune(pipe, dataset, pattern, settings, out, draw_samples)
-    if as_json:
+    if as_json and speaks:
         print_json(asdict(result))
-    else:
+    elif speaks:
         lines = [f"skipped {name}: {reason}" for name, reason in result.skipped]
         print_lines(*lines, result.sparse, f"{result.steps} steps on {result.clips} clips; load {result.weights}")
 
@@ -93,6 +96,7 @@ def finetune_command(
 def _draw(pipe: Any, prompt: str, size: Any, seed: int, steps: int | None, path: Path) -> None:
     """One sample as a video file."""
     import torch
+    from accelerate import PartialState
 
     from genattn.apps.output_files import write_video
     from genattn.apps.sampling_run import SamplingSettings, call_arguments, own_defaults, to_uint8
@@ -101,6 +105,8 @@ def _draw(pipe: Any, prompt: str, size: Any, seed: int, steps: int | None, path:
     call = call_arguments(pipe, wanted)
     noise = torch.Generator().manual_seed(seed)
     frames = pipe(**call, prompt=prompt, generator=noise, output_type="np").frames[0]
+    if not PartialState().is_main_process:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     told = {"prompt": prompt, "seed": seed, **call}
     write_video(path, to_uint8(frames), float(own_defaults(pipe).get("fps", 16)), told)

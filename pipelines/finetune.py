@@ -24,8 +24,9 @@ from genattn.patterns.pattern import Pattern
 from genattn.pipelines.finetune_cache import ClipSize, LatentCache, load_clip
 from genattn.pipelines.finetune_data import Dataset
 from genattn.pipelines.finetune_lora import LoraTrainer, add_lora, save_lora, why_no_lora
-from genattn.pipelines.finetune_loss import denoising_loss, draw, training_grid
+from genattn.pipelines.finetune_loss import TrainingDraw, denoising_loss, draw, training_grid
 from genattn.pipelines.frame_denoisers import Embeds, FrameDenoiser, frame_denoiser, why_no_frames
+from genattn.pipelines.noise_grid import NoiseGrid
 from genattn.pipelines.tiny_trainer import TrainSettings, train
 
 OnSave = Callable[[Any, int], None]
@@ -102,7 +103,8 @@ def finetune(
         dataset: from `find_clips`; clips that cannot be read are moved to its `skipped`.
         pattern: None trains dense.
         out: folder of this run: cache/, lora/, settings.json, skipped.txt.
-        on_save: called with (pipe, step) after each checkpoint, the averaged LoRA in place: to draw samples.
+        on_save: called with (pipe, step) after each checkpoint, the averaged LoRA in place: to draw samples. Of data-parallel
+            processes the first calls it.
         progress: called with the number of clips encoded.
 
     Raises:
@@ -111,10 +113,11 @@ def finetune(
     base = _base(pipe, settings)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=base.device.type == "cpu")
     enable_ulysses(pipe.transformer, settings.context_parallel, _tokens(base, settings.size))
-    _same_run(out, settings.identity(pattern))
+    _same_run(out, settings.identity(pattern), accelerator.is_main_process)
     cache = LatentCache(base, out / "cache", settings.size)
     files = cache.fill(dataset, progress)
-    (out / "skipped.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in dataset.skipped))
+    if accelerator.is_main_process:
+        (out / "skipped.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in dataset.skipped))
     batches = Batches(files, cache.empty_prompt(), settings, accelerator)
     grid = training_grid(base, batches.latent_shape)
     set_seed(settings.training.seed)
@@ -128,12 +131,13 @@ def finetune(
 
     def loss_of(model: Any, step: int, generator: torch.Generator) -> torch.Tensor:
         latents, embeds = batches.draw(generator)
-        return model(latents, embeds, draw(grid, latents.shape, generator))
+        return model(latents, embeds, batches.noise(grid, generator))
 
     def saved(model: Any, step: int) -> None:
         if accelerator.is_main_process:
             save_lora(pipe, out / "lora", {"steps": step, **settings.identity(pattern)})
-        if on_save is not None:
+        # a clip whose tokens are shared takes every process to sample, too
+        if on_save is not None and (accelerator.is_main_process or settings.context_parallel > 1):
             on_save(pipe, step)
 
     with _pattern_on(pipe, pattern, settings.dense_layers) as told:
@@ -177,6 +181,13 @@ class Batches:
         stacked = {name: torch.cat([text[name] for text in texts]).to(self.device) for name in texts[0]}
         return torch.stack(latents).to(self.device), stacked
 
+    def noise(self, grid: NoiseGrid, generator: torch.Generator) -> TrainingDraw:
+        """Noise and levels of this process' clips: its part of what one process would draw for all of them."""
+        count = self.settings.batch
+        everyone = draw(grid, (count * self.world, *self.latent_shape), generator)
+        mine = slice(self.rank * count, (self.rank + 1) * count)
+        return TrainingDraw(everyone.noise[mine], everyone.levels[mine])
+
 
 def trainable(pipe: Any) -> FrameDenoiser:
     """The pipeline as training sees it. Raises GenAttnError with the reason when it cannot be fine-tuned."""
@@ -216,8 +227,8 @@ def _tokens(base: FrameDenoiser, size: ClipSize) -> int:
     return base.decoder().latents_for(size.frames) * (height // rows) * (width // columns)
 
 
-def _same_run(out: Path, identity: dict[str, Any]) -> None:
-    """Note the settings of a new run; refuse to go on with other ones."""
+def _same_run(out: Path, identity: dict[str, Any], write: bool = True) -> None:
+    """Refuse to go on with other settings than before; one process notes those of this run."""
     out.mkdir(parents=True, exist_ok=True)
     path, wanted = out / "settings.json", json.loads(json.dumps(identity))
     if path.is_file() and (out / "training.safetensors").is_file():
@@ -226,9 +237,10 @@ def _same_run(out: Path, identity: dict[str, Any]) -> None:
         if other:
             told = ", ".join(f"{name} was {before.get(name)!r}" for name in other)
             raise GenAttnError(f"{out} holds a run with other settings ({told}); give the same ones or another --out")
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(wanted, indent=2) + "\n")
-    part.replace(path)
+    if write:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(wanted, indent=2) + "\n")
+        part.replace(path)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -98,31 +99,41 @@ def train(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    first = load_checkpoint(checkpoint, model, optimizer, average) if checkpoint.exists() else 0
+    bare = accelerator.unwrap_model(model)  # names without a wrapper's prefix: a run goes on with any number of processes
+    average = {name: value.detach().clone() for name, value in bare.state_dict().items()}
+    first = load_checkpoint(checkpoint, bare, optimizer, average) if checkpoint.exists() else 0
     begun = saved = time.monotonic()
     step, shown = first, 0.0
     bar = tqdm(total=settings.steps, initial=first, desc=checkpoint.stem, mininterval=5.0)
     for step in range(first, settings.steps):
-        if time.monotonic() - begun > settings.minutes * 60:
+        if _agreed(time.monotonic() - begun > settings.minutes * 60, accelerator):
             break
         value = _take_step(model, loss_of, settings, accelerator, optimizer, average, step)
         shown = value if step == first else 0.98 * shown + 0.02 * value
         bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
         bar.update()
-        if time.monotonic() - saved > settings.save_minutes * 60:
-            save_checkpoint(checkpoint, model, optimizer, average, step + 1)
+        if _agreed(time.monotonic() - saved > settings.save_minutes * 60, accelerator):
+            if accelerator.is_main_process:
+                save_checkpoint(checkpoint, bare, optimizer, average, step + 1)
             if on_save is not None:
-                with_average(model, average, partial(_call_with, on_save, step + 1), accelerator)
+                with_average(bare, average, partial(_call_with, on_save, step + 1), accelerator)
             saved = time.monotonic()
     else:
         step = settings.steps
     bar.close()
-    save_checkpoint(checkpoint, model, optimizer, average, step)
-    model.load_state_dict(average)
+    if accelerator.is_main_process:  # all processes hold the same, and one file takes one writer
+        save_checkpoint(checkpoint, bare, optimizer, average, step)
+    bare.load_state_dict(average)
     if on_save is not None:
-        on_save(accelerator.unwrap_model(model), step)
+        on_save(bare, step)
     return step
+
+
+def _agreed(wanted: bool, accelerator: Accelerator) -> bool:
+    """What the first process wants: clocks differ, and one that stopped alone would leave the others waiting."""
+    if accelerator.num_processes == 1:
+        return wanted
+    return bool(broadcast(torch.tensor(wanted, device=accelerator.device)))
 
 
 def with_average(
@@ -203,7 +214,7 @@ def _take_step(
     optimizer.step()
     optimizer.zero_grad()
     keep = min(settings.ema, (1 + step) / (10 + step))
-    for name, value in model.state_dict().items():
+    for name, value in accelerator.unwrap_model(model).state_dict().items():
         if value.dtype.is_floating_point:
             average[name].lerp_(value.detach(), 1.0 - keep)
         else:

@@ -221,3 +221,50 @@ def test_other_families_train_by_the_same_code(family: str, clips: Path, tmp_pat
     fresh.load_lora_weights(tmp_path / "lora")
     assert fresh.get_active_adapters()
     assert json.loads((tmp_path / "lora" / "finetune.json").read_text())["steps"] == 2
+
+
+RANK = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_finetune as t
+from genattn.pipelines import finetune as module
+from pathlib import Path
+drawn = []
+stock = module.Batches.draw
+def draw(self, generator):
+    latents, embeds = stock(self, generator)
+    drawn.append(latents.flatten()[:2].tolist())
+    return latents, embeds
+module.Batches.draw = draw
+saved = []
+_, _, result = t.run(Path({clips!r}), Path({out!r}), steps={steps}, on_save=lambda pipe, step: saved.append(step), **{changes})
+import json, os
+told = dict(world=int(os.environ.get("WORLD_SIZE", 1)), drawn=drawn, saved=saved, steps=result.steps)
+Path({out!r}, f"rank{{os.environ.get('RANK', 0)}}.json").write_text(json.dumps(told))
+"""
+
+
+def ranks(clips: Path, out: Path, steps: int, world: int, **changes: Any) -> list[dict[str, Any]]:
+    """The same training in `world` processes that torchrun starts; what each of them says."""
+    out.mkdir(parents=True, exist_ok=True)
+    script = out / "rank.py"
+    script.write_text(
+        RANK.format(tests=os.path.dirname(__file__), clips=str(clips), out=str(out), steps=steps, changes=changes)
+    )
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.slow
+def test_two_data_parallel_processes_train_as_one_with_twice_the_batch(clips: Path, tmp_path: Path) -> None:
+    told = ranks(clips, tmp_path / "two", steps=2, world=2)
+    assert [rank["world"] for rank in told] == [2, 2]
+    assert [rank["saved"] for rank in told] == [[2], []], "the first process alone saves and samples"
+    assert told[0]["drawn"] != told[1]["drawn"], "each process has clips of its own"
+    run(clips, tmp_path / "one", steps=2, batch=2)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+    assert run(clips, tmp_path / "two", steps=2)[2].steps == 2, "one process reads what two wrote"
