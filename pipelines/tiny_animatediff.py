@@ -52,7 +52,7 @@ from genattn.pipelines.tiny_world import caption, render, sample_scene, settle
 PICTURES, FEW_FRAMES = 48, 4
 CLIP_BATCH = 4
 PHASES = ("latents", "unet", "export")
-DEFAULTS = GenerationDefaults(height=64, width=64, frames=FRAMES, steps=20, guidance_scale=3.0, fps=8)
+DEFAULTS = GenerationDefaults(height=64, width=64, frames=FRAMES, steps=12, guidance_scale=3.0, fps=8)
 
 
 def adopt_autoencoder(run_dir: Path, folder: Path) -> None:
