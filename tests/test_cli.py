@@ -32,7 +32,7 @@ def commands() -> dict[str, Any]:
     return found
 
 
-PROMISED = ("generate", "compare", "long", "hunt", "simulate", "plan", "show", "explain", "measure", "doctor")
+PROMISED = ("generate", "compare", "long", "hunt", "simulate", "plan", "show", "explain", "measure", "doctor", "app")
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
@@ -46,7 +46,7 @@ def test_help_has_an_example_and_json(name: str) -> None:
 
 
 def test_promised_commands_are_there() -> None:
-    assert set(PROMISED) | {"bench attention"} <= set(commands())
+    assert set(PROMISED) | {"bench attention", "comfyui install"} <= set(commands())
 
 
 CHEAP = ("simulate", "plan", "show", "explain", "doctor")

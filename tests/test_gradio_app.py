@@ -9,7 +9,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return random_session(tmp_path_factory.mktemp("server"))
 
 
-@pytest.fixture(scope="module")
-def url(session: Session, outside: list[Any]) -> Iterator[str]:
+@contextmanager
+def _served(session: Session) -> Iterator[str]:
+    """The address of a server; its folders, which Gradio reads from the environment, are those of before afterwards."""
     before = dict(os.environ)
     from genattn.apps.gradio_app import serve
 
@@ -77,6 +80,12 @@ def url(session: Session, outside: list[Any]) -> Iterator[str]:
     page.close(verbose=False)
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def url(session: Session, outside: list[Any]) -> Iterator[str]:
+    with _served(session) as address:
+        yield address
 
 
 def _client(url: str) -> Any:
@@ -104,7 +113,7 @@ def test_image(client: Any, session: Session) -> None:
     job = client.submit("a cat", "L1H0", seed=5, steps=2, api_name="/image")
     status, pair, seed, report, cards = job.result(timeout=240)
     assert status.startswith("**done**")
-    assert seed == 5
+    assert seed == "5"
     assert all(Path(path).stat().st_size for path in pair)
     assert report["heads"] == "L1H0"
     assert "dB" in cards
@@ -174,15 +183,10 @@ def test_cancel_stops_within_one_step(client: Any, session: Session) -> None:
     calls: list[int] = []
     counter = model.register_forward_hook(lambda *_: calls.append(1))
     job = client.submit("a cat", "L1H0", steps=2000, api_name="/image")
-    end = time.monotonic() + 120
-    while len(calls) < 3:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    _until(lambda: len(calls) >= 3)
     job.cancel()
     seen = len(calls)
-    while session.lock.locked():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    _until(lambda: not session.lock.locked())
     # the request to stop needs its way to the server; from there on it is one forward
     assert len(calls) < seen + 60
     stopped = len(calls)
@@ -200,10 +204,8 @@ def test_eight_clients_at_once(url: str, session: Session) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i, each in enumerate(clients):
         jobs.append(each.submit(f"cat number {i}", "L1H0", seed=i, steps=1, api_name="/image"))
-        end = time.monotonic() + 120
-        while jobs[-1].status().code.name in ("STARTING", "JOINING_QUEUE"):  # so that there is an order to keep
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        # so that there is an order to keep
+        _until(lambda: jobs[-1].status().code.name not in ("STARTING", "JOINING_QUEUE"))
     waiting = [threading.Thread(target=lambda i=i: rows.setdefault(i, jobs[i].result(timeout=300))) for i in range(8)]
     for thread in waiting:
         thread.start()
@@ -211,11 +213,33 @@ def test_eight_clients_at_once(url: str, session: Session) -> None:
         thread.join()
     assert sorted(rows) == list(range(8)), "nothing is lost"
     assert [rows[i][3]["prompt"] for i in range(8)] == [f"cat number {i}" for i in range(8)], "everyone gets their own"
-    assert [rows[i][2] for i in range(8)] == list(range(8))
+    assert [rows[i][2] for i in range(8)] == [str(i) for i in range(8)]
     stamps = [(session.folder / "runs" / rows[i][3]["run"] / "report.json").stat().st_mtime_ns for i in range(8)]
     assert stamps == sorted(stamps), "first come, first served"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 200, f"memory grew by {grown:.0f} MiB"
+
+
+def test_a_full_queue_refuses_and_loses_nobody(session: Session, tmp_path: Path, url: str) -> None:
+    sources = [str(model.source) for model in session.models.values()]
+    busy = Session(tmp_path / "out", sources, replace(LIMITS, queue=1))
+    with _served(busy) as address:
+        clients = [_client(address) for _ in range(3)]
+        with busy.lock:  # the first one stands before the models, the second in the queue
+            taken = [clients[0].submit("a cat", "L1H0", seed=7, steps=1, api_name="/image")]
+            _until(lambda: taken[0].outputs() != [])
+            taken.append(clients[1].submit("a cat", "L1H0", seed=8, steps=1, api_name="/image"))
+            _until(lambda: taken[1].status().code.name == "IN_QUEUE")
+            with pytest.raises(Exception, match="Queue is full"):
+                clients[2].submit("a cat", "L1H0", seed=9, steps=1, api_name="/image").result(timeout=60)
+        assert [job.result(timeout=240)[2] for job in taken] == ["7", "8"]
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def _get(url: str) -> int:
