@@ -1,5 +1,6 @@
 """Tiny random checkpoints in ComfyUI's own formats; run with ComfyUI's Python: comfy_checkpoints.py COMFYUI_DIR FOLDER."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -35,13 +36,20 @@ def flux_like(patch, cls, **more):
     )  # fmt: skip
 
 
+def known(params, **fields):
+    """Fields that this version of ComfyUI has."""
+    return {field.name: fields[field.name] for field in dataclasses.fields(params) if field.name in fields}
+
+
 def flux():
-    return flux_like(2, comfy.ldm.flux.model.Flux, context_in_dim=4096, theta=10000)
+    newer = known(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[])
+    return flux_like(2, comfy.ldm.flux.model.Flux, context_in_dim=4096, theta=10000, **newer)
 
 
 def hunyuan():
-    more = {"context_in_dim": 4096, "theta": 256, "byt5": False, "meanflow": False}
-    return flux_like([1, 2, 2], comfy.ldm.hunyuan_video.model.HunyuanVideo, **more)
+    newer = {"meanflow": False, "meanflow_sum": False, "use_cond_type_embedding": False, "vision_in_dim": None}
+    newer = known(comfy.ldm.hunyuan_video.model.HunyuanVideoParams, byt5=False, **newer)
+    return flux_like([1, 2, 2], comfy.ldm.hunyuan_video.model.HunyuanVideo, context_in_dim=4096, theta=256, **newer)
 
 
 def sd3(second=()):

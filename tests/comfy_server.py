@@ -40,6 +40,7 @@ class Comfy:
         command = [
             str(python), "main.py", "--cpu", "--disable-auto-launch", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--cache-classic",
+            "--preview-method", "latent2rgb",
         ]  # fmt: skip
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
         with self.log.open("w") as out:

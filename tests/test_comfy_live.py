@@ -120,7 +120,14 @@ def test_comfyui_knows_the_nodes_their_pages_and_examples(comfy: Comfy) -> None:
 def test_example_workflows_are_what_the_command_writes(comfy: Comfy, tmp_path: Path) -> None:
     written = write_workflows(f"http://127.0.0.1:{comfy.port}", pack_folder() / "api", tmp_path)
     for file in written:
-        assert json.loads(file.read_text()) == json.loads((pack_folder() / "example_workflows" / file.name).read_text())
+        shipped = json.loads((pack_folder() / "example_workflows" / file.name).read_text())
+        assert _ours(json.loads(file.read_text())) == _ours(shipped)
+
+
+def _ours(workflow: dict[str, Any]) -> dict[str, Any]:
+    """A workflow without what ComfyUI's own nodes look like, which changes with its version."""
+    nodes = [node for node in workflow["nodes"] if node["type"].startswith("GenAttn_")]
+    return {**workflow, "nodes": nodes, "types": [node["type"] for node in workflow["nodes"]]}
 
 
 @pytest.mark.parametrize(
@@ -160,18 +167,17 @@ def test_sparse_and_guided_against_unpatched(comfy: Comfy, family: str, padding:
     assert np.array_equal(comfy.image("again"), plain)
 
 
-@pytest.mark.parametrize(
-    ("family", "first"), [("tiny_hunyuan", False), ("tiny_flux", True), ("tiny_sd3", True), ("tiny_sd35m", True)]
-)
-def test_the_order_of_tokens_is_the_hosts(comfy: Comfy, family: str, first: bool) -> None:
+@pytest.mark.parametrize("family", ["tiny_hunyuan", "tiny_flux", "tiny_sd3", "tiny_sd35m"])
+def test_the_order_of_tokens_is_the_hosts(comfy: Comfy, family: str) -> None:
     for seed in (1, 3):  # two texts, all else alike: what differs in the first block's queries are the text tokens
         scene = Scene(family, seed=seed)
         scene.sample(scene.node("RigRecord", model=scene.sparse(DENSE), name=f"queries{seed}"), "order", steps=1)
         scene.run(comfy)
     one, other = (np.load(comfy.base / "output" / f"queries{seed}.npy") for seed in (1, 3))
     moved = np.abs(one - other).max((0, -1)) > 1e-6
-    text = np.arange(len(moved)) < 16 if first else np.arange(len(moved)) >= len(moved) - 16
-    assert np.array_equal(moved, text)
+    assert moved.sum() == 16
+    # ComfyUI turned HunyuanVideo's order round between versions, so the order is read off, not written down here
+    assert np.array_equal(moved, np.load(comfy.base / "output" / "queries3_text.npy"))
 
 
 def test_schedule_blocks_steps_and_noise_levels(comfy: Comfy) -> None:
@@ -238,6 +244,9 @@ def test_cores_own_context_windows(comfy: Comfy) -> None:
         "context_length": 9, "context_overlap": 5, "context_schedule": "standard_static", "context_stride": 1,
         "closed_loop": False, "fuse_method": "pyramid",
     }  # fmt: skip
+    # fields that newer versions of the node require, at their defaults
+    required = comfy.get("/object_info/WanContextWindowsManual")["WanContextWindowsManual"]["input"]["required"]
+    windows = {name: told[1]["default"] for name, told in required.items() if "default" in told[1]} | windows
     scene = Scene("tiny_wan")
     for name, model in (("w_plain", scene.model), ("w_full", scene.sparse(FULL)), ("w_sparse", scene.sparse(SPARSE))):
         windowed = scene.node("WanContextWindowsManual", model=model, **windows)
@@ -385,9 +394,36 @@ def test_long_video_progress_preview_and_interrupt(comfy: Comfy) -> None:
     assert told["progress"][-1][0] < 200
 
 
-def test_fifo_shows_progress_and_stops(comfy: Comfy) -> None:
+@pytest.mark.parametrize("node", ["GenAttn_SampleImage", "GenAttn_SampleVideo"])
+def test_a_sampling_shows_previews_and_stops(comfy: Comfy, tmp_path: Path, node: str) -> None:
+    video = node == "GenAttn_SampleVideo"
+    if not video:
+        from genattn.pipelines.tiny_random import build_pipeline
+
+        build_pipeline("sd3")[0].save_pretrained(tmp_path / "sd3")
+
+    def graph(steps: int) -> Graph:
+        made = Graph()
+        source = "" if video else str(tmp_path / "sd3")
+        pipe = made.node("GenAttn_LoadPipeline", model=source, dtype="auto", device="cpu", offline=True)
+        sizes = pipe_inputs(height=64, width=64, steps=steps, guidance_scale=3.0)
+        picture = made.node(node, pipe=pipe, **sizes, **({"frames": 9, "fps": 0.0} if video else {}))
+        made.node("RigSave", images=picture, name="sampled")
+        return made
+
+    told = listen(comfy, graph(4))
+    assert told["kinds"].get("execution_success") == 1, told["error"]
+    assert told["progress"][-1] == [4, 4]
+    assert told["previews"] > 0
+    told = listen(comfy, graph(200), interrupt_after=1)
+    assert told["kinds"].get("execution_interrupted") == 1, told["error"]
+    assert told["progress"][-1][0] < 150
+
+
+def test_fifo_shows_progress_previews_and_stops(comfy: Comfy) -> None:
     scene = Scene("tiny_wan", width=64, height=64, length=801)
     scene.node("RigSave", images=scene.node("RigDecode", latent=fifo(scene, scene.model)), name="never")
     told = listen(comfy, scene, interrupt_after=3)
     assert told["kinds"].get("execution_interrupted") == 1
     assert told["progress"][-1][1] > 200
+    assert told["previews"] > 0

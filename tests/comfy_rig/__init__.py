@@ -129,7 +129,7 @@ class RigThief:
 
 
 class RigRecord:
-    """Keeps the queries of the first marked attention call, heads last, to see which token stands where."""
+    """Keeps the queries of the first marked attention call, heads last, and where the node pack takes the text to stand."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -143,14 +143,17 @@ class RigRecord:
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         before = options["optimized_attention_override"]
-        place, kept = f"{folder_paths.get_output_directory()}/{name}.npy", []
+        place, kept = f"{folder_paths.get_output_directory()}/{name}", []
 
         def recording(func, q, k, v, heads, **kwargs):
             forward = kwargs["transformer_options"]["genattn_forward"]
             if forward.visit is not None and not kept:
                 kept.append(1)
                 query = q.transpose(1, 2).flatten(2) if kwargs.get("skip_reshape") else q
-                numpy.save(place, query.float().numpy())
+                numpy.save(f"{place}.npy", query.float().numpy())
+                layout = forward.host.layout(forward.model, forward.entry, query.shape[1])
+                is_text = [segment.kind == "text" for segment in layout.segments for _ in range(segment.length)]
+                numpy.save(f"{place}_text.npy", is_text)
             return before(func, q, k, v, heads, **kwargs)
 
         options["optimized_attention_override"] = recording
