@@ -36,6 +36,8 @@ from genattn.pipelines.tiny_world import caption, sample_scene
 from genattn.pipelines.video_metrics import measure
 
 Row = dict[str, str]
+ORDER = ("chunked", "FIFO", "+ tail", "+ memory frames", "+ SACFA", "+ guidance")
+LEAST_FILMS = 5
 TABLE = Path("assets/bench/long_video_ablation.csv")
 BATCH_TABLE = Path("assets/bench/window_batch.csv")
 MEASURES = (
@@ -187,9 +189,9 @@ def _read(path: Path) -> list[Row]:
 
 
 def _by_variant(rows: Sequence[Row], model: str) -> dict[str, list[Row]]:
-    """Rows of one model by variant, over the prompts that all variants have, in the order of the prompts."""
+    """Rows of one model by variant in the paper's order, over the prompts that all variants have, sorted by prompt."""
     rows = [row for row in rows if row["model"] == model]
-    names = list(dict.fromkeys(row["variant"] for row in rows))
+    names = sorted({row["variant"] for row in rows}, key=ORDER.index)
     shared = set.intersection(*({row["prompt"] for row in rows if row["variant"] == name} for name in names))
     return {
         name: sorted((r for r in rows if r["variant"] == name and r["prompt"] in shared), key=lambda row: row["prompt"])
@@ -218,8 +220,8 @@ def summary(path: Path = TABLE, model: str | None = None) -> list[dict[str, str]
 
 def verdict(before: Sequence[float], after: Sequence[float], rises: bool) -> str:
     """Whether a measure moved from `before` to `after` (the same prompts, paired) as the paper's did."""
-    if len(before) != len(after) or not before:
-        return "-"
+    if len(before) != len(after) or len(before) < LEAST_FILMS:
+        return f"too few films ({len(after)})"
     mean, half = interval([b - a for a, b in zip(before, after)])
     if abs(mean) <= half:
         return f"no clear change ({mean:+.4f} ± {half:.4f})"
@@ -257,6 +259,7 @@ def ablation_markdown(path: Path = TABLE) -> str:
 def batch(
     model: Annotated[Path | None, typer.Option(help="Folder of a text-to-video pipeline; the shipped one by default.")] = None,
     steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 32,
+    size: Annotated[int | None, typer.Option(help="Height and width of the picture; the model's own when left out.")] = None,
     ticks: Annotated[int, typer.Option(help="Ticks timed per setting; the fastest counts.")] = 5,
     note: Annotated[str, typer.Option(help="Put into every row.")] = "",
     table: Annotated[Path, typer.Option(help="The file to add to.")] = BATCH_TABLE,
@@ -267,14 +270,15 @@ def batch(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(model or shipped_model()).to(device)
     base = frame_denoiser(pipe)
-    settings = LongVideoSettings("a red circle moves right on a dark background", num_inference_steps=steps)
+    prompt = "a red circle moves right on a dark background"
+    settings = LongVideoSettings(prompt, num_inference_steps=steps, height=size, width=size)
     shape, places = settings.queue_shape(base), base.latent_size(*settings.size(base))
     solver = base.solver(shape.num_levels, (shape.window, *places))
     windows = PromptedWindows(base, solver.grid, settings.schedule(), guidance_scale=settings.scale(base))
     clip = torch.randn(1, base.channels, shape.window, *places, generator=torch.Generator().manual_seed(0)).to(device)
     first: tuple[torch.Tensor, float] | None = None
-    for size in sorted({1, 2, 4, len(shape.windows)}):
-        fifo = Fifo(windows, solver, start_queue(shape, solver, clip), window_batch=size)
+    for together in sorted({1, 2, 4, len(shape.windows)}):
+        fifo = Fifo(windows, solver, start_queue(shape, solver, clip), window_batch=together)
         times = []
         for _ in range(ticks):
             start = time.perf_counter()
@@ -286,12 +290,17 @@ def batch(
         error = float((fifo.queue.latents - first[0]).abs().max())
         if error > 1e-3:
             raise GenAttnError(
-                f"batched windows must agree with one by one, got a difference of {error:.1e} at window_batch={size}"
+                f"batched windows must agree with one by one, got a difference of {error:.1e} at window_batch={together}"
             )
-        row: dict[str, Any] = {"window_batch": size, "windows": len(shape.windows), "seconds_per_tick": round(min(times), 4)}
+        row: dict[str, Any] = {
+            "window_batch": together,
+            "windows": len(shape.windows),
+            "seconds_per_tick": round(min(times), 4),
+        }
         row |= {
             "throughput": round(first[1] / min(times), 3),
             "max_difference": f"{error:.1e}",
+            "places": places[0] * places[1],
             "cores": os.cpu_count(),
             "note": note,
         }

@@ -36,10 +36,11 @@ def test_the_table_compares_the_same_prompts_with_intervals(table):
 
 
 def test_a_change_is_told_against_the_papers_direction():
-    assert bench.verdict([0.1, 0.2, 0.3], [0.2, 0.31, 0.4], rises=True).startswith("follows (+0.1")
-    assert bench.verdict([0.2, 0.31, 0.4], [0.1, 0.2, 0.3], rises=True).startswith("does not follow (-0.1")
-    assert bench.verdict([0.1, 0.2], [0.3, 0.1], rises=True).startswith("no clear change")
-    assert bench.verdict([], [], rises=True) == "-"
+    low, high = [0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.31, 0.4, 0.51, 0.6]
+    assert bench.verdict(low, high, rises=True).startswith("follows (+0.1")
+    assert bench.verdict(high, low, rises=True).startswith("does not follow (-0.1")
+    assert bench.verdict(low, low[::-1], rises=True).startswith("no clear change")
+    assert bench.verdict(low[:4], high[:4], rises=True) == "too few films (4)"
 
 
 def test_the_manuals_table_has_a_column_per_variant_and_the_papers_numbers(table):
