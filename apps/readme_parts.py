@@ -154,6 +154,18 @@ def commands_table() -> str:
     return "\n\n".join(rows)
 
 
+def _long_video_bases() -> str:
+    from genattn.pipelines.frame_denoisers import capability_markdown
+
+    return capability_markdown()
+
+
+def _long_video_ablation() -> str:
+    from genattn.apps.bench_long_video import TABLE, ablation_markdown
+
+    return ablation_markdown(ROOT / TABLE)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "families": families_table,
@@ -161,6 +173,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv"),
     },
     "docs/command-line.md": {"commands": commands_table},
+    "docs/long-video.md": {"bases": _long_video_bases, "ablation": _long_video_ablation},
 }
 
 
