@@ -109,16 +109,16 @@ def setting_rows(case: AttentionCase, timer: Callable[[str, Any], float]) -> Ite
 def option_rows(case: AttentionCase, impls: Sequence[str], rounds: int, device: str = "cuda") -> Rows:
     """Seconds of the first of `impls` and of those that wait to be measured; what is wrong or refused gives no speed."""
     shape = (1, case.layout.seqlen, case.heads, case.head_dim)
-    inputs = [torch.randn(shape, device=device, dtype=case.dtype) for _ in range(3)]
-    lists = plan_for(inputs[0], inputs[1], case.pattern, case.layout)
+    query, key, value = (torch.randn(shape, device=device, dtype=case.dtype) for _ in range(3))
+    lists = plan_for(query, key, case.pattern, case.layout)
     row: dict[str, Any] = {"case": case.name, "seqlen": shape[1], "heads": case.heads, "head_dim": case.head_dim}
     calls: dict[str, Any] = {}
     facts: dict[str, dict[str, Any]] = {}
     for impl in impls:
         try:
-            plan = plan_for(inputs[0], inputs[1], case.pattern, case.layout, impl)
-            call = partial(planned_attention, *inputs, plan, impl=impl)
-            error = sampled_error(call(), inputs, lists)
+            plan: Any = plan_for(query, key, case.pattern, case.layout, impl)
+            call: Any = partial(planned_attention, query, key, value, plan, impl=impl)
+            error = sampled_error(call(), [query, key, value], lists)
         except (GenAttnError, RuntimeError) as reason:  # triton raises kinds of its own for what a chip cannot hold
             facts[impl] = {"error": str(reason).splitlines()[0]}
             continue
@@ -144,7 +144,7 @@ def full_tile_rows(
     calls: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     for impl in impls:
-        call = partial(block_sparse_attention, query, key, value, plan, impl=impl)
+        call: Any = partial(block_sparse_attention, query, key, value, plan, impl=impl)
         try:
             errors[impl] = sampled_error(call(), [query, key, value], plan)
         except (ValueError, RuntimeError) as reason:
@@ -192,7 +192,7 @@ def forward_jobs(cases: list[AttentionCase], rounds: int, device: str, impls: li
 def option_jobs(cases: list[AttentionCase], rounds: int) -> list[Job]:
     """Specialised warps on full tiles; per case int8 scores, and haloed boxes where the pattern is a neighborhood."""
     named = {c: ["triton", "triton-int8"] + ["halo"] * isinstance(c.pattern, NeighborhoodPattern) for c in cases}
-    full = [(f"full tiles D{d}", partial(full_tile_rows, 32768, 24, d, rounds)) for d in (64, 128)]
+    full: list[Job] = [(f"full tiles D{d}", partial(full_tile_rows, 32768, 24, d, rounds)) for d in (64, 128)]
     return full + [(c.name, partial(option_rows, c, impls, rounds)) for c, impls in named.items()]
 
 

@@ -89,7 +89,13 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
         negative = prompt_box("", label="Negative prompt", lines=1)
         sizes = size_fields(session, names[0])
         start = local_file("Begin from a picture", [".png", ".jpg", ".jpeg", ".webp"])
-    fields = {"prompt": prompt, "frames": frames, "fade": fade, "partitions": partitions, "lookahead": lookahead}
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "frames": frames,
+        "fade": fade,
+        "partitions": partitions,
+        "lookahead": lookahead,
+    }
     fields |= {"ouroboros": ouroboros, "drift_correction": correction, "start_picture": start}
     return {**fields, "seed": seed, "randomize_seed": fresh, "negative_prompt": negative, **sizes, "model": model}
 

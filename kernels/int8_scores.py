@@ -85,8 +85,8 @@ def int8_reference_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition: `reference_attention` in float64 on the numbers that the integers stand for. (out, lse), float64."""
     parts = _prepared(query, key, plan, scale, key_mask)
-    rounded = [dequantised(*pair, tiles) for pair, tiles in zip(parts[:2], (plan.query_tiles, plan.key_tiles))]
-    out, lse = reference_attention(*rounded, value.double(), plan, scale=scale, key_mask=key_mask)
+    (queries, keys) = (dequantised(*pair, tiles) for pair, tiles in zip(parts[:2], (plan.query_tiles, plan.key_tiles)))
+    out, lse = reference_attention(queries, keys, value.double(), plan, scale=scale, key_mask=key_mask)
     return out, lse + parts[2].double()
 
 
