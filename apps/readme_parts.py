@@ -139,6 +139,13 @@ def families_table() -> str:
     return f"{markdown(rows)}\n\n<sub>{note}</sub>"
 
 
+def study_table(file: str) -> str:
+    """BroadWay's study in a file of assets/bench."""
+    from genattn.apps.broadway_table import broadway_table
+
+    return broadway_table(ROOT / "assets" / "bench" / file)
+
+
 def commands_table() -> str:
     """Every command with its first sentence and its example, from the help that `--help` shows."""
     import typer
@@ -174,6 +181,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/command-line.md": {"commands": commands_table},
     "docs/long-video.md": {"bases": _long_video_bases, "ablation": _long_video_ablation},
+    "docs/broadway.md": {
+        "motion-modules": lambda: study_table("broadway.csv"),
+        "transformer": lambda: study_table("broadway_dit.csv"),
+    },
 }
 
 

@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AnimateDiffPipeline, AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+import genattn
 from genattn.errors import GenAttnError
+from genattn.guidance.broadway import BroadWay
 from genattn.pipelines import tiny_animatediff as tiny
 from genattn.pipelines.tiny_animatediff_card import SCORED, write_motion_card
 from genattn.pipelines.tiny_evaluate import provenance
@@ -207,3 +210,25 @@ def test_command_line_passes_its_settings_on(
     assert called["export"] == (tmp_path, tmp_path / "out")
     assert "7 steps, 5.0 MB" in capsys.readouterr().out
     assert '"steps": 7' in (tmp_path / "journal.jsonl").read_text()
+
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "tiny-animatediff"
+
+
+def test_the_shipped_model_is_small_and_can_be_guided() -> None:
+    """Below 15 MB, loaded by stock diffusers, steered by BroadWay, with a card whose scores are measured."""
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 15_000_000
+    assert "| motion | 0." in (SHIPPED / "README.md").read_text()
+    pipe = AnimateDiffPipeline.from_pretrained(SHIPPED).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        settings = {"num_frames": 8, "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "np"}
+        return pipe("a red circle moves right on a dark background", **settings, generator=torch.manual_seed(0)).frames[0]
+
+    stock = draw()
+    with genattn.apply(pipe, BroadWay.preset("animatediff")):
+        guided = draw()
+    assert np.array_equal(draw(), stock)
+    assert np.abs(guided - stock).max() > 0.01
+    assert stock[..., 0].max() > stock[..., 1].max()  # something red
