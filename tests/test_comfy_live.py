@@ -254,7 +254,9 @@ def test_cores_own_context_windows(comfy: Comfy) -> None:
     told = scene.run(comfy)
     plain = comfy.image("w_plain")
     np.testing.assert_allclose(comfy.image("w_full"), plain, atol=2e-4 * np.abs(plain).max())
-    assert all(row["tokens"] == 3 * 8 * 8 for row in told["w_sparse"]["sites"]), "the grid is the window's"
+    # newer versions put a frame in front of every window but the first, for causal autoencoders, and drop it afterwards
+    tokens = {row["tokens"] for row in told["w_sparse"]["sites"]}
+    assert tokens <= {3 * 8 * 8, 4 * 8 * 8}, "the grid is the window's"
     assert told["w_sparse"]["sparse_calls"] > 0
 
 
