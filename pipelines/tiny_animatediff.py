@@ -13,9 +13,7 @@ Every phase resumes where it was stopped; `--minutes` stops one by the clock. `t
 
 import argparse
 import json
-import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,16 +24,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AnimateDiffPipeline, AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny_card import device_name, folder_bytes, journal
 from genattn.pipelines.tiny_denoiser import CAPTION_DROPOUT, object_weight
 from genattn.pipelines.tiny_export import DEFAULTS_FILE, JOURNAL, GenerationDefaults, forget_origins
-from genattn.pipelines.tiny_latents import SHARD, load_latents
+from genattn.pipelines.tiny_latents import SHARD, cache_latents, load_latents
 from genattn.pipelines.tiny_motion import (
     FRAMES,
     MotionSize,
@@ -46,8 +42,6 @@ from genattn.pipelines.tiny_motion import (
     tokenize,
 )
 from genattn.pipelines.tiny_trainer import TrainSettings, train
-from genattn.pipelines.tiny_vae import to_model_range
-from genattn.pipelines.tiny_world import caption, render, sample_scene, settle
 
 PICTURES, FEW_FRAMES = 48, 4
 CLIP_BATCH = 4
@@ -94,31 +88,13 @@ def begin_text_encoder(model: TinyMotion, run_dir: Path) -> None:
     model.text_encoder.load_state_dict({name: value for name, value in first.items() if name in own}, strict=False)
 
 
-@torch.no_grad()
 def make_latents(run_dir: Path, accelerator: Accelerator, shards: range, minutes: float, settled: bool = False) -> int:
     """Encode shards of 64 training clips, [64, 4, 16, 16, 16] each, objects at their usual places if `settled`.
 
     Returns how many of the shards there are.
     """
-    folder = run_dir / ("settled-clips" if settled else "clips")
-    folder.mkdir(parents=True, exist_ok=True)
     vae = load_vae(run_dir).to(accelerator.device)
-    begun, done = time.monotonic(), 0
-    for number in tqdm(shards, desc=folder.name, mininterval=5.0):
-        path = folder / f"latents-{number:05d}.safetensors"
-        if not path.exists():
-            if time.monotonic() - begun > minutes * 60:
-                continue
-            scenes = [sample_scene(seed, two_objects=0.15) for seed in range(SHARD * number, SHARD * (number + 1))]
-            scenes = [settle(scene) for scene in scenes] if settled else scenes
-            clips = (to_model_range(render(scene, FRAMES, 64, 64)[None])[0].to(accelerator.device) for scene in scenes)
-            latents = torch.stack([vae.encode(clip.transpose(0, 1)).latent_dist.mode().transpose(0, 1) for clip in clips])
-            half_written = path.with_suffix(f".part{os.getpid()}")
-            captions = {"captions": json.dumps([caption(scene) for scene in scenes])}
-            save_file({"latents": latents.half().cpu().contiguous()}, half_written, metadata=captions)
-            os.replace(half_written, path)
-        done += 1
-    return done
+    return cache_latents(vae, run_dir / ("settled-clips" if settled else "clips"), shards, minutes, FRAMES, settled=settled)
 
 
 def velocity_loss(

@@ -1,8 +1,8 @@
 """Encoded clips of the tiny world on disk: what the denoiser trains on, so that the autoencoder runs once.
 
-A cache is a folder of safetensors shards, each with `latents` [N, C, 1 + (T - 1) / 4, H / 4, W / 4] in float16 (as
-encoded, not normalised) and the N captions as metadata. A shard is a function of its number alone: writing resumes at
-the first missing one, and several processes can share the work.
+A cache is a folder of safetensors shards, each with `latents` [N, C, F, H / 4, W / 4] in float16 (as encoded, not
+normalised; F is 1 + (T - 1) / 4 of a video autoencoder and T of one for pictures) and the N captions as metadata. A
+shard is a function of its number alone: writing resumes at the first missing one, and several processes can share the work.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ SHARD = 64
 
 @torch.no_grad()
 def cache_latents(
-    vae: AutoencoderKLWan,
+    vae: AutoencoderKLWan | AutoencoderKL,
     folder: Path,
     shards: range,
     minutes: float,
@@ -38,7 +39,7 @@ def cache_latents(
     """Render, caption and encode training scenes, a shard of 64 at a time; existing shards are kept.
 
     Args:
-        vae: the trained autoencoder.
+        vae: the trained autoencoder; one for pictures takes clips frame by frame.
         folder: where the shards go.
         shards: which shard numbers; shard k holds the scenes of seeds 64 k to 64 k + 63.
         minutes: wall-clock limit, > 0.
@@ -73,7 +74,10 @@ def cache_latents(
     return done
 
 
-def _encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
+def _encode(vae: AutoencoderKLWan | AutoencoderKL, clips: torch.Tensor) -> torch.Tensor:
+    if isinstance(vae, AutoencoderKL):
+        latents = vae.encode(clips.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
+        return latents.unflatten(0, (len(clips), -1)).transpose(1, 2)
     if clips.shape[2] > 1:
         return vae.encode(clips).latent_dist.mode()
     with still_convolutions(vae):

@@ -14,6 +14,7 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway import BroadWay
 from genattn.pipelines import tiny_animatediff as tiny
+from genattn.pipelines import tiny_latents
 from genattn.pipelines.tiny_animatediff_card import SCORED, write_motion_card
 from genattn.pipelines.tiny_evaluate import provenance
 from genattn.pipelines.tiny_latents import load_latents
@@ -67,7 +68,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path) -> Path:
     folder = tmp_path_factory.mktemp("run")
     accelerator = Accelerator(cpu=True)
     patch = pytest.MonkeyPatch()
-    for name, value in {"SHARD": 8, "PICTURES": 8, "CLIP_BATCH": 1}.items():
+    patch.setattr(tiny_latents, "SHARD", 8)
+    for name, value in {"PICTURES": 8, "CLIP_BATCH": 1}.items():
         patch.setattr(tiny, name, value)
     tiny.adopt_autoencoder(folder, tiny_sd3)
     assert tiny.make_latents(folder, accelerator, range(1), 5.0) == 1
