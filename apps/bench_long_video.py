@@ -147,6 +147,7 @@ def run(
         Path | None, typer.Option(help="Folder of a tiny text-to-video pipeline; the shipped one by default.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="Held-out captions.")] = 20,
+    first: Annotated[int, typer.Option(help="The first of them; several runs can share the work, each with its own table.")] = 0,
     frames: Annotated[int, typer.Option(help="Frames per film.")] = 253,
     steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 32,
     note: Annotated[str, typer.Option(help="Put into every row, e.g. that the machine was loaded.")] = "",
@@ -159,7 +160,7 @@ def run(
     pipe = DiffusionPipeline.from_pretrained(model or shipped_model()).to(device)
     pipe.set_progress_bar_config(disable=True)
     mark, base = model_fingerprint(frame_denoiser(pipe).models), Path(pipe.config._name_or_path).name
-    for seed in range(prompts):
+    for seed in range(first, first + prompts):
         scene = sample_scene(seed, held_out=True, two_objects=0.0)
         prompt, subject = caption(scene), f"{scene.objects[0].colour} {scene.objects[0].shape}"
         done = _done(prompt, mark, frames, steps, table)

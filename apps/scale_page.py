@@ -11,6 +11,7 @@ from genattn.scale import (
     Machine,
     ScaleCost,
     ScaleSettings,
+    activation_bytes,
     balance_tokens,
     cost,
     longest_frames,
@@ -30,7 +31,7 @@ PUBLISHED = (
 def page(tables: Tables) -> str:
     """The whole page from the cost model and the measured tables."""
     settings = ScaleSettings(tile_overhead=tile_overhead(tables))
-    parts = [_head(settings), _lengths(settings), _bounds(), _checks(settings), _measured(tables)]
+    parts = [_head(settings), _lengths(settings), _bounds(), _checks(settings), _counted(tables), _measured(tables)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,6 +107,13 @@ def _bounds() -> str:
                 f"{longest / 16:.0f} s of video, dense or Radial",
             ]
         )
+    lines.append(
+        [
+            "memory that more GPUs do not save",
+            f"{activation_bytes(model, per_frame, 10**9) * ((MINUTE - 1) // 4 + 1) / 1e9:.0f} GB a minute",
+            "diffusers embeds the whole clip on every GPU before it is cut",
+        ]
+    )
     for gpus in GPUS[1:]:
         tokens = wire_bites_below(model, gpus)
         told = "never at these speeds" if tokens <= 0 else f"below {tokens:,.0f} tokens"
@@ -135,6 +143,34 @@ def _checks(settings: ScaleSettings) -> str:
     return (
         f"## Held against published times\n\n{text}\n\n{_table(['run', 'PFLOPs', 'model', 'published', 'difference'], lines)}"
     )
+
+
+def _counted(tables: Tables) -> str:
+    """Memory, traffic and arithmetic of the stock model, run on fake tensors, beside the cost model's."""
+    title = "## Held against the stock model"
+    try:
+        rows = tables.newest("scale_check", "date", "commit")
+    except NotMeasuredError as reason:
+        return f"{title}\n\nNot counted yet: {reason}; run `python -m genattn.apps.bench_scale`."
+    lines = []
+    for row in rows:
+        cells = [f"{int(float(row['frames'])):,} frames, {row['gpus']}"]
+        for name, unit, digits in (("activation", 1e9, 1), ("exchanged", 1e9, 2), ("linear", 1e15, 3)):
+            kind = "flops" if name == "linear" else "bytes"
+            got, wanted = number(row, f"{name}_{kind}"), number(row, f"{name}_model")
+            cells += [f"{got / unit:,.{digits}f}", f"{wanted / unit - got / unit:+.{digits}f}"]
+        lines.append([*cells, f"{number(row, 'gathered_bytes') / 1e9:.2f}"])
+    first = rows[0]
+    text = (
+        f"diffusers {first['diffusers_version']}'s own `WanTransformer3DModel` at 720p with {first['blocks']} blocks, under its "
+        "own context parallelism, run on tensors that have shapes and no data: what torch's trackers count, and by how much "
+        "the model is off. Memory is per GPU, without the weights; a block's is freed before the next. What the last column "
+        "gathers once at the end is left out of the model, and so are the latents and the position table. Attention's own "
+        "arithmetic is not counted by torch on this device. `python -m genattn.apps.bench_scale`, "
+        f"{first['date']}, commit {first['commit']}."
+    )
+    head = ["clip, GPUs", "memory GB", "model", "exchanged GB", "model", "PFLOPs without attention", "model", "gathered GB"]
+    return f"{title}\n\n{text}\n\n{_table(head, lines)}"
 
 
 def _measured(tables: Tables) -> str:

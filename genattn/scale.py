@@ -1,9 +1,13 @@
 """What long video costs on paper: arithmetic, memory, bytes over the wire and time of one run, from a model's shape.
 
     arithmetic   4 L d n^2 density + L n linear(d)      per forward, n tokens, L blocks of width d
-    memory       weights + n / g (6 d + ffn) values     per GPU of g, 16 bit; the caches of a block, freed block by block
+    memory       weights + max(2 n d, n d + n / g max(10 d, 3 d + 2 ffn)) values, 16 bit, per GPU of g
     wire         4 n / g d (g - 1) / g values           sent per GPU and block by Ulysses: query, key, value, output
     time         arithmetic / (g rate), or wire / link where that is longer
+
+Memory is what diffusers' WanTransformer3DModel holds (apps/bench_scale.py counts it): n d is the embedded clip, which every GPU
+keeps whole because context parallelism cuts after the patch embedding, and holds twice while it is made; 10 d is self-attention
+with its norm in 32 bit, 3 d + 2 ffn the feed-forward. So more GPUs save memory only up to about 2 n d.
 
 FIFO (window w of the model's own length, 2 p windows a latent with lookahead): the same for w tokens, times the latents. The
 rate is what published runs on one H100 came to (560 PFLOPs in 1630 s, 612 in 1649 s), not the data sheet's.
@@ -94,9 +98,11 @@ def weights_bytes(model: ModelPreset) -> float:
     return 2.0 * model.layers * per_block
 
 
-def activation_bytes(model: ModelPreset, tokens: int) -> float:
-    """Bytes that one block holds at once for so many tokens in 16 bit."""
-    return 2.0 * tokens * (6 * model.heads * model.head_dim + model.ffn)
+def activation_bytes(model: ModelPreset, tokens: int, gpus: int = 1) -> float:
+    """Bytes that one GPU holds at once beside the weights for so many tokens of the whole clip, in 16 bit."""
+    dim = model.heads * model.head_dim
+    block = max(10 * dim, 3 * dim + 2 * model.ffn)
+    return 2.0 * tokens * max(2 * dim, dim + block / gpus)
 
 
 def usable_gpus(model: ModelPreset, gpus: int) -> int:
@@ -131,8 +137,8 @@ def cost(
     forwards = settings.steps * model.passes
     flops = (rest + attention * (1 - share + share * density)) * forwards
     used = usable_gpus(model, gpus)
-    wire = _wire(model, layout.seqlen, used) * forwards
-    memory = weights_bytes(model) + activation_bytes(model, layout.seqlen) / used
+    wire = wire_bytes(model, layout.seqlen, used) * forwards
+    memory = weights_bytes(model) + activation_bytes(model, layout.seqlen, used)
     bounds = []
     if used < gpus:
         bounds.append(f"{model.heads} heads: Ulysses uses {used} of {gpus} GPUs")
@@ -152,15 +158,15 @@ def _fifo(
     groups = math.gcd(gpus, 2 * settings.partitions * model.passes)
     inside = usable_gpus(model, gpus // groups)
     flops = sum(model.flops(window)) * forwards
-    memory = weights_bytes(model) + activation_bytes(model, window.seqlen) / inside
-    wire = _wire(model, window.seqlen, inside) * forwards / groups
+    memory = weights_bytes(model) + activation_bytes(model, window.seqlen, inside)
+    wire = wire_bytes(model, window.seqlen, inside) * forwards / groups
     bounds = [f"{levels} noise levels: the first frame comes after {levels - latents} ticks"]
     used = groups * inside
     return _finished("fifo", frames, window.seqlen, used, 1.0, (flops, memory, wire), bounds, machine)
 
 
-def _wire(model: ModelPreset, tokens: int, gpus: int) -> float:
-    """Bytes that one GPU sends in one forward."""
+def wire_bytes(model: ModelPreset, tokens: int, gpus: int) -> float:
+    """Bytes that one of `gpus` GPUs sends in one forward for so many tokens of the whole clip, in 16 bit."""
     dim = model.heads * model.head_dim
     return 2.0 * 4 * model.layers * tokens / gpus * dim * (gpus - 1) / gpus
 
@@ -197,7 +203,7 @@ def longest_frames(model: ModelPreset, gpus: int, machine: Machine | None = None
     """Pixel frames at which the memory of `gpus` GPUs is full."""
     machine = machine or Machine()
     free = machine.memory - weights_bytes(model)
-    tokens = free / activation_bytes(model, 1) * usable_gpus(model, gpus)
+    tokens = free / activation_bytes(model, 1, usable_gpus(model, gpus))
     _, rows, columns = model.grid(model.size, model.frames)
     return max(0, int(tokens / (rows * columns)) - 1) * model.frame_step + 1
 
@@ -211,5 +217,5 @@ def wire_bites_below(model: ModelPreset, gpus: int, machine: Machine | None = No
     n = layout.seqlen
     speed = machine.link if used <= machine.node else machine.network
     # (a n^2 + r n) / (g rate) = w n / speed
-    room = _wire(model, n, used) / n / speed * used * machine.rate - rest / n
+    room = wire_bytes(model, n, used) / n / speed * used * machine.rate - rest / n
     return max(0.0, room / (attention / n**2))

@@ -1,5 +1,9 @@
 """The cost model: against its definition, against published arithmetic and times, and what it refuses."""
 
+import multiprocessing
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from genattn.apps.scale_page import duration
@@ -9,6 +13,7 @@ from genattn.presets import preset
 from genattn.scale import (
     Machine,
     ScaleSettings,
+    activation_bytes,
     balance_tokens,
     cost,
     longest_frames,
@@ -28,8 +33,6 @@ def test_density_is_that_of_the_mask(frames: int, shape: tuple[int, int]) -> Non
 
 
 def test_published_arithmetic_and_time() -> None:
-    from dataclasses import replace
-
     found = cost(replace(WAN, size=(768, 1280)), 69, "dense")
     assert found.flops / 1e15 == pytest.approx(560, rel=0.02)
     assert found.seconds == pytest.approx(1630, rel=0.1)
@@ -76,3 +79,27 @@ def test_refusals_and_words() -> None:
     with pytest.raises(GenAttnError, match="frames and tokens must be >= 1"):
         radial_density(0, 5)
     assert [duration(s) for s in (5, 90, 7200, 200000, 1e9)] == ["5.0 s", "1.5 min", "2.0 h", "2.3 days", "31.7 years"]
+
+
+def _counted(gpus: int) -> dict[str, Any]:
+    from concurrent.futures import ProcessPoolExecutor
+
+    from genattn.apps.bench_scale import check
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(check, WAN, 81, gpus).result()
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_memory_and_traffic_are_those_of_the_stock_model(gpus: int) -> None:
+    pytest.importorskip("diffusers", minversion="0.42", reason="the counts hold for the model of this version")
+    row = _counted(gpus)
+    assert row["activation_bytes"] == pytest.approx(row["activation_model"], rel=0.1)
+    assert row["exchanged_bytes"] == pytest.approx(row["exchanged_model"])
+    assert row["linear_flops"] == pytest.approx(row["linear_model"], rel=0.1)
+    assert (row["exchanged_bytes"] > 0) == (gpus > 1)
+
+
+def test_more_gpus_save_memory_only_so_far() -> None:
+    few, many = (activation_bytes(WAN, 1000, gpus) for gpus in (8, 40))
+    assert many == 2 * 2 * 1000 * 5120 < few
