@@ -147,7 +147,7 @@ def run(
         Path | None, typer.Option(help="Folder of a tiny text-to-video pipeline; the shipped one by default.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="Held-out captions.")] = 20,
-    first: Annotated[int, typer.Option(help="The first of them; several runs can share the work, each with its own table.")] = 0,
+    first: Annotated[int, typer.Option(help="The first of them; runs that share the work need a table each.")] = 0,
     frames: Annotated[int, typer.Option(help="Frames per film.")] = 253,
     steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 32,
     note: Annotated[str, typer.Option(help="Put into every row, e.g. that the machine was loaded.")] = "",

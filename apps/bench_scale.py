@@ -57,8 +57,8 @@ def share(made: Any, gpus: int) -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     # diffusers asks torch for an accelerator, of which a machine without GPUs has none
     with (
-        mock.patch("torch.accelerator.device_count", lambda: gpus),
-        mock.patch("torch._C._get_accelerator", lambda *a: torch.device("cpu")),
+        mock.patch("torch.accelerator.device_count", return_value=gpus),
+        mock.patch("torch._C._get_accelerator", return_value=torch.device("cpu")),
     ):
         made.enable_parallelism(config=ContextParallelConfig(ulysses_degree=gpus))
 

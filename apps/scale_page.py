@@ -162,11 +162,11 @@ def _counted(tables: Tables) -> str:
         lines.append([*cells, f"{number(row, 'gathered_bytes') / 1e9:.2f}"])
     first = rows[0]
     text = (
-        f"diffusers {first['diffusers_version']}'s own `WanTransformer3DModel` at 720p with {first['blocks']} blocks, under its "
-        "own context parallelism, run on tensors that have shapes and no data: what torch's trackers count, and by how much "
-        "the model is off. Memory is per GPU, without the weights; a block's is freed before the next. What the last column "
-        "gathers once at the end is left out of the model, and so are the latents and the position table. Attention's own "
-        "arithmetic is not counted by torch on this device. `python -m genattn.apps.bench_scale`, "
+        f"diffusers {first['diffusers_version']}'s own `WanTransformer3DModel` at 720p with {first['blocks']} blocks, under "
+        "its own context parallelism, run on tensors that have shapes and no data: what torch's trackers count, and by how "
+        "much the model is off. Memory is per GPU, without the weights; a block's is freed before the next. What the last "
+        "column gathers once at the end is left out of the model, and so are the latents and the position table. Attention's "
+        "own arithmetic is not counted by torch on this device. `python -m genattn.apps.bench_scale`, "
         f"{first['date']}, commit {first['commit']}."
     )
     head = ["clip, GPUs", "memory GB", "model", "exchanged GB", "model", "PFLOPs without attention", "model", "gathered GB"]

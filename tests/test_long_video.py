@@ -205,6 +205,47 @@ def test_softpag_broadway_and_radial_work_in_the_queue_gated_by_level(pipe):
     assert np.array_equal(plain, long_video(pipe, "a cat", num_frames=9, **FULL).video)
 
 
+WIDE = {**FULL, "height": 64, "width": 64}
+
+
+def test_windows_attend_to_neighborhoods_only_at_the_levels_that_are_sparse(pipe):
+    import genattn
+
+    # windows of a four-level queue stand at steps 0 and 2: with two dense steps the noisier one stays dense
+    plain = long_video(pipe, "a cat", num_frames=9, **WIDE).video
+    calls = {}
+    for dense_steps in (0, 2, 4):
+        with genattn.apply(pipe, genattn.NeighborhoodPattern((1, 3, 3)), dense_steps=dense_steps, dense_layers=0) as handle:
+            video = long_video(pipe, "a cat", num_frames=9, **WIDE).video
+            report = handle.report()
+        assert video.shape == plain.shape
+        assert np.array_equal(video, plain) == (dense_steps == 4)
+        calls[dense_steps] = report.sparse_calls
+        assert dense_steps == 4 or report.density < 1
+    assert calls[0] == report.calls > calls[2] > calls[4] == 0
+
+
+def test_radial_windows_skip_pairs_of_far_frames(pipe):
+    import genattn
+
+    settings = {**WIDE, "window": 8, "num_inference_steps": 8}
+    plain = long_video(pipe, "a cat", num_frames=5, **settings).video
+    with genattn.apply(pipe, genattn.RadialPattern(decay=0.2, floor=0), dense_steps=0, dense_layers=0) as handle:
+        video = long_video(pipe, "a cat", num_frames=5, **settings).video
+        assert handle.report().density < 1
+    assert not np.array_equal(video, plain)
+
+
+def test_a_neighborhood_as_wide_as_the_window_changes_nothing(pipe):
+    import genattn
+
+    plain = long_video(pipe, "a cat", num_frames=9, **WIDE).video
+    with genattn.apply(pipe, genattn.NeighborhoodPattern(-1), dense_steps=0, dense_layers=0) as handle:
+        under = long_video(pipe, "a cat", num_frames=9, **WIDE).video
+        assert handle.report().sparse_calls > 0
+    assert np.abs(plain.astype(int) - under.astype(int)).max() <= 1
+
+
 # ---- stopping
 
 
