@@ -3,13 +3,15 @@
 Keys that a whole group sees run without a mask, what is ragged with one, and the two parts are merged by their log-sum-exp.
 """
 
+import math
+
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.cpu_groups import CallRates, Group, groups_of_plan
 
 _KEPT_BIAS_BYTES = 1 << 30
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 4 << 20
 _FEW_KEYS = 256
 Parts = tuple[torch.Tensor, torch.Tensor]
 
@@ -65,20 +67,36 @@ def _serve(
     query, key, value = inputs
     batch, _, heads, dim = query.shape
     repeat = heads // key.shape[2]
-    step = max(1, _CHUNK_BYTES // (2 * batch * heads * dim * part.keys.shape[1] * query.element_size()))
-    for first in range(0, part.queries.shape[0], step):
+    runs = part.queries.shape[0]
+    step = _CHUNK_BYTES // (2 * batch * heads * dim * part.keys.shape[1] * query.element_size())
+    step = min(max(1, step), runs)
+    scratch = [
+        x.new_empty(batch * step * n * x.shape[2] * dim)
+        for x, n in zip(inputs, (part.queries.shape[1], *2 * (part.keys.shape[1],)))
+    ]
+    for first in range(0, runs, step):
         some = slice(first, first + step)
         queries, keys = part.queries[some], part.keys[some]
-        gathered = _rows(query, queries), _rows(key, keys, repeat), _rows(value, keys, repeat)
+        gathered = (
+            _rows(query, queries, scratch[0]),
+            _rows(key, keys, scratch[1], repeat),
+            _rows(value, keys, scratch[2], repeat),
+        )
         answer, sums = _parts(part, some, bias, gathered, key_mask, scale)
         answer, sums = (x.unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2) for x in (answer, sums))
         out.index_copy_(1, queries.flatten(), answer)
         lse.index_copy_(1, queries.flatten(), sums.to(lse.dtype))
 
 
-def _rows(tensor: torch.Tensor, index: torch.Tensor, repeat: int = 1) -> torch.Tensor:
-    """[B * H * repeat, G, L, D] of a [B, S, H, D] tensor by int64 index [G, L]; indexing by lists is four times as slow."""
-    rows = tensor.index_select(1, index.flatten()).unflatten(1, index.shape)
+def _rows(tensor: torch.Tensor, index: torch.Tensor, scratch: torch.Tensor, repeat: int = 1) -> torch.Tensor:
+    """[B * H * repeat, G, L, D] of a [B, S, H, D] tensor by int64 index [G, L], in memory of `scratch`.
+
+    Indexing by lists is four times as slow, and memory that is new at every step costs more than the copy.
+    """
+    shape = tensor.shape[0], index.numel(), *tensor.shape[2:]
+    rows = scratch[: math.prod(shape)].view(shape)
+    torch.index_select(tensor, 1, index.flatten(), out=rows)
+    rows = rows.unflatten(1, index.shape)
     if repeat > 1:
         rows = rows.repeat_interleave(repeat, 3)
     return rows.permute(0, 3, 1, 2, 4).flatten(0, 1)

@@ -19,6 +19,7 @@ from interpreter_bf16 import cure_bfloat16
 from genattn.kernels.block_plan import dense_plan, run_tiles
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.block_sparse_kernel import forward_kernel
+from genattn.kernels.block_sparse_ops import block_sparse_forward
 from genattn.kernels.block_sparse_triton import forward_arguments, forward_grid, triton_backward, triton_forward, why_not_triton
 from genattn.kernels.element_rule import BlockRule, PerHeadRule
 from genattn.kernels.full_tiles import why_not_full_tiles
@@ -163,6 +164,20 @@ def check_int8_limits() -> None:
         _says("int8 backward", "has no backward" in str(error), str(error))
 
 
+def check_ops() -> None:
+    """torch.library's own check of the operator with every Triton kernel behind it."""
+    full = dense_plan(16, 32, 16, 32)
+    for impl, plan in (
+        ("triton", random_plan(1, (2, 3, 4))),
+        ("triton-int8", random_plan(1, (2, 3, 4))),
+        ("triton-full", full),
+    ):
+        shapes = [(1, n, 1, 16) for n in (plan.seqlen_q, plan.seqlen_k, plan.seqlen_k)]
+        inputs = [torch.randn(shape, dtype=torch.float16, requires_grad=impl == "triton") for shape in shapes]
+        done = torch.library.opcheck(block_sparse_forward, (*inputs, None, plan.handle, 0.3, impl), raise_exception=False)
+        _says(f"opcheck {impl}", set(done.values()) == {"SUCCESS"}, str(done))
+
+
 def main() -> int:
     torch.manual_seed(0)
     stock = _product_error()
@@ -202,6 +217,7 @@ def main() -> int:
     check_int8("grouped, masked", random_plan(41, (2, 4, 4), padding=3, scattered=True), torch.bfloat16, 4, 2, 24, True)
     check_int8("per head, small", random_plan(42, (2, 3, 4), heads=2), torch.float16, 2, 1, 16)
     check_int8_limits()
+    check_ops()
     odd = random_plan(0, block_q=24, block_k=16)
     query = torch.randn(1, odd.seqlen_q, 1, 16)
     _says("reasons", "powers of two" in (why_not_triton(query, odd) or ""), str(why_not_triton(query, odd)))

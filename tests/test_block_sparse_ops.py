@@ -15,15 +15,16 @@ def _inputs(plan, heads=2, kv_heads=1, dim=16, dtype=torch.float32, grad=False):
     return [torch.randn(s).to(dtype).requires_grad_(grad) for s in shapes]
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", ["auto", "cpu", "grouped"])
+def test_opcheck(impl):
     plan = random_plan(1, (2, 3, 4))
     inputs = _inputs(plan, grad=True)
     mask = torch.rand(1, plan.seqlen_k) < 0.8
-    torch.library.opcheck(block_sparse_forward, (*inputs, mask, plan.handle, 0.3, "auto"))
-    out, lse = block_sparse_forward(*[x.detach() for x in inputs], None, plan.handle, 0.3, "auto")
+    torch.library.opcheck(block_sparse_forward, (*inputs, mask, plan.handle, 0.3, impl))
+    out, lse = block_sparse_forward(*[x.detach() for x in inputs], None, plan.handle, 0.3, impl)
     torch.library.opcheck(
         block_sparse_backward,
-        (torch.randn_like(out), torch.randn_like(lse), *[x.detach() for x in inputs], None, out, lse, plan.handle, 0.3, "auto"),
+        (torch.randn_like(out), torch.randn_like(lse), *[x.detach() for x in inputs], None, out, lse, plan.handle, 0.3, impl),
     )
 
 
