@@ -99,7 +99,7 @@ def chunked(pipe: Any, prompt: str, frames: int, steps: int, seed: int) -> np.nd
 
 
 def films(
-    pipe: Any, prompt: str, subject: str, seed: int, frames: int, steps: int, skip: set[str]
+    pipe: Any, prompt: str, subject: str, seed: int, frames: int, steps: int, skip: set[str], per_level: int = 1
 ) -> Iterator[tuple[str, np.ndarray, float]]:
     """(variant, uint8 film, seconds) of every variant that is not in `skip`."""
     if "chunked" not in skip:
@@ -110,7 +110,7 @@ def films(
         if name not in skip:
             start = time.monotonic()
             call: dict[str, Any] = {"num_frames": frames, "num_inference_steps": steps, "seed": seed, "progress": False}
-            made = long_video(pipe, prompt, ouroboros=settings, **call)
+            made = long_video(pipe, prompt, ouroboros=settings, latents_per_level=per_level, **call)
             if made.stopped is not None:
                 raise GenAttnError(f"a film was {made.stopped} after {made.frames} of {frames} frames; run again to go on")
             yield name, made.video, time.monotonic() - start
@@ -150,6 +150,7 @@ def run(
     first: Annotated[int, typer.Option(help="The first of them; runs that share the work need a table each.")] = 0,
     frames: Annotated[int, typer.Option(help="Frames per film.")] = 253,
     steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 32,
+    per_level: Annotated[int, typer.Option(help="Latents at one level; steps times this must hold a window.")] = 1,
     note: Annotated[str, typer.Option(help="Put into every row, e.g. that the machine was loaded.")] = "",
     table: Annotated[Path, typer.Option(help="The file to add to.")] = TABLE,
 ) -> None:
@@ -164,7 +165,7 @@ def run(
         scene = sample_scene(seed, held_out=True, two_objects=0.0)
         prompt, subject = caption(scene), f"{scene.objects[0].colour} {scene.objects[0].shape}"
         done = _done(prompt, mark, frames, steps, table)
-        for name, video, seconds in films(pipe, prompt, subject, seed, frames, steps, done):
+        for name, video, seconds in films(pipe, prompt, subject, seed, frames, steps, done, per_level):
             row = {
                 "variant": name,
                 "base": base,
@@ -172,6 +173,7 @@ def run(
                 "seed": seed,
                 "model": mark,
                 "steps": steps,
+                "latents_per_level": per_level,
                 "seconds": round(seconds, 1),
             }
             append_rows(table, [{**row, **film_row(video, prompt), "note": note, **provenance(device)}])

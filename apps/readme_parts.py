@@ -173,6 +173,12 @@ def _long_video_ablation() -> str:
     return ablation_markdown(ROOT / TABLE)
 
 
+def _longer_finetuning() -> str:
+    from genattn.apps.finetune_table import finetune_table
+
+    return finetune_table(ROOT / "assets" / "bench" / "finetune.csv")
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "families": families_table,
@@ -181,6 +187,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/command-line.md": {"commands": commands_table},
     "docs/long-video.md": {"bases": _long_video_bases, "ablation": _long_video_ablation},
+    "docs/finetuning.md": {"longer": _longer_finetuning},
     "docs/broadway.md": {
         "motion-modules": lambda: study_table("broadway.csv"),
         "transformer": lambda: study_table("broadway_dit.csv"),
