@@ -3,6 +3,7 @@
 Keys that a whole group sees run without a mask, what is ragged with one, and the two parts are merged by their log-sum-exp.
 """
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,9 @@ from genattn.kernels.cpu_groups import CallRates, Group, groups_of_plan
 _KEPT_BIAS_BYTES = 1 << 30
 _CHUNK_BYTES = 4 << 20
 _FEW_KEYS = 256
+# a second-level cache holds so many keys and values; more queries hide that they are fetched from further away
+_KEYS_AT_ONCE, _MANY_QUERIES = 2048, 192
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 Parts = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -131,11 +135,18 @@ def _parts(
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Parts | None, scale: float | None) -> Parts:
     """Dense attention [B, G, L, D] with its log-sum-exp; bias: (0 or -inf per score, rows that see nothing)."""
     mask, empty = (None, None) if bias is None else (bias[0] if bias[0].ndim == 4 else bias[0][None], bias[1])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    out, lse = _in_cache(q, k, v, scale) if mask is None else _FLASH(q, k, v, attn_mask=mask, scale=scale)
     if empty is not None and bool(empty.any()):
         out = out.masked_fill(empty[..., None], 0.0)
         lse = lse.masked_fill(empty, float("-inf"))
     return out, lse
+
+
+def _in_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Parts:
+    """Attention without a mask, over a few keys at a time where few queries would fetch many keys again for every slice."""
+    few = 1 if q.shape[2] >= _MANY_QUERIES else round(k.shape[2] / _KEYS_AT_ONCE)
+    pieces = zip(k.tensor_split(max(1, few), 2), v.tensor_split(max(1, few), 2))
+    return functools.reduce(_joined, (_FLASH(q, some_k, some_v, scale=scale) for some_k, some_v in pieces))
 
 
 def _joined(one: Parts, other: Parts) -> Parts:

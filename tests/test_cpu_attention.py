@@ -76,6 +76,7 @@ def test_parts_of_a_group_make_one_softmax(monkeypatch, few, kept):
     monkeypatch.setattr(cpu_grouped, "_FEW_KEYS", few)
     monkeypatch.setattr(cpu_grouped, "_KEPT_BIAS_BYTES", kept)
     monkeypatch.setattr(cpu_grouped, "_CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(cpu_grouped, "_KEYS_AT_ONCE", 24)
     monkeypatch.setattr(cpu_groups, "_CALL", 0.0)
     plan = RadialPattern().plan(TokenLayout.from_grid((5, 8, 8), text_after=20), 16, 16)
     inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 3)
