@@ -4,8 +4,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 
-import numpy as np
-
+from genattn.apps.evidence_films import ouroboros_guidance, ouroboros_over_fifo, ouroboros_sacfa, ouroboros_tail
 from genattn.apps.evidence_patterns import growth
 from genattn.apps.evidence_tables import (
     MINIATURE,
@@ -19,10 +18,6 @@ from genattn.apps.evidence_tables import (
     bounds,
     number,
 )
-
-_RUN = ("model", "frames", "steps")
-_FILM = ("subject_consistency", "background_consistency", "motion_smoothness", "temporal_flickering")
-
 
 # ---- HeadHunter and SoftPAG, judged by the oracle on tiny-sd3
 
@@ -176,49 +171,6 @@ def noise_span(tables: Tables) -> Finding:
     return Finding(
         f"VideoCrafter2's schedule, windows of 16: {'; '.join(parts)}", REPRODUCED if falls else NOT, "", tuple(rows)
     )
-
-
-def _films(tables: Tables, later: str, earlier: str) -> Finding:
-    rows = tables.newest("long_video_ablation", *_RUN)
-    chosen = {n: {r["prompt"]: r for r in rows if r["variant"] == n} for n in (later, earlier)}
-    shared = sorted(set(chosen[later]) & set(chosen[earlier]))
-    if len(shared) < 2:
-        raise NotMeasuredError(f"assets/bench/long_video_ablation.csv has fewer than 2 films of both {later!r} and {earlier!r}")
-    parts, lows, highs = [], [], []
-    for name in _FILM:
-        gain = np.array([number(chosen[later][p], name) - number(chosen[earlier][p], name) for p in shared])
-        half = 1.96 * float(gain.std(ddof=1)) / len(gain) ** 0.5
-        lows.append(gain.mean() - half)
-        highs.append(gain.mean() + half)
-        parts.append(f"{name.replace('_', ' ')} {100 * gain.mean():+.2f} ± {100 * half:.2f}")
-    worse = [name.replace("_", " ") for name, high in zip(_FILM, highs) if high < 0]
-    better = [name for name, low in zip(_FILM, lows) if low > 0]
-    good = bool(better) and not worse
-    why = "" if good else f"{', '.join(worse)} fell" if worse else f"no interval excludes 0 with {len(shared)} films"
-    text = f"{rows[-1].get('frames', '')} frames, {len(shared)} prompts, {later} minus {earlier}, points: {'; '.join(parts)}"
-    return Finding(text, MINIATURE if good else NOT, why, tuple(chosen[n][p] for n in chosen for p in shared))
-
-
-def ouroboros_over_fifo(tables: Tables) -> Finding:
-    """All of it against FIFO."""
-    return _films(tables, "+ guidance", "FIFO")
-
-
-def ouroboros_tail(tables: Tables) -> Finding:
-    """The tail alone."""
-    return _films(tables, "+ tail", "FIFO")
-
-
-def ouroboros_sacfa(tables: Tables) -> Finding:
-    """The memory on top of the tail; on a transformer memory frames stand for SACFA."""
-    names = {row["variant"] for row in tables.newest("long_video_ablation", *_RUN)}
-    return _films(tables, "+ SACFA" if "+ SACFA" in names else "+ memory frames", "+ tail")
-
-
-def ouroboros_guidance(tables: Tables) -> Finding:
-    """The guidance on top of both."""
-    names = {row["variant"] for row in tables.newest("long_video_ablation", *_RUN)}
-    return _films(tables, "+ guidance", "+ SACFA" if "+ SACFA" in names else "+ memory frames")
 
 
 # ---- longer by fine-tuning
