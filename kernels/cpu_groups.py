@@ -21,7 +21,7 @@ _GATHER_ROWS = 8  # fetching the keys costs about as much as this many queries
 _CHAIN_SCORES = 1 << 26
 _CALL = 6000.0  # scores that could be computed in the time of a call's overhead
 _SLICES = ((192, 32), (768, 64), (1 << 30, 256))  # below so many queries, slices of so many
-_SHARED_CALL = (1.35, 1.15, 1.0)  # several threads on one call, by the same classes
+_SHARED_CALL = (1.2, 1.05, 1.0)  # several threads on one call, by the same classes
 _MANY_HEADS = 16
 # time per score over that of a square call, without and with a mask, by the same classes; (16-bit type, head dim above 64).
 # Measured on one thread of a Zen 4 core with torch 2.13.
