@@ -133,11 +133,11 @@ def film_row(video: np.ndarray, prompt: str) -> dict[str, Any]:
     }
 
 
-def _done(prompt: str, model: str, frames: int, steps: int, path: Path) -> set[str]:
+def _done(prompt: str, model: str, frames: int, steps: int, per_level: int, path: Path) -> set[str]:
     if not path.is_file():
         return set()
     rows = _read(path)
-    key = {"prompt": prompt, "model": model, "frames": str(frames), "steps": str(steps)}
+    key = {"prompt": prompt, "model": model, "frames": str(frames), "steps": str(steps), "latents_per_level": str(per_level)}
     return {row["variant"] for row in rows if all(row.get(name) == value for name, value in key.items())}
 
 
@@ -164,7 +164,7 @@ def run(
     for seed in range(first, first + prompts):
         scene = sample_scene(seed, held_out=True, two_objects=0.0)
         prompt, subject = caption(scene), f"{scene.objects[0].colour} {scene.objects[0].shape}"
-        done = _done(prompt, mark, frames, steps, table)
+        done = _done(prompt, mark, frames, steps, per_level, table)
         for name, video, seconds in films(pipe, prompt, subject, seed, frames, steps, done, per_level):
             row = {
                 "variant": name,
@@ -249,9 +249,10 @@ def ablation_markdown(path: Path = TABLE) -> str:
             said = verdict(before, after, rises=True) if name in PAPER else "-"
             body.append([name.replace("_", " "), *(f"{mean:.4f} ± {half:.4f}" for mean, half in cells), told, said])
         table = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body))
+        levels = f"{first['steps']} levels of {first.get('latents_per_level') or 1}"
         note = (
             f"{first.get('base') or 'tiny-wan'}, {count} held-out captions, one film of {first['frames']} frames each, "
-            f"{first['steps']} levels; mean and 95 % interval, the last column paired by caption. {first['device']}, "
+            f"{levels}; mean and 95 % interval, the last column paired by caption. {first['device']}, "
             f"torch {first['torch_version']}, diffusers {first['diffusers_version']}, {first['date']}."
         )
         parts.append(f"{table}\n\n<sub>{note}</sub>")

@@ -47,10 +47,16 @@ def _finding(tables: Tables, later: Sequence[str], earlier: Sequence[str], least
     """Over every model with such films; reproduced only if at least so many measures rise, and none falls, on each of them."""
     rows = tables.rows(TABLE)
     models = dict.fromkeys(row.get("model", "") for row in rows)
-    changes = [_change([row for row in rows if row.get("model", "") == model], later, earlier, least) for model in models]
+    runs = [_last_run([row for row in rows if row.get("model", "") == model]) for model in models]
+    changes = [_change(run, later, earlier, least) for run in runs]
     told = "; ".join(change.why for change in changes if change.why)
     text = "; ".join(change.text for change in changes)
     return Finding(text, NOT if told else MINIATURE, told, tuple(row for change in changes for row in change.rows))
+
+
+def _last_run(rows: Sequence[Row]) -> list[Row]:
+    """Films as long and in as many levels as the last: others cannot be compared."""
+    return [row for row in rows if all(row.get(mark) == rows[-1].get(mark) for mark in ("frames", "steps"))]
 
 
 def _change(rows: Sequence[Row], later: Sequence[str], earlier: Sequence[str], least: int) -> _Change:

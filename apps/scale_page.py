@@ -169,7 +169,8 @@ def _counted(tables: Tables) -> str:
         "own arithmetic is not counted by torch on this device. `python -m genattn.apps.bench_scale`, "
         f"{first['date']}, commit {first['commit']}."
     )
-    head = ["clip, GPUs", "memory GB", "model", "exchanged GB", "model", "PFLOPs without attention", "model", "gathered GB"]
+    off = "model is off by"
+    head = ["clip, GPUs", "memory GB", off, "exchanged GB", off, "PFLOPs without attention", off, "gathered GB"]
     return f"{title}\n\n{text}\n\n{_table(head, lines)}"
 
 

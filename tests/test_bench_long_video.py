@@ -17,7 +17,17 @@ def table(tmp_path):
         for variant, value in zip(("FIFO", "+ tail"), values):
             if value is not None:
                 row = dict.fromkeys(bench.MEASURES, str(value))
-                rows.append({"variant": variant, "prompt": prompt, "model": "m", "frames": "61", "steps": "8", **row})
+                rows.append(
+                    {
+                        "variant": variant,
+                        "prompt": prompt,
+                        "model": "m",
+                        "frames": "61",
+                        "steps": "8",
+                        "latents_per_level": "1",
+                        **row,
+                    }
+                )
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -89,10 +99,11 @@ def test_every_film_of_the_ablation_is_made_on_both_routes(family):
 
 
 def test_films_that_are_there_are_not_made_again(table):
-    assert bench._done("a", "m", 61, 8, table) == {"FIFO", "+ tail"}
-    assert bench._done("c", "m", 61, 8, table) == {"FIFO"}
-    assert bench._done("a", "other", 61, 8, table) == set()
-    assert bench._done("a", "m", 61, 8, table.with_name("none.csv")) == set()
+    assert bench._done("a", "m", 61, 8, 1, table) == {"FIFO", "+ tail"}
+    assert bench._done("c", "m", 61, 8, 1, table) == {"FIFO"}
+    assert bench._done("a", "m", 61, 8, 2, table) == set(), "two latents at a level are another queue"
+    assert bench._done("a", "other", 61, 8, 1, table) == set()
+    assert bench._done("a", "m", 61, 8, 1, table.with_name("none.csv")) == set()
 
 
 def test_each_variant_adds_one_part():

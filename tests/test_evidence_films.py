@@ -58,6 +58,14 @@ def test_every_model_must_bear_it_out(tmp_path):
     assert (found.verdict, found.why) == (NOT, "b: no interval excludes 0 with 3 films")
 
 
+def test_films_of_another_length_do_not_count(tmp_path):
+    shorter = [row | {"frames": 61} for row in _films("a", "+ tail", subject_consistency=-0.3)]
+    films = shorter + _films("a", "FIFO") + _films("a", "+ tail", subject_consistency=0.1)
+    found = ouroboros_tail(_tables(tmp_path, films))
+    assert found.verdict == MINIATURE
+    assert len(found.rows) == 6
+
+
 def test_too_few_films(tmp_path):
     films = _films("a", "FIFO")[:1] + _films("a", "+ tail")
     with pytest.raises(NotMeasuredError, match="fewer than 2 films of both"):
