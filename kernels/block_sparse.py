@@ -59,7 +59,8 @@ def block_sparse_attention(
         out, lse = reference_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
     else:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        out, lse = block_sparse_forward(query, key, value, key_mask, plan.handle, factor, chosen)
+        with_lse = return_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
+        out, lse = block_sparse_forward(query, key, value, key_mask, plan.handle, factor, chosen, with_lse)
     return (out, lse) if return_lse else out
 
 

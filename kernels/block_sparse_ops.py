@@ -19,7 +19,6 @@ NAMED_IMPLS = ("triton-int8", "triton-full")  # never taken unless named
 _FORWARD = {
     "triton": triton_forward,
     "cpu": native_attention,
-    "grouped": grouped_attention,
     "triton-int8": triton_int8_forward,
     "triton-full": full_tiles_forward,
 }
@@ -51,18 +50,22 @@ def block_sparse_forward(
     handle: torch.Tensor,
     scale: float,
     impl: str,
+    with_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [B, Sq, H, D], lse [B, Sq, H]) of the plan behind `handle`."""
+    """(out [B, Sq, H, D], lse [B, Sq, H]) of the plan behind `handle`; lse is [0], and no gradient, without `with_lse`."""
     plan = plan_of_handle(handle).to(query.device)
-    run = _FORWARD[_settle(impl, query, plan, scale)]
-    out, lse = run(query, key, value, plan, scale=scale, key_mask=key_mask)  # type: ignore[operator]
-    return out.contiguous(), lse.contiguous()
+    name = _settle(impl, query, plan, scale)
+    if name == "grouped":
+        out, lse = grouped_attention(query, key, value, plan, scale=scale, key_mask=key_mask, with_lse=with_lse)
+    else:
+        out, lse = _FORWARD[name](query, key, value, plan, scale=scale, key_mask=key_mask)  # type: ignore[operator]
+    return out.contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
 
 
 @block_sparse_forward.register_fake
-def _(query, key, value, key_mask, handle, scale, impl):  # type: ignore[no-untyped-def]
+def _(query, key, value, key_mask, handle, scale, impl, with_lse=True):  # type: ignore[no-untyped-def]
     lse_type = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_type)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3] if with_lse else 0, dtype=lse_type)
 
 
 @torch.library.custom_op("genattn::block_sparse_backward", mutates_args=())
@@ -94,7 +97,7 @@ def _(grad_out, grad_lse, query, key, value, key_mask, out, lse, handle, scale, 
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, handle, ctx.scale, ctx.impl = inputs
+    query, key, value, key_mask, handle, ctx.scale, ctx.impl, ctx.with_lse = inputs
     ctx.save_for_backward(query, key, value, key_mask, handle, *output)
     if type(handle) is torch.Tensor:
         # the plan must outlive this graph; under a tracer the handle is a stand-in
@@ -102,11 +105,13 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _grads(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    if not ctx.with_lse:
+        raise RuntimeError("with_lse must be True where gradients are wanted, got False")
     query, key, value, key_mask, handle, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     grads = block_sparse_backward(grad_out, grad_lse, query, key, value, key_mask, out, lse, handle, ctx.scale, ctx.impl)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 block_sparse_forward.register_autograd(_grads, setup_context=_save)

@@ -7,7 +7,7 @@ dq += ds k,   dk += ds^T q,   dv += p^T do
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.cpu_groups import CallRates, Group, groups_of_plan
+from genattn.kernels.cpu_groups import Group, groups_of_plan
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -35,7 +35,7 @@ def grouped_backward(
     lse = lse.to(compute).masked_fill(torch.isneginf(lse), float("inf"))
     heads = [x.to(compute).transpose(1, 2) for x in (query, key, value, grad_out)]
     grads = [torch.zeros(x.shape, dtype=compute) for x in heads[:3]]
-    lists = groups_of_plan(plan, CallRates.of(query, plan))
+    lists = groups_of_plan(plan)
     group = query.shape[2] // key.shape[2]
     for head in range(query.shape[2]):
         for part in lists[head if len(lists) > 1 else 0]:
@@ -67,8 +67,8 @@ def _add(
         hidden = ~key_mask[:, keys, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     scores = query @ key.mT * scale
-    if part.mask is not None:
-        scores[..., part.whole :].masked_fill_(~part.mask[piece], float("-inf"))
+    for _, _, place in part.spans(piece[0], piece[0] + 1):
+        scores[..., part.whole :].masked_fill_(~part.masks[place, piece[1]], float("-inf"))
     if key_mask is not None:
         scores = scores.masked_fill(hidden.mT, float("-inf"))
     probs = (scores - lse[:, queries, None]).exp()

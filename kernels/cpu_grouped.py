@@ -1,22 +1,26 @@
-"""Block-sparse attention on the CPU without a compiler: dense SDPA over the groups of cpu_groups.py.
+"""Block-sparse attention on the CPU without a compiler: batched matrix products over the groups of cpu_groups.py.
 
-Keys that a whole group sees run without a mask, what is ragged with one, and the two parts are merged by their log-sum-exp.
+    s = scale q k^T (+ a large negative number where a query does not see a key)
+    p = softmax(s),   lse = max s - log max p,   out = p v
+
+The scores of a few runs at a time stay in the caches. Dense SDPA would slice the queries again, 32 at a time where there are
+few, and is a quarter slower then.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.cpu_groups import CallRates, Group, groups_of_plan
+from genattn.kernels.cpu_groups import LINE, Group, groups_of_plan
 
 _KEPT_BIAS_BYTES = 1 << 30
-_CHUNK_BYTES = 4 << 20
-_FEW_KEYS = 256
-# a second-level cache holds so many keys and values; more queries hide that they are fetched from further away
-_KEYS_AT_ONCE, _MANY_QUERIES = 2048, 192
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# scores of a run, and scores, keys and values of a thread, at a time: more leave the caches, fewer cost calls
+_SCORES_OF_RUN, _NUMBERS_OF_THREAD = 1 << 19, 2_000_000
+_QUERIES_AT_ONCE, _FEWEST_KEYS, _FEWEST_QUERIES = 512, 512, 32
+_UNSEEN = -1e30  # not -inf: a row that sees none of some keys must still join those it sees
 Parts = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -25,7 +29,7 @@ def why_not_grouped(query: torch.Tensor, plan: BlockPlan) -> str | None:
     if query.device.type != "cpu":
         return f"it is for CPU tensors, got {query.device.type}"
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"the dtype must be a floating type that SDPA takes, got {query.dtype}"
+        return f"the dtype must be a floating type of 16 bits or more, got {query.dtype}"
     return None
 
 
@@ -37,149 +41,245 @@ def grouped_attention(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
+    with_lse: bool = True,
 ) -> Parts:
-    """Forward only; shapes and meaning as in `reference_attention`."""
+    """Forward only; shapes and meaning as in `reference_attention`. Without `with_lse` the second result is undefined."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    bias = None
     if key_mask is not None:
-        key = key.masked_fill(~key_mask[:, :, None, None], 0.0)
-        value = value.masked_fill(~key_mask[:, :, None, None], 0.0)
-    rates = CallRates.of(query, plan)
-    group = query.shape[2] // key.shape[2]
-    out = torch.zeros(query.shape, dtype=query.dtype)
-    lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32))
-    lists = groups_of_plan(plan, rates)
-    biases = _biases(plan, query.dtype, rates) if key_mask is None else None
-    for row, groups in enumerate(lists):
-        heads = slice(None) if len(lists) == 1 else slice(row, row + 1)
-        kv_heads = slice(None) if len(lists) == 1 else slice(row // group, row // group + 1)
-        inputs = query[:, :, heads], key[:, :, kv_heads], value[:, :, kv_heads]
-        for place, part in enumerate(groups):
-            bias = None if biases is None else biases[row][place]
-            _serve(part, bias, inputs, key_mask, scale, out[:, :, heads], lse[:, :, heads])
-    return out, lse
+        key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
+        bias = torch.zeros(key_mask.shape, dtype=compute).masked_fill_(~key_mask, _UNSEEN)
+    out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    lse = query.new_full(out.shape[:3], _UNSEEN, dtype=compute)
+    lists, scratch = groups_of_plan(plan), _Scratch()
+    for heads in _head_blocks(query.shape[0], query.shape[2], len(lists)):
+        parts = lists[heads.start if len(lists) > 1 else 0]
+        served = _heads((query, key, value), bias, (out, lse), heads, compute)
+        call = _Call(
+            served,
+            query.shape[3] ** -0.5 if scale is None else scale,
+            with_lse or bias is not None or any(part.again for part in parts),
+            scratch,
+        )
+        for part in parts:
+            _serve(part, _bias_of(part, plan, compute), call)
+    blind = lse < _UNSEEN / 2
+    if bool(blind.any()):
+        out.masked_fill_(blind[..., None], 0.0)
+        lse.masked_fill_(blind, float("-inf"))
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _serve(
-    part: Group,
-    bias: Parts | None,
+class _Scratch:
+    """Memory that is there: new pages at every step cost more than the products."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor with undefined contents."""
+        size, held = math.prod(shape), self._held.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(shape)
+
+    def rows(self, name: str, tensors: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+        """[N * G, L, D] of N tensors [S, D] by int64 index [G, L]."""
+        lanes, dim = index.flatten(), tensors[0].shape[1]
+        flat = self.take(name, (len(tensors), lanes.numel(), dim), tensors[0].dtype)
+        for tensor, rows in zip(tensors, flat):
+            torch.index_select(tensor, 0, lanes, out=rows)
+        return flat.view(-1, index.shape[1], dim)
+
+
+class _Head(NamedTuple):
+    """One head of one sample. query [Sq, D], key and value [Sk, D], key_bias [Sk]; out [Sq, D] and lse [Sq] are written."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_bias: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class _Call(NamedTuple):
+    """What all groups of a call share."""
+
+    heads: list[_Head]
+    scale: float
+    with_lse: bool
+    scratch: _Scratch
+
+
+def _head_blocks(batch: int, heads: int, lists: int) -> list[slice]:
+    """Heads served together: enough to keep the threads busy where runs are few; one where each has its list."""
+    step = 1 if lists > 1 else max(1, torch.get_num_threads() // batch)
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
+
+def _heads(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    key_mask: torch.Tensor | None,
-    scale: float | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Write what a group answers into `out` [B, S, H, D] and `lse` [B, S, H], a few of its runs at a time."""
-    query, key, value = inputs
-    batch, _, heads, dim = query.shape
-    repeat = heads // key.shape[2]
-    runs = part.queries.shape[0]
-    step = _CHUNK_BYTES // (2 * batch * heads * dim * part.keys.shape[1] * query.element_size())
-    step = min(max(1, step), runs)
-    scratch = [
-        x.new_empty(batch * step * n * x.shape[2] * dim)
-        for x, n in zip(inputs, (part.queries.shape[1], *2 * (part.keys.shape[1],)))
+    bias: torch.Tensor | None,
+    results: Parts,
+    heads: slice,
+    compute: torch.dtype,
+) -> list[_Head]:
+    """Some heads of every sample of [B, S, H, D] inputs, copied only where they are not contiguous or not of the type."""
+    group, kept = inputs[0].shape[2] // inputs[1].shape[2], inputs[2].dtype if _multiplies(inputs[2].dtype) else compute
+    shared = slice(heads.start // group, (heads.stop - 1) // group + 1)
+    query, key, value = (
+        tensor[:, :, some].transpose(1, 2).to(dtype).contiguous()
+        for tensor, some, dtype in zip(inputs, (heads, shared, shared), (compute, compute, kept))
+    )
+    return [
+        _Head(
+            query[sample, head - heads.start],
+            key[sample, head // group - shared.start],
+            value[sample, head // group - shared.start],
+            None if bias is None else bias[sample],
+            *(result[sample, head] for result in results),
+        )
+        for sample in range(len(query))
+        for head in range(heads.start, heads.stop)
     ]
-    for first in range(0, runs, step):
-        some = slice(first, first + step)
-        queries, keys = part.queries[some], part.keys[some]
-        gathered = (
-            _rows(query, queries, scratch[0]),
-            _rows(key, keys, scratch[1], repeat),
-            _rows(value, keys, scratch[2], repeat),
-        )
-        answer, sums = _parts(part, some, bias, gathered, key_mask, scale)
-        answer, sums = (x.unflatten(0, (batch, heads)).flatten(2, 3).transpose(1, 2) for x in (answer, sums))
-        out.index_copy_(1, queries.flatten(), answer)
-        lse.index_copy_(1, queries.flatten(), sums.to(lse.dtype))
 
 
-def _rows(tensor: torch.Tensor, index: torch.Tensor, scratch: torch.Tensor, repeat: int = 1) -> torch.Tensor:
-    """[B * H * repeat, G, L, D] of a [B, S, H, D] tensor by int64 index [G, L], in memory of `scratch`.
-
-    Indexing by lists is four times as slow, and memory that is new at every step costs more than the copy.
-    """
-    shape = tensor.shape[0], index.numel(), *tensor.shape[2:]
-    rows = scratch[: math.prod(shape)].view(shape)
-    torch.index_select(tensor, 1, index.flatten(), out=rows)
-    rows = rows.unflatten(1, index.shape)
-    if repeat > 1:
-        rows = rows.repeat_interleave(repeat, 3)
-    return rows.permute(0, 3, 1, 2, 4).flatten(0, 1)
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this machine multiplies matrices of a 16-bit type faster than it would after a conversion."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    known = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in known and bool(known[dtype]())
 
 
-def _parts(
-    part: Group,
-    some: slice,
-    bias: Parts | None,
-    gathered: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    key_mask: torch.Tensor | None,
-    scale: float | None,
-) -> Parts:
-    """(out [B * H, G, Lq, D], lse [B * H, G, Lq]) of some of a group's runs."""
-    q, k, v = gathered
-    if key_mask is not None:
-        mask = _with_key_mask(part, some, key_mask, q.shape[0])
-        return _sdpa(q, k, v, _as_bias(mask, q.dtype), scale)
-    if part.mask is None:
-        return _sdpa(q, k, v, None, scale)
-    ragged = _as_bias(part.mask[some], q.dtype) if bias is None else (bias[0][some], bias[1][some])
-    if part.whole < _FEW_KEYS:  # not worth a call of its own
-        left = ragged[0].new_zeros(*ragged[0].shape[:2], part.whole)
-        # a row that sees none of the ragged keys still sees the whole ones
-        hidden = ragged[0].masked_fill(ragged[1][..., None], float("-inf")) if part.whole else ragged[0]
-        empty = ragged[1] & (part.whole == 0)
-        return _sdpa(q, k, v, (torch.cat([left, hidden], -1) if part.whole else hidden, empty), scale)
-    whole = _sdpa(q, k[:, :, : part.whole], v[:, :, : part.whole], None, scale)
-    return _joined(whole, _sdpa(q, k[:, :, part.whole :], v[:, :, part.whole :], ragged, scale))
-
-
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Parts | None, scale: float | None) -> Parts:
-    """Dense attention [B, G, L, D] with its log-sum-exp; bias: (0 or -inf per score, rows that see nothing)."""
-    mask, empty = (None, None) if bias is None else (bias[0] if bias[0].ndim == 4 else bias[0][None], bias[1])
-    out, lse = _in_cache(q, k, v, scale) if mask is None else _FLASH(q, k, v, attn_mask=mask, scale=scale)
-    if empty is not None and bool(empty.any()):
-        out = out.masked_fill(empty[..., None], 0.0)
-        lse = lse.masked_fill(empty, float("-inf"))
-    return out, lse
-
-
-def _in_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> Parts:
-    """Attention without a mask, over a few keys at a time where few queries would fetch many keys again for every slice."""
-    few = 1 if q.shape[2] >= _MANY_QUERIES else round(k.shape[2] / _KEYS_AT_ONCE)
-    pieces = zip(k.tensor_split(max(1, few), 2), v.tensor_split(max(1, few), 2))
-    return functools.reduce(_joined, (_FLASH(q, some_k, some_v, scale=scale) for some_k, some_v in pieces))
-
-
-def _joined(one: Parts, other: Parts) -> Parts:
-    """One softmax over the keys of both; the first sees at least one key everywhere."""
-    lse = torch.logaddexp(one[1], other[1])
-    weight = (other[1] - lse).exp().to(one[0].dtype)[..., None]
-    return one[0].lerp(other[0], weight), lse
-
-
-def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> Parts:
-    """(0 or -inf, rows that see nothing); those rows are 0, or SDPA would make them NaN."""
-    empty = ~mask.any(-1)
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~(mask | empty[..., None]), float("-inf")), empty
-
-
-def _biases(plan: BlockPlan, dtype: torch.dtype, rates: CallRates) -> list[list[Parts | None]] | None:
-    """The masks as SDPA takes them, kept in the plan; None where they would take too much memory."""
-    name = ("biases", dtype, rates)
+def _bias_of(part: Group, plan: BlockPlan, dtype: torch.dtype) -> torch.Tensor | None:
+    """The group's masks [U, Lq, Lr] as something to add, kept in the plan; None where they would take too much memory."""
+    name = ("bias", id(part), dtype)
     if name not in plan.cache:
-        lists = groups_of_plan(plan, rates)
-        scores = sum(part.mask.numel() for groups in lists for part in groups if part.mask is not None)
-        fits = scores * dtype.itemsize <= _KEPT_BIAS_BYTES
-        plan.cache[name] = (
-            [[None if p.mask is None else _as_bias(p.mask, dtype) for p in groups] for groups in lists] if fits else None
-        )
+        fits = part.masks.numel() * dtype.itemsize <= _KEPT_BIAS_BYTES
+        plan.cache[name] = _as_bias(part.masks, dtype) if fits else None
     return plan.cache[name]  # type: ignore[return-value]
 
 
-def _with_key_mask(part: Group, some: slice, key_mask: torch.Tensor, rows: int) -> torch.Tensor:
-    """Bool [B * H, G, Lq, Lk]: the group's mask under a key mask per sample."""
-    keys, queries = part.keys[some], part.queries[some]
-    seen = torch.ones(*queries.shape, keys.shape[1], dtype=torch.bool)
-    if part.mask is not None:
-        seen[..., part.whole :] = part.mask[some]
-    shown = key_mask[:, keys].repeat_interleave(rows // key_mask.shape[0], 0)
-    return seen & shown[:, :, None, :]
+def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, _UNSEEN)
+
+
+def _serve(part: Group, bias: torch.Tensor | None, call: _Call) -> None:
+    """Write what a group answers, a few of its runs at a time."""
+    heads, scratch, pieces = call.heads, call.scratch, _key_pieces(part)
+    with_lse = call.with_lse or len(pieces) > 1 or not part.all_see
+    for first, last, start, stop in _steps(part, len(heads), heads[0].query.shape[1]):
+        rows, keys = part.queries[first:last, start:stop], part.keys[first:last]
+        q = scratch.rows("q", [head.query for head in heads], _split(rows) if len(heads) == 1 else rows)
+        outs = scratch.take("outs", (len(pieces), *q.shape), heads[0].value.dtype)
+        most, peak = (scratch.take(name, (len(pieces), *q.shape[:2]), q.dtype) for name in ("most", "peak"))
+        for place, (begin, end) in enumerate(pieces):
+            chosen = keys[:, begin:end]
+            scores = _scores(q, scratch.rows("key", [head.key for head in heads], chosen), call)
+            runs = scores.view(len(heads), last - first, -1, end - begin)[:, :, : stop - start]
+            for a, b, mask in part.spans(first, last):
+                _hide(runs[:, a - first : b - first], part.whole - begin, _mask(part, bias, mask, q.dtype)[start:stop])
+            for head, seen in zip(heads, runs):
+                if head.key_bias is not None:
+                    seen.add_(head.key_bias[chosen][:, None])
+            probs = _softmax(scores, (most[place], peak[place]) if with_lse else None)
+            value = scratch.rows("value", [head.value for head in heads], chosen).expand(len(q), -1, -1)
+            torch.bmm(_as_type(probs, value.dtype, scratch), value, out=outs[place])
+        answer, sums = _joined(outs, most - peak.log() if with_lse else None)
+        answer, sums = (x.view(len(heads), last - first, -1, *x.shape[2:])[:, :, : stop - start] for x in (answer, sums))
+        for head, some_out, some_lse in zip(heads, answer, sums):
+            _write(head, rows.flatten(), some_out.flatten(0, 1), some_lse.flatten(), part.again)
+
+
+def _steps(part: Group, heads: int, dim: int) -> list[tuple[int, int, int, int]]:
+    """(first run, last run, first query, last query) of what is computed together, so that every thread has work."""
+    runs, queries = part.queries.shape
+    threads = torch.get_num_threads()
+    first, last = _key_pieces(part)[0]
+    fitting = round(_NUMBERS_OF_THREAD / ((last - first) * (min(queries, _QUERIES_AT_ONCE) + 2 * dim)))
+    step = max(1, max(1, fitting) * threads // heads)
+    return [
+        (*some, start, min(start + _QUERIES_AT_ONCE, queries))
+        for begin in range(0, runs, step)
+        for some in _even(begin, min(begin + step, runs), max(1, threads // heads))
+        for start in range(0, queries, _QUERIES_AT_ONCE)
+    ]
+
+
+def _even(first: int, last: int, threads: int) -> list[tuple[int, int]]:
+    """Runs that can be dealt to all threads, then the rest one by one."""
+    cut = last - (last - first) % threads
+    return [(first, cut)] * (cut > first) + [(run, run + 1) for run in range(cut, last)]
+
+
+def _split(rows: torch.Tensor) -> torch.Tensor:
+    """A single run [1, L] as a part for each thread, [T, L / T], the last query repeated; several runs as they are."""
+    parts = min(torch.get_num_threads(), rows.shape[1] // _FEWEST_QUERIES)
+    if len(rows) > 1 or parts < 2:
+        return rows
+    missing = -rows.shape[1] % parts
+    return torch.cat([rows, rows[:, -1:].expand(-1, missing)], 1).view(parts, -1)
+
+
+def _key_pieces(part: Group) -> list[tuple[int, int]]:
+    """Keys [first, last) taken at once: about equally many, whole cache lines of scores."""
+    keys = part.keys.shape[1]
+    most = max(_FEWEST_KEYS, _SCORES_OF_RUN // min(part.queries.shape[1], _QUERIES_AT_ONCE))
+    step = -(-keys // -(-keys // most) // LINE) * LINE
+    return [(first, min(first + step, keys)) for first in range(0, keys, step)]
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, call: _Call) -> torch.Tensor:
+    """[N, Lq, n] of [N, Lq, D] and [N, n, D]; one set of keys may serve all."""
+    scores = call.scratch.take("scores", (*query.shape[:2], key.shape[1]), query.dtype)
+    return torch.baddbmm(scores, query, key.expand(len(query), -1, -1).mT, beta=0.0, alpha=call.scale, out=scores)
+
+
+def _mask(part: Group, bias: torch.Tensor | None, place: int, dtype: torch.dtype) -> torch.Tensor:
+    return _as_bias(part.masks[place], dtype) if bias is None else bias[place]
+
+
+def _hide(scores: torch.Tensor, whole: int, bias: torch.Tensor) -> None:
+    """Add the bias [Lq, Lr] of all keys but the first to what is there of them in scores [N, G, Lq, n], from `whole` on."""
+    begin = max(0, whole)
+    if begin < scores.shape[3]:
+        scores[..., begin:].add_(bias[:, begin - whole : scores.shape[3] - whole])
+
+
+def _softmax(scores: torch.Tensor, ends: Parts | None) -> torch.Tensor:
+    """Softmax over the last dimension in place; its largest score and probability go to `ends`, lse = most - log peak."""
+    if ends is None:
+        return torch.softmax(scores, -1, out=scores)
+    torch.amax(scores, -1, out=ends[0])
+    torch.softmax(scores, -1, out=scores)
+    torch.amax(scores, -1, out=ends[1])
+    return scores
+
+
+def _as_type(probs: torch.Tensor, dtype: torch.dtype, scratch: _Scratch) -> torch.Tensor:
+    return probs if probs.dtype == dtype else scratch.take("probs", tuple(probs.shape), dtype).copy_(probs)
+
+
+def _joined(outs: torch.Tensor, lse: torch.Tensor | None) -> Parts:
+    """(out [N, L, D], lse [N, L]) of one softmax over the keys of all pieces [P, N, L, D]; lse is 0 where there is none."""
+    if lse is None:
+        return outs[0], outs.new_zeros(outs.shape[1:3], dtype=torch.promote_types(outs.dtype, torch.float32))
+    if len(outs) == 1:
+        return outs[0], lse[0]
+    return (outs * lse.softmax(0)[..., None]).sum(0), lse.logsumexp(0)
+
+
+def _write(head: _Head, index: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, again: bool) -> None:
+    """Store the answers [n, D] of the queries, or join them with those that are there."""
+    if again:
+        before, lse_before = head.out.index_select(0, index), head.lse.index_select(0, index)
+        out = before.to(lse.dtype).lerp(out.to(lse.dtype), (lse - lse_before).sigmoid()[:, None])
+        lse = torch.logaddexp(lse, lse_before)
+    head.out.index_copy_(0, index, out.to(head.out.dtype))
+    head.lse.index_copy_(0, index, lse)
