@@ -54,9 +54,10 @@ def grouped_attention(
     lists, scratch = groups_of_plan(plan), _Scratch()
     for heads in _head_blocks(query.shape[0], query.shape[2], len(lists)):
         parts = lists[heads.start if len(lists) > 1 else 0]
-        served = _heads((query, key, value), bias, (out, lse), heads, compute)
         call = _Call(
-            served,
+            *_heads_of((query, key, value), heads, compute),
+            () if bias is None else tuple(bias.repeat_interleave(heads.stop - heads.start, 0)),
+            *(tuple(result[:, heads].flatten(0, 1)) for result in (out, lse)),
             query.shape[3] ** -0.5 if scale is None else scale,
             with_lse or bias is not None or any(part.again for part in parts),
             scratch,
@@ -75,38 +76,40 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor with undefined contents."""
-        size, held = math.prod(shape), self._held.get((name, dtype))
-        if held is None or held.numel() < size:
-            held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
-        return held[:size].view(shape)
+        view = self._views.get((name, shape, dtype))
+        if view is None:
+            size, held = math.prod(shape), self._held.get((name, dtype))
+            if held is None or held.numel() < size:
+                held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
+            view = self._views[name, shape, dtype] = held[:size].view(shape)
+        return view
 
-    def rows(self, name: str, tensors: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
-        """[N * G, L, D] of N tensors [S, D] by int64 index [G, L]."""
-        lanes, dim = index.flatten(), tensors[0].shape[1]
-        flat = self.take(name, (len(tensors), lanes.numel(), dim), tensors[0].dtype)
-        for tensor, rows in zip(tensors, flat):
+    def rows(self, name: str, tensors: tuple[torch.Tensor, ...], lanes: torch.Tensor, length: int) -> torch.Tensor:
+        """[N * G, L, D] of N tensors [S, D] by the index of lanes [G * L]."""
+        count, dim = lanes.shape[0], tensors[0].shape[1]
+        flat = self.take(name, (len(tensors) * count // length, length, dim), tensors[0].dtype)
+        for place, tensor in enumerate(tensors):
+            rows = self.take(name, (len(tensors), count, dim), tensor.dtype)[place]
             torch.index_select(tensor, 0, lanes, out=rows)
-        return flat.view(-1, index.shape[1], dim)
-
-
-class _Head(NamedTuple):
-    """One head of one sample. query [Sq, D], key and value [Sk, D], key_bias [Sk]; out [Sq, D] and lse [Sq] are written."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    key_bias: torch.Tensor | None
-    out: torch.Tensor
-    lse: torch.Tensor
+        return flat
 
 
 class _Call(NamedTuple):
-    """What all groups of a call share."""
+    """Heads of samples served together, and what all groups share.
 
-    heads: list[_Head]
+    Of each head: query [Sq, D], key and value [Sk, D], key_bias [Sk] or none; out [Sq, D] and lse [Sq] are written.
+    """
+
+    query: tuple[torch.Tensor, ...]
+    key: tuple[torch.Tensor, ...]
+    value: tuple[torch.Tensor, ...]
+    key_bias: tuple[torch.Tensor, ...]
+    out: tuple[torch.Tensor, ...]
+    lse: tuple[torch.Tensor, ...]
     scale: float
     with_lse: bool
     scratch: _Scratch
@@ -118,30 +121,20 @@ def _head_blocks(batch: int, heads: int, lists: int) -> list[slice]:
     return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
-def _heads(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    results: Parts,
-    heads: slice,
-    compute: torch.dtype,
-) -> list[_Head]:
-    """Some heads of every sample of [B, S, H, D] inputs, copied only where they are not contiguous or not of the type."""
+def _heads_of(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], heads: slice, compute: torch.dtype
+) -> list[tuple[torch.Tensor, ...]]:
+    """Query, key and value of some heads of every sample of [B, S, H, D]; copied where strides or types are other ones."""
     group, kept = inputs[0].shape[2] // inputs[1].shape[2], inputs[2].dtype if _multiplies(inputs[2].dtype) else compute
     shared = slice(heads.start // group, (heads.stop - 1) // group + 1)
-    query, key, value = (
+    blocks = [
         tensor[:, :, some].transpose(1, 2).to(dtype).contiguous()
         for tensor, some, dtype in zip(inputs, (heads, shared, shared), (compute, compute, kept))
-    )
+    ]
+    places = [(head - heads.start, head // group - shared.start) for head in range(heads.start, heads.stop)]
     return [
-        _Head(
-            query[sample, head - heads.start],
-            key[sample, head // group - shared.start],
-            value[sample, head // group - shared.start],
-            None if bias is None else bias[sample],
-            *(result[sample, head] for result in results),
-        )
-        for sample in range(len(query))
-        for head in range(heads.start, heads.stop)
+        tuple(block[sample, place[of]] for sample in range(len(block)) for place in places)
+        for block, of in zip(blocks, (0, 1, 1))
     ]
 
 
@@ -172,29 +165,28 @@ def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _serve(part: Group, bias: torch.Tensor | None, call: _Call) -> None:
     """Write what a group answers, a few of its runs at a time."""
-    heads, scratch, pieces = call.heads, call.scratch, _key_pieces(part)
+    pieces = _key_pieces(part)
     with_lse = call.with_lse or len(pieces) > 1 or not part.all_see
-    for first, last, start, stop in _steps(part, len(heads), heads[0].query.shape[1]):
-        rows, keys = part.queries[first:last, start:stop], part.keys[first:last]
-        q = scratch.rows("q", [head.query for head in heads], _split(rows) if len(heads) == 1 else rows)
-        outs = scratch.take("outs", (len(pieces), *q.shape), heads[0].value.dtype)
-        most, peak = (scratch.take(name, (len(pieces), *q.shape[:2]), q.dtype) for name in ("most", "peak"))
+    for first, last, start, stop in _steps(part, len(call.query), call.query[0].shape[1]):
+        rows, keys, runs = part.queries[first:last, start:stop], part.keys[first:last], last - first
+        lanes = _split(rows) if len(call.query) == 1 else rows
+        query = call.scratch.rows("query", call.query, lanes.flatten(), lanes.shape[1])
+        spans = [(a - first, b - first, _mask(part, bias, u, query.dtype)[start:stop]) for a, b, u in part.spans(first, last)]
+        outs = call.scratch.take("outs", (len(pieces), *query.shape), call.value[0].dtype)
+        ends = [call.scratch.take(name, (len(pieces), *query.shape[:2]), query.dtype) for name in ("most", "peak")]
         for place, (begin, end) in enumerate(pieces):
-            chosen = keys[:, begin:end]
-            scores = _scores(q, scratch.rows("key", [head.key for head in heads], chosen), call)
-            runs = scores.view(len(heads), last - first, -1, end - begin)[:, :, : stop - start]
-            for a, b, mask in part.spans(first, last):
-                _hide(runs[:, a - first : b - first], part.whole - begin, _mask(part, bias, mask, q.dtype)[start:stop])
-            for head, seen in zip(heads, runs):
-                if head.key_bias is not None:
-                    seen.add_(head.key_bias[chosen][:, None])
-            probs = _softmax(scores, (most[place], peak[place]) if with_lse else None)
-            value = scratch.rows("value", [head.value for head in heads], chosen).expand(len(q), -1, -1)
-            torch.bmm(_as_type(probs, value.dtype, scratch), value, out=outs[place])
-        answer, sums = _joined(outs, most - peak.log() if with_lse else None)
-        answer, sums = (x.view(len(heads), last - first, -1, *x.shape[2:])[:, :, : stop - start] for x in (answer, sums))
-        for head, some_out, some_lse in zip(heads, answer, sums):
-            _write(head, rows.flatten(), some_out.flatten(0, 1), some_lse.flatten(), part.again)
+            chosen = keys[:, begin:end].flatten()
+            scores = _scores(query, call.scratch.rows("key", call.key, chosen, end - begin), call)
+            by_run = scores.view(len(call.query), runs, -1, end - begin)[:, :, : stop - start]
+            if end > part.whole:
+                _hide(by_run, part.whole - begin, spans)
+            for seen, key_bias in zip(by_run, call.key_bias):
+                seen.add_(key_bias[chosen].view(runs, 1, -1))
+            probs = _softmax(scores, (ends[0][place], ends[1][place]) if with_lse else None)
+            value = call.scratch.rows("value", call.value, chosen, end - begin)
+            torch.bmm(_as_type(probs, value.dtype, call.scratch), value.expand(len(query), -1, -1), out=outs[place])
+        answer, sums = _joined(outs, ends[0] - ends[1].log() if with_lse else None)
+        _write(call, rows, answer, sums, part.again)
 
 
 def _steps(part: Group, heads: int, dim: int) -> list[tuple[int, int, int, int]]:
@@ -245,11 +237,11 @@ def _mask(part: Group, bias: torch.Tensor | None, place: int, dtype: torch.dtype
     return _as_bias(part.masks[place], dtype) if bias is None else bias[place]
 
 
-def _hide(scores: torch.Tensor, whole: int, bias: torch.Tensor) -> None:
-    """Add the bias [Lq, Lr] of all keys but the first to what is there of them in scores [N, G, Lq, n], from `whole` on."""
+def _hide(scores: torch.Tensor, whole: int, spans: list[tuple[int, int, torch.Tensor]]) -> None:
+    """Add the bias [Lq, Lr] of each span of runs to what is there of its keys in scores [N, G, Lq, n], from `whole` on."""
     begin = max(0, whole)
-    if begin < scores.shape[3]:
-        scores[..., begin:].add_(bias[:, begin - whole : scores.shape[3] - whole])
+    for first, last, bias in spans:
+        scores[:, first:last, :, begin:].add_(bias[:, begin - whole : scores.shape[3] - whole])
 
 
 def _softmax(scores: torch.Tensor, ends: Parts | None) -> torch.Tensor:
@@ -272,14 +264,18 @@ def _joined(outs: torch.Tensor, lse: torch.Tensor | None) -> Parts:
         return outs[0], outs.new_zeros(outs.shape[1:3], dtype=torch.promote_types(outs.dtype, torch.float32))
     if len(outs) == 1:
         return outs[0], lse[0]
-    return (outs * lse.softmax(0)[..., None]).sum(0), lse.logsumexp(0)
+    weights = lse.softmax(0)[..., None]
+    return (outs.mul_(weights) if outs.dtype == weights.dtype else outs * weights).sum(0), lse.logsumexp(0)
 
 
-def _write(head: _Head, index: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, again: bool) -> None:
-    """Store the answers [n, D] of the queries, or join them with those that are there."""
-    if again:
-        before, lse_before = head.out.index_select(0, index), head.lse.index_select(0, index)
-        out = before.to(lse.dtype).lerp(out.to(lse.dtype), (lse - lse_before).sigmoid()[:, None])
-        lse = torch.logaddexp(lse, lse_before)
-    head.out.index_copy_(0, index, out.to(head.out.dtype))
-    head.lse.index_copy_(0, index, lse)
+def _write(call: _Call, rows: torch.Tensor, answer: torch.Tensor, sums: torch.Tensor, again: bool) -> None:
+    """Store the answers of queries [G, L] by all heads, or join them with those that are there."""
+    index, kept = rows.flatten(), (len(call.out), rows.shape[0], -1)
+    for out, lse, new, new_lse in zip(call.out, call.lse, answer.view(*kept, answer.shape[2]), sums.view(kept)):
+        new, new_lse = new[:, : rows.shape[1]].flatten(0, 1), new_lse[:, : rows.shape[1]].flatten()
+        if again:
+            before, lse_before = out.index_select(0, index), lse.index_select(0, index)
+            new = before.to(lse.dtype).lerp(new.to(lse.dtype), (new_lse - lse_before).sigmoid()[:, None])
+            new_lse = torch.logaddexp(new_lse, lse_before)
+        out.index_copy_(0, index, new.to(out.dtype))
+        lse.index_copy_(0, index, new_lse)
