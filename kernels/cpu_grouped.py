@@ -54,13 +54,17 @@ def grouped_attention(
     lists, scratch = groups_of_plan(plan), _Scratch()
     for heads in _head_blocks(query.shape[0], query.shape[2], len(lists)):
         parts = lists[heads.start if len(lists) > 1 else 0]
+        queries, keys, values = _heads_of((query, key, value), heads, compute)
         call = _Call(
-            *_heads_of((query, key, value), heads, compute),
-            () if bias is None else tuple(bias.repeat_interleave(heads.stop - heads.start, 0)),
-            *(tuple(result[:, heads].flatten(0, 1)) for result in (out, lse)),
-            query.shape[3] ** -0.5 if scale is None else scale,
-            with_lse or bias is not None or any(part.again for part in parts),
-            scratch,
+            query=queries,
+            key=keys,
+            value=values,
+            key_bias=() if bias is None else tuple(bias.repeat_interleave(heads.stop - heads.start, 0)),
+            out=tuple(head for sample in out[:, heads] for head in sample),
+            lse=tuple(head for sample in lse[:, heads] for head in sample),
+            scale=query.shape[3] ** -0.5 if scale is None else scale,
+            with_lse=with_lse or bias is not None or any(part.again for part in parts),
+            scratch=scratch,
         )
         for part in parts:
             _serve(part, _bias_of(part, plan, compute), call)
@@ -92,8 +96,7 @@ class _Scratch:
         """[N * G, L, D] of N tensors [S, D] by the index of lanes [G * L]."""
         count, dim = lanes.shape[0], tensors[0].shape[1]
         flat = self.take(name, (len(tensors) * count // length, length, dim), tensors[0].dtype)
-        for place, tensor in enumerate(tensors):
-            rows = self.take(name, (len(tensors), count, dim), tensor.dtype)[place]
+        for tensor, rows in zip(tensors, flat.view(len(tensors), count, dim)):
             torch.index_select(tensor, 0, lanes, out=rows)
         return flat
 

@@ -139,6 +139,19 @@ def test_without_lse_there_is_none_and_no_gradient():
     torch.testing.assert_close(without, block_sparse_attention(*inputs, plan, impl="grouped").detach())
 
 
+def test_scratch_that_grew_gives_the_same_rows():
+    scratch, tensor = cpu_grouped._Scratch(), torch.randn(64, 8)
+    lanes = torch.arange(24)
+    # the same number of rows in another shape, before and after the memory grew
+    for count, length in ((24, 12), (48, 12), (24, 6), (24, 12), (24, 24), (48, 24), (48, 12)):
+        lanes = torch.randperm(64)[:count]
+        got = scratch.rows("key", (tensor,), lanes, length)
+        assert got.shape == (count // length, length, 8)
+        assert torch.equal(got.flatten(0, 1), tensor[lanes])
+        got = scratch.rows("key", (tensor, -tensor), lanes[: count // 2], length // 2)
+        assert torch.equal(got.flatten(0, 1), torch.cat([tensor[lanes[: count // 2]], -tensor[lanes[: count // 2]]]))
+
+
 def test_the_cheapest_cut_is_found():
     costs = [[3.0, 3.0, 3.0, 3.0], [5.0, 7.0, 4.0], [9.5, 6.0]]
     assert cpu_groups._cheapest(costs) == (9.0, [(0, 1), (1, 4)])
