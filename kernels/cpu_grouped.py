@@ -18,7 +18,7 @@ from genattn.kernels.cpu_groups import LINE, Group, groups_of_plan
 
 _KEPT_BIAS_BYTES = 1 << 30
 # scores of a run, and scores, keys and values of a thread, at a time: more leave the caches, fewer cost calls
-_SCORES_OF_RUN, _NUMBERS_OF_THREAD = 1 << 19, 2_000_000
+_SCORES_OF_RUN, _NUMBERS_OF_THREAD = 1 << 19, 1_000_000
 _QUERIES_AT_ONCE, _FEWEST_KEYS, _FEWEST_QUERIES = 512, 512, 32
 _UNSEEN = -1e30  # not -inf: a row that sees none of some keys must still join those it sees
 Parts = tuple[torch.Tensor, torch.Tensor]
