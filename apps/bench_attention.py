@@ -21,7 +21,10 @@ from genattn.functional import plan_for
 from genattn.kernels.block_plan import BlockPlan
 from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
 from genattn.kernels.dense import dense_backends
+from genattn.kernels.optional_peers import natten_attention, why_not_natten
 from genattn.kernels.reference import visible_rows
+from genattn.natten_windows import natten_windows
+from genattn.patterns.neighborhood import NeighborhoodPattern
 
 TABLE = Path("assets/bench/attention.csv")
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -81,8 +84,7 @@ def _bench_case(
     started = time.perf_counter()
     plan = plan_for(inputs[0], inputs[1], case.pattern, case.layout)
     planned = time.perf_counter() - started
-    wanted = impls or [name for name in IMPLS if name not in ("auto", "reference", "sdpa") and not (quick and name in _PEERS)]
-    sparse = {name: _call(name, inputs, plan) for name in wanted if _serves(name, inputs, plan)}
+    sparse = _sparse_calls(impls or _default_impls(device, quick), case, inputs, plan)
     dense = {name: _dense_call(call, inputs) for name, call in dense_backends(inputs[0])[0].items() if name != "sdpa:math"}
     errors = {name: sampled_error(call(), inputs, plan) for name, call in sparse.items()}
     right = {name: call for name, call in sparse.items() if errors[name] <= bound_of(name, case.dtype)}
@@ -117,6 +119,25 @@ def _speed(times: list[float], dense: list[float], plan: BlockPlan, case: Attent
         "gflops": flops / best / 1e9,
         "roofline_share": flops / best / peak,
     }
+
+
+def _default_impls(device: str, quick: bool) -> list[str]:
+    """All that can be named, but for what takes minutes: compiling when quick, NATTEN's uncompiled route on CPUs."""
+    names = [name for name in IMPLS if name not in ("auto", "reference", "sdpa") and not (quick and name in _PEERS)]
+    return names if torch.device(device).type == "cpu" else [*names, "natten"]
+
+
+def _sparse_calls(
+    names: Sequence[str], case: AttentionCase, inputs: list[torch.Tensor], plan: BlockPlan
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """The named backends that can serve the case; NATTEN from the pattern, the others from the plan."""
+    calls = {name: _call(name, inputs, plan) for name in names if name != "natten" and _serves(name, inputs, plan)}
+    if "natten" in names and isinstance(case.pattern, NeighborhoodPattern) and len(case.layout.segments) == 1:
+        windows = natten_windows(case.pattern, case.layout)
+        if why_not_natten(inputs[0], windows) is None:
+            query, key, value = inputs
+            calls["natten"] = lambda: natten_attention(query, key, value, windows)
+    return calls
 
 
 def _call(name: str, inputs: list[torch.Tensor], plan: BlockPlan) -> Callable[[], torch.Tensor]:

@@ -108,6 +108,8 @@ def _why_not_package(name: str, query: torch.Tensor) -> str | None:
         return f"peers are {', '.join(_MODULES)}, got {name!r}"
     if importlib.util.find_spec(_MODULES[name]) is None:
         return f"not installed (pip install {PEERS.get(name, name)})"
+    if name == "natten" and query.device.type == "cpu":
+        return None  # by its uncompiled flex route: every score is computed
     if query.device.type != "cuda":
         return f"it needs a GPU, got tensors on {query.device.type}"
     if query.dtype not in _HALF:

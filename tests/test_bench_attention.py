@@ -8,7 +8,10 @@ import torch
 from genattn.apps import bench_attention as bench
 from genattn.apps.attention_cases import AttentionCase, cpu_cases, gpu_cases
 from genattn.apps.doctor import describe_doctor, doctor
+from genattn.functional import attention
+from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
+from genattn.token_layout import TokenLayout
 
 TOY = [AttentionCase("toy", (9, 8, 8), RadialPattern(), 5, 1, 16, torch.float32)]
 
@@ -35,6 +38,25 @@ def test_a_wrong_result_gets_no_speed(monkeypatch, tmp_path):
     assert "WRONG" in bench.describe_row(rows[0])
     with pytest.raises(ValueError, match="at least one correct row"):
         bench.plot_attention(rows, tmp_path / "plot.png")
+
+
+def test_natten_is_measured_from_the_pattern_where_it_can_serve(monkeypatch):
+    pattern = NeighborhoodPattern((3, 4, 4))
+    cases = [AttentionCase(f"toy {text}", (5, 8, 8), pattern, text, 1, 16, torch.float32) for text in (0, 5)] + TOY
+
+    def natten(query, key, value, windows):
+        assert windows.window == (3, 4, 4)
+        return attention(query, key, value, pattern, TokenLayout.from_grid(windows.grid), impl="reference")
+
+    monkeypatch.setattr(bench, "natten_attention", natten)
+    monkeypatch.setattr(bench, "why_not_natten", lambda query, windows: None)
+    rows = bench.bench_attention(True, "cpu", None, 1, cases, ["grouped", "natten"], lambda line: None)
+    assert [(row["case"], row["impl"]) for row in rows] == [
+        ("toy 0", "grouped"), ("toy 0", "natten"), ("toy 5", "grouped"), ("toy", "grouped")
+    ]  # fmt: skip
+    assert all(row["correct"] for row in rows)
+    assert "natten" in bench._default_impls("cuda:0", True)
+    assert "natten" not in bench._default_impls("cpu", False)
 
 
 def test_cases_have_plans_of_their_names():

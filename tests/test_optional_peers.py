@@ -1,5 +1,6 @@
 """Other packages' kernels: the arguments they are called with, proved on stand-ins, and every reason why not."""
 
+import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -102,9 +103,29 @@ def test_natten_gets_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {"kernel_size": (2, 3, 4), "stride": (1, 3, 2), "dilation": (2, 1, 1), "is_causal": (True, False, False),
                     "scale": 0.25, "shape": (2, 4, 6, 8, 3, 16), "contiguous": True}  # fmt: skip
     assert windows.density == 24 / 192
-    with pytest.raises(GenAttnError, match="cannot serve this call: it needs a GPU"):
-        genattn.attention(value, value, value, pattern, layout, impl="natten")
+    assert torch.equal(genattn.attention(value, value, value, pattern, layout, impl="natten"), value)
     assert why_not_natten(_on_gpu(tokens=192), windows) is None
+    assert "float16 or bfloat16" in str(why_not_natten(_on_gpu(tokens=192, dtype=torch.float32), windows))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("natten") is None, reason="NATTEN is not installed (pip install natten)")
+@pytest.mark.filterwarnings("ignore")  # its own, and those of what it compiles
+@pytest.mark.parametrize(
+    ("grid", "window", "settings"),
+    [
+        ((6, 8, 8), (3, 4, 4), {}),
+        ((6, 8, 8), (3, 4, 4), {"stride": (2, 2, 2)}),
+        ((6, 8, 8), (3, 3, 3), {"dilation": (2, 2, 2), "is_causal": (True, False, False)}),
+        ((16, 16), (6, 6), {"stride": (2, 3), "dilation": (1, 2), "is_causal": (False, True)}),
+        ((40,), (7,), {"stride": (2,), "dilation": (3,)}),
+    ],
+)
+def test_the_real_natten_agrees(grid: tuple[int, ...], window: tuple[int, ...], settings: dict[str, Any]) -> None:
+    layout, pattern = genattn.TokenLayout.from_grid(grid), genattn.NeighborhoodPattern(window, **settings)
+    inputs = [torch.randn(2, layout.seqlen, 2, 32) for _ in range(3)]
+    theirs = genattn.attention(*inputs, pattern, layout, impl="natten")
+    torch.testing.assert_close(theirs, genattn.attention(*inputs, pattern, layout, impl="reference"), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(theirs, genattn.attention(*inputs, genattn.NeighborhoodPattern(grid), layout), atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +163,8 @@ def test_reasons_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "runs of the sequence" in str(why_not_peer("flashinfer", _on_gpu(), shuffled))
 
 
-def test_named_and_not_installed_is_told_and_auto_never_takes_them() -> None:
+def test_named_and_not_installed_is_told_and_auto_never_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optional_peers.importlib.util, "find_spec", lambda name: None)
     tensor = torch.randn(1, 256, 1, 64)
     for name in ("flashinfer", "spargeattn"):
         with pytest.raises(ValueError, match=r"not installed \(pip install"):
@@ -150,6 +172,9 @@ def test_named_and_not_installed_is_told_and_auto_never_takes_them() -> None:
     layout = genattn.TokenLayout.from_grid((16, 16))
     with pytest.raises(GenAttnError, match="not installed"):
         genattn.attention(tensor, tensor, tensor, genattn.NeighborhoodPattern(4), layout, impl="natten")
+
+
+def test_natten_says_why_not() -> None:
     assert "must be >= 2" in str(why_not_natten_installed())
 
 
