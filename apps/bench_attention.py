@@ -31,6 +31,7 @@ BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _INT8_BOUND = 4e-2
 _SAMPLED_QUERIES = 64
 _PEERS = ("flex",)
+MEASURABLE = (*IMPLS, "natten")
 
 
 def bench_attention(
@@ -123,8 +124,14 @@ def _speed(times: list[float], dense: list[float], plan: BlockPlan, case: Attent
 
 def _default_impls(device: str, quick: bool) -> list[str]:
     """All that can be named, but for what takes minutes: compiling when quick, NATTEN's uncompiled route on CPUs."""
-    names = [name for name in IMPLS if name not in ("auto", "reference", "sdpa") and not (quick and name in _PEERS)]
-    return names if torch.device(device).type == "cpu" else [*names, "natten"]
+    left_out = (
+        "auto",
+        "reference",
+        "sdpa",
+        *(_PEERS if quick else ()),
+        *(("natten",) if torch.device(device).type == "cpu" else ()),
+    )
+    return [name for name in MEASURABLE if name not in left_out]
 
 
 def _sparse_calls(

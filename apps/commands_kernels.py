@@ -31,17 +31,16 @@ def bench_attention_command(
 
     Example: genattn bench attention --quick --out out/attention.csv
     """
-    from genattn.apps.bench_attention import bench_attention, plot_attention
+    from genattn.apps.bench_attention import MEASURABLE, bench_attention, plot_attention
     from genattn.apps.load_pipeline import pick_device
     from genattn.apps.output_files import check_out
-    from genattn.kernels.block_sparse import IMPLS
 
     for option, path, suffix in (("--out", out, ".csv"), ("--plot", plot, ".png")):
         if path is not None:
             check_out(path, (suffix,), option)
-    unknown = sorted(set(impl or ()) - set(IMPLS))
+    unknown = sorted(set(impl or ()) - set(MEASURABLE))
     if unknown:
-        raise GenAttnError(f"--impl must be one of {', '.join(IMPLS)}, got {', '.join(unknown)}")
+        raise GenAttnError(f"--impl must be one of {', '.join(MEASURABLE)}, got {', '.join(unknown)}")
     if rounds is not None and rounds < 1:
         raise GenAttnError(f"--rounds must be >= 1, got {rounds}")
     quiet = (lambda line: None) if as_json else print_lines
