@@ -58,6 +58,9 @@ def bench_attention(
         for row in _bench_case(case, device, rounds or (3 if quick else 7), impls, quick, peak):
             rows.append({**row, **facts})
             progress(describe_row(row))
+    for name in impls or ():
+        if all(row["impl"] != name for row in rows):
+            progress(f"{name} can serve none of these cases here; `genattn doctor` says what it lacks")
     if table is not None:
         append_rows(table, rows)
     return rows

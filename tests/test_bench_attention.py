@@ -59,6 +59,14 @@ def test_natten_is_measured_from_the_pattern_where_it_can_serve(monkeypatch):
     assert "natten" not in bench._default_impls("cpu", False)
 
 
+def test_a_named_backend_that_serves_nothing_is_told():
+    lines = []
+    rows = bench.bench_attention(True, "cpu", None, 1, TOY, ["grouped", "triton", "natten"], lines.append)
+    assert [row["impl"] for row in rows] == ["grouped"]
+    assert [line.split()[0] for line in lines[1:]] == ["triton", "natten"]
+    assert all("can serve none of these cases" in line for line in lines[1:])
+
+
 def test_cases_have_plans_of_their_names():
     names = [case.name for case in (*cpu_cases(), *gpu_cases())]
     assert all(len(names) > 5 and case.layout.seqlen >= 4096 for case in (*cpu_cases(), *gpu_cases()))

@@ -112,8 +112,10 @@ def test_without_onednn_no_16_bit_products(monkeypatch):
     cpu_grouped._multiplies.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not cpu_grouped._multiplies(torch.bfloat16)
+    monkeypatch.undo()
     cpu_grouped._multiplies.cache_clear()
-    assert not cpu_grouped._multiplies(torch.float32)
+    assert not cpu_grouped._multiplies(torch.float32), "only 16-bit types"
+    assert cpu_grouped._multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.parametrize("size", [0.0, 60.0, -60.0])

@@ -1,4 +1,4 @@
-"""Other packages' kernels: the arguments they are called with, proved on stand-ins, and every reason why not."""
+"""Other packages' kernels: the arguments they get, on stand-ins or NATTEN itself, and every reason why not."""
 
 import importlib.util
 import sys
