@@ -50,7 +50,7 @@ bench: install
 	$(BIN)/genattn bench attention --quick
 
 tables: install
-	$(BIN)/python -m genattn.apps.readme_parts
+	$(BIN)/python -m genattn.apps.pages.readme_parts
 
 evidence: install
 	$(BIN)/genattn evidence

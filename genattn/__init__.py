@@ -18,24 +18,24 @@ _EXPORTS = {
     "NeighborhoodPattern": "genattn.patterns.neighborhood",
     "Pattern": "genattn.patterns.pattern",
     "RadialPattern": "genattn.patterns.radial",
-    "Schedule": "genattn.schedule",
-    "TokenLayout": "genattn.token_layout",
-    "apply": "genattn.inject",
-    "attention": "genattn.functional",
-    "long_video": "genattn.pipelines.long_video",
+    "Schedule": "genattn.seam.schedule",
+    "TokenLayout": "genattn.geometry.token_layout",
+    "apply": "genattn.seam.handle",
+    "attention": "genattn.functional.dispatch",
+    "long_video": "genattn.pipelines.long_video.generate",
 }
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from genattn.errors import GenAttnError as GenAttnError
-    from genattn.functional import attention as attention
-    from genattn.inject import apply as apply
+    from genattn.functional.dispatch import attention as attention
+    from genattn.geometry.token_layout import TokenLayout as TokenLayout
     from genattn.patterns.dense import DensePattern as DensePattern
     from genattn.patterns.neighborhood import NeighborhoodPattern as NeighborhoodPattern
     from genattn.patterns.pattern import Pattern as Pattern
     from genattn.patterns.radial import RadialPattern as RadialPattern
-    from genattn.schedule import Schedule as Schedule
-    from genattn.token_layout import TokenLayout as TokenLayout
+    from genattn.seam.handle import apply as apply
+    from genattn.seam.schedule import Schedule as Schedule
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`python -m genattn <command>`: hands over to the command line."""
 
-from genattn.apps.cli import main
+from genattn.apps.cli.root import main
 
 if __name__ == "__main__":
     main()

@@ -8,11 +8,11 @@ error; "auto" goes on to the next, and `choose_impl` tells what it took and why 
 
 import torch
 
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.block_sparse_ops import NAMED_IMPLS, OP_IMPLS, block_sparse_forward, why_not_op
-from genattn.kernels.optional_peers import PEERS, peer_attention, why_not_peer
-from genattn.kernels.reference import reference_attention
-from genattn.kernels.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
+from genattn.kernels.operators import NAMED_IMPLS, OP_IMPLS, block_sparse_forward, why_not_op
+from genattn.kernels.peers.optional import PEERS, peer_attention, why_not_peer
+from genattn.kernels.peers.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.attention import reference_attention
 
 IMPLS = ("auto", *OP_IMPLS, "flex", "sdpa", "reference", *NAMED_IMPLS, *PEERS)
 _AUTO = tuple(name for name in IMPLS[1:] if name not in (*NAMED_IMPLS, *PEERS))
@@ -51,7 +51,7 @@ def block_sparse_attention(
     if chosen in PEERS:
         return peer_attention(chosen, query, key, value, plan.to(query.device), scale)
     if chosen == "flex":
-        from genattn.kernels.flex import flex_block_attention
+        from genattn.kernels.peers.flex import flex_block_attention
 
         out, lse = flex_block_attention(query, key, value, plan.to(query.device), scale=scale)
         return (out, lse) if return_lse else out  # type: ignore[return-value]
@@ -92,7 +92,7 @@ def _why_not(
 ) -> str | None:
     if name == "flex":
         # loads the compiler, which most callers never need
-        from genattn.kernels.flex import why_not_flex
+        from genattn.kernels.peers.flex import why_not_flex
 
         return why_not_flex(query, plan, return_lse, masked)
     if name in PEERS:

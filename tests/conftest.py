@@ -50,7 +50,7 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def random_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole stock WanPipeline with random weights, as `save_pretrained` writes it."""
-    from genattn.pipelines.tiny_random import build_pipeline
+    from genattn.pipelines.tiny.random.build import build_pipeline
 
     folder = tmp_path_factory.mktemp("models") / "random-wan"
     pipe, _ = build_pipeline("wan")

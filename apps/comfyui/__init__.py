@@ -1,6 +1,1 @@
-"""GenAttn's nodes for ComfyUI: a folder for custom_nodes, which finds everything else in the installed genattn package."""
-
-from genattn.apps.comfy_extension import comfy_entrypoint
-
-WEB_DIRECTORY = "./web"
-__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+"""GenAttn's nodes for ComfyUI. What ComfyUI itself loads is the folder `pack`."""

@@ -1,1 +1,1 @@
-"""Where the tokens of each model family stand: one small function per family, collected in `genattn.families`."""
+"""Where the tokens of each model family stand: one small function per family, collected in `genattn.layouts.families`."""

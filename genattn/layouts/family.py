@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from genattn.plugin import SiteKind
-from genattn.token_layout import Segment, TokenLayout
+from genattn.geometry.token_layout import Segment, TokenLayout
+from genattn.seam.plugin import SiteKind
 
 LayoutFunction = Callable[[Any, Mapping[str, Any]], TokenLayout | None]
 SiteLayout = Callable[[SiteKind, int, TokenLayout], TokenLayout | None]

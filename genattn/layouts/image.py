@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.family import Family, grid, layout, references, registers, text
-from genattn.plugin import SiteKind
-from genattn.token_layout import Segment, TokenLayout
+from genattn.seam.plugin import SiteKind
 
 Inputs = Mapping[str, Any]
 _FLUX_STACKS = ("transformer_blocks", "single_transformer_blocks")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.family import Family, grid, layout, patched, references, text
-from genattn.plugin import SiteKind
-from genattn.token_layout import Segment, TokenLayout
+from genattn.seam.plugin import SiteKind
 
 Inputs = Mapping[str, Any]
 

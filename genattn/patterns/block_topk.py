@@ -16,11 +16,11 @@ from typing import NoReturn
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import ElementRule
+from genattn.geometry.tiles import best_box, cell_tiles, empty_raster, query_key_tiles
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import ElementRule
 from genattn.patterns.pattern import Pattern
-from genattn.tiles import best_box, cell_tiles, empty_raster, query_key_tiles
-from genattn.token_layout import TokenLayout
 
 _CHUNK = 32_000_000
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import CombinedRule, ElementRule, PerHeadRule
+from genattn.geometry.plan_build import plan_from_rule
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import CombinedRule, ElementRule, PerHeadRule
 from genattn.patterns.pattern import Pattern
-from genattn.plan_build import plan_from_rule
-from genattn.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)

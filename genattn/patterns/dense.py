@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import GLOBAL, PADDING, ElementRule, GridRule
+from genattn.geometry.plan_build import plan_from_rule
+from genattn.geometry.tiles import empty_raster, query_key_tiles, run_raster
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import GLOBAL, PADDING, ElementRule, GridRule
 from genattn.patterns.pattern import Pattern
-from genattn.plan_build import plan_from_rule
-from genattn.tiles import empty_raster, query_key_tiles, run_raster
-from genattn.token_layout import TokenLayout
 
 
 def dense_rule(layout: TokenLayout) -> GridRule:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule
+from genattn.geometry.plan_build import plan_from_rule
+from genattn.geometry.tiles import run_raster
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule
 from genattn.patterns.pattern import Pattern
-from genattn.plan_build import plan_from_rule
-from genattn.tiles import run_raster
-from genattn.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)

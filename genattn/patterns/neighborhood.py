@@ -17,17 +17,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from genattn.axis_window import AxisWindow
 from genattn.errors import GenAttnError
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import ElementRule, GridRule
+from genattn.geometry.axis_window import AxisWindow
+from genattn.geometry.plan_build import plan_from_codes, plan_from_rule
+from genattn.geometry.separable_codes import SeparableCodes, axis_table
+from genattn.geometry.tile_choice import Cuts, choose_cuts, fixed_cuts
+from genattn.geometry.tiles import cell_raster, query_key_tiles, token_coords
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import ElementRule, GridRule
 from genattn.patterns.dense import dense_rule, dense_tiles
 from genattn.patterns.pattern import Pattern
-from genattn.plan_build import plan_from_codes, plan_from_rule
-from genattn.separable_codes import SeparableCodes, axis_table
-from genattn.tile_choice import Cuts, choose_cuts, fixed_cuts
-from genattn.tiles import cell_raster, query_key_tiles, token_coords
-from genattn.token_layout import TokenLayout
 
 AXES = ("frames", "height", "width")
 

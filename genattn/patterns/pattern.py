@@ -11,9 +11,9 @@ from threading import Lock
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import ElementRule
-from genattn.token_layout import TokenLayout
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import ElementRule
 
 MASK_LIMIT = 16_384
 

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.kernels.block_plan import BlockPlan
-from genattn.kernels.element_rule import ElementRule, GridRule
+from genattn.geometry.plan_build import plan_from_codes, tile_codes
+from genattn.geometry.tiles import best_box, cell_edges, cell_tiles, query_key_tiles, token_coords
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import ElementRule, GridRule
 from genattn.patterns.dense import dense_rule, dense_tiles
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial_official import official_rule
-from genattn.plan_build import plan_from_codes, tile_codes
-from genattn.tiles import best_box, cell_edges, cell_tiles, query_key_tiles, token_coords
-from genattn.token_layout import TokenLayout
 
 Variant = Literal["paper", "official", "genattn"]
 _VARIANTS = ("paper", "official", "genattn")

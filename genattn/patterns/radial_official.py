@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from genattn.kernels.element_rule import BlockRule
-from genattn.token_layout import TokenLayout
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.element_rule import BlockRule
 
 _SKIP_BELOW = 128
 

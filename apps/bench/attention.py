@@ -1,0 +1,248 @@
+"""`genattn bench attention`: block-sparse attention against every dense backend and peer on this machine.
+
+    ratio = t_sparse / (density x t_dense)        1.00: the time fell exactly as the number of scores did
+
+Correctness comes first: each backend's result is held against the float64 definition on sampled queries, and a wrong one gets
+no speed. Timed calls are interleaved (A B C A B C ...), so that a busy machine hits all alike; the load average is in each row.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
+from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.functional.dispatch import plan_for
+from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
+from genattn.kernels.peers.dense import dense_backends
+from genattn.kernels.peers.optional import natten_attention, why_not_natten
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.attention import visible_rows
+from genattn.patterns.natten_windows import natten_windows
+from genattn.patterns.neighborhood import NeighborhoodPattern
+
+TABLE = Path("assets/bench/attention.csv")
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_INT8_BOUND = 4e-2
+_SAMPLED_QUERIES = 64
+_PEERS = ("flex",)
+MEASURABLE = (*IMPLS, "natten")
+
+
+def bench_attention(
+    quick: bool = False,
+    device: str | None = None,
+    table: Path | None = TABLE,
+    rounds: int | None = None,
+    cases: Sequence[AttentionCase] | None = None,
+    impls: Sequence[str] | None = None,
+    progress: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Measure, append the rows to `table` (None: nowhere) and return them.
+
+    device: default a GPU when there is one. impls: backends beside "auto"'s choice; default every one that can serve, flex
+    only when not quick (it compiles for each case).
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = list(cases or (gpu_cases() if device == "cuda" else cpu_cases(quick)))
+    facts = provenance(device)
+    peaks: dict[torch.dtype, float] = {}
+    rows: list[dict[str, Any]] = []
+    for case in chosen:
+        peak = peaks.setdefault(case.dtype, matmul_flops(case.dtype, device))
+        for row in _bench_case(case, device, rounds or (3 if quick else 7), impls, quick, peak):
+            rows.append({**row, **facts})
+            progress(describe_row(row))
+    for name in impls or ():
+        if all(row["impl"] != name for row in rows):
+            progress(f"{name} can serve none of these cases here; `genattn doctor` says what it lacks")
+    if table is not None:
+        append_rows(table, rows)
+    return rows
+
+
+def bound_of(impl: str, dtype: torch.dtype) -> float:
+    """Largest relative error with which a backend counts as right."""
+    return _INT8_BOUND if impl == "triton-int8" else BOUNDS[dtype]
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """One line for the screen."""
+    head = f"{row['case']:32} {row['dtype']:8} D{row['head_dim']:<4} density {row['density']:.3f}  {row['impl']:10}"
+    if not row["correct"]:
+        return f"{head} WRONG (error {row['error']:.1e}), no speed given"
+    return f"{head} {row['seconds'] * 1e3:9.2f} ms  ratio {row['ratio']:.2f}  {row['speedup']:.2f}x over {row['dense']}"
+
+
+def _bench_case(
+    case: AttentionCase, device: str, rounds: int, impls: Sequence[str] | None, quick: bool, peak: float
+) -> list[dict[str, Any]]:
+    draw = torch.Generator(device).manual_seed(0)
+    shape = (1, case.layout.seqlen, case.heads, case.head_dim)
+    inputs = [torch.randn(shape, generator=draw, device=device, dtype=case.dtype) for _ in range(3)]
+    started = time.perf_counter()
+    plan = plan_for(inputs[0], inputs[1], case.pattern, case.layout)
+    planned = time.perf_counter() - started
+    sparse = _sparse_calls(impls or _default_impls(device, quick), case, inputs, plan)
+    dense = {name: _dense_call(call, inputs) for name, call in dense_backends(inputs[0])[0].items() if name != "sdpa:math"}
+    errors = {name: sampled_error(call(), inputs, plan) for name, call in sparse.items()}
+    right = {name: call for name, call in sparse.items() if errors[name] <= bound_of(name, case.dtype)}
+    times = interleaved({**dense, **right}, rounds, device)
+    fastest = min(dense, key=lambda name: min(times[name]))
+    common = {
+        **{"case": case.name, "layout": case.layout.describe(), "seqlen": shape[1], "heads": case.heads},
+        **{"head_dim": case.head_dim, "dtype": str(case.dtype)[6:], "density": plan.density, "full_share": plan.full_share},
+        **{"computed_density": plan.computed_density, "tile": f"{plan.block_q}x{plan.block_k}", "plan_seconds": planned},
+        "dense_times": "; ".join(f"{name} {min(times[name]):.6g}" for name in dense),
+        **{"dense": fastest, "dense_seconds": min(times[fastest]), "rounds": rounds, "loadavg": os.getloadavg()[0]},
+    }
+    rows = []
+    for name, call in sparse.items():
+        row: dict[str, Any] = {**common, "impl": name, "error": errors[name], "correct": name in right}
+        if name in right:
+            row |= _speed(times[name], times[fastest], plan, case, peak)
+            row["peak_bytes"] = peak_memory(call, device)
+        rows.append(row)
+    return rows
+
+
+def _speed(times: list[float], dense: list[float], plan: BlockPlan, case: AttentionCase, peak: float) -> dict[str, float]:
+    best, base = min(times), min(dense)
+    flops = plan.flops(case.head_dim, case.heads)
+    return {
+        "seconds": best,
+        "median_seconds": statistics.median(times),
+        "ratio": best / (plan.density * base),
+        "median_ratio": statistics.median(a / b for a, b in zip(times, dense)) / plan.density,
+        "speedup": base / best,
+        "gflops": flops / best / 1e9,
+        "roofline_share": flops / best / peak,
+    }
+
+
+def _default_impls(device: str, quick: bool) -> list[str]:
+    """All that can be named, but for what takes minutes: compiling when quick, NATTEN's uncompiled route on CPUs."""
+    left_out = (
+        "auto",
+        "reference",
+        "sdpa",
+        *(_PEERS if quick else ()),
+        *(("natten",) if torch.device(device).type == "cpu" else ()),
+    )
+    return [name for name in MEASURABLE if name not in left_out]
+
+
+def _sparse_calls(
+    names: Sequence[str], case: AttentionCase, inputs: list[torch.Tensor], plan: BlockPlan
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """The named backends that can serve the case; NATTEN from the pattern, the others from the plan."""
+    calls = {name: _call(name, inputs, plan) for name in names if name != "natten" and _serves(name, inputs, plan)}
+    if "natten" in names and isinstance(case.pattern, NeighborhoodPattern) and len(case.layout.segments) == 1:
+        windows = natten_windows(case.pattern, case.layout)
+        if why_not_natten(inputs[0], windows) is None:
+            query, key, value = inputs
+            calls["natten"] = lambda: natten_attention(query, key, value, windows)
+    return calls
+
+
+def _call(name: str, inputs: list[torch.Tensor], plan: BlockPlan) -> Callable[[], torch.Tensor]:
+    query, key, value = inputs
+    return lambda: block_sparse_attention(query, key, value, plan, impl=name)  # type: ignore[return-value]
+
+
+def _dense_call(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return lambda: call(*inputs)
+
+
+def _serves(name: str, inputs: list[torch.Tensor], plan: BlockPlan) -> bool:
+    query, key, value = inputs
+    try:
+        choose_impl(query, key, value, plan, impl=name)
+    except ValueError:
+        return False
+    return True
+
+
+def sampled_error(out: torch.Tensor, inputs: list[torch.Tensor], plan: BlockPlan) -> float:
+    """Relative error against the float64 definition on some queries, spread over the sequence."""
+    query, key, value = (x.double() for x in inputs)
+    index = torch.linspace(0, plan.seqlen_q - 1, _SAMPLED_QUERIES, device=query.device).long()
+    visible = visible_rows(plan, index)[None]
+    scores = torch.einsum("bqhd,bkhd->bhqk", query[:, index], key) * query.shape[-1] ** -0.5
+    probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    want = torch.einsum("bhqk,bkhd->bqhd", probs.nan_to_num(), value)
+    return float((out[:, index].double() - want).norm() / want.norm())
+
+
+def interleaved(calls: dict[str, Callable[[], torch.Tensor]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds per round of each call, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            _settle(device)
+            started = time.perf_counter()
+            call()
+            _settle(device)
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def _settle(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matmul_flops(dtype: torch.dtype, device: str) -> float:
+    """Operations a second of a large square product: the roof that the share is taken of."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2.0 * size**3 / min(interleaved({"product": lambda: a @ b}, 5, device)["product"])
+
+
+def peak_memory(call: Callable[[], torch.Tensor], device: str) -> int | None:
+    """Bytes that a call needs at its peak beyond what was there before; None where the system does not tell."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+
+
+def _status(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def plot_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of the ratio per case and backend, with the line at 1.00."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row["correct"]]
+    if not shown:
+        raise ValueError(f"a plot needs at least one correct row, got {len(rows)} wrong ones")
+    labels = [f"{r['case']}\n{r['dtype']} D{r['head_dim']} {r['impl']}" for r in shown]
+    figure, axes = plt.subplots(figsize=(8, 0.35 * len(shown) + 1.2), layout="constrained")
+    axes.barh(labels[::-1], [float(r["ratio"]) for r in shown][::-1], color="#3b6ea5")
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("time / (density x dense time), lower is better")
+    axes.tick_params(axis="y", labelsize=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

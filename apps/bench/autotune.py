@@ -1,0 +1,158 @@
+"""`genattn bench autotune`: launch settings of the Triton kernels, measured on this GPU and kept beside the shipped table.
+
+Each kernel starts from its shipped setting and walks to the fastest neighbour, one setting changed at a time, until none is
+faster; what the chip cannot hold, or what computes something else, is passed over. The winners go to `tune-<arch>.json` in the
+cache folder, in the form of `kernels/triton/configs.json`, and are used from then on.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genattn.apps.bench.attention import interleaved
+from genattn.apps.bench.cases import AttentionCase, gpu_cases
+from genattn.errors import GenAttnError
+from genattn.functional.dispatch import plan_for
+from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, forward_grid
+from genattn.kernels.triton.config import arch_of, measured_table, settings_of, table_row
+
+KERNELS = ("forward", "dq", "dkv")
+Setting = tuple[int, ...]
+Timer = Callable[[str, Setting], float]
+_CHOICES = ((4, 8), (1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 8), (0, 1, 2))  # the last: forward only
+_NAMES = ("num_warps", "num_stages", "SPLIT", "FINE")
+_GAIN = 0.98  # less than this is noise
+
+
+def autotune(
+    arch: str, head_dim: int, timer: Timer, kernels: Sequence[str] = KERNELS, tell: Callable[[str], None] = print
+) -> dict[str, list[int]]:
+    """The settings that beat the shipped ones by 2 % or more, {kernel: [warps, stages, split, fine]}; for the forward kernel
+    a fifth number where a few programs per processor that share out the tiles are faster than one a tile.
+
+    timer(kernel, setting) gives seconds, and raises RuntimeError for a setting that cannot run or is wrong. Raises GenAttnError
+    when a shipped setting itself cannot run.
+    """
+    entry: dict[str, list[int]] = {}
+    for kernel in kernels:
+        start: Setting = tuple(settings_of(arch)[table_row(head_dim)][kernel])
+        if kernel == "forward" and len(start) < len(_CHOICES):
+            start = (*start, 0)
+        times: dict[Setting, float] = {}
+        _measure(times, kernel, start, timer, tell)
+        if times[start] == float("inf"):
+            raise GenAttnError(
+                f"the {kernel} kernel must run with its shipped setting {list(start)} on {arch}, and it does not"
+            )
+        best = start
+        while True:
+            for setting in _neighbours(best):
+                _measure(times, kernel, setting, timer, tell)
+            fastest = min(times, key=lambda setting: times[setting])
+            if times[fastest] >= _GAIN * times[best]:
+                break
+            best = fastest
+        if best != start:
+            entry[kernel] = list(best if best[4:] != (0,) else best[:4])
+        tell(f"{kernel}: {list(best)}, {times[start] / times[best]:.2f} times as fast as shipped")
+    return entry
+
+
+def _measure(times: dict[Setting, float], kernel: str, setting: Setting, timer: Timer, tell: Callable[[str], None]) -> None:
+    if setting in times:
+        return
+    try:
+        times[setting] = timer(kernel, setting)
+        tell(f"  {kernel} {list(setting)}: {times[setting] * 1e3:.3f} ms")
+    except RuntimeError as error:
+        times[setting] = float("inf")
+        tell(f"  {kernel} {list(setting)}: {str(error).splitlines()[0]}")
+
+
+def _neighbours(setting: Setting) -> list[Setting]:
+    """Settings that differ in one number."""
+    found = []
+    for place, choices in enumerate(_CHOICES[: len(setting)]):
+        for choice in choices:
+            changed = (*setting[:place], choice, *setting[place + 1 :])
+            if choice != setting[place] and changed[3] >= changed[2]:
+                found.append(changed)
+    return found
+
+
+def keep(arch: str, head_dim: int, entry: Mapping[str, list[int]]) -> Path:
+    """Add what was measured to this machine's table and use it from now on; returns the file."""
+    path = measured_table(arch)
+    table: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    row = table_row(head_dim)
+    table[row] = {**table.get(row, {}), **entry}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(table, indent=1) + "\n")
+    part.replace(path)
+    settings_of.cache_clear()
+    return path
+
+
+def gpu_timer(case: AttentionCase, rounds: int = 5) -> Timer:
+    """Times the kernels of one case on the GPU; the shipped settings' results are what every other must give."""
+    from genattn.kernels.triton import backward_kernel as backward
+    from genattn.kernels.triton.forward_kernel import forward_kernel
+
+    shape = (1, case.layout.seqlen, case.heads, case.head_dim)
+    query, key, value, grad = (torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(4))
+    out, dq, dk, dv = (torch.empty_like(query) for _ in range(4))
+    lse = torch.empty(shape[:3], device="cuda")
+    plan = plan_for(query, key, case.pattern, case.layout)
+    delta = torch.randn_like(lse)
+    inputs, tiles = (query, key, value, grad, lse, delta), (plan.query_tiles.shape[0], plan.key_tiles.shape[0])
+    launches = {
+        "forward": (forward_kernel, tiles[0], forward_arguments(query, key, value, out, lse, plan, None, None), (out,)),
+        "dq": (backward.dq_kernel, tiles[0], dq_arguments(*inputs, dq, plan, None, None), (dq,)),
+        "dkv": (backward.dkv_kernel, tiles[1], dkv_arguments(*inputs, dk, dv, plan, None, None), (dk, dv)),
+    }
+    right: dict[str, list[torch.Tensor]] = {}
+
+    def timer(kernel: str, setting: Setting) -> float:
+        jitted, blocks, arguments, results = launches[kernel]
+        call = {**arguments, **dict(zip(_NAMES, setting))}
+        grid = (blocks, case.heads)
+        if kernel == "forward":
+            programs = setting[4] if len(setting) > 4 else 0
+            call["PERSISTENT"], grid = programs > 0, forward_grid(query, plan, programs)
+
+        def run() -> torch.Tensor:
+            jitted[grid](**call)
+            return results[0]
+
+        try:
+            run()
+            torch.cuda.synchronize()
+        except Exception as error:  # triton raises kinds of its own for what a chip cannot hold
+            raise RuntimeError(str(error) or type(error).__name__) from error
+        wanted = right.setdefault(kernel, [x.clone() for x in results])
+        if any(float((a - b).float().norm() / b.float().norm()) > 1e-2 for a, b in zip(results, wanted)):
+            raise RuntimeError("another result than the shipped setting's")
+        return min(interleaved({"run": run}, rounds, "cuda")["run"])
+
+    return timer
+
+
+def autotune_here(head_dims: Sequence[int] = (64, 128), rounds: int = 5, tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure on this machine's GPU and keep what is faster: {"arch", "file", "settings": {row: {kernel: setting}}}.
+
+    Raises GenAttnError where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise GenAttnError("autotune needs a GPU, and torch.cuda.is_available() is False; the shipped settings stay in use")
+    arch, found = arch_of(torch.device("cuda")), {}
+    path = measured_table(arch)
+    base = next(case for case in gpu_cases() if "strided" in case.name)
+    for head_dim in head_dims:
+        case = AttentionCase(base.name, base.grid, base.pattern, base.text, 4, head_dim)
+        found[table_row(head_dim)] = entry = autotune(arch, head_dim, gpu_timer(case, rounds), tell=tell)
+        path = keep(arch, head_dim, entry)
+    return {"arch": arch, "file": str(path), "settings": found}

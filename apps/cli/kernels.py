@@ -1,0 +1,92 @@
+"""Commands about kernels: bench attention, doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genattn.apps.cli import options
+from genattn.apps.cli.printing import print_json, print_lines
+from genattn.errors import GenAttnError
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure: correctness first, ratios interleaved, rows to a CSV.")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Keeps `attention` a subcommand however many there are."""
+
+
+@bench_app.command("attention")
+def bench_attention_command(
+    quick: Annotated[bool, typer.Option(help="A few shapes; under three minutes on a CPU.")] = False,
+    impl: Annotated[list[str] | None, typer.Option(help="A backend to measure; several times for several.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds.")] = None,
+    device: options.Device = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of ratio against density.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Block-sparse attention against every dense backend of this machine, as time / (density x dense time).
+
+    Example: genattn bench attention --quick --out out/attention.csv
+    """
+    from genattn.apps.bench.attention import MEASURABLE, bench_attention, plot_attention
+    from genattn.apps.sampling.load_pipeline import pick_device
+    from genattn.apps.sampling.output_files import check_out
+
+    for option, path, suffix in (("--out", out, ".csv"), ("--plot", plot, ".png")):
+        if path is not None:
+            check_out(path, (suffix,), option)
+    unknown = sorted(set(impl or ()) - set(MEASURABLE))
+    if unknown:
+        raise GenAttnError(f"--impl must be one of {', '.join(MEASURABLE)}, got {', '.join(unknown)}")
+    if rounds is not None and rounds < 1:
+        raise GenAttnError(f"--rounds must be >= 1, got {rounds}")
+    quiet = (lambda line: None) if as_json else print_lines
+    rows = bench_attention(quick, None if device is None else pick_device(device), out, rounds, impls=impl, progress=quiet)
+    if plot is not None:
+        plot_attention(rows, plot)
+    if as_json:
+        print_json(rows)
+
+
+@bench_app.command("autotune")
+def autotune_command(
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head dimension; several times for several.")] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of each setting.", min=1)] = 5,
+    as_json: options.Json = False,
+) -> None:
+    """Find faster launch settings of the Triton kernels on this GPU and keep them for this machine.
+
+    Example: genattn bench autotune --head-dim 128
+    """
+    from genattn.apps.bench.autotune import autotune_here
+
+    dims = head_dim or [64, 128]
+    if any(not 1 <= dim <= 256 for dim in dims):
+        raise GenAttnError(f"--head-dim must lie in [1, 256], got {', '.join(map(str, dims))}")
+    found = autotune_here(dims, rounds, (lambda line: None) if as_json else print_lines)
+    if as_json:
+        print_json(found)
+    else:
+        print_lines(f"kept in {found['file']}")
+
+
+def doctor_command(
+    head_dim: Annotated[int, typer.Option(help="Head dimension to ask for.")] = 128,
+    as_json: options.Json = False,
+) -> None:
+    """What this machine can run, and why not the rest.
+
+    Example: genattn doctor
+    """
+    from genattn.apps.bench.doctor import describe_doctor, doctor
+
+    if head_dim < 1:
+        raise GenAttnError(f"--head-dim must be >= 1, got {head_dim}")
+    facts = doctor(head_dim)
+    if as_json:
+        print_json(facts)
+    else:
+        print_lines(describe_doctor(facts))

@@ -1,0 +1,169 @@
+"""Commands about finished and endless videos: long, measure."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from genattn.apps.cli import options
+from genattn.apps.cli.printing import print_json, print_lines, print_table
+from genattn.errors import GenAttnError
+
+if TYPE_CHECKING:
+    from genattn.apps.sampling.run import SamplingSettings
+    from genattn.pipelines.long_video.run import LongVideo, LongVideoResult
+
+
+@options.sampling_options(frames=Annotated[int | None, typer.Option("--frames", help="Frames; default: until Ctrl-C.")])
+def long_command(
+    settings: "SamplingSettings",
+    prompt: Annotated[str, typer.Option(help='What to show, or a schedule: 0:"a red circle" 120:"it turns blue".')] = "",
+    partitions: Annotated[int, typer.Option(help="Windows in the queue; more means smaller steps in noise.")] = 4,
+    lookahead: Annotated[bool, typer.Option(help="Every latent sees cleaner ones; twice the work.")] = True,
+    prompt_fade: Annotated[int, typer.Option(help="Frames over which two prompts cross-fade.")] = 0,
+    window_batch: Annotated[int, typer.Option(help="Windows per forward: throughput against memory.")] = 1,
+    drift_correction: Annotated[float, typer.Option(help="0 (off) to 1: pull colours back to the first frames.")] = 0.0,
+    ouroboros: Annotated[bool, typer.Option(help="Coherent tail and memory of Ouroboros-Diffusion.")] = False,
+    seed: options.Seed = 0,
+    fps: options.Fps = None,
+    folder: Annotated[Path, typer.Option(help="Folder for the film, its first frame and its checkpoint.")] = Path("out/long"),
+    resume: Annotated[Path | None, typer.Option(help="Folder of a stopped run, to go on with.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make a video of any length at constant memory; it plays while it grows, and Ctrl-C or a kill loses almost nothing.
+
+    The first frame is in FOLDER/first_frame.png as soon as it is decoded.
+
+    Example: genattn long --prompt "a red circle moves right on a dark background" --frames 253 --folder out/long
+    """
+    from genattn.apps.sampling.run import open_pipeline, own_defaults
+    from genattn.pipelines.long_video.generate import long_video
+
+    _check_long(settings, prompt, folder, resume, fps)
+    pipe = open_pipeline(settings)
+    if resume is not None:
+        run = long_video(pipe, num_frames=settings.frames, resume=resume, window_batch=window_batch, stream=True)
+    else:
+        own = own_defaults(pipe)
+        run = long_video(
+            pipe,
+            prompt,
+            negative_prompt=settings.negative_prompt,
+            num_frames=settings.frames,
+            height=settings.height or own.get("height"),
+            width=settings.width or own.get("width"),
+            num_inference_steps=settings.steps,
+            partitions=partitions,
+            lookahead=lookahead,
+            guidance_scale=own.get("guidance_scale") if settings.guidance_scale is None else settings.guidance_scale,
+            seed=seed,
+            prompt_fade=prompt_fade,
+            ouroboros=_ouroboros() if ouroboros else None,
+            drift_correction=drift_correction,
+            window_batch=window_batch,
+            fps=fps or own.get("fps", 16),
+            folder=folder,
+            stream=True,
+        )
+    result = _make(run, folder if resume is None else resume, as_json)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print_lines(*(f"{name}: {value}" for name, value in asdict(result).items() if name != "video"))
+
+
+def _check_long(settings: "SamplingSettings", prompt: str, folder: Path, resume: Path | None, fps: float | None) -> None:
+    """Refuse before the model is loaded what cannot become a film."""
+    from genattn.apps.sampling.output_files import check_out
+
+    if fps is not None and not 0 < fps <= 240:
+        raise GenAttnError(f"--fps must lie in (0, 240], got {fps}")
+    if resume is None:
+        if not prompt.strip():
+            raise GenAttnError("--prompt must say what to show, got an empty text; or give --resume FOLDER")
+        check_out(folder / "video.mp4", (".mp4",))
+        return
+    if not (resume / "checkpoint.json").is_file():
+        raise GenAttnError(f"--resume must name the folder of a stopped run, but {str(resume)!r} has no checkpoint.json")
+    given = [f"--{name.replace('_', '-')}" for name in ("negative_prompt", "height", "width", "steps", "guidance_scale")
+             if getattr(settings, name) is not None]  # fmt: skip
+    given += ["--prompt"] if prompt else []
+    if given:
+        raise GenAttnError(f"a resumed run keeps its settings, got {', '.join(given)} beside --resume; leave them out")
+
+
+def _make(run: "LongVideo", folder: Path, quiet: bool) -> "LongVideoResult":
+    """Run to the end; the first frame becomes a picture as soon as it is there."""
+    from genattn.apps.sampling.output_files import write_image
+
+    picture = folder / "first_frame.png"
+    for frame in run:
+        if not picture.exists():
+            write_image(picture, frame, {"prompt": run.parts.settings.prompt, "seed": run.parts.settings.seed})
+            if not quiet:
+                tqdm.write(f"first frame: {picture}", file=sys.stderr)
+    return run.result()
+
+
+def _ouroboros() -> Any:
+    from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
+
+    return Ouroboros()
+
+
+def measure_command(
+    file: Annotated[Path, typer.Argument(help="A video, or a picture.")],
+    fps: Annotated[float | None, typer.Option(help="Frames a second; default: the file's.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure a file without any model, and tell the prompt, seed and settings it carries.
+
+    A video: flicker, smoothness, motion, consistency, drift, seams, repetition. A picture: the statistics that hunt knows.
+
+    Example: genattn measure out/demo.mp4 --json
+    """
+    from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, read_metadata
+
+    if fps is not None and not fps > 0:
+        raise GenAttnError(f"--fps must be > 0, got {fps}")
+    if not file.is_file():
+        raise GenAttnError(f"{str(file)!r} is no file; give a video or a picture that exists")
+    metadata = read_metadata(file)
+    found = _picture_statistics(file) if file.suffix.lower() in IMAGE_SUFFIXES else _film_measures(file, fps)
+    if as_json:
+        print_json(found | {"metadata": metadata})
+        return
+    print_table([{"measure": name, "value": value} for name, value in _flat(found)], str(file))
+    if metadata:
+        print_lines("made with: " + ", ".join(f"{name} {value}" for name, value in metadata.items()))
+
+
+def _flat(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """A row per number: `drift_per_100_frames, red` instead of a dict in a cell."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in found.items():
+        rows += [(f"{name}, {part}", v) for part, v in value.items()] if isinstance(value, dict) else [(name, value)]
+    return rows
+
+
+def _film_measures(file: Path, fps: float | None) -> dict[str, Any]:
+    from genattn.pipelines.long_video.quality.video_metrics import measure
+
+    return measure(file, fps)
+
+
+def _picture_statistics(file: Path) -> dict[str, Any]:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from genattn.guidance.headhunter.objectives import STATISTICS
+
+    with Image.open(file) as picture:
+        pixels = np.array(picture.convert("RGB"), dtype=np.float32) / 255
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    sizes = {"height": images.shape[2], "width": images.shape[3]}
+    return {**sizes, **{name: float(statistic(images)[0]) for name, statistic in STATISTICS.items()}}

@@ -1,0 +1,121 @@
+"""Options that several commands share, named as in `diffusers-cli run` where it has them.
+
+    @sampling_options()                                       genattn generate --model ... --steps ...
+    def generate_command(settings: SamplingSettings): ...  <- the options, gathered and checked
+
+A command names one parameter and the command line offers a group of options in its place.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Command = Callable[..., None]
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder or hub id of a diffusers pipeline; default: the shipped tiny-wan.")
+]
+Prompt = Annotated[str, typer.Option(help="What to show.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid (classifier-free guidance).")]
+FrameCount = Annotated[int | None, typer.Option("--frames", help="Frames; default: what the model was made for.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; default: what the model was made for.")]
+Width = Annotated[int | None, typer.Option(help="Pixels; default: what the model was made for.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise; same seed, same video.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the model's.")]
+Attention = Annotated[
+    str, typer.Option(help="radial, radial-paper, radial-official, neighborhood or dense.", show_default=True)
+]
+PatternOptions = Annotated[str | None, typer.Option(help="Settings of the pattern as a JSON object.", metavar="JSON")]
+PatternFile = Annotated[Path | None, typer.Option(help="Settings from `genattn plan --auto --out`.")]
+DenseSteps = Annotated[
+    float, typer.Option(help="First steps kept dense: a share of them (below 1) or a number (1, 2, ...).", show_default=True)
+]
+DenseLayers = Annotated[int, typer.Option(help="First layers kept dense.", show_default=True)]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.", show_default=True)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
+CpuOffload = Annotated[str | None, typer.Option(help="model or group: keep weights on the CPU between uses.")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second of the written video; default: the model's or 16.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write; its folder is made.", show_default=True)]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, nothing else.")]
+
+# name -> (kind, default)
+SAMPLING: dict[str, tuple[Any, Any]] = {
+    "model": (Model, None),
+    "negative_prompt": (NegativePrompt, None),
+    "frames": (FrameCount, None),
+    "height": (Height, None),
+    "width": (Width, None),
+    "steps": (Steps, None),
+    "guidance_scale": (GuidanceScale, None),
+    "dtype": (Dtype, "auto"),
+    "device": (Device, None),
+    "cpu_offload": (CpuOffload, None),
+}
+ATTENTION: dict[str, tuple[Any, Any]] = {
+    "attention": (Attention, "radial"),
+    "pattern_options": (PatternOptions, None),
+    "pattern_file": (PatternFile, None),
+    "dense_steps": (DenseSteps, 0.25),
+    "dense_layers": (DenseLayers, 1),
+}
+
+
+def sampling_options(**instead: Any) -> Callable[[Command], Command]:
+    """In place of a command's parameter `settings`: the options of SAMPLING, gathered as SamplingSettings.
+
+    instead: other kinds for some of them, where the command's help must say something else.
+    """
+    options = SAMPLING | {name: (kind, SAMPLING[name][1]) for name, kind in instead.items()}
+    return functools.partial(_offer, "settings", options, _sampling_settings)
+
+
+def attention_options() -> Callable[[Command], Command]:
+    """In place of a command's parameter `attention`: the options of ATTENTION, gathered as AttentionSettings."""
+    return functools.partial(_offer, "attention", ATTENTION, _attention_settings)
+
+
+def _sampling_settings(**given: Any) -> Any:
+    from genattn.apps.sampling.run import SamplingSettings
+
+    return SamplingSettings(**given)
+
+
+def _attention_settings(
+    attention: str, pattern_options: str | None, pattern_file: Path | None, dense_steps: float, dense_layers: int
+) -> Any:
+    from genattn.apps.sampling.attention_names import pattern_from_file, pattern_from_name
+    from genattn.apps.sampling.run import AttentionSettings
+
+    if pattern_file is None:
+        return AttentionSettings(attention, pattern_from_name(attention, pattern_options), dense_steps, dense_layers)
+    return AttentionSettings(pattern_file.stem, pattern_from_file(pattern_file), dense_steps, dense_layers)
+
+
+def _offer(parameter: str, options: dict[str, tuple[Any, Any]], gather: Callable[..., Any], command: Command) -> Command:
+    """`command` with the options of a group where it has `parameter`."""
+    own = inspect.signature(command)
+    parameters: list[inspect.Parameter] = []
+    for each in own.parameters.values():
+        if each.name == parameter:
+            parameters += [each.replace(name=name, annotation=kind, default=value) for name, (kind, value) in options.items()]
+        else:
+            parameters.append(each)
+    signature = own.replace(parameters=parameters)
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        gathered = gather(**{name: given.pop(name) for name in options})
+        command(**given, **{parameter: gathered})
+
+    # typer reads both
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run

@@ -1,0 +1,195 @@
+"""Commands about patterns, from geometry alone: simulate, plan, show."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from genattn.apps.cli import options
+from genattn.apps.cli.printing import print_json, print_lines, print_table
+from genattn.apps.sampling.attention_names import pattern_from_name
+from genattn.apps.sampling.output_files import check_out
+from genattn.errors import GenAttnError
+
+Shape = Annotated[str, typer.Option(help="Tokens per axis, FRAMESxHEIGHTxWIDTH or HEIGHTxWIDTH, e.g. 30x48x80.")]
+
+
+def simulate_command(
+    grid: Shape,
+    window: Annotated[str, typer.Option(help="Window per axis, e.g. 18x24x24; -1 is the whole axis.")],
+    stride: Annotated[str, typer.Option(help="Stride per axis, or one for all.")] = "1",
+    dilation: Annotated[str, typer.Option(help="Dilation per axis, or one for all.")] = "1",
+    tile_q: Annotated[str | None, typer.Option(help="Query tile, e.g. 4x8x8; default: the one with the least work.")] = None,
+    tile_k: Annotated[str | None, typer.Option(help="Key tile; default: the one with the least work.")] = None,
+    block: Annotated[int, typer.Option(help="Tokens per tile when tiles are chosen.")] = 128,
+    attention_share: Annotated[
+        float, typer.Option(help="Share of a run's time that becomes sparse, for end to end.", min=0, max=1)
+    ] = 1.0,
+    as_json: options.Json = False,
+) -> None:
+    """Bound the speed-up of neighborhood attention: by the worst tile (as NATTEN does) and by total work.
+
+    Example: genattn simulate --grid 30x48x80 --window 18x24x24 --stride 16x8x8 --tile-q 4x8x8 --tile-k 2x8x8
+    """
+    from genattn.planning.simulate import simulate
+
+    found = simulate(
+        _grid(grid),
+        parse_shape("--window", window),
+        _one_or_all(parse_shape("--stride", stride)),
+        _one_or_all(parse_shape("--dilation", dilation)),
+        tile_q=None if tile_q is None else parse_shape("--tile-q", tile_q),
+        tile_k=None if tile_k is None else parse_shape("--tile-k", tile_k),
+        block=block,
+        attention_share=attention_share,
+    )
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_table([{"bound": name, "value": value} for name, value in asdict(found).items()])
+
+
+def plan_command(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A preset (wan-14b, hunyuan, flux, ...) or a local folder.")
+    ] = "wan-14b",
+    size: Annotated[str | None, typer.Option(help="Pixels, HEIGHTxWIDTH, e.g. 720x1280; default: the model's.")] = None,
+    frames: options.FrameCount = None,
+    target_density: Annotated[float, typer.Option(help="Share of the scores that a sparse call may compute.")] = 0.25,
+    dense_steps: Annotated[float, typer.Option(help="Share of the steps that stays dense.")] = 0.25,
+    dense_layers: options.DenseLayers = 1,
+    steps: options.Steps = None,
+    auto: Annotated[bool, typer.Option(help="Measure on the pipeline --model and choose per layer and head.")] = False,
+    min_psnr: Annotated[float | None, typer.Option(help="Measure: the sparsest settings that keep so many dB.")] = None,
+    prompt: options.Prompt = "a red circle moves right on a dark background",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the measured settings.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Rank patterns for a model and size by predicted speed; name legal sizes nearby and what a run costs.
+
+    Example: genattn plan --model wan-14b --size 720x1280 --frames 81 --target-density 0.25
+    """
+    from genattn.planning.planner import plan_settings
+
+    pixels = None if size is None else parse_shape("--size", size)
+    if pixels is not None and len(pixels) != 2:
+        raise GenAttnError(f"--size must be HEIGHTxWIDTH, e.g. 720x1280, got {size!r}")
+    if auto or min_psnr is not None:
+        _measure(model, pixels, frames, steps, prompt, target_density, min_psnr, out, as_json)
+        return
+    found = plan_settings(model, pixels, frames, target_density, dense_steps, dense_layers, steps)
+    rows = [_setting_row(asdict(s) | {"pattern": repr(s.pattern)}) for s in found.settings]
+    summary = {
+        "model": found.model,
+        "size": "x".join(map(str, found.size)),
+        "frames": found.frames,
+        "tokens": found.layout.describe(),
+        "steps": found.steps,
+        "dense_steps": found.dense_steps,
+        "dense_layers": found.dense_layers,
+        "attention_share": round(found.attention_share, 4),
+        "dense_pflops": round(found.dense_pflops, 2),
+    }
+    if as_json:
+        print_json({**summary, "settings": rows, "nearby": [asdict(n) for n in found.nearby]})
+        return
+    print_lines(", ".join(f"{name} {value}" for name, value in summary.items()))
+    print_table(rows, "predicted, fastest first", [n for n in rows[0] if n != "pattern"] if rows else None)
+    nearby = [{k: v if isinstance(v, float) else str(v) for k, v in asdict(n).items()} for n in found.nearby]
+    print_table(nearby, "legal sizes nearby")
+
+
+def _measure(
+    model: str,
+    pixels: tuple[int, ...] | None,
+    frames: int | None,
+    steps: int | None,
+    prompt: str,
+    target_density: float,
+    min_psnr: float | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    from genattn.apps.sampling.measured_plan import measured_plan
+    from genattn.apps.sampling.run import SamplingSettings
+
+    if out is not None:
+        check_out(out, (".json",))
+    height, width = pixels or (None, None)
+    settings = SamplingSettings(model, None, frames, height, width, steps)
+    found = measured_plan(settings, prompt, target_density, min_psnr, out=out)
+    if as_json:
+        print_json(found.facts())
+        return
+    print_lines(f"chosen for density {found.density}", repr(found.pattern))
+    if found.psnr is not None:
+        print_lines(f"PSNR {found.psnr:.1f} dB against dense")
+    if out is not None:
+        print_lines(f"wrote {out}; use it with: genattn generate --pattern-file {out}")
+
+
+def _setting_row(setting: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in setting.items()}
+
+
+def show_command(
+    grid: Shape,
+    attention: options.Attention = "radial",
+    pattern_options: options.PatternOptions = None,
+    text_before: Annotated[int, typer.Option(help="Text tokens before the grid.")] = 0,
+    text_after: Annotated[int, typer.Option(help="Text tokens after the grid.")] = 0,
+    query: Annotated[
+        str | None, typer.Option(help="Grid place whose window is drawn, e.g. 4x8x8; default: the middle.")
+    ] = None,
+    block: Annotated[int, typer.Option(help="Tokens per tile.")] = 128,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write; default: draw in the terminal.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Draw a pattern: the token mask, the block plan and one token's window, as a picture or in the terminal.
+
+    Example: genattn show --grid 8x16x16 --attention radial --out radial.png
+    """
+    from genattn.geometry.token_layout import TokenLayout
+    from genattn.planning.show import draw_pattern, terminal_pattern
+
+    pattern = pattern_from_name(attention, pattern_options)
+    if pattern is None:
+        raise GenAttnError("show draws a pattern, and dense attention has none; name another --attention")
+    layout = TokenLayout.from_grid(_grid(grid), text_before, text_after)
+    plan = pattern.plan(layout, block, block)
+    if out is not None:
+        check_out(out, (".png", ".svg", ".pdf"))
+        draw_pattern(pattern, layout, out, query=None if query is None else parse_shape("--query", query), block=block)
+    if as_json:
+        facts = {"pattern": repr(pattern), "layout": layout.describe(), "density": plan.density, "full_share": plan.full_share}
+        print_json(facts | {"file": None if out is None else str(out)})
+    elif out is None:
+        print_lines(terminal_pattern(pattern, layout, block=block))
+    else:
+        print_lines(f"density {plan.density:.4f}, {plan.full_share:.0%} of visited tiles need no mask; wrote {out}")
+
+
+def parse_shape(option: str, text: str) -> tuple[int, ...]:
+    """`18x24x24` as (18, 24, 24).
+
+    >>> parse_shape("--grid", "18x24x24")
+    (18, 24, 24)
+
+    Raises GenAttnError for anything but 1 to 3 whole numbers joined by x.
+    """
+    if not re.fullmatch(r"-?\d+(x-?\d+){0,2}", text.strip()):
+        raise GenAttnError(f"{option} must be 1 to 3 whole numbers joined by x, e.g. 18x24x24, got {text!r}")
+    return tuple(int(part) for part in text.split("x"))
+
+
+def _grid(text: str) -> tuple[int, ...]:
+    shape = parse_shape("--grid", text)
+    if min(shape) < 1:
+        raise GenAttnError(f"--grid must have at least one token on every axis, got {text!r}")
+    return shape
+
+
+def _one_or_all(values: tuple[int, ...]) -> int | tuple[int, ...]:
+    return values[0] if len(values) == 1 else values

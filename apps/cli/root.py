@@ -1,0 +1,101 @@
+"""The `genattn` command. A request that cannot be served gives one line on standard error and exit code 2."""
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from genattn.apps.cli import (
+    app as commands_app,
+)
+from genattn.apps.cli import (
+    comfyui as commands_comfyui,
+)
+from genattn.apps.cli import (
+    evidence as commands_evidence,
+)
+from genattn.apps.cli import (
+    finetune as commands_finetune,
+)
+from genattn.apps.cli import (
+    hunt as commands_hunt,
+)
+from genattn.apps.cli import (
+    kernels as commands_kernels,
+)
+from genattn.apps.cli import (
+    long as commands_long,
+)
+from genattn.apps.cli import (
+    patterns as commands_patterns,
+)
+from genattn.apps.cli import (
+    sampling as commands_sampling,
+)
+from genattn.errors import GenAttnError
+
+app = typer.Typer(
+    name="genattn",
+    help="Sparse attention, head-level guidance and endless video for stock diffusers pipelines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+app.command("generate")(commands_sampling.generate_command)
+app.command("compare")(commands_sampling.compare_command)
+app.command("explain")(commands_sampling.explain_command)
+app.command("measure")(commands_long.measure_command)
+app.command("long")(commands_long.long_command)
+app.command("hunt")(commands_hunt.hunt_command)
+app.command("finetune")(commands_finetune.finetune_command)
+app.command("simulate")(commands_patterns.simulate_command)
+app.command("plan")(commands_patterns.plan_command)
+app.command("show")(commands_patterns.show_command)
+app.command("evidence")(commands_evidence.evidence_command)
+app.command("doctor")(commands_kernels.doctor_command)
+app.command("app")(commands_app.app_command)
+app.add_typer(commands_kernels.bench_app, name="bench")
+app.add_typer(commands_comfyui.comfyui_app, name="comfyui")
+
+# typer carried click's exceptions from outside, then from within: its own names lead to whichever it raises
+_REFUSALS = tuple(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
+)
+
+
+def main() -> None:
+    """Entry point of `genattn` and `python -m genattn`."""
+    try:
+        code = app(prog_name="genattn", standalone_mode=False)
+        sys.stdout.flush()
+    except GenAttnError as error:
+        _fail(str(error), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        # who read has gone (`| head`); nothing is wrong, and the interpreter must not complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except _REFUSALS as error:
+        _refuse(error)
+    if code == 130:  # typer turns an interrupt into this exit code and says nothing
+        _fail("stopped; no unfinished file was left", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(error: Any) -> NoReturn:
+    """A command line that cannot be read: what is wrong, and where the options stand."""
+    path = "genattn" if getattr(error, "ctx", None) is None else error.ctx.command_path
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help itself was printed already, or is the message
+        if message:
+            print(message)
+        sys.exit(2)
+    _fail(f"{message.strip().removesuffix('.')}; see: {path} --help", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"genattn: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

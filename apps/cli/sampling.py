@@ -1,0 +1,117 @@
+"""Commands that sample, or tell what sampling would do: generate, compare, explain."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from genattn.apps.cli import options
+from genattn.apps.cli.printing import print_clips, print_json, print_lines, print_table
+from genattn.errors import GenAttnError
+
+if TYPE_CHECKING:
+    from genattn.apps.sampling.run import AttentionSettings, SamplingSettings
+
+
+@options.sampling_options()
+@options.attention_options()
+def generate_command(
+    prompt: options.Prompt,
+    settings: "SamplingSettings",
+    attention: "AttentionSettings",
+    seed: options.Seed = 0,
+    compare_dense: Annotated[bool, typer.Option(help="Run dense attention too, same seed, and compare.")] = False,
+    fps: options.Fps = None,
+    out: options.Out = Path("out/video.mp4"),
+    as_json: options.Json = False,
+) -> None:
+    """Make a video (or picture) from a prompt, with sparse attention.
+
+    On long runs a preview of the first frame grows beside --out while the steps go on.
+
+    Example: genattn generate --prompt "a red circle moves right on a dark background" --compare-dense --out out.mp4
+    """
+    from genattn.apps.sampling.generate import GenerateRequest, generate
+
+    report = generate(GenerateRequest(prompt, out, attention, settings, seed, compare_dense, fps))
+    if as_json:
+        print_json(report)
+    else:
+        print_clips(report)
+
+
+@options.sampling_options()
+def compare_command(
+    settings: "SamplingSettings",
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; give it several times for several.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
+    held_out: Annotated[int, typer.Option(help="Add so many held-out captions of the tiny world.", min=0)] = 0,
+    attention: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME@DENSE_STEPS (radial@0.5); give it several times.")
+    ] = None,
+    dense_layers: options.DenseLayers = 1,
+    seed: options.Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Sample the same prompts under several attentions; quality, time and memory with intervals.
+
+    Example: genattn compare --held-out 20 --attention radial --attention radial@0 --out out/compare.csv
+    """
+    from genattn.apps.cli.progress import progress_bar
+    from genattn.apps.sampling.compare import compare, parse_attention
+    from genattn.apps.sampling.measured_rows import append_rows
+    from genattn.apps.sampling.output_files import check_out
+    from genattn.apps.sampling.prompt_file import read_prompts
+
+    if out is not None:
+        check_out(out, (".csv",))
+    wanted = [parse_attention(text, dense_layers) for text in attention or ["radial"]]
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else []), *_held_out_captions(held_out)]
+    with progress_bar("clips") as on_sample:
+        rows = compare(texts, wanted, settings, seed, on_sample)
+    if out is not None:
+        append_rows(out, rows)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(rows, f"{len(texts)} prompts, {rows[0]['device']}", _COMPARED)
+
+
+_COMPARED = ("attention", "n", "seconds", "speedup", "density", "peak_memory_gb", "psnr", "ssim", "colour", "shape", "motion")
+
+
+def _held_out_captions(count: int) -> list[str]:
+    if count == 0:
+        return []
+    from genattn.pipelines.tiny.world import caption, sample_scene
+
+    return [caption(sample_scene(10_000 + i, held_out=i % 2 == 1)) for i in range(count)]
+
+
+@options.sampling_options()
+@options.attention_options()
+def explain_command(
+    settings: "SamplingSettings",
+    attention: "AttentionSettings",
+    prompt: options.Prompt = "a red circle moves right on a dark background",
+    as_json: options.Json = False,
+) -> None:
+    """Say before a run: which sites, what layout and density, predicted work, what stays dense and why.
+
+    Example: genattn explain --attention radial --dense-steps 0.25
+    """
+    import genattn
+    from genattn.apps.sampling.run import call_arguments, open_pipeline
+
+    if attention.pattern is None:
+        raise GenAttnError("explain needs a pattern, and dense attention has none; name another --attention")
+    pipe = open_pipeline(settings)
+    call = call_arguments(pipe, settings)
+    kept: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
+    with genattn.apply(pipe, attention.pattern, **kept) as handle:
+        found = handle.explain(**call, prompt=prompt, output_type="latent")
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_lines(found.table())

@@ -1,0 +1,56 @@
+"""Widgets that several nodes share: one name, one meaning, one tooltip everywhere."""
+
+from genattn.apps.comfyui.schema import Field
+from genattn.apps.comfyui.settings import METHODS, PATTERNS
+from genattn.errors import GenAttnError
+from genattn.guidance.softpag.perturbation import TARGETS
+
+IMPLS = ("auto", "triton", "flex", "cpu", "sdpa", "reference")
+SEED = Field("seed", "INT", "Seed of the noise; same seed, same result.", 0, 0, 2**32 - 1, 1, seed=True)
+
+SPARSE = (
+    Field("pattern", "COMBO", "Which token may see which; dense switches the node off.", "radial", options=PATTERNS),
+    Field("decay", "FLOAT", "Radial: width of the windows, larger is denser; 0 takes the variant's own.", 0.0, 0.0, 16.0, 0.05),
+    Field("window", "STRING", "Neighborhood: keys per axis, frames,height,width (or one number); -1 is all.", "5,12,12"),
+    Field(
+        "stride", "STRING", "Neighborhood: queries per axis that share a window; 1 slides, the window itself is blocked.", "1"
+    ),
+    Field(
+        "dense_steps", "FLOAT", "First steps kept dense: a share of them (below 1) or their number.", 0.25, 0.0, 1000.0, 0.05
+    ),
+    Field("dense_blocks", "STRING", "Blocks kept dense, like 0-2,-1, over all stacks in order; -1 is the last.", "0"),
+    Field("impl", "COMBO", "Backend of the sparse calls; a named one that cannot serve says why.", "auto", options=IMPLS),
+    Field("pattern_options", "STRING", 'Further settings of the pattern as JSON, e.g. {"sink": false}.', ""),
+)
+
+SIGMAS = (
+    Field("sigma_start", "FLOAT", "Act from this noise level down; 1 is the beginning.", 1.0, 0.0, 1.0, 0.01),
+    Field("sigma_end", "FLOAT", "Act down to this noise level; 0 is the end.", 0.0, 0.0, 1.0, 0.01),
+)
+
+HEADS = (
+    Field("heads", "STRING", "Heads like L11H15,L13H17:0.3, or whole layers like L7; pag and seg take layers.", "L1"),
+    Field("u", "FLOAT", "softpag: how far the heads are drawn towards the target.", 0.5, 0.0, 1.0, 0.05),
+    Field("scale", "FLOAT", "Weight of the guidance; 0 is off.", 3.0, -20.0, 20.0, 0.1),
+)
+
+HEAD_SET = Field("head_set", "GENATTN_HEADS", "Heads from a file instead of the text.", optional=True)
+METHOD = Field(
+    "method", "COMBO", "softpag on heads, pag (own value) or seg (mean query) on layers.", "softpag", options=METHODS
+)
+_ATTENTION_TARGETS = tuple(target for target in TARGETS if target != "skip")
+TARGET = Field("target", "COMBO", "softpag: what the heads are drawn towards.", "identity", options=_ATTENTION_TARGETS)
+
+
+def check_sparse(
+    cls: type, dense_blocks: str, pattern: str, decay: float, window: str, stride: str, pattern_options: str
+) -> bool | str:
+    """At submit time: can the pattern be made, and can the blocks be read."""
+    from genattn.apps.comfyui.settings import blocks_of, pattern_of
+
+    try:
+        pattern_of(pattern, decay, window, stride, pattern_options)
+        blocks_of(dense_blocks, 10_000)
+    except GenAttnError as error:
+        return str(error)
+    return True

@@ -1,0 +1,89 @@
+"""Help pages of the ComfyUI nodes: what a node is for, its inputs, outputs and advice; ComfyUI shows them beside it."""
+
+from pathlib import Path
+
+from genattn.apps.comfyui.nodes import node_specs
+from genattn.apps.comfyui.schema import Field, NodeSpec
+
+ADVICE = {
+    "GenAttn_SparseAttention": """
+- Start with `radial`, `dense_steps` 0.25 and `dense_blocks` 0. The first steps decide layout and motion and stay dense.
+- Radial attention thins out frames that are far apart, so it does nothing for pictures: take `neighborhood` for FLUX and SD3.
+- `window` and `stride` count tokens, not pixels: one token is 16 x 16 pixels and 4 frames for Wan and HunyuanVideo.
+- A stride equal to the window, or a multiple of 8 tokens, gives fuller tiles and more speed than stride 1.
+- `dense_steps` counts the steps of the sampler that runs. With two samplers (Wan 2.2's two experts) use `sigma_start` instead.
+- Set `pattern` to `dense` to compare; the result is then that of the model without this node, to the bit.
+- Put this node after any other node that sets an attention override. What it finds there keeps running for dense calls.
+""",
+    "GenAttn_Guidance": """
+- `softpag` draws single heads towards their own values by `u`; `pag` does so with whole layers, `seg` blurs their queries.
+- Layers count over all blocks in order: FLUX.1 has double blocks L0 to L18, then single blocks L19 to L56.
+- Every guided step costs one more conditional pass. A window (`start`, `stop`, or noise levels) makes it cheaper.
+- Too much shows as hard contrast: lower `scale`, or raise `rescale`.
+- Several of these nodes on one MODEL add up. Sparse attention works in the extra pass too.
+""",
+    "GenAttn_FifoSampler": """
+- Use it in SamplerCustom with a BasicScheduler, and an empty video latent as long as the film is to be.
+- Only text-to-video Wan: it takes one timestep per frame. For other bases use the Long Video node over diffusers.
+- `window` should be the length the model was trained on, 21 latent frames for Wan 2.1.
+- More steps in the scheduler mean a longer queue: every frame still takes as many steps, from noise to clean.
+""",
+    "GenAttn_HeadSetLoad": """
+- Head sets found with diffusers fit: layers and heads are counted alike. A set of another model is refused.
+""",
+    "GenAttn_MaskPreview": """
+- `text_tokens` matters for HunyuanVideo, FLUX and SD3, whose text stands in the same sequence.
+- Nothing is run, so a setting can be judged before the first sampling. Density is the share of tile pairs that is computed.
+""",
+    "GenAttn_BlockProbe": """
+- Blocks with a large error are the ones to list in `dense_blocks`.
+- One forward at one noise level. Errors at high noise (sigma near 1) and low noise differ; look at both.
+- An empty latent gives pure noise as the picture; a sampled one gives errors at a real picture.
+""",
+    "GenAttn_Report": """
+- Connect the MODEL that the sampler got, and the sampler's latent.
+- When another node took the attention override away, the first line says which. Move the GenAttn nodes after it.
+""",
+    "GenAttn_LoadPipeline": """
+- With `offline` on, nothing is asked of the network. Only safetensors are read, and no remote code is run.
+- The pipeline stays on its device while the workflow is cached; ComfyUI's own models make room before it samples.
+""",
+    "GenAttn_ApplyPipeline": """
+- Settings go on for the time of a sampling only, so one loaded pipeline can feed a dense and a sparse branch.
+""",
+    "GenAttn_SampleImage": """
+- Sizes of 0 take what the model was made for. Interrupt stops after the current step.
+""",
+    "GenAttn_SampleVideo": """
+- Sizes of 0 take what the model was made for. Interrupt stops after the current step.
+""",
+    "GenAttn_LongVideo": """
+- The film is written to the output folder while it is made and plays while it grows; after an interrupt it keeps what it has.
+- All frames also come out as IMAGE and are held in memory for that.
+- `prompt` may be a schedule: 0:"a red circle" 120:"it turns blue".
+""",
+}
+
+
+def page(spec: NodeSpec) -> str:
+    """The Markdown page of one node."""
+    lines = [f"# {spec.title}", "", spec.description, "", "## Inputs", "", "| input | type | default | meaning |"]
+    lines += ["|---|---|---|---|", *(_row(field) for field in spec.inputs), "", "## Outputs", "", "| output | type | meaning |"]
+    lines += ["|---|---|---|", *(f"| {out.id} | {out.type} | {out.tooltip} |" for out in spec.outputs)]
+    return "\n".join([*lines, "", "## Advice", ADVICE[spec.id].rstrip(), ""])
+
+
+def _row(field: Field) -> str:
+    shown = "" if field.default in (None, "") else f"`{field.default}`"
+    kind = ", ".join(field.options) if field.options else field.type + (" (optional)" if field.optional else "")
+    return f"| {field.id} | {kind} | {shown} | {field.tooltip} |"
+
+
+def write_pages(target: Path) -> list[Path]:
+    """One page per node into a folder."""
+    written = []
+    for spec in node_specs():
+        place = target / f"{spec.id}.md"
+        place.write_text(page(spec), encoding="utf-8")
+        written.append(place)
+    return written

@@ -1,0 +1,200 @@
+"""Nodes on ComfyUI's own MODEL: Wan, HunyuanVideo, FLUX, SD3."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from genattn.apps.comfyui.fields import HEAD_SET, HEADS, METHOD, SEED, SIGMAS, SPARSE, TARGET, check_sparse
+from genattn.apps.comfyui.schema import Answer, Field, NodeSpec, Out
+from genattn.errors import GenAttnError
+
+_CATEGORY = "GenAttn/model"
+_MODEL = Field("model", "MODEL", "Wan, HunyuanVideo, FLUX or SD3.")
+_MODEL_OUT = Out("MODEL", "MODEL", "A patched clone; the model that came in stays as it was.")
+_LATENT = Field("latent", "LATENT", "Latents of the size that will be sampled.")
+
+
+def sparse_attention(model: Any, **widgets: Any) -> tuple[Any, ...]:
+    """MODEL with a pattern on its self and joint attention."""
+    from genattn.apps.comfyui.hosts import host_of
+    from genattn.apps.comfyui.seam import patch_model
+    from genattn.apps.comfyui.settings import sparse_of
+
+    inner = model.model.diffusion_model
+    blocks = 1 + max(site.depth for site in host_of(inner).sites(inner))
+    return (patch_model(model, sparse_of(blocks=blocks, **widgets)),)
+
+
+def guidance(
+    model: Any,
+    method: str,
+    heads: str,
+    u: float,
+    scale: float,
+    target: str,
+    start: float,
+    stop: float,
+    sigma_start: float,
+    sigma_end: float,
+    rescale: float,
+    head_set: Any = None,
+) -> tuple[Any, ...]:
+    """MODEL with SoftPAG, PAG or SEG."""
+    from genattn.apps.comfyui.guidance import guide_model, head_set_for
+    from genattn.apps.comfyui.settings import guidance_of, sigma_bounds
+
+    known = None if head_set is None else head_set_for(model, head_set)
+    bounds = sigma_bounds(sigma_start, sigma_end)
+    softpag = guidance_of(
+        method, heads, u, scale, known, target=target, start=start, stop=stop, rescale=rescale, **bounds
+    )  # fmt: skip
+    return (guide_model(model, softpag),)
+
+
+def fifo_sampler(**settings: Any) -> tuple[Any, ...]:
+    """SAMPLER that runs a latent queue."""
+    from comfy.samplers import KSAMPLER
+
+    from genattn.apps.comfyui.fifo import FifoSampling, FifoSettings
+
+    return (KSAMPLER(FifoSampling(FifoSettings(**settings))),)
+
+
+def load_head_set(path: str) -> tuple[Any, ...]:
+    """Head set and its names."""
+    from genattn.guidance.heads.head_set import HeadSet
+
+    found = HeadSet.load(path)
+    return found, found.names()
+
+
+def check_head_set(cls: type, path: str) -> bool | str:
+    """At submit time: is it a head set."""
+    try:
+        load_head_set(path)
+    except GenAttnError as error:
+        return str(error)
+    return True
+
+
+def mask_preview(model: Any, latent: dict[str, Any], text_tokens: int) -> Answer:
+    """Picture and density of the pattern on a MODEL."""
+    from genattn.apps.comfyui.pictures import mask_picture
+
+    image, density, told = mask_picture(model, latent["samples"], text_tokens)
+    return Answer((image, density, told), told, image)
+
+
+def block_probe(model: Any, positive: Any, latent: dict[str, Any], sigma: float, seed: int) -> Answer:
+    """Error of every block's attention under the pattern on a MODEL."""
+    from genattn.apps.comfyui.pictures import probe_blocks, probe_picture
+
+    rows = probe_blocks(model, positive, latent["samples"], sigma, seed)
+    worst = max((row["error"] for row in rows), default=0.0)
+    image = probe_picture(rows, f"sparse against dense at sigma {sigma:g}: worst {worst:.3f}")
+    return Answer((image, json.dumps(rows, indent=1), worst), None, image)
+
+
+def report(model: Any, latent: dict[str, Any]) -> Answer:
+    """What ran sparse and why not the rest, after the sampler."""
+    from genattn.apps.comfyui.hosts import host_of
+    from genattn.apps.comfyui.seam import chain_of
+
+    chain = chain_of(model)
+    if not chain.plugins:
+        raise GenAttnError("this MODEL carries no GenAttn node; connect the patched MODEL that the sampler got")
+    inner = model.model.diffusion_model
+    found = chain.tally.report(chain.plugins, host_of(inner).sites(inner))
+    plain = {**found.to_dict(), "removed": chain.tally.removed}
+    told = "\n".join(line for line in (chain.tally.removed, found.table()) if line)
+    return Answer((latent, told, json.dumps(plain, default=_plain)), told)
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)
+
+
+MODEL_NODES = (
+    NodeSpec(
+        "GenAttn_SparseAttention", "Sparse Attention (GenAttn)", _CATEGORY,
+        "Radial or (generalized) neighborhood attention on Wan, HunyuanVideo, FLUX and SD3, with blocks, steps and noise "
+        "levels to keep dense. Chains with other attention overrides.",
+        ("radial attention", "neighborhood attention", "gna", "natten", "sparse attention", "speed up", "nabla", "sparge"),
+        (_MODEL, *SPARSE, *SIGMAS), (_MODEL_OUT,), sparse_attention, check=check_sparse,
+    ),
+    NodeSpec(
+        "GenAttn_Guidance", "DiT Guidance (GenAttn)", _CATEGORY,
+        "SoftPAG on chosen heads, PAG and SEG on layers, for Wan, HunyuanVideo, FLUX and SD3. One more pass per guided step.",
+        ("softpag", "pag", "perturbed attention guidance", "seg", "smoothed energy guidance", "headhunter", "quality"),
+        (
+            _MODEL, METHOD, *HEADS, TARGET,
+            Field("start", "FLOAT", "First moment, as a share of the steps.", 0.0, 0.0, 1.0, 0.01),
+            Field("stop", "FLOAT", "Last moment, as a share of the steps.", 1.0, 0.0, 1.0, 0.01),
+            *SIGMAS,
+            Field("rescale", "FLOAT", "Give the result the spread of the unguided one; 0 is off.", 0.0, 0.0, 1.0, 0.05),
+            HEAD_SET,
+        ),
+        (_MODEL_OUT,), guidance,
+    ),
+    NodeSpec(
+        "GenAttn_FifoSampler", "FIFO Sampler (GenAttn)", _CATEGORY,
+        "Video of any length from ComfyUI's own text-to-video Wan: as many frames as the latent has, a window at a time.",
+        ("fifo", "long video", "endless video", "infinite", "context window", "freenoise"),
+        (
+            Field("window", "INT", "Latent frames per forward; 21 are Wan's 81 frames.", 21, 2, 1024, 1),
+            Field("latents_per_level", "INT", "Latents that share a noise level; 1 is FIFO-Diffusion.", 1, 1, 1024, 1),
+            Field("lookahead", "BOOLEAN", "Every latent sees half a window of cleaner ones; twice the work.", True),
+            Field("eta", "FLOAT", "Share of fresh noise per step.", 0.0, 0.0, 1.0, 0.01),
+            Field("window_batch", "INT", "Windows per forward: throughput against memory.", 1, 1, 64, 1),
+        ),
+        (Out("SAMPLER", "SAMPLER", "For SamplerCustom, with a schedule that falls to 0."),), fifo_sampler,
+    ),
+    NodeSpec(
+        "GenAttn_HeadSetLoad", "Load Head Set (GenAttn)", _CATEGORY,
+        "A file that says which heads to perturb in which model; genattn hunt writes such files.",
+        ("head set", "headhunter", "attention heads", "softpag"),
+        (Field("path", "STRING", "JSON file of a head set.", ""),),
+        (Out("HEADS", "GENATTN_HEADS", "For the guidance nodes."), Out("names", "STRING", "The heads as text.")),
+        load_head_set, check=check_head_set,
+    ),
+    NodeSpec(
+        "GenAttn_MaskPreview", "Mask Preview (GenAttn)", _CATEGORY,
+        "What the sparse attention on this MODEL lets see at this size: picture and density, nothing is run.",
+        ("mask", "density", "attention map", "pattern"),
+        (_MODEL, _LATENT, Field("text_tokens", "INT", "Text tokens in the same sequence; Wan has none.", 256, 0, 8192, 1)),
+        (
+            Out("IMAGE", "IMAGE", "Tokens, tiles and what one token sees."),
+            Out("density", "FLOAT", "Share of the tile pairs that is computed."),
+            Out("text", "STRING", "The same in words."),
+        ),
+        mask_preview, is_output=True,
+    ),
+    NodeSpec(
+        "GenAttn_BlockProbe", "Block Probe (GenAttn)", _CATEGORY,
+        "Which blocks stand sparse attention: one forward, each block dense and under the pattern, the relative error of each.",
+        ("error", "probe", "quality", "which blocks", "profile"),
+        (
+            _MODEL, Field("positive", "CONDITIONING", "What the model is told."), _LATENT,
+            Field("sigma", "FLOAT", "Noise level of the forward.", 0.5, 0.001, 1.0, 0.01), SEED,
+        ),
+        (
+            Out("IMAGE", "IMAGE", "Error per block."),
+            Out("json", "STRING", "Block, error, density, and why not, per block."),
+            Out("worst", "FLOAT", "Largest relative error."),
+        ),
+        block_probe, is_output=True,
+    ),
+    NodeSpec(
+        "GenAttn_Report", "Attention Report (GenAttn)", _CATEGORY,
+        "After the sampler: what ran sparse at what density in what time, every reason for a dense call, and whether another "
+        "node took the attention override away.",
+        ("report", "density", "timing", "why dense", "statistics"),
+        (_MODEL, Field("latent", "LATENT", "The sampler's result, which makes this node run after it.")),
+        (
+            Out("LATENT", "LATENT", "The same latents."),
+            Out("text", "STRING", "The report as a table."),
+            Out("json", "STRING", "The report for programs."),
+        ),
+        report, is_output=True,
+    ),
+)  # fmt: skip

@@ -1,0 +1,81 @@
+"""What became of the attention calls of a patched MODEL, for the Report node: counts, density, seconds, reasons."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genattn.seam.plugin import AttentionCall, AttentionSite, Plugin
+from genattn.seam.report import Report, SiteStats, event_pair
+
+_LOG = logging.getLogger("genattn")
+
+
+class Tally:
+    """Counters of one sampler run."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """A new run starts."""
+        self.stats: dict[str, SiteStats] = {}
+        self.forwards, self.unreached, self.taken_by, self.device = 0, 0, "", "cpu"
+
+    def timed(self, call: AttentionCall, answer: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The answer of one call, counted at its site."""
+        events, began = event_pair(call.query), time.perf_counter()
+        out = answer()
+        seconds = time.perf_counter() - began
+        if events is not None:
+            events[1].record()
+        if call.site.name not in self.stats:
+            self.stats[call.site.name] = SiteStats(call.site)
+        self.stats[call.site.name].add(call.query, call.key.shape[1], call.record, seconds, events)
+        self.device = call.query.device.type
+        return out
+
+    def forward_ended(self, calls: int, slot: Any) -> None:
+        """A forward is over in which the override saw `calls` calls; slot: what stands in ComfyUI's one override slot."""
+        self.forwards += 1
+        if calls:
+            return
+        self.unreached += 1
+        if self.unreached == 1:
+            self.taken_by = _name_of(slot)
+            _LOG.warning("%s", self.removed)
+
+    @property
+    def removed(self) -> str:
+        """What to tell when a later node took the override away; empty while ours is reached."""
+        if not self.unreached:
+            return ""
+        return (
+            f"NOT APPLIED in {self.unreached} of {self.forwards} forwards: a node after GenAttn's set the attention override "
+            f"to {self.taken_by}, which does not hand on to it; put the GenAttn nodes after that node"
+        )
+
+    def report(self, plugins: Sequence[Plugin], sites: Sequence[AttentionSite]) -> Report:
+        """The counters as the diffusers route reports them."""
+        acting = [site for site in sites if any(plugin.wants(site) for plugin in plugins)]
+        rows = [self.stats.get(site.name, SiteStats(site)).row() for site in acting]
+        return Report(
+            plugins=[plugin.describe() for plugin in plugins],
+            sites=rows,
+            forwards=self.forwards,
+            runs=int(self.forwards > 0),
+            flops=sum(s.flops for s in self.stats.values()),
+            flops_dense=sum(s.flops_dense for s in self.stats.values()),
+            device=self.device,
+        )
+
+
+def _name_of(slot: Any) -> str:
+    if slot is None:
+        return "nothing"
+    named = slot if hasattr(slot, "__qualname__") else type(slot)
+    # ComfyUI names the modules of custom nodes by their whole path
+    return f"{Path(named.__module__).name}.{named.__qualname__}"

@@ -1,0 +1,1 @@
+"""What makes this repository's pages: tables, figures, evidence. Not in the wheel."""

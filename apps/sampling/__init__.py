@@ -1,0 +1,1 @@
+"""One sampling run: loading, checking, running, comparing, writing."""

@@ -1,0 +1,140 @@
+"""`genattn compare`: the same prompts and seeds under several attentions, with quality, time and memory side by side.
+
+    dense      p1 ----  p2 ----  p3 ----        runs are interleaved prompt by prompt, so that a busy machine
+    radial       ----     ----     ----         slows all of them alike; ratios are taken per prompt
+
+Rows go to a CSV, from which README's table is generated.
+"""
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from genattn.apps.sampling.attention_names import pattern_from_name
+from genattn.apps.sampling.clip_quality import is_tiny_world, psnr, ssim
+from genattn.apps.sampling.generate import oracle_scores
+from genattn.apps.sampling.measured_rows import provenance
+from genattn.apps.sampling.run import (
+    DENSE,
+    AttentionSettings,
+    RunResult,
+    SamplingSettings,
+    call_arguments,
+    open_pipeline,
+    run_once,
+    warm_up,
+)
+from genattn.errors import GenAttnError
+
+JUDGED = ("colour", "shape", "motion")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt under one attention, against the dense run of the same prompt and seed."""
+
+    attention: str
+    seconds: float
+    ratio: float
+    density: float
+    peak_memory_gb: float
+    psnr: float
+    ssim: float
+    judged: dict[str, float]
+
+
+def compare(
+    prompts: Sequence[str],
+    attentions: Sequence[AttentionSettings],
+    settings: SamplingSettings,
+    seed: int = 0,
+    on_sample: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """A row per attention, dense first: means over `prompts` with 95 % bootstrap intervals.
+
+    Args:
+        prompts: one clip each; prompt i uses seed + i under every attention.
+        on_sample: called with (samples done, samples in all).
+
+    Raises:
+        GenAttnError: no prompts, or a request the model cannot serve.
+    """
+    if not prompts:
+        raise GenAttnError("compare needs at least one prompt, got none; give --prompt or a --prompts file")
+    pipe = open_pipeline(settings)
+    call = call_arguments(pipe, settings)
+    for attention in attentions:
+        warm_up(pipe, call, prompts[0], attention)
+    samples: dict[str, list[Sample]] = {a.name: [] for a in (DENSE, *attentions)}
+    total = len(prompts) * len(samples)
+    for i, prompt in enumerate(prompts):
+        dense = run_once(pipe, call, prompt, seed + i, DENSE, f"{i + 1}/{len(prompts)} dense")
+        samples["dense"].append(_sample(dense, dense, prompt, settings))
+        for attention in attentions:
+            result = run_once(pipe, call, prompt, seed + i, attention, f"{i + 1}/{len(prompts)} {attention.name}")
+            samples[attention.name].append(_sample(result, dense, prompt, settings))
+        on_sample((i + 1) * len(samples), total)
+    common: dict[str, Any] = {
+        "pipeline": type(pipe).__name__,
+        "model": settings.model or "tiny-wan",
+        **{k: call[k] for k in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale") if k in call},
+        "seed": seed,
+        **provenance(str(pipe.device)),
+    }
+    return [_row(name, found) | common for name, found in samples.items()]
+
+
+def _sample(result: RunResult, dense: RunResult, prompt: str, settings: SamplingSettings) -> Sample:
+    oracle = oracle_scores(result.frames, prompt) if is_tiny_world(settings.model) else None
+    return Sample(
+        result.attention,
+        result.seconds,
+        dense.seconds / result.seconds,
+        result.density,
+        result.peak_memory_gb,
+        psnr(result.frames, dense.frames),
+        ssim(result.frames, dense.frames),
+        {name: oracle[name] for name in JUDGED} if oracle else {},
+    )
+
+
+def _row(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    row: dict[str, Any] = {"attention": name, "n": len(samples)}
+    row |= _interval("seconds", [s.seconds for s in samples])
+    row["speedup"] = round(statistics.median(s.ratio for s in samples), 3)
+    row["density"] = round(statistics.mean(s.density for s in samples), 4)
+    row["peak_memory_gb"] = round(max(s.peak_memory_gb for s in samples), 3)
+    if name != "dense":
+        row |= _interval("psnr", [s.psnr for s in samples]) | _interval("ssim", [s.ssim for s in samples])
+    for key in samples[0].judged:
+        row |= _interval(key, [s.judged[key] for s in samples if s.judged])
+    return row
+
+
+def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % percentile bootstrap interval (1,000 draws, fixed seed)."""
+    rng = random.Random(0)
+    draws = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(1000))
+    return {
+        name: round(statistics.fmean(values), 4),
+        f"{name}_low": round(draws[25], 4),
+        f"{name}_high": round(draws[974], 4),
+    }
+
+
+def parse_attention(text: str, dense_layers: int = 1) -> AttentionSettings:
+    """`NAME` or `NAME@DENSE_STEPS`, e.g. `radial@0.5`.
+
+    Raises GenAttnError for an unknown name, dense itself, or dense steps that are no number.
+    """
+    name, _, steps = text.partition("@")
+    pattern = pattern_from_name(name)
+    if pattern is None:
+        raise GenAttnError("compare always samples dense attention; name the others with --attention")
+    try:
+        dense_steps = float(steps) if steps else 0.25
+    except ValueError:
+        raise GenAttnError(f"--attention must be NAME or NAME@DENSE_STEPS, got {text!r}") from None
+    return AttentionSettings(text, pattern, dense_steps, dense_layers)

@@ -1,0 +1,42 @@
+"""Measured rows: what each must carry, and how it is appended to a file under assets/bench."""
+
+import csv
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import genattn
+from genattn.apps.sampling.run import versions
+
+
+def provenance(device: str) -> dict[str, str]:
+    """What every measured row carries: device, versions, commit, date."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    root = Path(genattn.__file__).resolve().parent.parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    return {
+        "device": name,
+        **{f"{k}_version": v for k, v in versions().items()},
+        "commit": found.stdout.strip() or "not a checkout",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append rows to a CSV; new columns are added to the file's header, missing ones stay empty."""
+    old: list[dict[str, Any]] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    names = list(dict.fromkeys(k for row in [*old, *rows] for k in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+    part.replace(path)

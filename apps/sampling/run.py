@@ -1,0 +1,276 @@
+"""One sampling run of a pipeline: its arguments checked before, its frames, time, memory and density after.
+
+Shared by the commands that sample: generate, compare.
+"""
+
+import contextlib
+import inspect
+import json
+import platform
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import genattn
+from genattn.apps.sampling import legal_sizes
+from genattn.apps.sampling.load_pipeline import load_pipeline
+from genattn.apps.sampling.preview import StepPreview
+from genattn.errors import GenAttnError
+from genattn.patterns.pattern import Pattern
+
+Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One sampling run: frames uint8 [T, H, W, 3], its time and peak memory.
+
+    density: share of the self-attention scores computed over the whole run. sparse_density: over the sparse calls alone.
+    notes: why nothing was sparse, when nothing was.
+    """
+
+    attention: str
+    frames: Frames
+    seconds: float
+    peak_memory_gb: float
+    density: float
+    sparse_density: float | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Which model, and what every run of a command has in common. None means what the model was made for."""
+
+    model: str | None = None
+    negative_prompt: str | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    cpu_offload: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise GenAttnError(f"--steps must be >= 1, got {self.steps}")
+        if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):
+            raise GenAttnError(f"--guidance-scale must be a finite number, got {self.guidance_scale}")
+        if self.cpu_offload not in (None, "model", "group"):
+            raise GenAttnError(f"--cpu-offload must be model or group, got {self.cpu_offload!r}")
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """One attention to sample with: its name, the pattern behind it (None: dense) and what stays dense."""
+
+    name: str
+    pattern: Pattern | None
+    dense_steps: float = 0.25
+    dense_layers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dense_steps < 0 or (self.dense_steps >= 1 and self.dense_steps != int(self.dense_steps)):
+            raise GenAttnError(f"--dense-steps must be a share below 1 or a whole number, got {self.dense_steps}")
+        if self.dense_layers < 0:
+            raise GenAttnError(f"--dense-layers must be >= 0, got {self.dense_layers}")
+
+    @property
+    def steps_to_keep(self) -> float | int:
+        """Dense steps as a Schedule takes them: a float is a share, an int a number."""
+        return self.dense_steps if self.dense_steps < 1 else int(self.dense_steps)
+
+
+DENSE = AttentionSettings("dense", None)
+
+
+def open_pipeline(settings: SamplingSettings) -> Any:
+    """The pipeline on its device, offloaded as asked.
+
+    Raises GenAttnError as `load_pipeline` does.
+    """
+    pipe = load_pipeline(settings.model, settings.dtype, settings.device)
+    if settings.cpu_offload == "model":
+        pipe.enable_model_cpu_offload()
+    elif settings.cpu_offload == "group":
+        pipe.enable_group_offload(onload_device=pipe.device, offload_type="leaf_level")
+    return pipe
+
+
+def call_arguments(pipe: Any, settings: SamplingSettings) -> dict[str, Any]:
+    """Keyword arguments of the pipeline's call, without prompt and generator; sizes checked.
+
+    Raises:
+        GenAttnError: a size the model cannot take, or an argument that this pipeline does not have.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    if settings.frames is not None and not makes_video(pipe):
+        raise GenAttnError(f"{type(pipe).__name__} makes pictures, got --frames {settings.frames}; leave it out")
+    own = own_defaults(pipe)
+    size = default_size(pipe) | _given(height=settings.height, width=settings.width, num_frames=settings.frames)
+    legal_sizes.check_size(pipe, size["height"], size["width"], size.get("num_frames"))
+    call: dict[str, Any] = {**size, "num_inference_steps": _default(accepted, "num_inference_steps", 50)}
+    call |= _given(num_inference_steps=own.get("steps"), guidance_scale=own.get("guidance_scale"))
+    call |= _given(
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+    )
+    unknown = sorted(set(call) - set(accepted))
+    if unknown:
+        raise GenAttnError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
+    return call
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether the pipeline's call takes a number of frames."""
+    return "num_frames" in inspect.signature(pipe.__call__).parameters
+
+
+def own_defaults(pipe: Any) -> dict[str, Any]:
+    """`genattn_defaults.json` beside model_index.json: the size, steps, guidance and fps that a tiny model was made for."""
+    file = Path(str(getattr(pipe.config, "_name_or_path", None) or ".")) / "genattn_defaults.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def default_size(pipe: Any) -> dict[str, int]:
+    """Height, width and, for video, frames the model was made for: its own defaults, then the pipeline's.
+
+    Raises GenAttnError when neither tells.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    own = own_defaults(pipe)
+    sample = getattr(pipe, "default_sample_size", None)
+    square = sample * getattr(pipe, "vae_scale_factor", 8) if isinstance(sample, int) else None
+    found = {
+        "height": own.get("height") or _default(accepted, "height", square),
+        "width": own.get("width") or _default(accepted, "width", square),
+    }
+    if makes_video(pipe):
+        found["num_frames"] = own.get("frames") or _default(accepted, "num_frames", None)
+    missing = [name.removeprefix("num_") for name, value in found.items() if value is None]
+    if missing:
+        raise GenAttnError(f"{type(pipe).__name__} has no default {' and '.join(missing)}; give --{missing[0]}")
+    return {name: int(value) for name, value in found.items()}
+
+
+def prompt_warnings(pipe: Any, prompt: str) -> list[str]:
+    """A line per tokenizer that will cut the prompt off."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    warnings = []
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is None:
+            continue
+        limit = tokenizer.model_max_length
+        if "CLIP" not in type(tokenizer).__name__:
+            limit = min(limit, _default(accepted, "max_sequence_length", limit) or limit)
+        length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if length > limit:
+            warnings.append(f"the prompt has {length} tokens, {name} reads the first {limit}; shorten it")
+    return warnings
+
+
+def run_once(
+    pipe: Any,
+    call: Mapping[str, Any],
+    prompt: str,
+    seed: int,
+    attention: AttentionSettings,
+    title: str,
+    preview: StepPreview | None = None,
+) -> RunResult:
+    """Sample one clip or picture; the pipeline is left as it was.
+
+    Args:
+        call: from `call_arguments`.
+        seed: of the noise, drawn on the CPU so that every device gives the same.
+        title: shown on the progress bar.
+        preview: keeps a picture of the first frame while the steps go on; its own time is not counted.
+
+    Raises:
+        GenAttnError: the pipeline refuses the call, the pattern cannot serve it, or the output is not finite.
+    """
+    import torch
+
+    pipe.set_progress_bar_config(desc=title, leave=title != "warm-up")
+    if preview is not None and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        call = {**call, "callback_on_step_end": preview}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        handle = None
+        if attention.pattern is not None:
+            settings: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
+            handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **settings))
+        try:
+            output = pipe(**call, prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np")
+        except ValueError as error:
+            if isinstance(error, GenAttnError):
+                raise
+            raise GenAttnError(f"{type(pipe).__name__} refuses this call: {str(error).splitlines()[0]}") from None
+        report = None if handle is None else handle.report()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin - (0.0 if preview is None else preview.seconds)
+    frames = to_uint8(output.frames[0] if hasattr(output, "frames") else output.images)
+    if report is None:
+        return RunResult(attention.name, frames, seconds, _peak_memory_gb(), 1.0, None)
+    notes = () if report.sparse_calls else (report.verdict, *report.dense_reasons)
+    computed = report.flops / report.flops_dense if report.flops_dense else 1.0
+    return RunResult(attention.name, frames, seconds, _peak_memory_gb(), computed, report.density, notes)
+
+
+def warm_up(pipe: Any, call: Mapping[str, Any], prompt: str, attention: AttentionSettings) -> None:
+    """One step dense and one sparse: the first pass through a model, a plan and a kernel pays for its set-up."""
+    for each in (DENSE, replace(attention, dense_steps=0, dense_layers=0)):
+        run_once(pipe, {**call, "num_inference_steps": 1}, prompt, 0, each, "warm-up")
+
+
+def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> Frames:
+    """Frames in [0, 1] as uint8 [T, H, W, 3].
+
+    Raises GenAttnError when a value is not finite: such a clip is not worth a file.
+    """
+    frames = np.asarray(frames)
+    bad = int(np.size(frames) - np.isfinite(frames).sum())
+    if bad:
+        raise GenAttnError(f"the output holds {bad} values that are not finite; nothing was written (try --dtype float32)")
+    return (frames * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _peak_memory_gb() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("genattn", "torch", "diffusers", "transformers", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _default(parameters: Any, name: str, fallback: Any) -> Any:
+    parameter = parameters.get(name)
+    return fallback if parameter is None or parameter.default in (None, inspect.Parameter.empty) else parameter.default

@@ -1,0 +1,129 @@
+"""Attention under a pattern, as a plain function of tensors: the one call below everything else.
+
+out = attention(query, key, value, RadialPattern(), TokenLayout.from_grid((21, 30, 52), text_after=0))
+"""
+
+from typing import overload
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
+from genattn.kernels.peers.optional import GridWindows, natten_attention, why_not_natten
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.halo_plan import HaloPlan, check_halo_inputs, halo_attention
+from genattn.kernels.triton.config import tile_sizes
+from genattn.kernels.triton.halo import triton_halo_attention, why_not_triton_halo
+from genattn.patterns.halo import halo_plan
+from genattn.patterns.natten_windows import natten_windows
+from genattn.patterns.pattern import Pattern
+
+AnyPlan = BlockPlan | HaloPlan | GridWindows
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: Pattern,
+    layout: TokenLayout,
+    impl: str = "auto",
+    return_lse: bool = False,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Self-attention in which `pattern` says which token of `layout` sees which.
+
+    query [B, S, H, D]; key, value [B, S, Hk, D] with Hk a divisor of H; S = layout.seqlen. key_mask bool [B, S] hides keys
+    per sample (padded text). Returns [B, S, H, D], or with lse [B, S, H] (natural log, float32).
+
+    impl: "auto", the name of a backend (`genattn.kernels.block_sparse.IMPLS`), or, for a NeighborhoodPattern, "halo" (key
+    boxes that follow the query tile) or "natten" (where it is installed). Raises GenAttnError with the reason when the named
+    one cannot serve, or when shapes do not fit the layout.
+    """
+    if query.ndim != 4 or query.shape[1] != layout.seqlen:
+        raise GenAttnError(
+            f"query must be [B, S, H, D] with S = {layout.seqlen} for the layout {layout.describe()!r}, "
+            f"got {tuple(query.shape)}"
+        )
+    plan = plan_for(query, key, pattern, layout, impl)
+    return planned_attention(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, key_mask=key_mask)
+
+
+def planned_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AnyPlan,
+    impl: str = "auto",
+    return_lse: bool = False,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` for a plan that is there already, from `plan_for`."""
+    if isinstance(plan, HaloPlan):
+        return _halo(query, key, value, plan, return_lse, scale, key_mask)
+    if isinstance(plan, GridWindows) and return_lse:
+        raise GenAttnError(f"impl={impl!r} returns no log-sum-exp; use return_lse=False or another impl")
+    if isinstance(plan, GridWindows):
+        reason = "a key mask is given" if key_mask is not None else why_not_natten(query, plan)
+        if reason is not None:
+            raise GenAttnError(f"impl='natten' cannot serve this call: {reason}; use impl='auto'")
+        return natten_attention(query, key, value, plan, scale)
+    try:
+        return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
+    except ValueError as error:
+        raise GenAttnError(str(error)) from error
+
+
+def _halo(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: HaloPlan,
+    return_lse: bool,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The haloed-box kernel where it serves, else tensor operations."""
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    reason = why_not_triton_halo(query, plan.to(query.device), wants_gradient)
+    if reason is None and not torch.compiler.is_compiling():
+        check_halo_inputs(query, key, plan)
+        out, lse = triton_halo_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
+        return (out, lse) if return_lse else out
+    if return_lse:
+        raise GenAttnError(f"impl='halo' returns no log-sum-exp here: {reason}; use return_lse=False or another impl")
+    return halo_attention(query, key, value, plan, scale, key_mask)
+
+
+def explain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto"
+) -> tuple[str, dict[str, str]]:
+    """What `attention` would run for these tensors, and why not each backend it passed over."""
+    return choose_impl(query, key, value, plan_for(query, key, pattern, layout), impl=impl)
+
+
+@overload
+def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan: ...
+@overload
+def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str) -> AnyPlan: ...
+def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto") -> AnyPlan:
+    """The plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence.
+
+    Boxes that follow the query tile for impl="halo", windows for "natten", else lists of fixed tiles.
+    """
+    if impl == "halo":
+        return halo_plan(pattern, layout)
+    if impl == "natten":
+        return natten_windows(pattern, layout)
+    block = tile_size(layout.seqlen, query.device.type)
+    most_q, most_k = tile_sizes(query.device, query.shape[-1])
+    return pattern.plan_for(query, key, layout, min(block, most_q), min(block, most_k)).to(query.device)
+
+
+def tile_size(seqlen: int, device: str) -> int:
+    """Tokens per tile side: 128 for long sequences; smaller where a few tiles of 128 would hold every pair and skip nothing."""
+    smallest = 16 if device == "cpu" else 64  # a GPU's matrix units want 64 rows
+    return max(smallest, min(128, 1 << max(1, seqlen // 32).bit_length() - 1))

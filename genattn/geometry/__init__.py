@@ -1,0 +1,1 @@
+"""Token layouts, tiles and block plans: pure geometry, no model and no kernel."""

@@ -1,0 +1,210 @@
+"""What is known per model: shapes, costs, and attention settings with their source.
+
+The published Radial settings are those of the released scripts. Those for `variant="genattn"` carry the published window over
+without its rounding to a power of two (at 3600 tokens a frame the released window is 2048 / 3600 = 0.57 of Eq. 4), and always
+keep the first quarter of the steps and the first block dense: without dense steps quality collapses (12.8 dB PSNR against 23.6,
+paper, table B). Neighborhood settings are those of the GNA paper. None of them was measured by us on these checkpoints.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from genattn.errors import GenAttnError
+from genattn.geometry.token_layout import TokenLayout
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.radial import RadialPattern
+
+
+@dataclass(frozen=True)
+class RadialPreset:
+    """Settings of one published script or of ours. dense_steps: share of the run; block: tokens per tile."""
+
+    pattern: RadialPattern
+    dense_steps: float
+    dense_layers: int
+    block: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """One denoiser. compression: pixels (frames, height, width) per latent; patch: latents per token.
+
+    heads x head_dim is the model dimension, ffn the inner one. cross_tokens: text seen by cross-attention; joint_tokens: text
+    in the same sequence, before or after the grid. passes: denoiser runs per step (2 with classifier-free guidance).
+    """
+
+    name: str
+    heads: int
+    head_dim: int
+    layers: int
+    ffn: int
+    compression: tuple[int, int, int]
+    patch: tuple[int, int, int] = (1, 2, 2)
+    cross_tokens: int = 0
+    joint_tokens: int = 0
+    text_first: bool = False
+    passes: int = 2
+    steps: int = 50
+    size: tuple[int, int] = (720, 1280)
+    frames: int = 81
+    radial: tuple[RadialPreset, ...] = ()
+    neighborhood: tuple[tuple[NeighborhoodPattern, str], ...] = ()
+
+    @property
+    def multiples(self) -> tuple[int, int]:
+        """Pixels that height and width must be multiples of."""
+        return self.compression[1] * self.patch[1], self.compression[2] * self.patch[2]
+
+    @property
+    def frame_step(self) -> int:
+        """Legal frame counts are frame_step * n + 1."""
+        return self.compression[0] * self.patch[0]
+
+    def grid(self, size: Sequence[int], frames: int) -> tuple[int, int, int]:
+        """Tokens (frames, height, width) for a video of `size` (height, width) pixels.
+
+        Raises GenAttnError with the nearest legal values.
+        """
+        for name, value, multiple in zip(("height", "width"), size, self.multiples):
+            if value < multiple or value % multiple:
+                below = max(multiple, value // multiple * multiple)
+                raise GenAttnError(
+                    f"{name} must be a multiple of {multiple} for {self.name}, got {value}; "
+                    f"nearest: {below} or {below + multiple}"
+                )
+        if frames < 1 or (frames - 1) % self.frame_step:
+            below = max(1, (frames - 1) // self.frame_step * self.frame_step + 1)
+            raise GenAttnError(
+                f"frames must be {self.frame_step} * n + 1 for {self.name}, got {frames}; "
+                f"nearest: {below} or {below + self.frame_step}"
+            )
+        return (frames - 1) // self.frame_step + 1, size[0] // self.multiples[0], size[1] // self.multiples[1]
+
+    def layout(self, size: Sequence[int], frames: int) -> TokenLayout:
+        """The token sequence of its self-attention."""
+        grid = self.grid(size, frames)
+        before, after = (self.joint_tokens, 0) if self.text_first else (0, self.joint_tokens)
+        return TokenLayout.from_grid(grid, before, after)
+
+    def flops(self, layout: TokenLayout) -> tuple[float, float]:
+        """(self-attention, everything else) of one forward at batch 1."""
+        dim, tokens = self.heads * self.head_dim, layout.seqlen
+        linear = 8 * dim**2 + 4 * dim * self.ffn
+        if self.cross_tokens:
+            linear += 4 * dim**2 + 4 * self.cross_tokens * dim
+        return 4.0 * self.layers * dim * tokens**2, float(self.layers * tokens * linear)
+
+
+def _ours(decay: float, block: int = 128) -> RadialPreset:
+    return RadialPreset(
+        RadialPattern(decay=decay), 0.25, 1, block, "genattn: published window without rounding, never 0 dense steps"
+    )
+
+
+def _script(name: str, decay: float, steps: float, layers: int, block: int, model: str = "wan") -> RadialPreset:
+    pattern = RadialPattern(variant="official", decay=decay, model=model, block=block)  # type: ignore[arg-type]
+    return RadialPreset(pattern, steps, layers, block, f"mit-han-lab/radial-attention 72788d4, scripts/{name}")
+
+
+_PAPER = RadialPreset(
+    RadialPattern(variant="paper"), 0.24, 1, 128, "arXiv 2506.19852, section 5.1: 12 of 50 steps, 1 block dense"
+)
+_WAN21 = (_ours(0.2), _script("wan_t2v_inference.sh", 0.2, 12 / 50, 1, 128), _PAPER)
+_WAN22 = (_ours(0.5), _script("wan_22_t2v_inference.sh", 0.8, 11 / 40, 1, 64), _PAPER)
+_GNA = "arXiv 2504.16922, table"
+
+
+def _window(window: tuple[int, ...], stride: tuple[int, ...], source: str) -> tuple[NeighborhoodPattern, str]:
+    return NeighborhoodPattern(window, stride), source
+
+
+_VIDEO = (4, 8, 8)
+PRESETS: dict[str, ModelPreset] = {
+    p.name: p
+    for p in (
+        ModelPreset(
+            "wan-1.3b", 12, 128, 30, 8960, _VIDEO, cross_tokens=512, size=(480, 832), radial=_WAN21,
+        ),
+        ModelPreset("wan-14b", 40, 128, 40, 13824, _VIDEO, cross_tokens=512, radial=_WAN21),
+        ModelPreset("wan2.2-14b", 40, 128, 40, 13824, _VIDEO, cross_tokens=512, steps=40, radial=_WAN22),
+        ModelPreset(
+            "wan2.2-5b", 24, 128, 30, 14336, (4, 16, 16), cross_tokens=512, size=(704, 1280), frames=121, radial=_WAN22,
+        ),
+        ModelPreset(
+            "hunyuan-video", 24, 128, 60, 12288, _VIDEO, joint_tokens=256, passes=1, frames=129,
+            radial=(_ours(0.55), _script("hunyuan_t2v_inference.sh", 0.95, 12 / 50, 0, 128, "hunyuan"), _PAPER),
+            neighborhood=(
+                _window((18, 24, 24), (16, 8, 8), f"{_GNA} of HunyuanVideo, 30x48x80, first 15 of 50 steps dense"),
+                _window((30, 40, 40), (1, 32, 8), f"{_GNA} of HunyuanVideo, 30x48x80"),
+            ),
+        ),
+        ModelPreset(
+            "cogvideox-5b", 48, 64, 42, 12288, _VIDEO, joint_tokens=226, text_first=True, size=(480, 720), frames=49,
+            radial=(_ours(0.5), _PAPER),
+        ),
+        ModelPreset(
+            "cogvideox-2b", 30, 64, 30, 7680, _VIDEO, joint_tokens=226, text_first=True, size=(480, 720), frames=49,
+            radial=(_ours(0.5), _PAPER),
+        ),
+        ModelPreset(
+            "mochi", 24, 128, 48, 8192, (6, 8, 8), joint_tokens=256, size=(480, 848), frames=163, steps=64,
+            radial=(_ours(0.5), _PAPER),
+        ),
+        ModelPreset(
+            "ltx-video", 32, 64, 28, 8192, (8, 32, 32), (1, 1, 1), cross_tokens=256, size=(512, 704), frames=161,
+            radial=(_ours(0.5), _PAPER),
+        ),
+        ModelPreset(
+            "cosmos-7b", 32, 128, 28, 16384, (8, 8, 8), cross_tokens=512, steps=35, size=(704, 1280), frames=121,
+            radial=(_ours(0.5),),
+            neighborhood=(
+                _window((16, 32, 48), (1, 8, 16), f"{_GNA} of Cosmos-7B, 16x44x80, first 12 of 35 steps dense"),
+                _window((16, 24, 16), (1, 8, 16), f"{_GNA} of Cosmos-7B, 16x44x80; quality is not kept"),
+            ),
+        ),
+        ModelPreset(
+            "flux-dev", 24, 128, 57, 12288, (1, 8, 8), joint_tokens=512, text_first=True, passes=1, steps=28,
+            size=(1024, 1024), frames=1,
+            neighborhood=(_window((80, 80), (16, 16), f"{_GNA} of FLUX.1-dev at 4096x4096, first 9 of 28 steps dense"),),
+        ),
+    )
+}  # fmt: skip
+
+
+def preset(model: str) -> ModelPreset:
+    """The preset called `model`, or read from a local pipeline folder of the Wan architecture.
+
+    Raises GenAttnError that lists the names.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    if (Path(model) / "model_index.json").is_file():
+        return _from_folder(Path(model))
+    raise GenAttnError(f"model must be a pipeline folder or one of {', '.join(PRESETS)}, got {model!r}")
+
+
+def _from_folder(folder: Path) -> ModelPreset:
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    if transformer.get("_class_name") != "WanTransformer3DModel":
+        raise GenAttnError(
+            f"a local folder must hold a WanTransformer3DModel to be planned for, got {transformer.get('_class_name')!r} "
+            f"in {folder}; name one of {', '.join(PRESETS)} instead"
+        )
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    space = int(vae.get("scale_factor_spatial") or 8)
+    compression = (int(vae.get("scale_factor_temporal") or 4), space, space)
+    side = 16 * compression[1] * transformer["patch_size"][1]
+    heads, width = transformer["num_attention_heads"], transformer["attention_head_dim"]
+    return ModelPreset(
+        folder.name, heads, width, transformer["num_layers"], transformer["ffn_dim"], compression,
+        tuple(transformer["patch_size"]), cross_tokens=512, steps=20, size=(side, side), frames=29, radial=(_ours(0.5),),
+    )  # fmt: skip
+
+
+def carried_over_decay(official: float, tokens_per_frame: int) -> float:
+    """The decay for which Eq. 4 without rounding has the released code's window."""
+    return official * 2 ** math.floor(math.log2(tokens_per_frame)) / tokens_per_frame

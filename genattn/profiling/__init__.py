@@ -1,0 +1,1 @@
+"""What a user's own model tells when it is measured."""

@@ -1,0 +1,278 @@
+"""apply(pipe, plugins...) and the handle that controls, reports and removes them."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.patterns.pattern import Pattern
+from genattn.seam.denoiser import INJECTION
+from genattn.seam.explain import Explanation, FirstForward, explain_run
+from genattn.seam.injection import Injection
+from genattn.seam.plugin import AttentionSite, CallRecord, Plugin, Run
+from genattn.seam.report import GenAttnWarning, Report, SiteStats
+from genattn.seam.schedule import Schedule
+from genattn.seam.sites import head_dims
+from genattn.seam.sparse_plugin import SparsePlugin
+from genattn.seam.steps import StepTracker
+
+_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "unet_2", "denoiser", "prior", "diffusion_decoder")
+_COMMON = frozenset({"enabled", "num_steps"})
+
+
+def apply(
+    target: Any, *plugins: Plugin | Pattern, schedule: Schedule | None = None, impl: str = "auto", **settings: Any
+) -> "Handle":
+    """Put plugins on a stock pipeline or denoiser, in the order given (the first is outermost), until `handle.remove()`.
+
+    target: a pipeline (all its denoisers, both experts of Wan 2.2 included) or one model. A Pattern becomes a SparsePlugin
+    with `schedule`, or with settings of Schedule by name: `apply(pipe, RadialPattern(), dense_steps=0.25, dense_layers=1)`.
+    impl: backend of the patterns, as in `genattn.attention`.
+
+    Raises GenAttnError, before anything is changed, when a plugin cannot serve one of the models.
+    """
+    if not plugins:
+        raise GenAttnError("apply needs at least one plugin or pattern, got none; e.g. apply(pipe, RadialPattern())")
+    if schedule is not None and settings:
+        raise GenAttnError(f"give either schedule=... or its settings by name, got both: schedule and {sorted(settings)}")
+    unknown = set(settings) - Schedule.names()
+    if unknown:
+        raise GenAttnError(f"unknown settings {sorted(unknown)}; a schedule has {', '.join(sorted(Schedule.names()))}")
+    if (schedule is not None or settings) and not any(isinstance(p, Pattern) for p in plugins):
+        raise GenAttnError("a schedule belongs to a pattern, and none was given; other plugins have windows of their own")
+    plan = schedule or Schedule(**settings)
+    ready = [SparsePlugin(p, plan, impl) if isinstance(p, Pattern) else p for p in plugins]
+    for plugin in ready:
+        if not isinstance(plugin, Plugin):
+            raise GenAttnError(f"plugins must be Pattern or Plugin objects, got {type(plugin).__name__}: {plugin!r}")
+    return Handle(target, ready)
+
+
+def denoisers(target: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by component name; a bare model under "". Compiled ones unwrapped."""
+    if isinstance(target, nn.Module):
+        return {"": unwrapped(target)}
+    components = dict(getattr(target, "components", None) or {})
+    found = {name: unwrapped(components[name]) for name in _COMPONENTS if isinstance(components.get(name), nn.Module)}
+    if not found:
+        raise GenAttnError(
+            f"target must be a pipeline with one of {', '.join(_COMPONENTS)}, or a model, got {type(target).__name__} "
+            f"with components {sorted(components) or 'none'}"
+        )
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's or DistributedDataParallel's wrapper."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+class Handle:
+    """Plugins on a pipeline. `with apply(...) as handle:` removes them at the end."""
+
+    def __init__(self, target: Any, plugins: list[Plugin]) -> None:
+        self.target, self.plugins = target, plugins
+        self._options: list[dict[str, Any]] = [{}]
+        self._stats: dict[tuple[str, str], SiteStats] = {}
+        self._forwards = self._runs = 0
+        self._calls_at_run = 0
+        self._told = self._stop_first = self._ended = False
+        self._device = "cpu"
+        self._injections = _injections(target)
+        attached: list[tuple[Plugin, Injection]] = []
+        for injection in self._injections:
+            injection.refuse_split(plugins)
+        try:
+            for injection in self._injections:
+                for plugin in plugins:
+                    plugin.attach(injection.model, [site for _, site in injection.found])
+                    attached.append((plugin, injection))
+        except BaseException:
+            for plugin, injection in attached:
+                plugin.detach(injection.model)
+            raise
+        for injection in self._injections:
+            injection.join(self)
+        self._active = True
+
+    # ---- control
+
+    @property
+    def active(self) -> bool:
+        """Whether the plugins are on."""
+        return self._active
+
+    @property
+    def sites(self) -> list[AttentionSite]:
+        """The sites at which at least one plugin acts."""
+        found = [site for injection in self._injections for _, site in injection.found]
+        return [site for site in found if any(plugin.wants(site) for plugin in self.plugins)]
+
+    def remove(self) -> None:
+        """Take the plugins off; the last handle to leave restores the model exactly. A second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        for injection in self._injections:
+            injection.leave(self)
+            for plugin in self.plugins:
+                plugin.detach(injection.model)
+        self._tell_if_blind()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._told = self._told or kind is not None  # an exception on its way out says more
+        self.remove()
+
+    @contextlib.contextmanager
+    def options(self, **options: Any) -> Iterator["Handle"]:
+        """Options for the calls inside, for pipelines without attention kwargs: `with handle.options(dense_steps=0.5): ...`."""
+        self.check_options(options)
+        self._options.append({**self._options[-1], **options})
+        try:
+            yield self
+        finally:
+            self._options.pop()
+
+    def set(self, **options: Any) -> "Handle":
+        """Options for all further calls."""
+        self.check_options(options)
+        self._options[-1] = {**self._options[-1], **options}
+        return self
+
+    @property
+    def current_options(self) -> Mapping[str, Any]:
+        """The options of `set` and `options` that hold now."""
+        return self._options[-1]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise GenAttnError for an option that no plugin on the same model knows, or whose value is out of range."""
+        handles = {id(h): h for injection in self._injections for h in (*injection.handles, self)}
+        known = _COMMON.union(*(p.option_names for h in handles.values() for p in h.plugins))
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise GenAttnError(f"unknown options {unknown}; the plugins here know {', '.join(sorted(known))}")
+        steps = options.get("num_steps", 1)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise GenAttnError(f"num_steps must be a whole number of steps >= 1, got {steps!r}")
+        for plugin in self.plugins:
+            plugin.check_options(options)
+
+    # ---- what the injection tells
+
+    def begin_run(self, run: Run) -> None:
+        """A sampling run starts."""
+        if self._stop_first:
+            return
+        self._tell_if_blind()
+        self._runs += 1
+        self._calls_at_run, self._ended = self._calls, False
+        for plugin in self.plugins:
+            plugin.begin_run(run)
+
+    def before_forward(self, injection: Injection, run: Run) -> None:
+        """A forward of the denoiser starts."""
+        if self._stop_first:
+            weight = next(injection.model.parameters())
+            raise FirstForward(run, injection.family, weight.dtype, weight.device)
+        self._forwards += 1
+
+    def after_forward(self, injection: Injection, run: Run) -> None:
+        """A forward of the denoiser has ended."""
+        self._ended = True
+        if run.num_steps is not None and run.step == run.num_steps - 1:
+            self._tell_if_blind()
+
+    def count(
+        self, site: AttentionSite, query: torch.Tensor, keys: int, record: CallRecord, seconds: float, events: Any = None
+    ) -> None:
+        """One attention call at a site has ended: query [B, Sq, H, D] on `keys` keys."""
+        key = (site.model, site.name)
+        if key not in self._stats:
+            self._stats[key] = SiteStats(site)
+        self._stats[key].add(query, keys, record, seconds, events)
+        self._device = query.device.type
+
+    @property
+    def _calls(self) -> int:
+        return sum(stats.calls for stats in self._stats.values())
+
+    def _tell_if_blind(self) -> None:
+        """Say once when forwards went by and no selected attention was reached."""
+        acts = any(type(plugin).attention is not Plugin.attention for plugin in self.plugins)
+        if acts and self._ended and self._calls == self._calls_at_run and not self._told:
+            self._told = True
+            warnings.warn(f"genattn: {self.report().verdict}", GenAttnWarning, stacklevel=2)
+
+    # ---- what the user reads
+
+    def explain(self, **call: Any) -> Explanation:
+        """What a call would do, for one guidance pass: `handle.explain(prompt="a cat", height=480, num_inference_steps=50)`.
+
+        The target is called with `call` and stopped before its first forward; a bare model takes its inputs. Raises
+        GenAttnError when no pattern is on, or when the call never comes to the denoiser.
+        """
+        plugin = next((p for p in self.plugins if isinstance(p, SparsePlugin)), None)
+        if plugin is None or not self._active:
+            raise GenAttnError("explain needs an active handle with a pattern on it; apply(pipe, RadialPattern()) gives one")
+        self._stop_first = True
+        trackers = {id(i.tracker): (i.tracker, dict(vars(i.tracker))) for i in self._injections}
+        try:
+            self.target(**call)
+        except FirstForward as stop:
+            injection = next(i for i in self._injections if i.model is stop.run.model)
+            sites = [site for _, site in injection.found if plugin.wants(site)]
+            return explain_run(stop, sites, plugin, head_dims(injection.found))
+        finally:
+            self._stop_first = False
+            for tracker, before in trackers.values():
+                vars(tracker).update(before)
+        raise GenAttnError(f"{type(self.target).__name__} returned without a forward of its denoiser; nothing to explain")
+
+    def report(self) -> Report:
+        """What ran since `apply`: print it, or take `.to_dict()`, `.to_json()`, `.table()`."""
+        rows = []
+        for site in self.sites:
+            rows.append(self._stats.get((site.model, site.name), SiteStats(site)).row())
+        stats = self._stats.values()
+        return Report(
+            plugins=[plugin.describe() for plugin in self.plugins],
+            sites=rows,
+            forwards=self._forwards,
+            runs=self._runs,
+            flops=sum(s.flops for s in stats),
+            flops_dense=sum(s.flops_dense for s in stats),
+            device=self._device,
+        )
+
+
+def _injections(target: Any) -> list[Injection]:
+    """One injection per denoiser, those that exist joined; denoisers of one pipeline share the step count."""
+    models = denoisers(target)
+    existing = [m.__dict__[INJECTION] for m in models.values() if INJECTION in m.__dict__]
+    pipe = None if isinstance(target, nn.Module) else target
+    tracker = next((i.tracker for i in existing if i.tracker.has_pipe or pipe is None), None) or StepTracker(pipe)
+    found = []
+    for name, model in models.items():
+        injection = model.__dict__.get(INJECTION)
+        if injection is None:
+            injection = Injection(model, name, tracker)
+        else:
+            injection.tracker = tracker
+        if not injection.found:
+            raise GenAttnError(f"{type(model).__name__} has no attention module with a processor; nothing can be applied to it")
+        found.append(injection)
+    return found

@@ -1,0 +1,309 @@
+"""One denoiser with plugins on it: its marks, its chain, the run that is going on, and the way back to stock."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.layouts.families import family_of
+from genattn.seam.context_parallel import gathered, ulysses, why_not_ulysses
+from genattn.seam.denoiser import HERE, INJECTION, checkpoints_carry, current_run, denoiser_class, other_cache_context, run_of
+from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
+from genattn.seam.processors import MARK, Mark, StockCore, acquire_processor, release_processor, set_class, stock_class
+from genattn.seam.report import event_pair
+from genattn.seam.root_inputs import RootInputs
+from genattn.seam.sites import find_sites, layout_at
+from genattn.seam.steps import StepTracker
+
+if TYPE_CHECKING:
+    from genattn.seam.handle import Handle
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_OFF = "switched off (enabled=False)"
+
+
+class Injection:
+    """State of one injected model. Handles join and leave; the last one to leave puts the model back."""
+
+    def __init__(self, model: nn.Module, name: str, tracker: StepTracker) -> None:
+        self.model, self.name, self.tracker = model, name, tracker
+        self.family = family_of(model)
+        self.inputs = RootInputs(stock_class(model), self.family)
+        self.handles: list[Handle] = []
+        self.cache: list[list[Any]] = []
+        self.found = find_sites(model, name, self.family)
+        self.blocks = 1 + max((site.depth for _, site in self.found), default=-1)
+        self.marks: list[Mark] = []
+        self._plugins: list[Plugin] = []
+        self._wrappers: list[Plugin] = []
+        self._processors: dict[int, tuple[Any, list[str]]] = {}
+
+    def join(self, handle: "Handle") -> None:
+        """Add a handle; the first one changes the model."""
+        self.handles.append(handle)
+        if len(self.handles) == 1:
+            self._install()
+        self._chain_up()
+
+    def leave(self, handle: "Handle") -> None:
+        """Take a handle away; the last one restores the model."""
+        self.handles.remove(handle)
+        if self.handles:
+            self._chain_up()
+        else:
+            self._uninstall()
+
+    def _install(self) -> None:
+        for module, site in self.found:
+            mark = Mark(site, self)
+            module.__dict__[MARK] = mark
+            self.marks.append(mark)
+        self.model.__dict__[INJECTION] = self
+        stock: Any = type(self.model)
+        set_class(self.model, denoiser_class(stock))
+        self.sync()
+
+    def _uninstall(self) -> None:
+        set_class(self.model, stock_class(self.model))
+        del self.model.__dict__[INJECTION]
+        for module, _ in self.found:
+            module.__dict__.pop(MARK, None)
+        for processor, opened in self._processors.values():
+            release_processor(processor, opened)
+        self._processors.clear()
+        self.marks.clear()
+
+    def refuse_split(self, plugins: Iterable[Plugin], config: Any = None) -> None:
+        """Raise GenAttnError where attention is split over devices in a way that one of the plugins cannot follow.
+
+        config: what a processor was told; the model's own where none is given.
+        """
+        if config is None:
+            config = self.model.__dict__.get("_parallel_config")
+            if getattr(config, "context_parallel_config", None) is None:
+                return
+        reason = why_not_ulysses(config)
+        names = [type(plugin).__name__ for plugin in plugins if plugin.touches_attention]
+        if reason and names:
+            raise GenAttnError(f"{', '.join(names)} on {self.model.__class__.__name__} must see whole sequences, but {reason}")
+
+    def sync(self) -> None:
+        """Mark processors that came after us: fused projections, IP-Adapter, set_attn_processor."""
+        for module, _ in self.found:
+            processor = module.processor
+            if id(processor) not in self._processors:
+                self._processors[id(processor)] = (processor, acquire_processor(processor))
+
+    def _chain_up(self) -> None:
+        pairs = [(plugin, handle) for handle in self.handles for plugin in handle.plugins]
+        self._plugins = [plugin for plugin, _ in pairs]
+        self._wrappers = [plugin for plugin, _ in pairs if type(plugin).forward is not Plugin.forward]
+        editors = [(plugin, handle) for plugin, handle in pairs if type(plugin).attention is not Plugin.attention]
+        editors.sort(key=lambda pair: pair[0].answers)
+        for mark in self.marks:
+            mark.chain = tuple((plugin, handle) for plugin, handle in editors if plugin.wants(mark.site))
+            mark.handles = tuple(dict.fromkeys(handle for _, handle in mark.chain))
+
+    def forward(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The whole of one forward: read the root, run the plugins' wrappers, then stock."""
+        self.sync()
+        kwargs, told = self.inputs.take_options(kwargs)
+        run = self._begin(args, kwargs, told)
+        self.refuse_split(p for p in self._plugins if not _is_off(p, run))
+        for handle in self.handles:
+            handle.before_forward(self, run)
+        chain = self._stock_with_layout(stock, args, kwargs) if self._wrappers else stock
+        for plugin in reversed(self._wrappers):
+            if not _is_off(plugin, run):
+                chain = _wrapped(plugin, chain)
+        with current_run(run), checkpoints_carry(self.model, run):
+            result = chain(*args, **kwargs)
+        for handle in self.handles:
+            handle.after_forward(self, run)
+        return result
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: Mapping[str, Any]) -> Run:
+        merged: dict[str, Any] = {}
+        for handle in self.handles:
+            merged.update(handle.current_options)
+        merged.update(told)
+        for handle in self.handles if told else ():
+            handle.check_options(told)
+        bound = self.inputs.bind(args, kwargs)
+        pass_name, cache_told = (self.cache[-1][0], self.cache[-1][1]) if self.cache else (None, {})
+        timestep = self.inputs.timestep(bound)
+        rising = self.family is not None and self.family.rising
+        position = self.tracker.observe(timestep, cache_told, merged.get("num_steps"), rising)
+        layout, why = self.inputs.layout(self.model, bound)
+        run = Run(
+            step=position.step,
+            num_steps=position.num_steps,
+            timestep=timestep,
+            sigma=position.sigma,
+            pass_name=pass_name or self.tracker.guess_pass(self.family.cfg if self.family else None),
+            layout=layout,
+            options=merged,
+            why_no_layout=why,
+            model=self.model,
+            pipe=self.tracker.pipe,
+            scoped={id(p): {**h.current_options, **told} for h in self.handles for p in h.plugins},
+            enter_extra=self._extra_pass,
+        )
+        if position.is_new_run:
+            for handle in self.handles:
+                handle.begin_run(run)
+        return run
+
+    def _stock_with_layout(
+        self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """Stock forward; a plugin that passes other inputs (one half of the batch, a longer text) gets their layout."""
+
+        def call(*given: Any, **named: Any) -> Any:
+            run = run_of(self.model)
+            if run is None or _same_objects(given, args, named, kwargs):
+                return stock(*given, **named)
+            layout, why = self.inputs.layout(self.model, self.inputs.bind(given, named))
+            if layout == run.layout:
+                return stock(*given, **named)
+            with current_run(replace(run, layout=layout, why_no_layout=why)):
+                return stock(*given, **named)
+
+        return call
+
+    @contextlib.contextmanager
+    def _extra_pass(self, run: Run, name: str) -> Iterator[Run]:
+        extra = replace(run, pass_name=f"{run.pass_name or 'pass'}+{name}", extra=name)
+        with contextlib.ExitStack() as stack:
+            if self.cache:
+                stack.enter_context(other_cache_context(self.model, stock_class(self.model), self.cache[-1], name))
+            yield stack.enter_context(current_run(extra))
+
+    def attend(
+        self,
+        mark: Mark,
+        tensors: Tensors,
+        mask: Any,
+        flags: dict[str, Any],
+        core: StockCore,
+    ) -> torch.Tensor:
+        """Run the chain of `mark` over one call of the core."""
+        if not mark.chain:
+            return core(*tensors, mask, **flags)
+        run = run_of(self.model) or Run(
+            model=self.model, why_no_layout="the block was called outside of the denoiser's forward"
+        )
+        if core.parallel_config is not None:
+            return self._attend_parallel(mark, tensors, mask, flags, core, run)
+        queries, keys = tensors[0].shape[1], tensors[1].shape[1]
+        reason = _why_all_stay_out(mark, run, queries)
+        if reason:
+            return _untouched(mark, tensors, mask, flags, core, reason)
+        layout = layout_at(mark.site, self.family, run, queries, keys)
+        call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
+        return _timed(mark, call, core)
+
+    def _attend_parallel(
+        self,
+        mark: Mark,
+        tensors: Tensors,
+        mask: Any,
+        flags: dict[str, Any],
+        core: StockCore,
+        run: Run,
+    ) -> torch.Tensor:
+        """The chain on gathered tokens and some of the heads; where that cannot be, stock code for plugins that do nothing."""
+        reason = why_not_ulysses(core.parallel_config)
+        if reason:
+            self.refuse_split((p for p, _ in mark.chain if not _is_off(p, run)), core.parallel_config)
+            return _untouched(mark, tensors, mask, flags, core, reason)
+
+        def chain(gathered_tensors: Any, given: Any, world: int, rank: int) -> torch.Tensor:
+            tokens, heads = gathered_tensors[0].shape[1:3]
+            whole = gathered(run.layout, world) if run.layout is not None else None
+            layout = layout_at(mark.site, self.family, replace(run, layout=whole), tokens, gathered_tensors[1].shape[1])
+            query, key, value = gathered_tensors
+            call = AttentionCall(
+                query,
+                key,
+                value,
+                given,
+                site=mark.site,
+                run=run,
+                layout=layout,
+                record=CallRecord(),
+                head_offset=rank * heads,
+                **flags,
+            )
+            return _timed(mark, call, StockCore(core.number, core.backend, None))
+
+        return ulysses(tensors, mask, flags["scale"], core.parallel_config, chain)
+
+
+def _untouched(mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], core: StockCore, reason: str) -> torch.Tensor:
+    """The call as stock would have it, counted."""
+    events, began = event_pair(tensors[0]), time.perf_counter()
+    out = core(*tensors, mask, **flags)
+    _count(mark, tensors[0], tensors[1].shape[1], CallRecord(reason=reason), began, events)
+    return out
+
+
+def _timed(mark: Mark, call: AttentionCall, core: StockCore) -> torch.Tensor:
+    """The call through the chain, counted by every handle that has a plugin in it."""
+    events, began = event_pair(call.query), time.perf_counter()
+    out = _through(mark.chain, 0, call, core)
+    _count(mark, call.query, call.key.shape[1], call.record, began, events)
+    return out
+
+
+def _count(mark: Mark, query: torch.Tensor, keys: int, record: CallRecord, began: float, events: Any) -> None:
+    seconds = time.perf_counter() - began
+    if events is not None:
+        events[1].record()
+    for handle in mark.handles:
+        handle.count(mark.site, query, keys, record, seconds, events)
+
+
+def _why_all_stay_out(mark: Mark, run: Run, queries: int) -> str:
+    """The reason for which no plugin at this site has anything to do with the call; empty when one must be asked."""
+    reason = ""
+    for plugin, _ in mark.chain:
+        reason = _OFF if _is_off(plugin, run) else plugin.stays_out(run, mark.site, queries)
+        if not reason:
+            break
+    return reason
+
+
+def _is_off(plugin: Plugin, run: Run) -> bool:
+    return not run.options_of(plugin).get("enabled", True)
+
+
+def _same_objects(given: tuple[Any, ...], args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a plugin passed on exactly what it got."""
+    if len(given) != len(args) or named.keys() != kwargs.keys():
+        return False
+    return all(a is b for a, b in zip(given, args)) and all(named[name] is kwargs[name] for name in named)
+
+
+def _wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        assert HERE.run is not None
+        return plugin.forward(HERE.run, args, kwargs, inner)
+
+    return call
+
+
+def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: StockCore) -> torch.Tensor:
+    """The call through the plugins from `place` on, then to the user's own backend."""
+    if place == len(chain):
+        return core(call.query, call.key, call.value, call.mask, call.scale, call.is_causal, call.enable_gqa)
+    plugin = chain[place][0]
+    if _is_off(plugin, call.run):
+        call.record.stayed_dense(_OFF)
+        return _through(chain, place + 1, call, core)
+    return plugin.attention(call, lambda inner: _through(chain, place + 1, inner, core))

@@ -1,0 +1,196 @@
+"""What travels along the seam: sites, the state of one denoiser forward, one attention call, and what a plugin may do with it.
+
+    stock processor -> dispatch -> [plugin 1 [plugin 2 [... the user's own dense backend]]]
+
+Plugins form a chain in the order in which they were applied; the first is outermost, except that patterns, which answer a
+call themselves, stand inside of all that edit answers. Each gets the call and `inner`, which runs the rest of the chain. A
+pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
+"""
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.geometry.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SiteKind = Literal["self", "joint", "cross", "temporal", "spatial", "refiner"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model.
+
+    name: module path, e.g. "blocks.3.attn1". stack: the list of blocks it belongs to. layer: index within the stack.
+    depth: index over all stacks in execution order (double-stream blocks, then single-stream); -1 outside them.
+    kind: what attends to what. heads: number of query heads. model: component of the pipeline, e.g. "transformer_2".
+    unreachable: why its attention never comes by here (linear attention, an old processor); empty when it does.
+    """
+
+    name: str
+    stack: str
+    layer: int
+    depth: int
+    kind: SiteKind
+    heads: int
+    model: str = ""
+    unreachable: str = ""
+
+
+@dataclass
+class Run:
+    """State of one forward of the denoiser, read at its root; captured per forward, so recomputation sees the same.
+
+    step: 0-based index of the sampling step, -1 when unknown. num_steps: steps of the run, None when unknown.
+    timestep: the largest entry, in the model's own scale. sigma: noise level where the pipeline or scheduler tells it.
+    pass_name: "cond", "uncond", "cond_uncond" (one batch) or what the pipeline calls it; None when unknown; an extra pass
+    adds its own name: "cond+softpag". extra: that name alone, None in the pipeline's own passes.
+    layout: tokens of the self/joint attention, None when the family has no adapter; why_no_layout says why.
+    options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
+    model: the denoiser. pipe: the pipeline, None where plugins were applied to a bare model.
+    """
+
+    step: int = -1
+    num_steps: int | None = None
+    timestep: float | None = None
+    sigma: float | None = None
+    pass_name: str | None = None
+    layout: TokenLayout | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    extra: str | None = None
+    why_no_layout: str = ""
+    model: "nn.Module | None" = field(default=None, repr=False, compare=False)
+    pipe: Any = field(default=None, repr=False, compare=False)
+    scoped: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    enter_extra: "Callable[[Run, str], AbstractContextManager[Run]] | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def fraction(self) -> float | None:
+        """Position in the run, 0 at the first step and below 1 at the last; None when the number of steps is unknown."""
+        return None if self.num_steps is None or self.step < 0 else self.step / self.num_steps
+
+    def options_of(self, plugin: "Plugin") -> Mapping[str, Any]:
+        """The options that hold for `plugin` in this forward: its handle's, overridden by the call's."""
+        return self.scoped.get(id(plugin), self.options)
+
+    def extra_pass(self, name: str) -> "AbstractContextManager[Run]":
+        """Around an extra `inner(...)` of `Plugin.forward`: the attention calls inside see pass_name "cond+name".
+
+        The extra pass gets its own cache context, so that First Block Cache and its kin keep separate states.
+        """
+        if self.enter_extra is not None:
+            return self.enter_extra(self, name)
+        return nullcontext(replace(self, pass_name=f"{self.pass_name or 'pass'}+{name}", extra=name))
+
+
+@dataclass
+class CallRecord:
+    """What became of one attention call; plugins write it, `report()` adds it up."""
+
+    sparse: bool = False
+    density: float = 1.0
+    reason: str = ""
+    edited: bool = False
+
+    def ran_sparse(self, density: float) -> None:
+        """The call was answered under a pattern that computed `density` of the scores, in (0, 1]."""
+        self.sparse, self.density = True, density
+
+    def stayed_dense(self, reason: str) -> None:
+        """The call went to the dense backend, for this reason."""
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention core, heads-last: query [B, Sq, H, D], key and value [B, Sk, Hk, D].
+
+    mask: as the processor gave it (None, bool or additive, [B, Sk], [B, 1, 1, Sk], [B, 1, Sq, Sk], [B, H, Sq, Sk], or flex's
+    BlockMask). layout: segments of this call's sequence when known (may differ from run.layout: spatial or temporal sites).
+    head_offset: index of the first head, when context parallelism has left this process only some of them.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    scale: float | None
+    is_causal: bool
+    enable_gqa: bool
+    site: AttentionSite
+    run: Run
+    layout: TokenLayout | None
+    record: CallRecord = field(default_factory=CallRecord)
+    head_offset: int = 0
+
+    def with_tensors(self, **changes: Any) -> "AttentionCall":
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+Inner = Callable[[AttentionCall], torch.Tensor]
+
+
+class Plugin(ABC):  # noqa: B024
+    """What a user applies. Subclasses override what they need; settings are checked in their constructors and in `attach`."""
+
+    option_names: ClassVar[frozenset[str]] = frozenset()
+    """Keys that may come in the per-call options, besides `enabled` and `num_steps`."""
+    answers: ClassVar[bool] = False
+    """Whether `attention` computes the answer itself instead of editing what `inner` gives; such plugins stand innermost."""
+
+    def attach(self, model: "nn.Module", sites: Sequence[AttentionSite]) -> None:  # noqa: B027
+        """Called once per denoiser before anything is changed; raise GenAttnError if this model cannot be served."""
+
+    def detach(self, model: "nn.Module") -> None:  # noqa: B027
+        """Called once per denoiser when the handle is removed; drop what was kept for it."""
+
+    def wants(self, site: AttentionSite) -> bool:
+        """Whether `attention` is to be called at `site`; everything else stays untouched."""
+        return site.kind in ("self", "joint")
+
+    def check_options(self, options: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise GenAttnError for a per-call option of this plugin whose value is out of range."""
+
+    def begin_run(self, run: Run) -> None:  # noqa: B027
+        """Called before the first forward of every sampling run; forget what belongs to the last one."""
+
+    @property
+    def touches_attention(self) -> bool:
+        """Whether `attention` ever does more than hand calls on."""
+        return type(self).attention is not Plugin.attention
+
+    def stays_out(self, run: Run, site: AttentionSite, tokens: int) -> str:
+        """Why `attention` would only hand a call of `tokens` queries on to `inner`; empty when it has to be asked.
+
+        When every plugin at a site stays out, the stock core is called directly, and the last one's reason is counted.
+        """
+        return ""
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """Answer one attention call, [B, Sq, H, D]."""
+        return inner(call)
+
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]) -> Any:
+        """Answer one forward of the denoiser; `inner(*args, **kwargs)` runs it. Guidance adds its passes here."""
+        return inner(*args, **kwargs)
+
+    def describe(self) -> dict[str, Any]:
+        """Settings and counters for `report()`, JSON-ready."""
+        return {"plugin": type(self).__name__}
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, JSON-ready, for `PluginConfig`. Raises GenAttnError where a plugin has no saved form."""
+        raise GenAttnError(f"{type(self).__name__} cannot be saved: it must name its settings; define settings()")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "Plugin":
+        """A fresh plugin from what `settings` gave; lists may stand for tuples."""
+        return cls(**settings)

@@ -1,0 +1,124 @@
+"""When a pattern acts: after the first dense steps, below the first dense layers, inside a noise window, in chosen passes.
+
+The first steps decide layout and motion and the first layer mixes everything, so both stay dense by default (Radial Attention,
+arXiv:2506.19852, section 5.1). Steps are fractions of the run or counts; raw timesteps differ between models and are not used.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+from genattn.errors import GenAttnError
+from genattn.seam.plugin import AttentionSite, Run
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Frozen settings; every part can only add dense calls.
+
+    dense_steps, dense_last_steps: a float in [0, 1] is a share of the run, an int >= 0 a number of steps.
+    dense_layers: number of first blocks (over all stacks, in execution order), or the block numbers themselves.
+    dense_last_layers: number of last blocks. sigma: (low, high) noise levels between which sparse may run, ends included.
+    passes: names of passes that may run sparse, e.g. ("cond",); None means all. min_tokens: shorter sequences stay dense.
+    """
+
+    dense_steps: float | int = 0.25
+    dense_last_steps: float | int = 0
+    dense_layers: int | tuple[int, ...] = 1
+    dense_last_layers: int = 0
+    sigma: tuple[float, float] | None = None
+    passes: tuple[str, ...] | None = None
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dense_steps", "dense_last_steps"):
+            _check_steps(name, getattr(self, name))
+        if not isinstance(self.dense_layers, int):
+            object.__setattr__(self, "dense_layers", tuple(int(n) for n in self.dense_layers))
+        layers = (self.dense_layers,) if isinstance(self.dense_layers, int) else self.dense_layers
+        if isinstance(self.dense_layers, bool) or any(n < 0 for n in (*layers, self.dense_last_layers)):
+            raise GenAttnError(
+                "dense_layers and dense_last_layers must be numbers of blocks >= 0 (or a list of block numbers), "
+                f"got {self.dense_layers!r} and {self.dense_last_layers!r}"
+            )
+        if self.sigma is not None:
+            object.__setattr__(self, "sigma", _checked_window(self.sigma))
+        if self.passes is not None:
+            object.__setattr__(self, "passes", (self.passes,) if isinstance(self.passes, str) else tuple(self.passes))
+        if isinstance(self.min_tokens, bool) or self.min_tokens < 0:
+            raise GenAttnError(f"min_tokens must be a number of tokens >= 0, got {self.min_tokens!r}")
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def names() -> frozenset[str]:
+        """The settings that may also come as per-call options."""
+        return frozenset(f.name for f in fields(Schedule))
+
+    def with_options(self, options: Mapping[str, Any]) -> "Schedule":
+        """This schedule with those of its settings that `options` names."""
+        if not options:
+            return self
+        changes = {name: value for name, value in options.items() if name in self.names()}
+        return replace(self, **changes) if changes else self
+
+    def why_dense(self, run: Run, site: AttentionSite, tokens: int, blocks: int = 0) -> str | None:
+        """The reason for which this call must stay dense, or None. tokens: sequence length; blocks: blocks of the model."""
+        return self._why_steps(run) or self._why_site(site, tokens, blocks) or self._why_window(run)
+
+    def _why_steps(self, run: Run) -> str | None:
+        if not self.dense_steps and not self.dense_last_steps:
+            return None
+        if run.step < 0:
+            return "the sampling step is unknown (the attention ran outside a forward of the denoiser)"
+        counted = isinstance(self.dense_steps, int) and not self.dense_last_steps
+        if run.num_steps is None and not counted:
+            return (
+                "the number of steps is unknown; give num_steps=... (a bare model does not tell it) or dense_steps as a count"
+            )
+        total = run.num_steps or 0
+        if run.step < _count(self.dense_steps, total):
+            return f"first dense steps (dense_steps={self.dense_steps})"
+        if self.dense_last_steps and run.step >= total - _count(self.dense_last_steps, total):
+            return f"last dense steps (dense_last_steps={self.dense_last_steps})"
+        return None
+
+    def _why_site(self, site: AttentionSite, tokens: int, blocks: int) -> str | None:
+        layers = self.dense_layers
+        if site.depth in layers if isinstance(layers, tuple) else site.depth < layers:
+            return f"dense layer (dense_layers={layers})"
+        if self.dense_last_layers and site.depth >= blocks - self.dense_last_layers:
+            return f"dense layer (dense_last_layers={self.dense_last_layers})"
+        if tokens < self.min_tokens:
+            return f"short sequence (min_tokens={self.min_tokens})"
+        return None
+
+    def _why_window(self, run: Run) -> str | None:
+        if self.sigma is not None:
+            if run.sigma is None:
+                return (
+                    "the noise level is unknown, so the sigma window cannot be kept; apply to the pipeline or use dense_steps"
+                )
+            if not self.sigma[0] <= run.sigma <= self.sigma[1]:
+                return f"outside the noise window (sigma={self.sigma})"
+        if self.passes is not None and run.pass_name not in self.passes:
+            return f"pass {run.pass_name!r} is not among passes={self.passes}"
+        return None
+
+
+def _count(steps: float | int, total: int) -> int:
+    return steps if isinstance(steps, int) else math.ceil(steps * total - 1e-9)
+
+
+def _check_steps(name: str, value: float | int) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0
+    if wrong or (isinstance(value, float) and value > 1):
+        raise GenAttnError(f"{name} must be a share of the run in [0.0, 1.0] or a whole number of steps >= 0, got {value!r}")
+
+
+def _checked_window(sigma: tuple[float, float]) -> tuple[float, float]:
+    values = tuple(float(x) for x in sigma)
+    if len(values) != 2 or not values[0] <= values[1]:
+        raise GenAttnError(f"sigma must be a window (low, high) with low <= high, got {sigma!r}")
+    return values  # type: ignore[return-value]

@@ -1,0 +1,142 @@
+"""The attention modules of a model: where each stands in the order of execution, and which tokens attend to which.
+
+A site is every module with a `processor`. Its block is the entry of a block list (`blocks.3`) that it lies in; blocks are
+numbered through over all lists in execution order, whatever else lies between.
+"""
+
+import functools
+import re
+
+from torch import nn
+
+from genattn.geometry.token_layout import TokenLayout
+from genattn.layouts.family import Family
+from genattn.seam.plugin import AttentionSite, Run, SiteKind
+
+_UNREACHABLE = {
+    "AttnProcessor": "multiplies by torch.baddbmm; use AttnProcessor2_0 (drop set_default_attn_processor)",
+    "AttnAddedKVProcessor": "multiplies by torch.baddbmm; use AttnAddedKVProcessor2_0",
+    "XFormersAttnProcessor": "calls xformers itself; use set_attention_backend('xformers') or no xformers",
+    "XFormersAttnAddedKVProcessor": "calls xformers itself; use AttnAddedKVProcessor2_0",
+    "SlicedAttnProcessor": "slices its own scores; call disable_attention_slicing()",
+    "SlicedAttnAddedKVProcessor": "slices its own scores; call disable_attention_slicing()",
+    "IPAdapterAttnProcessor": "multiplies by torch.baddbmm; use IPAdapterAttnProcessor2_0",
+    "CustomDiffusionAttnProcessor": "multiplies by torch.baddbmm; use CustomDiffusionAttnProcessor2_0",
+    "SanaLinearAttnProcessor2_0": "is linear attention: there is no score matrix to make sparse or to edit",
+    "SanaLinearAttnProcessor3_0": "is linear attention: there is no score matrix to make sparse or to edit",
+    "SanaMultiscaleAttnProcessor2_0": "is linear attention: there is no score matrix to make sparse or to edit",
+    "PAGIdentitySanaLinearAttnProcessor2_0": "is linear attention: there is no score matrix to make sparse or to edit",
+    "PAGCFGSanaLinearAttnProcessor2_0": "is linear attention: there is no score matrix to make sparse or to edit",
+}
+_SECTION = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+_INSIDE = {"attentions": 0, "motion_modules": 1, "temp_attentions": 1}
+
+
+def find_sites(model: nn.Module, component: str, family: Family | None) -> list[tuple[nn.Module, AttentionSite]]:
+    """(module, site) of every attention module, in the order of execution as far as the family tells it."""
+    found = [(name, module) for name, module in model.named_modules() if _is_attention(module)]
+    stacks = family.stacks if family else _guess_stacks(model)
+    blocks = {name: _block_of(name, stacks) for name, _ in found}
+    order = sorted({block for block in blocks.values() if block is not None}, key=lambda block: _rank(block, stacks))
+    depths = {block: depth for depth, block in enumerate(order)}
+    sites = []
+    for name, module in found:
+        block = blocks[name]
+        kind = _kind_of(name, block, family)
+        stack, layer = block.rsplit(".", 1) if block else (name.rsplit(".", 1)[0], "0")
+        depth = depths[block] if block else -1
+        if family is not None and family.side_by_side and block:
+            depth = int(layer)
+        heads = int(getattr(module, "heads", 0) or 0)
+        site = AttentionSite(name, stack, int(layer), depth, kind, heads, component, unreachable_reason(module.processor))
+        sites.append((module, site))
+    return sorted(sites, key=lambda pair: pair[1].depth)
+
+
+def head_dims(found: list[tuple[nn.Module, AttentionSite]]) -> dict[str, int]:
+    """Channels of one head, by site name, where the module tells the width of its queries."""
+    dims = {}
+    for module, site in found:
+        width = getattr(module, "inner_dim", None) or getattr(getattr(module, "to_q", None), "out_features", None)
+        if width and site.heads:
+            dims[site.name] = int(width) // site.heads
+    return dims
+
+
+def unreachable_reason(processor: object) -> str:
+    """Why the seam never sees this processor's attention; empty when it does."""
+    name = processor.__class__.__name__
+    return f"{name} {_UNREACHABLE[name]}" if name in _UNREACHABLE else ""
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return callable(getattr(module, "processor", None)) and "processor" in {*module.__dict__, *module._modules}
+
+
+def _guess_stacks(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, child in model.named_children() if isinstance(child, nn.ModuleList) and "refiner" not in name)
+
+
+def _block_of(name: str, stacks: tuple[str, ...]) -> str | None:
+    """ "blocks.3" for "blocks.3.attn1"; the transformer block itself in UNets."""
+    for stack in stacks:
+        found = re.match(rf"{re.escape(stack)}\.\d+(?=\.)", name)
+        if found and stack not in _SECTION:
+            return found.group()
+    if name.startswith(tuple(_SECTION)):
+        found = re.match(r".*transformer_blocks\.\d+", name)
+        return found.group() if found else None
+    return None
+
+
+def _rank(block: str, stacks: tuple[str, ...]) -> tuple[int, ...]:
+    """Sort key: the stack's place, then the numbers; in UNets motion modules come behind the attention of the same layer."""
+    parts = block.split(".")
+    if parts[0] in _SECTION:
+        numbers = [int(p) for p in parts if p.isdigit()]
+        inside = next((_INSIDE[p] for p in parts if p in _INSIDE), 0)
+        outer = numbers[0] if parts[0] != "mid_block" else 0
+        return (_SECTION[parts[0]], outer, numbers[-2] if len(numbers) > 1 else 0, inside, numbers[-1])
+    stack, layer = block.rsplit(".", 1)
+    return (stacks.index(stack), int(layer))
+
+
+def _kind_of(name: str, block: str | None, family: Family | None) -> SiteKind:
+    if block is None:
+        return "refiner"
+    for ending, kind in family.kinds if family else (("attn2", "cross"), ("cross_attn", "cross")):
+        if re.search(rf"(^|\.){ending}$", name):
+            return kind  # type: ignore[return-value]
+    return "self"
+
+
+def layout_at(site: AttentionSite, family: Family | None, run: Run, queries: int, keys: int) -> TokenLayout | None:
+    """The layout of one call: the run's own where its length fits, the grid alone, or what the family says of this site."""
+    whole = run.layout
+    if whole is None or queries != keys:
+        return None
+    if family is not None and family.site_layout is not None:
+        return family.site_layout(site.kind, queries, whole)
+    if whole.seqlen == queries:
+        return whole
+    alone = _grid_alone(whole)
+    if alone is not None and alone.seqlen == queries:
+        return alone
+    return _with_other_text(whole, queries) if family is not None and family.text_varies else None
+
+
+@functools.lru_cache(maxsize=64)
+def _grid_alone(whole: TokenLayout) -> TokenLayout | None:
+    parts = tuple(s for s in whole.segments if s.kind == "grid")
+    return TokenLayout(parts) if parts else None
+
+
+@functools.lru_cache(maxsize=64)
+def _with_other_text(whole: TokenLayout, length: int) -> TokenLayout | None:
+    """`whole` with its one text segment cut so that the sequence has `length` tokens."""
+    texts = [s for s in whole.segments if s.kind == "text"]
+    rest = length - (whole.seqlen - sum(s.length for s in texts))
+    if len(texts) != 1 or not 0 <= rest <= texts[0].length:
+        return None
+    cut = [s if s.kind != "text" else type(s)("text", (rest,)) for s in whole.segments if s.kind != "text" or rest]
+    return TokenLayout(tuple(cut))

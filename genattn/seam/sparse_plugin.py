@@ -1,0 +1,187 @@
+"""A pattern on the seam: sparse where schedule, mask and layout allow it, else the user's own backend, the reason noted."""
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
+from genattn.patterns.dense import DensePattern
+from genattn.patterns.pattern import Pattern
+from genattn.seam.masks import key_mask
+from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
+from genattn.seam.schedule import Schedule
+
+_LOG = logging.getLogger("genattn")
+
+
+class SparsePlugin(Plugin):
+    """`pattern` on every self and joint attention, when `schedule` says so. impl: as in `genattn.attention`.
+
+    A backend that is named must serve every sparse call, or its reason comes as a GenAttnError; "auto" takes the best one.
+    """
+
+    option_names: ClassVar[frozenset[str]] = Schedule.names() | {"impl"}
+    answers: ClassVar[bool] = True
+
+    def __init__(self, pattern: Pattern, schedule: Schedule | None = None, impl: str = "auto") -> None:
+        if not isinstance(pattern, Pattern):
+            raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
+        self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
+        self._blocks: dict[int, int] = {}
+        self._mask: tuple[Any, Any] | None = None
+        self._said: set[str] = set()
+
+    def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        """Refuse models whose self-attention cannot be made sparse."""
+        wanted = [site for site in sites if self.wants(site)]
+        name = model.__class__.__name__
+        if not wanted:
+            raise GenAttnError(f"{name} has no self or joint attention for a pattern; its sites are {_kinds(sites)}")
+        hidden = [site for site in wanted if site.unreachable]
+        if len(hidden) == len(wanted):
+            raise GenAttnError(f"{name} cannot run sparse: {hidden[0].unreachable}")
+        blocks = 1 + max(site.depth for site in sites)
+        for site in wanted:  # a pattern that differs by layer must fit this model's layers
+            self.pattern.for_layer(site.depth, blocks)
+        self._blocks[id(model)] = blocks
+
+    def detach(self, model: nn.Module) -> None:
+        """Forget the model."""
+        self._blocks.pop(id(model), None)
+
+    def blocks_of(self, model: nn.Module | None) -> int:
+        """Number of blocks of an attached model, over all its stacks."""
+        return self._blocks.get(id(model), 0)
+
+    def wants(self, site: AttentionSite) -> bool:
+        """Attention over a grid: all of it, or one frame of it."""
+        return site.kind in ("self", "joint", "spatial")
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Schedule settings are checked as in its constructor."""
+        self.schedule.with_options(options)
+
+    @property
+    def touches_attention(self) -> bool:
+        """A dense pattern never does."""
+        return not isinstance(self.pattern, DensePattern)
+
+    def stays_out(self, run: Run, site: AttentionSite, tokens: int) -> str:
+        """What the schedule says of the call; a dense pattern always stays out."""
+        schedule = self.schedule.with_options(run.options_of(self))
+        planned = schedule.why_dense(run, site, tokens, self.blocks_of(run.model))
+        return planned or ("the pattern is dense" if isinstance(self.pattern, DensePattern) else "")
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """Sparse, or `inner` with a reason."""
+        options = call.run.options_of(self)
+        planned = self.stays_out(call.run, call.site, call.query.shape[1])
+        if planned:
+            return _dense(call, inner, planned)
+        reason = self.why_not(call)
+        keys, reason = (None, reason) if reason else self._key_mask(call)
+        if reason:
+            self._say_once(call, reason)
+            return _dense(call, inner, reason)
+        impl = options.get("impl", self.impl)
+        assert call.layout is not None
+        plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, impl)
+        out = planned_attention(call.query, call.key, call.value, plan, impl=impl, scale=call.scale, key_mask=keys)
+        call.record.ran_sparse(plan.density)
+        return out  # type: ignore[return-value]
+
+    def _say_once(self, call: AttentionCall, reason: str) -> None:
+        """What the schedule did not ask for is told when it first happens; `report()` counts all of it."""
+        if reason not in self._said and not isinstance(self.pattern, DensePattern):
+            self._said.add(reason)
+            _LOG.warning("%s stays dense: %s", call.site.name, reason)
+
+    def plan_at(self, call: AttentionCall) -> BlockPlan:
+        """The plan by which this pattern answers the call; its layout must be known."""
+        assert call.layout is not None
+        return plan_for(call.query, call.key, self._pattern_at(call), call.layout)
+
+    def _pattern_at(self, call: AttentionCall) -> Pattern:
+        pattern = self.pattern.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
+        heads = call.query.shape[2]  # fewer than the site has, where processes share them
+        return pattern.for_heads(call.head_offset, heads) if 0 < heads < call.site.heads else pattern
+
+    def why_not(self, call: AttentionCall) -> str:
+        """The reason for which this pattern cannot answer the call, empty when it can."""
+        if isinstance(self.pattern, DensePattern):
+            return "the pattern is dense"
+        if call.is_causal:
+            return "the call is causal"
+        if call.layout is None:
+            return _why_no_layout(call)
+        if call.layout.grid is None:
+            return f"the layout {call.layout.describe()!r} has no grid"
+        try:
+            self._pattern_at(call).check(call.layout)
+        except GenAttnError as error:
+            return f"{type(self.pattern).__name__} does not serve this layout: {error}"
+        return ""
+
+    def _key_mask(self, call: AttentionCall) -> tuple[torch.Tensor | None, str]:
+        """`key_mask`, read once for a tensor that all layers share: reading it waits for the device."""
+        if call.mask is None:
+            return None, ""
+        counts = isinstance(call.mask, torch.Tensor) and not call.mask.is_inference()
+        version = call.mask._version if counts else None
+        if self._mask is not None and self._mask[0][0]() is call.mask and self._mask[0][1:] == (version, call.query.shape[:2]):
+            return self._mask[1]  # type: ignore[no-any-return]
+        answer = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
+        self._mask = ((weakref.ref(call.mask), version, call.query.shape[:2]), answer)
+        return answer
+
+    def settings(self) -> dict[str, Any]:
+        """Pattern, schedule, backend, as a file holds them."""
+        return {"pattern": pattern_to_dict(self.pattern), "schedule": plain(asdict(self.schedule)), "impl": self.impl}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "SparsePlugin":
+        """See Plugin.from_settings. Raises GenAttnError for an unknown pattern or setting of the schedule."""
+        given = dict(settings)
+        if "pattern" not in given:
+            raise GenAttnError(f"a SparsePlugin has pattern, schedule and impl, got {sorted(given)}")
+        schedule = dict(given.pop("schedule", None) or {})
+        strange = sorted(set(schedule) - Schedule.names())
+        if strange:
+            raise GenAttnError(f"unknown settings {strange}; a schedule has {', '.join(sorted(Schedule.names()))}")
+        return cls(pattern_from_dict(given.pop("pattern")), Schedule(**schedule), **given)
+
+    def describe(self) -> dict[str, Any]:
+        """Pattern, schedule, backend."""
+        settings: dict[str, Any] = asdict(self.pattern) if is_dataclass(self.pattern) else {}
+        return {
+            "plugin": type(self).__name__,
+            "pattern": {"type": type(self.pattern).__name__, **settings},
+            "schedule": asdict(self.schedule),
+            "impl": self.impl,
+        }
+
+
+def _dense(call: AttentionCall, inner: Inner, reason: str) -> torch.Tensor:
+    call.record.stayed_dense(reason)
+    return inner(call)
+
+
+def _why_no_layout(call: AttentionCall) -> str:
+    run, queries, keys = call.run, call.query.shape[1], call.key.shape[1]
+    if queries != keys:
+        return f"{queries} queries look at {keys} keys: not self-attention over one sequence"
+    if run.layout is None:
+        return run.why_no_layout or "no layout is known"
+    return f"the layout {run.layout.describe()!r} has {run.layout.seqlen} tokens, the call has {queries}"
+
+
+def _kinds(sites: Sequence[AttentionSite]) -> str:
+    return ", ".join(sorted({site.kind for site in sites})) or "none"

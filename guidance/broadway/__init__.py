@@ -1,0 +1,5 @@
+"""BroadWay: temporal self-guidance and motion enhancement."""
+
+from genattn.guidance.broadway.broadway import BroadWay
+
+__all__ = ["BroadWay"]

@@ -1,0 +1,398 @@
+"""BroadWay (ByTheWay): temporal self-guidance and motion enhancement as a plugin.
+
+    genattn.apply(pipe, BroadWay.preset("animatediff"))        motion modules, as published
+    genattn.apply(pipe, BroadWay(energy="+20%", alpha=0.3))    video DiTs, through the frame marginal
+
+In the first steps, the map of every guided attention is pulled towards the map of an early block (self-guidance, steadier
+structure) and its high temporal frequencies are amplified (more motion), never ending below the energy it began with.
+Bu et al., CVPR 2025. Motion modules: `broadway_motion`; full three-dimensional attention: `frame_marginal`.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.geometry.token_layout import TokenLayout
+from genattn.guidance.broadway.blocks import GuidedSites, choose_sites
+from genattn.guidance.broadway.calls import ClipShape, clip_shape, conditional_part, entries
+from genattn.guidance.broadway.frame_marginal import EditedAttention, KeyFrames, edited_attention, key_frames
+from genattn.guidance.broadway.frame_marginal_approx import pooled_edit
+from genattn.guidance.broadway.motion import motion_attention, motion_map
+from genattn.guidance.broadway.neighbours import has_wrapper_outside, neighbours_inside, sparse_plan
+from genattn.guidance.broadway.report import BroadWayReport
+from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, parse_energy, resize_anchor
+from genattn.guidance.passes.delta import Window
+from genattn.patterns.as_json import plain
+from genattn.seam.masks import key_mask
+from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
+
+METHODS = ("exact", "pooled")
+PRESETS: dict[str, dict[str, Any]] = {
+    "animatediff": {"alpha": 0.6, "beta": 1.5, "tau": 7.0},
+    "videocrafter2": {"alpha": 0.1, "beta": 10.0, "tau": 7.0},
+}
+
+
+@dataclass
+class _Forward:
+    """One forward of the denoiser: what the guided attentions of it share. Keys of maps begin with the extra pass's name."""
+
+    conditional: tuple[float, float]
+    clip: ClipShape | None
+    calls: Counter[tuple[str | None, str]] = field(default_factory=Counter)
+    maps: dict[tuple[str | None, str, int], torch.Tensor] = field(default_factory=dict)
+    mean: dict[str | None, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
+
+    def anchor(self, extra: str | None, source: str, index: int) -> torch.Tensor | None:
+        """The anchor's map; an extra pass that skipped the anchor shares it with the pass it belongs to."""
+        own = self.maps.get((extra, source, index))
+        return self.maps.get((None, source, index)) if own is None else own
+
+    def of_main_pass(self) -> "_Forward":
+        """The maps alone, for an extra pass that another plugin runs as a forward of its own."""
+        return _Forward(self.conditional, self.clip, maps={k: v for k, v in self.maps.items() if k[0] is None})
+
+
+class BroadWay(Plugin):
+    """Temporal self-guidance for video models. Per-call options: alpha, beta, energy.
+
+    Args:
+        alpha: how far maps are pulled to the anchor's, in [0, 1], or "auto" (from the measured disparity).
+        beta: factor of the high temporal frequencies, in [0, 100], or "auto" (only what keeps the energy).
+        tau: half-width of that band in bins of a 16-frame clip; scales with the clip unless `tau_frames` is None.
+        tau_frames: the clip length tau is counted at, or None for bins as they are.
+        energy: "+20%", "-15%" or 0.2: aim at this change of the energy instead of giving beta.
+        keep_energy: raise beta where the energy would fall below what it was; off for beta < 1.
+        blocks: names, positions or ranges ("14-20") of the guided blocks; None: up_blocks.1 and later on UNets, the second
+            half of the blocks on DiTs.
+        anchor: "auto", "first", "mean" (DiTs), a block name or position; must run before the guided blocks.
+        start, stop: guided part of the run, fractions in [0, 1]; step i of n is guided when start <= i / n < stop.
+        sigma_start, sigma_stop: guided noise levels, from sigma_start down to sigma_stop; None for no bound.
+        conditional: samples on which energies are measured: "auto" (the second half of an [uncond; cond] batch, all in the
+            conditional pass of two), "all", or (first, last) as fractions of the batch. An unconditional pass of its own
+            takes over the beta of the conditional one.
+        method: DiTs only. "exact", or "pooled": the change estimated from averages and added to the attention's own output.
+        pool: for "pooled", side of the cells that keys and values are averaged over, >= 1; at most a whole frame.
+        keep_first_frame: leave the first latent frame alone (one frame, not four, in a causal autoencoder).
+
+    Raises:
+        GenAttnError: for settings out of range, and, when applied, for models that it cannot guide.
+    """
+
+    option_names = frozenset(("alpha", "beta", "energy"))
+
+    def __init__(
+        self,
+        alpha: float | Literal["auto"] = 0.6,
+        beta: float | Literal["auto"] = 1.5,
+        tau: float = 7.0,
+        *,
+        tau_frames: int | None = 16,
+        energy: str | float | None = None,
+        keep_energy: bool = True,
+        blocks: Sequence[str | int] | None = None,
+        anchor: str | int = "auto",
+        start: float = 0.0,
+        stop: float = 0.2,
+        sigma_start: float | None = None,
+        sigma_stop: float | None = None,
+        conditional: str | tuple[float, float] = "auto",
+        method: str = "exact",
+        pool: int = 2,
+        keep_first_frame: bool = False,
+    ) -> None:
+        self.edit = MapEdit(alpha, beta, tau, tau_frames, parse_energy(energy), keep_energy)
+        if stop <= start:
+            raise GenAttnError(f"stop must be above start, got start={start} and stop={stop}; 0 and 0.2 guide the first fifth")
+        # a window keeps both of its ends; a fifth of fifty steps is ten of them, not eleven
+        self.window = Window(start, max(start, stop - 1e-8), sigma_start, sigma_stop)
+        conditional = tuple(conditional) if isinstance(conditional, list) else conditional  # as JSON gives it
+        if conditional not in ("auto", "all") and not (
+            isinstance(conditional, tuple) and len(conditional) == 2 and 0.0 <= conditional[0] < conditional[1] <= 1.0
+        ):
+            raise GenAttnError(
+                f"conditional must be 'auto', 'all' or (first, last) with 0 <= first < last <= 1, got {conditional!r}"
+            )
+        if method not in METHODS:
+            raise GenAttnError(f"method must be one of {', '.join(METHODS)}, got {method!r}; 'exact' is the definition")
+        if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
+            raise GenAttnError(f"pool must be an integer >= 1, got {pool!r}; 1 averages nothing")
+        self.blocks, self.anchor, self._stop = blocks, anchor, stop
+        self.conditional, self.method, self.pool = conditional, method, pool
+        self.keep_first_frame = keep_first_frame
+        self.report = BroadWayReport()
+        self._guided: GuidedSites | None = None
+        self._forwards: dict[tuple[int, int], _Forward] = {}
+        self._last: dict[tuple[int, int], tuple[int, _Forward]] = {}
+        self._betas: dict[tuple[int, int, str, int], tuple[int, torch.Tensor]] = {}
+        self._frames: dict[tuple[TokenLayout, torch.device], KeyFrames] = {}
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "BroadWay":
+        """Published settings of a base model, with changes: `BroadWay.preset("animatediff", beta=1.2)`.
+
+        Raises:
+            GenAttnError: for an unknown name.
+        """
+        if name not in PRESETS:
+            raise GenAttnError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}; or give alpha, beta and tau")
+        return cls(**{**PRESETS[name], **changes})
+
+    def settings(self) -> dict[str, Any]:
+        """See Plugin.settings."""
+        names = ("blocks", "anchor", "conditional", "method", "pool", "keep_first_frame")
+        own = {name: getattr(self, name) for name in names}
+        return plain({**vars(self.edit), **self.window.settings(), "stop": self._stop, **own})
+
+    def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        """Choose the guided attentions of a denoiser.
+
+        Raises:
+            GenAttnError: for a model without temporal or full video attention, unknown blocks, split inference.
+        """
+        split = [name for name, m in model.named_modules() if type(m).__name__ == "SplitInferenceModule"]
+        if split:
+            raise GenAttnError(
+                f"temporal guidance needs whole attention calls, got split inference at {split[0]!r}; "
+                "call pipe.disable_free_noise_split_inference() or build the pipeline without it"
+            )
+        self._guided = choose_sites(sites, self.blocks, self.anchor)
+
+    def wants(self, site: AttentionSite) -> bool:
+        """The guided attentions and their anchors."""
+        return self._guided is not None and site.name in self._guided.anchor_of
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise GenAttnError for an alpha, beta or energy out of range."""
+        self._edit_with(options)
+
+    def describe(self) -> dict[str, Any]:
+        """Settings, guided blocks and the means of what was measured."""
+        settings = {f.name: getattr(self.edit, f.name) for f in fields(self.edit)}
+        names = ("conditional", "method", "pool", "keep_first_frame")
+        return {
+            "plugin": "BroadWay",
+            **settings,
+            **{name: getattr(self, name) for name in names},
+            "window": self.window.describe(),
+            "blocks": list(self._guided.blocks) if self._guided else None,
+            "guided_calls": len(self.report),
+            "measured": self.report.by_block(),
+        }
+
+    def detach(self, model: nn.Module) -> None:
+        """Forget the denoiser's blocks."""
+        self._guided = None
+        self._betas.clear()
+        self._last.clear()
+        self._frames.clear()
+
+    def _edit_with(self, options: Mapping[str, Any]) -> MapEdit:
+        changes = {name: options[name] for name in self.option_names if name in options}
+        if not changes:
+            return self.edit
+        if "energy" in changes:
+            changes["energy"] = parse_energy(changes["energy"])
+        return replace(self.edit, **changes)
+
+    def begin_run(self, run: Run) -> None:
+        """Forget the factors of the last run; what was measured stays in `report`."""
+        self._betas.clear()
+        self._last.clear()
+
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]) -> Any:
+        """Run one forward of the denoiser; maps live as long as it does."""
+        if not self.window.contains(run):
+            return inner(*args, **kwargs)
+        clip = clip_shape(args, kwargs)
+        part = conditional_part(self.conditional, run.pass_name, clip.batch if clip else None, run.model)
+        place = _place_of(run)
+        step, last = self._last.get(place, (None, None))
+        shared = last.maps if run.extra and last is not None and step == run.step else {}
+        self._forwards[place] = state = _Forward(part, clip, maps=dict(shared))
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            del self._forwards[place]
+            if run.extra is None:
+                self._last.pop(place, None)
+                if has_wrapper_outside(run, self):
+                    self._last[place] = (run.step, state.of_main_pass())
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """Answer one guided attention, [B, S, H, D]; outside the window, hand it on."""
+        state = self._forwards.get(_place_of(call.run))
+        if state is None or self._guided is None:
+            return inner(call)
+        if call.is_causal:
+            raise GenAttnError(
+                f"temporal guidance needs attention in both directions, got a causal call at {call.site.name!r}; "
+                "leave the block out with `blocks`"
+            )
+        key = (call.run.extra, call.site.name)
+        index = state.calls[key]
+        state.calls[key] += 1
+        answer = self._motion if self._guided.temporal else self._clip
+        call.record.edited = True
+        return answer(call, inner, state, index)
+
+    def _motion(self, call: AttentionCall, inner: Inner, state: _Forward, index: int) -> torch.Tensor:
+        """A motion module: [B * h * w, F, H, D]."""
+        guided, name = self._guided, call.site.name
+        assert guided is not None
+        if call.mask is not None or call.query.shape[1] < 2 or call.query.shape[1] != call.key.shape[1]:
+            raise GenAttnError(
+                f"a frame-to-frame attention needs at least 2 frames and no mask, got {call.query.shape[1]} queries, "
+                f"{call.key.shape[1]} keys and mask={call.mask is not None} at {name!r}"
+            )
+        rows = motion_map(call.query, call.key, call.scale)
+        source = guided.anchor_of[name]
+        anchor = None
+        if name == source:
+            state.maps[call.run.extra, name, index] = rows
+        else:
+            anchor = self._motion_anchor(rows, state, call.run.extra, source, index)
+        part = entries(_measured_part(state, call.run), rows.shape[0])
+        beta = self._known_beta(call, index)
+        out, scalars = motion_attention(
+            rows, call.value, self._edit_with(call.run.options_of(self)), anchor=anchor, conditional=part, beta=beta
+        )
+        self._note(call, index, rows.shape[-1], scalars)
+        return out
+
+    def _motion_anchor(self, rows: torch.Tensor, state: _Forward, extra: str | None, source: str, index: int) -> torch.Tensor:
+        anchor = state.anchor(extra, source, index)
+        if anchor is None:
+            raise _no_anchor(source)
+        if anchor.shape == rows.shape:
+            return anchor
+        if state.clip is None:
+            raise GenAttnError(
+                f"an anchor of another resolution needs latents of shape [B, C, F, H, W], got maps {tuple(anchor.shape)} "
+                f"and {tuple(rows.shape)} and no such input; guide blocks of one resolution with `blocks`"
+            )
+        there, here = state.clip.places(anchor.shape[0]), state.clip.places(rows.shape[0])
+        return resize_anchor(anchor, there, here, rows.shape[1])
+
+    def _clip(self, call: AttentionCall, inner: Inner, state: _Forward, index: int) -> torch.Tensor:
+        """Full attention over the clip: [B, S, H, D]."""
+        frames = self._key_frames(call)
+        part = entries(_measured_part(state, call.run), call.query.shape[0])
+        anchor = self._clip_anchor(call, state, index)
+        shared: dict[str, Any] = {
+            "anchor": anchor,
+            "beta": self._known_beta(call, index),
+            "conditional": part,
+            "scale": call.scale,
+        }
+        shared |= {"key_mask": self._key_mask(call, state)}
+        edit = self._edit_with(call.run.options_of(self))
+        tensors = (call.query, call.key, call.value, frames)
+        result: EditedAttention
+        if self.method == "pooled":
+            assert call.layout is not None
+            result = pooled_edit(*tensors, call.layout.grid3[1:], edit, inner(call), self.pool, **shared)
+        else:
+            result = self._exact(call, inner, (*tensors, edit), shared)
+        self._keep_rows(call, state, index, result.rows)
+        self._note(call, index, frames.frames, result.scalars)
+        return result.out
+
+    def _exact(self, call: AttentionCall, inner: Inner, tensors: tuple[Any, ...], shared: dict[str, Any]) -> EditedAttention:
+        """The definition, under the pattern further in if there is one; other plugins further in give the base."""
+        near = neighbours_inside(call, self)
+        plan = sparse_plan(call, near.pattern)
+        if plan is not None:
+            call.record.ran_sparse(plan.density)
+        base = inner(call) if near.others else None
+        return edited_attention(*tensors, plan=plan, base=base, **shared)
+
+    def _clip_anchor(self, call: AttentionCall, state: _Forward, index: int) -> torch.Tensor | None:
+        guided, extra = self._guided, call.run.extra
+        assert guided is not None
+        if guided.running_mean:
+            total, count = state.mean.get(extra, (None, 1))
+            return None if total is None else total / count
+        source = guided.anchor_of[call.site.name]
+        if source == call.site.name:
+            return None
+        anchor = state.anchor(extra, source, index)
+        if anchor is None:
+            raise _no_anchor(source)
+        batch = call.query.shape[0]
+        # an extra pass may run the conditional half alone
+        return anchor[-batch:] if extra and anchor.shape[0] > batch else anchor
+
+    def _keep_rows(self, call: AttentionCall, state: _Forward, index: int, rows: torch.Tensor) -> None:
+        guided, name, extra = self._guided, call.site.name, call.run.extra
+        assert guided is not None
+        if guided.running_mean:
+            total, count = state.mean.get(extra, (None, 0))
+            state.mean[extra] = (rows if total is None else total + rows, count + 1)
+        elif name in guided.anchors:
+            state.maps[extra, name, index] = rows
+
+    def _key_frames(self, call: AttentionCall) -> KeyFrames:
+        layout, tokens = call.layout, call.query.shape[1]
+        if layout is None or layout.seqlen != tokens or call.key.shape[1] != tokens:
+            told = "none" if layout is None else f"{layout.describe()!r} of {layout.seqlen} tokens"
+            raise GenAttnError(
+                f"temporal guidance needs the token layout of {call.site.name!r}, got {told} for {tokens} queries and "
+                f"{call.key.shape[1]} keys; leave the block out with `blocks`"
+            )
+        key = (layout, call.query.device)
+        if key not in self._frames:
+            self._frames[key] = key_frames(layout, self.keep_first_frame).to(call.query.device)
+        return self._frames[key]
+
+    def _key_mask(self, call: AttentionCall, state: _Forward) -> torch.Tensor | None:
+        """Bool [B, S] or None; read once per forward, since all layers share its content and reading waits for the device."""
+        if call.mask is None:
+            return None
+        shape = getattr(call.mask, "shape", torch.Size())
+        if shape not in state.key_masks:
+            keys, reason = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
+            if reason:
+                raise GenAttnError(
+                    f"temporal guidance needs a mask that hides the same keys from all queries, got: {reason}, at "
+                    f"{call.site.name!r}; leave the block out with `blocks`, or use a model without such a mask"
+                )
+            state.key_masks[shape] = keys
+        return state.key_masks[shape]
+
+    def _known_beta(self, call: AttentionCall, index: int) -> torch.Tensor | None:
+        """The beta of the conditional pass, in an unconditional or extra pass of the same step."""
+        if call.run.pass_name != "uncond" and call.run.extra is None:
+            return None
+        step, beta = self._betas.get((*_place_of(call.run), call.site.name, index), (None, None))
+        return beta if step == call.run.step else None
+
+    def _note(self, call: AttentionCall, index: int, frames: int, scalars: EditScalars) -> None:
+        guided, name = self._guided, call.site.name
+        assert guided is not None
+        if call.run.pass_name != "uncond" and call.run.extra is None:
+            self._betas[(*_place_of(call.run), name, index)] = (call.run.step, scalars.beta)
+        self.report.add(name, guided.block_of[name], frames, call.run, scalars)
+
+
+def _place_of(run: Run) -> tuple[int, int]:
+    """Thread and denoiser: extra passes have another `Run` but the same place."""
+    return threading.get_ident(), id(run.model)
+
+
+def _measured_part(state: _Forward, run: Run) -> tuple[float, float]:
+    return (0.0, 1.0) if run.extra else state.conditional
+
+
+def _no_anchor(source: str) -> GenAttnError:
+    return GenAttnError(
+        f"the anchor must run before the blocks it guides, got no call of {source!r} in this forward; a cache may have skipped "
+        "it: take the cache off, or name another anchor"
+    )

@@ -1,0 +1,1 @@
+"""Names of attention heads, and files that hold sets of them."""

@@ -1,0 +1,249 @@
+"""Blocks of a denoiser replaced for one forward: to remember what they gave, to repeat it, or to be left out.
+
+Prefix reuse: in the extra pass of a guided step, the blocks before the first perturbed one get the inputs that they had
+in the clean pass, so they are not run again. The clean pass remembers what the last of them gave; in the extra pass
+those blocks do nothing and hand that on. Exact wherever only the last block's output goes on (no long skips), which is
+tested per family; the extra pass then costs the share of blocks that remain.
+
+The lists of blocks are exchanged, not the blocks' forwards, so compiled blocks stay as they are.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.guidance.passes.prediction import take_rows
+from genattn.seam.plugin import AttentionSite
+
+# denoisers whose blocks form one chain, as tests/guidance/softpag/test_softpag_families.py shows for each
+CHAINS = frozenset(
+    (
+        "AuraFlowTransformer2DModel",
+        "ChromaTransformer2DModel",
+        "CogVideoXTransformer3DModel",
+        "CosmosTransformer3DModel",
+        "Flux2Transformer2DModel",
+        "FluxTransformer2DModel",
+        "HiDreamImageTransformer2DModel",
+        "HunyuanVideo15Transformer3DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+        "LTX2VideoTransformer3DModel",
+        "LTXVideoTransformer3DModel",
+        "Lumina2Transformer2DModel",
+        "MochiTransformer3DModel",
+        "PixArtTransformer2DModel",
+        "QwenImageTransformer2DModel",
+        "SD3Transformer2DModel",
+        "SkyReelsV2Transformer3DModel",
+        "UNet2DConditionModel",
+        "WanAnimateTransformer3DModel",
+        "WanTransformer3DModel",
+        "ZImageTransformer2DModel",
+    )
+)
+Place = tuple[str, int]
+
+
+class BlockOrder:
+    """The blocks of a denoiser in execution order, by the depth of their attention.
+
+    Args:
+        model: the denoiser.
+        sites: its attention sites.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
+        self.model = model
+        self.places: dict[int, Place] = {s.depth: (s.stack, s.layer) for s in sites if s.depth >= 0}
+
+    def before(self, depth: int) -> list[Place]:
+        """Every block that runs before the one at `depth`."""
+        return [place for d, place in sorted(self.places.items()) if d < depth]
+
+    def ends(self, depth: int) -> list[Place]:
+        """The last block before `depth` in each list of blocks."""
+        last: dict[str, Place] = {stack: (stack, layer) for stack, layer in self.before(depth)}
+        return list(last.values())
+
+    def block(self, place: Place) -> nn.Module:
+        """The block at a place."""
+        blocks: Any = self.model.get_submodule(place[0])
+        found: nn.Module = blocks[place[1]]
+        return found
+
+    def why_no_reuse(self, depth: int) -> str | None:
+        """Why the blocks before `depth` must run again in the extra pass; None when they need not."""
+        if not self.before(depth):
+            return "the first block is perturbed"
+        name = type(self.model).__name__
+        if self.model.__class__.__name__ not in CHAINS:
+            return f"the blocks of {name} are not known to form a chain"
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            return "the model is compiled as a whole; compile its blocks instead (compile_repeated_blocks)"
+        if getattr(self.model, "_parallel_config", None) is not None:
+            return "the model runs under context parallelism"
+        for place in self.before(depth):
+            hooked = _hook_of(self.block(place))
+            if hooked:
+                return f"block {place[1]} of {place[0]} carries a {hooked} hook, which must see every pass"
+        return None
+
+    @contextlib.contextmanager
+    def swapped(self, replacements: Mapping[Place, nn.Module]) -> Iterator[None]:
+        """The model with some blocks replaced."""
+        stacks = {stack for stack, _ in replacements}
+        before: dict[str, tuple[nn.Module, str, Any]] = {}
+        for stack in stacks:
+            parent, _, name = stack.rpartition(".")
+            holder = self.model.get_submodule(parent)
+            blocks: Any = holder._modules[name]
+            before[stack] = (holder, name, blocks)
+            # bypassing setattr keeps hooks, compiled frames and parameter lists out of it
+            holder._modules[name] = nn.ModuleList([replacements.get((stack, i), block) for i, block in enumerate(blocks)])
+        try:
+            yield
+        finally:
+            for holder, name, blocks in before.values():
+                holder._modules[name] = blocks
+
+
+class _Stand(nn.Module):
+    """Takes the place of a block; whatever else is asked of it, the block answers."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+
+class Recorder(_Stand):
+    """Runs the block and remembers its first answer."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.answer: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own answer."""
+        answer = self.__dict__["block"](*args, **kwargs)
+        # a nested term's extra pass may come by here after the clean one
+        if self.answer is None:
+            self.answer = answer
+        return answer
+
+
+class Repeater(_Stand):
+    """Gives a remembered answer, or part of it, without running the block."""
+
+    def __init__(self, block: nn.Module, answer: Any) -> None:
+        super().__init__(block)
+        self.__dict__["answer"] = answer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The remembered answer."""
+        return self.__dict__["answer"]
+
+
+class Bypass(_Stand):
+    """Leaves the block out: its hidden states pass unchanged, or mixed with what the block gives.
+
+    Args:
+        block: the block.
+        answer: what the block gave in the clean pass; tells the order of its results.
+        u: 1 leaves the block out, less draws its answer towards its input by this share.
+        layer: its depth.
+    """
+
+    def __init__(self, block: nn.Module, answer: Any, u: float, layer: int) -> None:
+        super().__init__(block)
+        self.order, self.u, self.layer, self.hits = _result_order(block, answer), u, layer, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The inputs in the order in which the block gives its results."""
+        block = self.__dict__["block"]
+        bound = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        self.hits += 1
+        inputs = [bound[name] for name in self.order[0](bound)]
+        if self.u < 1:
+            answer = block(*args, **kwargs)
+            parts = [answer] if isinstance(answer, torch.Tensor) else list(answer)
+            inputs = [torch.lerp(a, b, self.u) for a, b in zip(parts, inputs, strict=True)]
+        return inputs[0] if self.order[1] else tuple(inputs)
+
+
+class PrefixReuse:
+    """Remembers the clean pass's prefix and repeats it in the extra pass.
+
+    Args:
+        order: the model's blocks.
+        depth: the first perturbed block.
+    """
+
+    def __init__(self, order: BlockOrder, depth: int) -> None:
+        self.order, self.depth = order, depth
+        self.recorders: dict[Place, Recorder] = {}
+
+    @property
+    def share(self) -> float:
+        """Share of the blocks that the extra pass runs, in (0, 1]."""
+        return 1 - len(self.order.before(self.depth)) / len(self.order.places)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the clean pass."""
+        self.recorders = {place: Recorder(self.order.block(place)) for place in self.order.ends(self.depth)}
+        with self.order.swapped(self.recorders):
+            yield
+
+    @contextlib.contextmanager
+    def repeating(self, rows: torch.Tensor, batch: int) -> Iterator[None]:
+        """Around the extra pass over the chosen samples of the clean pass's batch."""
+        whole = rows.tolist() == list(range(batch))
+        answers = {
+            stack: recorder.answer if whole else take_rows(recorder.answer, rows, batch)
+            for (stack, _), recorder in self.recorders.items()
+        }
+        stand_ins = {place: Repeater(self.order.block(place), answers[place[0]]) for place in self.order.before(self.depth)}
+        try:
+            with self.order.swapped(stand_ins):
+                yield
+        finally:
+            self.recorders = {}
+
+
+def _hook_of(block: nn.Module) -> str | None:
+    """The name of a diffusers or accelerate hook on a block or inside, casting aside, that must not miss a pass."""
+    for module in block.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        names = [name for name in getattr(registry, "hooks", {}) if "layerwise_casting" not in name]
+        if names or hasattr(module, "_hf_hook"):
+            return str(names[0]) if names else "accelerate"
+    return None
+
+
+def _result_order(block: nn.Module, answer: Any) -> tuple[Any, bool]:
+    """(which arguments a block's results replace, whether there is only one), read from a clean answer's shapes."""
+    if isinstance(answer, torch.Tensor):
+        return (lambda bound: [next(iter(bound))]), True
+    shapes = [tuple(part.shape) for part in answer]
+
+    def order(bound: Mapping[str, Any]) -> list[str]:
+        hidden, text = "hidden_states", "encoder_hidden_states"
+        if len(shapes) != 2 or not {hidden, text} <= set(bound) or bound[hidden].shape[1:] == bound[text].shape[1:]:
+            raise GenAttnError(
+                f"target 'skip' must know which result is which, got {shapes} from {type(block).__name__}; use 'identity'"
+            )
+        return [hidden, text] if shapes[0][1:] == tuple(bound[hidden].shape[1:]) else [text, hidden]
+
+    return order, False

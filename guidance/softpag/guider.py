@@ -1,0 +1,181 @@
+"""SoftPAG for Modular Diffusers: a guider with classifier-free guidance and perturbed heads.
+
+    pred = uncond + g (cond - uncond) + w (cond - perturbed)          arXiv 2506.10978; without CFG: cond + w (cond - perturbed)
+
+The modular loops run one forward per prediction and ask the guider around each. Every pass is known by its label, never by
+counting, so it is right with CFG off too. The taps are those of the classic route (`SoftPAG`), put on the denoiser at the
+first perturbed pass and taken off after the last step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.guidance.heads.head_set import HeadSet
+from genattn.guidance.heads.names import check_weight
+from genattn.guidance.passes.delta import DeltaRule, Projection, Window
+from genattn.guidance.softpag.tap import HeadTap
+from genattn.seam.handle import Handle, apply
+from genattn.seam.plugin import Run
+
+COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_perturbed"
+
+
+class SoftPAGGuidance(BaseGuidance):
+    """Classifier-free guidance plus guidance away from perturbed heads, for `pipe.update_components(guider=...)`.
+
+    Args:
+        heads: e.g. "L11H15,L13H17" or "L7"; layers count over all blocks.
+        u: how far the heads are drawn towards the target, in [0, 1].
+        scale: weight w, any finite number; 0 leaves plain CFG.
+        guidance_scale: g of classifier-free guidance; 1 runs without it.
+        target: see `genattn.guidance.softpag.perturbation`; all but "skip".
+        perturb_start: first moment of the perturbation term, fraction of the steps in [0, 1].
+        perturb_stop: its last moment, included.
+        adaptive: how fast w falls over the run, >= 0.
+        rescale: how far cond + w (cond - perturbed) keeps the spread of cond, in [0, 1].
+        guidance_rescale: the same for the whole combination, in [0, 1], as in diffusers.
+        apg_eta: share of the difference parallel to cond that is kept; None for no projection.
+        start: first moment of classifier-free guidance, as in diffusers.
+        stop: its end, excluded, as in diffusers.
+        enabled: False for plain conditional predictions.
+    """
+
+    _input_predictions = [COND, UNCOND, PERTURBED]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        *,  # diffusers takes what was given by position for a default and forgets it in `new`
+        heads: str,
+        u: float = 0.5,
+        scale: float = 3.0,
+        guidance_scale: float = 7.5,
+        target: str = "identity",
+        perturb_start: float = 0.0,
+        perturb_stop: float = 1.0,
+        adaptive: float = 0.0,
+        rescale: float = 0.0,
+        guidance_rescale: float = 0.0,
+        apg_eta: float | None = None,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+    ) -> None:
+        super().__init__(start, stop, enabled)
+        if target == "skip":
+            raise GenAttnError("a guider perturbs heads, got target='skip'; use diffusers' SkipLayerGuidance or SoftPAG.stg")
+        self.tap = HeadTap(heads, u, target)
+        self.window = Window(perturb_start, perturb_stop)
+        self.rule = DeltaRule(scale, adaptive, rescale, None if apg_eta is None else Projection(apg_eta))
+        self.guidance_scale = check_weight("guidance_scale", guidance_scale, 0.0, float("inf"))
+        self.guidance_rescale = check_weight("guidance_rescale", guidance_rescale)
+        self._handles: dict[int, Handle] = {}
+
+    @classmethod
+    def from_head_set(cls, head_set: HeadSet, **settings: Any) -> "SoftPAGGuidance":
+        """A guider with the heads, scale, target and window of a head set."""
+        known = {"scale": head_set.scale, "target": head_set.target}
+        window = {"perturb_start": head_set.start, "perturb_stop": head_set.stop}
+        return cls(heads=head_set.names(), **{**known, **window, **settings})
+
+    # ---- which passes a step has
+
+    @property
+    def labels(self) -> list[str]:
+        """The predictions of the current step, in order."""
+        wanted = [COND]
+        if self._is_cfg_enabled():
+            wanted.append(UNCOND)
+        if self._weight():
+            wanted.append(PERTURBED)
+        return wanted
+
+    @property
+    def num_conditions(self) -> int:
+        """Forwards of the current step."""
+        return len(self.labels)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the pass that is prepared now is given the prompt."""
+        return self._label() != UNCOND
+
+    def _label(self) -> str:
+        labels = self.labels
+        return labels[min(max(self._count_prepared, 1), len(labels)) - 1]
+
+    def _run(self) -> Run:
+        known = self._step is not None and self._num_inference_steps is not None
+        return Run(step=self._step, num_steps=self._num_inference_steps) if known else Run(step=0, num_steps=1)
+
+    def _weight(self) -> float:
+        run = self._run()
+        return self.rule.weight(run) if self._enabled and self.window.contains(run) else 0.0
+
+    def _is_cfg_enabled(self) -> bool:
+        if not self._enabled or self.guidance_scale == 1.0:
+            return False
+        if self._num_inference_steps is None:
+            return True
+        first, end = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
+        return first <= self._step < end
+
+    # ---- what modular loops call
+
+    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
+        """One batch of inputs per prediction; pairs hold (conditional, unconditional)."""
+        return [self._prepare_batch(data, int(label == UNCOND), label) for label in self.labels]
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: Mapping[str, Any]) -> list[Any]:
+        """The same, from the fields of a block state."""
+        return [self._prepare_batch_from_block_state(input_fields, data, int(label == UNCOND), label) for label in self.labels]
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        """Perturb the heads of the pass that comes, if it is the perturbed one."""
+        super().prepare_models(denoiser)
+        if self._label() != PERTURBED:
+            return
+        if id(denoiser) not in self._handles:
+            self._handles[id(denoiser)] = apply(denoiser, self.tap)
+        tapped = self.tap.model(denoiser)
+        tapped.hits.clear()
+        # weights of one row hold for any batch
+        self.tap.mark_all(tapped.mix(1, torch.arange(1)))
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        """End the perturbation; after the last step give the denoiser back as it was."""
+        if self._label() == PERTURBED:
+            self.tap.mark_all(None)
+            missed = self.tap.model(denoiser).missed()
+            if missed and self._step in (0, None):
+                raise GenAttnError(f"every selected layer's attention must come by, got no call from layers {missed}")
+        last = self._num_inference_steps is None or self._step == self._num_inference_steps - 1
+        if last and self._count_prepared >= self.num_conditions:
+            self.release()
+
+    def release(self) -> None:
+        """Take the taps off; done by itself after the last step, to be called when a run was broken off."""
+        self.tap.mark_all(None)
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def forward(
+        self,
+        pred_cond: torch.Tensor,
+        pred_uncond: torch.Tensor | None = None,
+        pred_perturbed: torch.Tensor | None = None,
+    ) -> GuiderOutput:
+        """The combination of a step's predictions."""
+        pred = pred_cond if pred_uncond is None else pred_uncond + self.guidance_scale * (pred_cond - pred_uncond)
+        if pred_perturbed is not None:
+            pred = pred + self.rule.delta(pred_cond, pred_perturbed, self._weight())[0]
+        if self.guidance_rescale > 0.0:
+            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)

@@ -1,0 +1,1 @@
+"""Block-sparse attention on the CPU, with and without a C++ compiler."""

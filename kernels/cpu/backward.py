@@ -1,0 +1,78 @@
+"""Gradients on the CPU, eager: the groups of cpu_groups.py walked once more, probabilities recomputed from the log-sum-exp.
+
+p = exp(scale <q, k> - lse),   ds = scale p (do v^T - <out, do> + dlse)
+dq += ds k,   dk += ds^T q,   dv += p^T do
+"""
+
+import torch
+
+from genattn.kernels.cpu.groups import Group, groups_of_plan
+from genattn.kernels.plan.block_plan import BlockPlan
+
+_SCORES_AT_ONCE = 1 << 24
+
+
+def grouped_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, computed in float32 or wider; shapes as in `reference_attention`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    compute = torch.promote_types(query.dtype, torch.float32)
+    delta = (out.to(compute) * grad_out.to(compute)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(compute)
+    # queries that see nothing have lse -inf; +inf makes their probabilities zero
+    lse = lse.to(compute).masked_fill(torch.isneginf(lse), float("inf"))
+    heads = [x.to(compute).transpose(1, 2) for x in (query, key, value, grad_out)]
+    grads = [torch.zeros(x.shape, dtype=compute) for x in heads[:3]]
+    lists = groups_of_plan(plan)
+    group = query.shape[2] // key.shape[2]
+    for head in range(query.shape[2]):
+        for part in lists[head if len(lists) > 1 else 0]:
+            rows = max(1, _SCORES_AT_ONCE // (query.shape[0] * part.keys.shape[1]))
+            for run in range(part.queries.shape[0]):
+                for first in range(0, part.queries.shape[1], rows):
+                    piece = run, slice(first, first + rows)
+                    _add(grads, heads, lse[..., head], delta[..., head], part, piece, head, head // group, scale, key_mask)
+    return tuple(g.transpose(1, 2).to(x.dtype) for g, x in zip(grads, (query, key, value)))  # type: ignore[return-value]
+
+
+def _add(
+    grads: list[torch.Tensor],
+    inputs: list[torch.Tensor],
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    part: Group,
+    piece: tuple[int, slice],
+    head: int,
+    kv_head: int,
+    scale: float,
+    key_mask: torch.Tensor | None,
+) -> None:
+    """Add what a piece (run, queries) of a group contributes to the gradients of one head."""
+    queries, keys = part.queries[piece], part.keys[piece[0]]
+    query, grad = inputs[0][:, head, queries], inputs[3][:, head, queries]
+    key, value = inputs[1][:, kv_head, keys], inputs[2][:, kv_head, keys]
+    if key_mask is not None:
+        hidden = ~key_mask[:, keys, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    scores = query @ key.mT * scale
+    for _, _, place in part.spans(piece[0], piece[0] + 1):
+        scores[..., part.whole :].masked_fill_(~part.masks[place, piece[1]], float("-inf"))
+    if key_mask is not None:
+        scores = scores.masked_fill(hidden.mT, float("-inf"))
+    probs = (scores - lse[:, queries, None]).exp()
+    slope = probs * (grad @ value.mT - delta[:, queries, None]) * scale
+    grads[0][:, head, queries] += slope @ key
+    grads[1][:, kv_head].index_add_(1, keys, slope.mT @ query)
+    grads[2][:, kv_head].index_add_(1, keys, probs.mT @ grad)

@@ -1,0 +1,111 @@
+"""flex_attention from the same plan: the peer to measure against, and a route on devices where it compiles.
+
+Flex knows only runs of the sequence: for other tiles the tokens are put in their order before and back after, lanes without a
+token hidden. Full tiles skip the mask, partial ones look it up. Compiled, it is a real block-sparse kernel; torch on the CPU
+gives it no log-sum-exp and no gradient.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.attention import tile_states, visible_mask
+from genattn.kernels.triton.tables import are_runs
+
+_MASK_TOKENS = 32_768
+
+
+def why_not_flex(query: torch.Tensor, plan: BlockPlan, return_lse: bool, key_mask: bool) -> str | None:
+    """The reason why flex_attention cannot serve this call, or None."""
+    if key_mask:
+        return "a key mask would need a new compiled mask for every call; use another impl"
+    if query.device.type == "cpu" and return_lse:
+        return "flex_attention on the CPU returns no log-sum-exp"
+    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+        return "flex_attention on the CPU has no backward"
+    if (plan.rule is not None or _orders(plan) is not None) and max(plan.seqlen_q, plan.seqlen_k) > _MASK_TOKENS:
+        return f"its mask table must stay under {_MASK_TOKENS} tokens, got {plan.seqlen_k}"
+    return None
+
+
+def flex_block_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, *, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out [B, Sq, H, D], lse [B, Sq, H] or None on the CPU); compiles on the first call for a shape."""
+    mask, orders = _block_mask(plan), _orders(plan)
+    if orders is not None:
+        query, key, value = (x[:, order.clamp_min(0)] for x, order in zip((query, key, value), (orders[0], *2 * orders[1:])))
+    on_cpu = query.device.type == "cpu"
+    result = _compiled()(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+        return_lse=not on_cpu,
+    )
+    out, lse = (result, None) if on_cpu else result
+    return _in_sequence(out.transpose(1, 2), plan), None if lse is None else _in_sequence(lse.transpose(1, 2), plan)
+
+
+def _orders(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(queries, keys) in the order of the tiles, int64, -1 in unused lanes; None where the tiles are runs of the sequence."""
+    if "orders" not in plan.cache:
+        runs = are_runs(plan.query_tiles, plan.seqlen_q) and are_runs(plan.key_tiles, plan.seqlen_k)
+        plan.cache["orders"] = None if runs else tuple(tiles.flatten().long() for tiles in (plan.query_tiles, plan.key_tiles))
+    return plan.cache["orders"]  # type: ignore[return-value]
+
+
+def _in_sequence(answer: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    """Answers [B, lanes, ...] in the order of the tiles put back; every token stands in one query tile."""
+    orders = _orders(plan)
+    if orders is None:
+        return answer
+    used = orders[0] >= 0
+    empty = answer.new_empty(answer.shape[0], plan.seqlen_q, *answer.shape[2:])
+    return empty.index_copy(1, orders[0][used], answer[:, used])
+
+
+@lru_cache(maxsize=1)
+def _compiled():  # type: ignore[no-untyped-def]
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _block_mask(plan: BlockPlan) -> BlockMask:
+    if "flex" not in plan.cache:
+        states, orders = tile_states(plan)[None], _orders(plan)
+        if orders is not None:
+            # flex would let a full tile's unused lanes be seen
+            states = states.clamp_max(torch.where((plan.key_tiles < 0).any(1), 1, 2).to(states.dtype))
+        partial, full = (_dense_lists(states == kind) for kind in (1, 2))
+        plan.cache["flex"] = BlockMask.from_kv_blocks(
+            *partial,
+            *full,
+            BLOCK_SIZE=(plan.block_q, plan.block_k),
+            mask_mod=_mask_mod(plan, orders),
+            seq_lengths=(plan.seqlen_q, plan.seqlen_k) if orders is None else (len(orders[0]), len(orders[1])),
+        )
+    return plan.cache["flex"]  # type: ignore[return-value]
+
+
+def _dense_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(counts [1, N, NQ], tile numbers [1, N, NQ, NK]), the chosen ones first."""
+    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+    return chosen.sum(-1).to(torch.int32), order.to(torch.int32)
+
+
+def _mask_mod(plan: BlockPlan, orders: tuple[torch.Tensor, torch.Tensor] | None):  # type: ignore[no-untyped-def]
+    if plan.rule is None and orders is None:
+        return None
+    table = visible_mask(plan)
+    if orders is not None:
+        table = table[:, orders[0].clamp_min(0)][:, :, orders[1].clamp_min(0)] & (orders[1] >= 0)
+    heads = table.shape[0]
+
+    def visible(batch, head, query_index, key_index):  # type: ignore[no-untyped-def]
+        return table[head if heads > 1 else 0, query_index, key_index]
+
+    return visible

@@ -1,0 +1,56 @@
+"""Dense SDPA with a boolean mask: right for every plan, as slow as dense attention, and the S x S mask is real memory.
+
+For short sequences and odd masks, where setting up a sparse kernel costs more than it saves.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.attention import visible_mask
+
+_MASK_BYTES = 1 << 30
+
+
+def why_not_sdpa_mask(query: torch.Tensor, plan: BlockPlan, return_lse: bool) -> str | None:
+    """The reason why masked SDPA cannot serve this call, or None."""
+    if return_lse:
+        return "scaled_dot_product_attention returns no log-sum-exp; use return_lse=False or another impl"
+    size = plan.mask_heads * plan.seqlen_q * plan.seqlen_k
+    if size > _MASK_BYTES:
+        return f"its mask must stay under {_MASK_BYTES >> 20} MiB, this plan needs {size >> 20} MiB"
+    return None
+
+
+def sdpa_mask_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention by `scaled_dot_product_attention` with the plan's mask; [B, Sq, H, D], differentiable."""
+    visible = _mask_on(plan, query.device)[None]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+        key = key.masked_fill(~key_mask[:, :, None, None], 0.0)
+        value = value.masked_fill(~key_mask[:, :, None, None], 0.0)
+    empty = ~visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        # a fully hidden row would be NaN in some backends: let it see everything, then clear it
+        attn_mask=visible | empty,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.masked_fill(empty, 0.0).transpose(1, 2)
+
+
+def _mask_on(plan: BlockPlan, device: torch.device) -> torch.Tensor:
+    if ("mask", device) not in plan.cache:
+        plan.cache["mask", device] = visible_mask(plan.to(device))
+    return plan.cache["mask", device]  # type: ignore[return-value]

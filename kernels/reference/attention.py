@@ -1,0 +1,98 @@
+"""The definition of block-sparse attention: eager, exact, differentiable. Every other backend is held against it.
+
+    visible(q, k)  <=>  the tile of q lists the tile of k, and (that tile pair is full, or the element rule says yes),
+                        and key_mask[b, k]
+    out[q] = sum_k softmax_k(scale * <q, k>) v_k  over visible k,     lse[q] = log sum_k exp(scale * <q, k>)
+
+Text, grid and reference tokens stand in one softmax. A query that sees nothing gets zeros and an lse of -inf.
+"""
+
+import torch
+
+from genattn.kernels.plan.block_plan import BlockPlan
+
+_SCORES_AT_ONCE = 1 << 26
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the visible pairs of `plan`, computed in float32, or float64 for float64 inputs.
+
+    query [B, Sq, H, D], key and value [B, Sk, Hk, D] with Hk a divisor of H; key_mask bool [B, Sk], False hides a key.
+    Returns out [B, Sq, H, D] in the query's type and lse [B, Sq, H] (natural log, float32 or float64).
+    """
+    compute = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if key_mask is not None:
+        # a hidden key must not leak through 0 * NaN
+        key = key.masked_fill(~key_mask[:, :, None, None], 0.0)
+        value = value.masked_fill(~key_mask[:, :, None, None], 0.0)
+    group = query.shape[2] // key.shape[2]
+    keys = key.to(compute).repeat_interleave(group, dim=2).permute(0, 2, 3, 1)
+    values = value.to(compute).repeat_interleave(group, dim=2).transpose(1, 2)
+    batch, seqlen, heads, _ = query.shape
+    rows = max(1, _SCORES_AT_ONCE // (batch * heads * plan.seqlen_k))
+    outs, lses = [], []
+    for index in torch.arange(seqlen, device=query.device).split(rows):
+        scores = query[:, index].to(compute).transpose(1, 2) @ keys * scale
+        visible = visible_rows(plan, index)[None]
+        if key_mask is not None:
+            visible = visible & key_mask[:, None, None, :]
+        out, lse = _masked_softmax(scores, visible, values)
+        outs.append(out.transpose(1, 2))
+        lses.append(lse.transpose(1, 2))
+    return torch.cat(outs, 1).to(query.dtype), torch.cat(lses, 1)
+
+
+def visible_rows(plan: BlockPlan, query_index: torch.Tensor) -> torch.Tensor:
+    """Bool [N, len(query_index), Sk]: which keys the given queries see; N = 1, or heads where lists or rule differ."""
+    device = query_index.device
+    plan = plan.to(device)
+    tile_of_query = _tile_of_token(plan.query_tiles, plan.seqlen_q)[query_index]
+    tile_of_key = _tile_of_token(plan.key_tiles, plan.seqlen_k)
+    state = tile_states(plan)[:, tile_of_query][:, :, tile_of_key]
+    state = torch.where((tile_of_key >= 0) & (tile_of_query >= 0)[:, None], state, 0)
+    visible = state == 2
+    if plan.rule is not None:
+        seen = plan.rule(query_index[:, None], torch.arange(plan.seqlen_k, device=device)[None, :])
+        visible = visible | ((state == 1) & seen)
+    return visible
+
+
+def visible_mask(plan: BlockPlan) -> torch.Tensor:
+    """Bool [N, Sq, Sk]: the whole mask; for short sequences."""
+    return visible_rows(plan, torch.arange(plan.seqlen_q, device=plan.device))
+
+
+def _masked_softmax(scores: torch.Tensor, visible: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = scores.masked_fill(~visible, float("-inf"))
+    empty = ~visible.any(-1, keepdim=True)
+    # a row of -inf would give NaN, in the softmax and in its gradient
+    probs = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~visible, 0.0)
+    lse = scores.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
+    return probs @ values, lse
+
+
+def _tile_of_token(tiles: torch.Tensor, seqlen: int) -> torch.Tensor:
+    """Int64 [S]: the tile in which each token stands, -1 for none."""
+    tile = torch.full((seqlen,), -1, dtype=torch.long, device=tiles.device)
+    owner = torch.arange(tiles.shape[0], device=tiles.device)[:, None].expand_as(tiles)
+    used = tiles >= 0
+    tile[tiles[used].long()] = owner[used]
+    return tile
+
+
+def tile_states(plan: BlockPlan) -> torch.Tensor:
+    """Int8 [N, NQ, NK]: 0 not visited, 1 partial, 2 full."""
+    heads, tiles = plan.num_full.shape
+    states = torch.zeros(heads * tiles, plan.key_tiles.shape[0], dtype=torch.int8, device=plan.device)
+    row, partial = plan.entries
+    states[row, plan.columns.long()] = torch.where(partial, 1, 2).to(torch.int8)
+    return states.view(heads, tiles, -1)

@@ -1,0 +1,108 @@
+"""Host side of the kernel for full tiles: "triton-full", for plans without partial tiles; taken by name only.
+
+It is there to be measured: on Hopper a loop without masks can be split among specialised groups of four warps, one loading
+while the others multiply. Radial and windows with partial tiles go to "triton".
+"""
+
+import torch
+
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.triton.block_sparse import Arguments, interpreting, precision_of, strides_of, why_not_triton
+from genattn.kernels.triton.tables import triton_tables
+
+_STAGES = 2
+_WARPS = 4  # with 8 the compiler ignores the request
+
+
+def why_not_full_tiles(query: torch.Tensor, plan: BlockPlan, scale: float | None = None) -> str | None:
+    """The reason why the kernel cannot serve this call, or None."""
+    reason = why_not_triton(query, plan, scale)
+    if reason is not None:
+        return reason
+    dim = query.shape[-1]
+    if query.dtype == torch.float32 and not interpreting():
+        return "it is for float16 and bfloat16"
+    if dim < 16 or dim & (dim - 1):
+        return f"the head dim must be a power of two >= 16, got {dim}"
+    if int(plan.num_full.sum()) != plan.columns.numel():
+        return "some tiles of the plan are partial; use 'triton'"
+    tables = triton_tables(plan)
+    if not (tables.runs_q and tables.runs_k) or plan.seqlen_k % plan.block_k:
+        return f"tiles must be runs of the sequence and {plan.block_k} must divide {plan.seqlen_k} keys"
+    if query.requires_grad and torch.is_grad_enabled():
+        return "it has no backward; use 'triton'"
+    if query.is_cuda and (torch.version.hip is not None or torch.cuda.get_device_capability(query.device) < (9, 0)):
+        return "it needs tensor descriptors in hardware: compute capability 9.0 or later"
+    return None
+
+
+def full_tiles_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) as in `triton_forward`. Raises ValueError under a key mask."""
+    import triton
+    from genattn.kernels.triton.full_tiles_kernel import full_tiles_kernel
+
+    if key_mask is not None:
+        raise ValueError("impl='triton-full' serves no key mask: a hidden key makes its tile partial; use impl='triton'")
+    # a descriptor wants rows that begin at multiples of 16 bytes
+    query, key, value = (x if _describable(x) else x.contiguous() for x in (query, key, value))
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    if query.is_cuda:
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=query.device))
+    grid = plan.query_tiles.shape[0], query.shape[0] * query.shape[2]
+    full_tiles_kernel[grid](**full_tiles_arguments(query, key, value, out, lse, plan, scale))
+    return out, lse
+
+
+def full_tiles_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: BlockPlan,
+    scale: float | None,
+) -> Arguments:
+    """Every argument of `full_tiles_kernel`, launch settings included."""
+    return {
+        **{"Q": query, "K": key, "V": value, "OUT": out, "LSE": lse},
+        "ROW_PTR": plan.row_ptr,
+        "COLUMNS": plan.columns,
+        "ORDER": triton_tables(plan).order,
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        **strides_of("q", query),
+        **strides_of("k", key),
+        **strides_of("v", value),
+        **strides_of("o", out),
+        "seqlen_q": query.shape[1],
+        "seqlen_k": key.shape[1],
+        "heads": query.shape[2],
+        "group": query.shape[2] // key.shape[2],
+        "tiles_q": plan.query_tiles.shape[0],
+        "DIM": query.shape[-1],
+        "BLOCK_Q": plan.block_q,
+        "BLOCK_K": plan.block_k,
+        "LISTS": plan.num_heads,
+        "SPECIALISED": True,
+        "STAGES": _STAGES,
+        "PRECISION": precision_of(query),
+        "num_warps": _WARPS,
+        "num_stages": _STAGES,
+    }
+
+
+def _describable(tensor: torch.Tensor) -> bool:
+    size = tensor.element_size()
+    return (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(n * size % 16 == 0 for n in (tensor.stride(0), tensor.stride(1), tensor.stride(2)))
+    )

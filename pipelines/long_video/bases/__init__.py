@@ -1,0 +1,1 @@
+"""The model families that can serve a queue, one file each."""

@@ -1,0 +1,266 @@
+"""What endless video needs of a base model: a forward in which every latent frame has its own timestep.
+
+One class per family, each a thin reading of a stock pipeline: how its prompt becomes embeddings, how its denoiser is told a
+timestep per frame, how its latents reach the VAE. Some models take per-frame timesteps as they come (Wan, SkyReels-V2, LTX,
+Cosmos), some through hooks on the instance (AnimateDiff and UNet3D, CogVideoX, Latte), and for the rest `why_no_frames` says
+what stands in the way.
+"""
+
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.output.stream_decode import StreamDecoder
+from genattn.pipelines.long_video.solvers.frame_solvers import FrameSolver, solver_from_scheduler
+
+Embeds = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Where one forward stands. name: "cond" or "uncond". step: of its noisiest latent, 0 at pure noise. sigma: that one's
+    noise."""
+
+    name: str
+    step: int
+    num_steps: int
+    sigma: float
+
+    def context(self, model: Any) -> AbstractContextManager[Any]:
+        """The model's cache context of this pass, told as the stock pipelines tell it; plugins of the seam read it there."""
+        if not hasattr(model, "cache_context"):
+            return nullcontext()
+        told = {"step_index": self.step, "sigma": self.sigma, "num_inference_steps": self.num_steps}
+        if len(inspect.signature(model.cache_context).parameters) > 1:
+            return model.cache_context(self.name, **told)
+        return model.cache_context(self.name)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the model wants it: tensors with a batch axis of 1. uncond: None when the run has no guidance."""
+
+    cond: Embeds
+    uncond: Embeds | None = None
+
+
+class FrameDenoiser(ABC):
+    """A stock pipeline as endless video sees it.
+
+    family, route, decode: for the capability table. text_per_frame: whether each latent may have its own prompt within one
+    forward.
+    has_cross_attention: whether text stands in attention of its own, where subject masks can be read.
+    """
+
+    family: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    route: ClassVar[str]
+    decode: ClassVar[str]
+    note: ClassVar[str] = ""
+    text_per_frame: ClassVar[bool] = False
+    has_cross_attention: ClassVar[bool] = True
+
+    guidance_scale_2: float | None = None
+
+    def __init__(self, pipe: Any) -> None:
+        reason = self.why_not(pipe)
+        if reason is not None:
+            raise GenAttnError(reason)
+        self.pipe = pipe
+
+    @classmethod
+    def why_not(cls, pipe: Any) -> str | None:
+        """The reason why this very pipeline cannot be served, or None."""
+        return None
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The denoisers, by the pipeline's own names."""
+        names = ("transformer", "transformer_2", "unet")
+        return {name: getattr(self.pipe, name) for name in names if getattr(self.pipe, name, None) is not None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the denoiser computes in."""
+        return next(iter(self.models.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline runs."""
+        return torch.device(self.pipe._execution_device)
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        return int(next(iter(self.models.values())).config.in_channels)
+
+    def default(self, name: str) -> Any:
+        """Default of an argument of the pipeline's call, or None."""
+        parameter = inspect.signature(type(self.pipe).__call__).parameters.get(name)
+        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+    def shipped(self) -> dict[str, Any]:
+        """What a folder says its model was made for (genattn_defaults.json: height, width, frames, guidance_scale), or
+        nothing."""
+        path = Path(str(getattr(self.pipe.config, "_name_or_path", "") or "")) / "genattn_defaults.json"
+        try:
+            told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise GenAttnError(f"{path} is no valid JSON ({error}); mend or remove it") from error
+        return told if isinstance(told, dict) else {}
+
+    def default_size(self) -> tuple[int | None, int | None]:
+        """Height and width that the pipeline makes by default, None where it tells none."""
+        told = self.shipped()
+        return told.get("height", self.default("height")), told.get("width", self.default("width"))
+
+    def default_window(self) -> int:
+        """Latents of the clip that the pipeline makes by default."""
+        frames = self.shipped().get("frames") or self.default("num_frames") or self.default("video_length") or 16
+        decoder = self.decoder()
+        latents = 1
+        while decoder.frames_for(latents + 1) <= frames:
+            latents += 1
+        return latents
+
+    @abstractmethod
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent height and width; raises when the picture does not fit the model's patches."""
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str, negative_prompt: str | None, guided: bool) -> Prompt:
+        """Embeddings of one prompt, as the stock pipeline makes them."""
+
+    @abstractmethod
+    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: Embeds, where: Pass) -> torch.Tensor:
+        """One forward: latents [K, C, F, H, W], timesteps [K, F], embeds with batch K -> the model's answer, float32."""
+
+    def solver(self, num_levels: int, latents: tuple[int, int, int], eta: float | None = None) -> FrameSolver:
+        """The pipeline's own scheduler, by level. latents: frames, height and width of a window."""
+        return solver_from_scheduler(self.pipe.scheduler, num_levels, eta=eta)
+
+    def guide(self, cond: torch.Tensor, uncond: torch.Tensor, scale: float, timesteps: torch.Tensor) -> torch.Tensor:
+        """Classifier-free guidance as the pipeline does it."""
+        return uncond + scale * (cond - uncond)
+
+    @abstractmethod
+    def decoder(self) -> StreamDecoder:
+        """A fresh streaming decoder."""
+
+    @abstractmethod
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        """Model latents as the VAE wants them."""
+
+    @abstractmethod
+    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames [1, 3, T, H, W] in [-1, 1] as clean model latents."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks that the per-frame timestep needs, for the time of a run."""
+        yield
+
+    def limits(self, window: int) -> str | None:
+        """The reason why a window of that many latents cannot be served, or None."""
+        return None
+
+
+# family -> module and class; a module is loaded when a pipeline of that family comes
+_BASES = {
+    "Wan": ("genattn.pipelines.long_video.bases.wan", "WanFrames"),
+    "SkyReels-V2": ("genattn.pipelines.long_video.bases.skyreels", "SkyReelsFrames"),
+    "LTX-Video": ("genattn.pipelines.long_video.bases.ltx", "LTXFrames"),
+    "Cosmos": ("genattn.pipelines.long_video.bases.cosmos", "CosmosFrames"),
+    "Cosmos 2.5": ("genattn.pipelines.long_video.bases.cosmos", "Cosmos25Frames"),
+    "AnimateDiff": ("genattn.pipelines.long_video.bases.unet", "AnimateDiffFrames"),
+    "UNet3D": ("genattn.pipelines.long_video.bases.unet", "UNet3DFrames"),
+    "CogVideoX": ("genattn.pipelines.long_video.bases.cogvideox", "CogVideoXFrames"),
+    "Latte": ("genattn.pipelines.long_video.bases.latte", "LatteFrames"),
+}
+
+# pipeline class name (or its beginning) -> what stands in the way
+_REASONS = {
+    "WanImageToVideo": "its model reads a clean first frame in extra channels, which no latent far from the start has",
+    "WanVACE": "its forward spreads one timestep over the control branch before the blocks",
+    "WanAnimate": "its forward spreads one timestep over the face and pose branches before the blocks",
+    "HunyuanVideo": "its blocks gate all tokens with one modulation vector",
+    "Mochi": "its blocks gate all tokens with one modulation vector",
+    "Allegro": "its blocks gate all tokens with one modulation vector",
+    "EasyAnimate": "its blocks gate all tokens with one modulation vector",
+    "Kandinsky": "its blocks gate all tokens with one modulation vector",
+    "Cosmos2TextToImage": "it makes single pictures",
+    "Cosmos2VideoToWorld": "it continues a given picture or video and has no mode without one",
+    "CosmosVideoToWorld": "it continues a given picture or video and has no mode without one",
+    "Cosmos2_5_Transfer": "a control branch accompanies every frame, which a film without end has no video for",
+    "Cosmos3": "it packs text, frames and sound into one sequence, which the queue's windows do not make",
+    "StableVideoDiffusion": "it continues one given picture held in extra channels",
+    "I2VGenXL": "it continues one given picture held in extra channels",
+    "Helios": "it has its own memory for long video; use it as it comes",
+    "LTX2": "it makes sound along with the picture, which the queue does not carry",
+}
+
+
+def base_classes() -> dict[str, type[FrameDenoiser]]:
+    """All families, loaded."""
+    return {family: getattr(import_module(module), name) for family, (module, name) in _BASES.items()}
+
+
+def why_no_frames(pipe: Any) -> str | None:
+    """The reason why a pipeline has no per-frame timesteps, or None when it can be served."""
+    name = type(pipe).__name__
+    for base in base_classes().values():
+        if name in base.pipelines:
+            return base.why_not(pipe)
+    known = next((reason for start, reason in _REASONS.items() if name.startswith(start)), None)
+    served = ", ".join(sorted(p for base in base_classes().values() for p in base.pipelines))
+    return f"{name} cannot give every frame its own timestep: {known or 'it is not known here'}; endless video serves {served}"
+
+
+def frame_denoiser(pipe: Any) -> FrameDenoiser:
+    """The stock pipeline as endless video sees it; raises GenAttnError with the reason when it cannot be served."""
+    name = type(pipe).__name__
+    for base in base_classes().values():
+        if name in base.pipelines:
+            return base(pipe)
+    raise GenAttnError(why_no_frames(pipe) or name)
+
+
+def capability_table() -> list[dict[str, str]]:
+    """One row per family: what carries the timestep, how frames are decoded, what to know."""
+    rows = []
+    for family, base in base_classes().items():
+        rows.append(
+            {
+                "family": family,
+                "pipelines": ", ".join(base.pipelines),
+                "per-frame timestep": base.route,
+                "decoding": base.decode,
+                "prompt per frame": "yes" if base.text_per_frame else "by window",
+                "subject masks": "yes" if base.has_cross_attention else "no",
+                "note": base.note,
+            }
+        )
+    return rows
+
+
+def capability_markdown() -> str:
+    """Both tables for the manual, between whose marks a test holds them."""
+    parts = []
+    for rows in (capability_table(), refusal_table()):
+        lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\nRefused, with the reason:\n\n".join(parts)
+
+
+def refusal_table() -> list[dict[str, str]]:
+    """Families that are refused, with the reason."""
+    return [{"pipelines": f"{start}*", "reason": reason} for start, reason in _REASONS.items()]

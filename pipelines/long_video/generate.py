@@ -1,0 +1,289 @@
+"""Video of any length from a stock text-to-video pipeline, at constant memory.
+
+    long_video(pipe, prompt="a red circle moves right", num_frames=1021, folder="runs/circle")
+
+The pipeline's own clip fills a queue of latents at rising noise levels; from then on frames leave it for as long as anyone
+wants (FIFO- Diffusion, arXiv 2405.11473; Ouroboros-Diffusion, arXiv 2501.09019). Nothing of the pipeline is changed for good.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import genattn
+from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
+from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
+from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_record, read_tensors
+from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
+from genattn.pipelines.long_video.quality.drift import DriftCorrection, DriftMonitor
+from genattn.pipelines.long_video.queue.fifo import Fifo, sample_clip, start_queue
+from genattn.pipelines.long_video.queue.latent_queue import LatentQueue, QueueShape
+from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
+from genattn.pipelines.long_video.queue.prompted_windows import PromptedWindows
+from genattn.pipelines.long_video.queue.window_group import WindowGroup
+from genattn.pipelines.long_video.run import LongVideo, LongVideoResult, RunParts
+from genattn.pipelines.long_video.settings import LongVideoSettings
+from genattn.pipelines.long_video.single_step_caches import single_step_caches_off
+from genattn.pipelines.long_video.start_frames import StartFrames, clip_from_frames
+
+FILM = "video.mp4"
+
+
+def long_video(
+    pipe: Any,
+    prompt: str | Mapping[int, str] | PromptSchedule = "",
+    *,
+    negative_prompt: str | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    partitions: int = 4,
+    lookahead: bool = True,
+    latents_per_level: int = 1,
+    window: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
+    eta: float | None = None,
+    seed: int = 0,
+    prompt_fade: int = 0,
+    prompt_blend: Literal["embeds", "prediction"] = "embeds",
+    start: StartFrames | None = None,
+    ouroboros: Ouroboros | None = None,
+    drift_correction: float = 0.0,
+    window_batch: int = 1,
+    fps: float = 16.0,
+    output: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 16,
+    resume: str | os.PathLike[str] | None = None,
+    stream: bool = False,
+    progress: bool = True,
+    group: WindowGroup | None = None,
+) -> Any:
+    """Make a video of `num_frames` frames; None goes on until Ctrl-C, or for as long as the frames are taken.
+
+    prompt: a text, a schedule {frame: prompt} or its text form 0:"..." 120:"..."; prompt_fade: frames over which two prompts
+    cross-fade,
+    prompt_blend: by mixing their embeddings, or exactly by mixing the model's answers.
+    num_inference_steps: noise levels of the queue; partitions * window / latents_per_level when left out. lookahead: every
+    latent sees half a window of cleaner ones (twice the work). latents_per_level: 1 is FIFO-Diffusion. window: latents per
+    forward, the pipeline's clip when left out. eta: share of fresh noise per step. seed: noise is a function of it and the
+    frame number.
+    start: an image, or the frames of a video, to begin from. ouroboros: coherent tail, subject attention, memory, guidance.
+    drift_correction: 0 (off) to 1, pull of the latents' statistics to those of the first. window_batch: windows per forward.
+    output: an MP4 file that plays while it grows. folder: keeps the film and a checkpoint every `checkpoint_every` latents,
+    the warm-up included.
+    resume: such a folder, to go on with; only num_frames, stream, progress, window_batch and group may be given with it.
+    stream: give a `LongVideo` to iterate for uint8 frames [H, W, 3] instead of running to the end.
+
+    Returns a `LongVideoResult`, or a `LongVideo` with stream=True. Raises GenAttnError before work starts for everything
+    that cannot be.
+    """
+    if resume is not None:
+        given = _given_beside_resume(locals())
+        if given:
+            raise GenAttnError(f"a resumed run keeps its settings, got {', '.join(given)} beside resume; leave them out")
+        video = resume_video(pipe, resume, num_frames=num_frames, progress=progress, window_batch=window_batch, group=group)
+        return video if stream else video.run()
+    settings = LongVideoSettings(
+        prompt=PromptSchedule.parse(prompt, prompt_fade).to_text(),
+        negative_prompt=negative_prompt,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        partitions=partitions,
+        lookahead=lookahead,
+        latents_per_level=latents_per_level,
+        window=window,
+        guidance_scale=guidance_scale,
+        guidance_scale_2=guidance_scale_2,
+        eta=eta,
+        seed=seed,
+        prompt_fade=prompt.fade if isinstance(prompt, PromptSchedule) else prompt_fade,
+        prompt_blend=prompt_blend,
+        ouroboros=None if ouroboros is None else ouroboros.to_json(),
+        drift_correction=drift_correction,
+        window_batch=window_batch,
+        fps=fps,
+        checkpoint_every=checkpoint_every,
+    )
+    if num_frames is None and not stream and output is None and folder is None:
+        raise GenAttnError("a video without end needs output, folder or stream=True to go to, got none; or give num_frames")
+    video = start_video(pipe, settings, start=start, output=output, folder=folder, progress=progress, group=group)
+    return video if stream else video.run()
+
+
+# what may stand beside `resume`, and what long_video fills in for everything else
+_BESIDE_RESUME = {"pipe", "resume", "num_frames", "stream", "progress", "window_batch", "group"}
+
+
+def _given_beside_resume(arguments: dict[str, Any]) -> list[str]:
+    defaults = {"prompt": "", **(long_video.__kwdefaults__ or {})}
+    return [name for name, value in arguments.items() if name not in _BESIDE_RESUME and value != defaults[name]]
+
+
+def start_video(
+    pipe: Any,
+    settings: LongVideoSettings,
+    *,
+    start: StartFrames | None = None,
+    output: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    group: WindowGroup | None = None,
+) -> LongVideo:
+    """A `LongVideo` from its beginning; samples the first clip, or encodes `start`. See `long_video`."""
+    base = frame_denoiser(pipe)
+    folder = None if folder is None else Path(folder)
+    group = group or WindowGroup.from_torch()
+    with group.preparing(base.device):
+        # one process looks: by the time the others come here it may have written its first checkpoint
+        if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
+            raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
+        build = _Build(base, settings, group)
+        if settings.num_frames is not None:
+            build.decoder.latents_for(settings.num_frames)
+        fifo = build.fifo(start_queue(build.shape, build.solver, build.first_clip(start, progress), seed=settings.seed))
+        path = output if output is not None else None if folder is None else folder / FILM
+        writer = None
+        if path is not None and group.is_main:
+            writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told())
+        return LongVideo(build.parts(fifo, writer, folder, progress))
+
+
+def _check_window(shape: QueueShape) -> None:
+    if shape.window > shape.working:
+        raise GenAttnError(
+            f"the queue must hold a whole window of {shape.window} latents to begin with, got {shape.working} "
+            "(steps x latents per level); raise num_inference_steps or latents_per_level"
+        )
+
+
+def resume_video(
+    pipe: Any,
+    folder: str | os.PathLike[str],
+    *,
+    num_frames: int | None = None,
+    window_batch: int = 1,
+    progress: bool = True,
+    group: WindowGroup | None = None,
+) -> LongVideo:
+    """A `LongVideo` that goes on where the run in `folder` stopped; refuses another model, other settings, another version.
+
+    num_frames: a new length; the old one when None.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    base = frame_denoiser(pipe)
+    saved = LongVideoSettings.from_json(record["settings"])
+    settings = replace(saved, num_frames=num_frames or saved.num_frames, window_batch=window_batch)
+    group = group or WindowGroup.from_torch()
+    with group.preparing(base.device):
+        build = _Build(base, settings, group)
+        tensors = {name: tensor.to(base.device) for name, tensor in read_tensors(folder, record).items()}
+        fifo = build.fifo(LatentQueue.from_checkpoint(build.shape, tensors, record["queue"]))
+        check_same(record["identity"], build.identity(fifo), "settings or another model")
+        build.decoder.load(tensors, record["decoder"])
+        for hook in fifo.hooks:
+            hook.load(tensors, record["hooks"])
+        writer = None
+        if record["film"] is not None and group.is_main:
+            mark = WriterMark(int(record["film"]["frames"]), int(record["film"]["bytes"]))
+            writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark)
+    parts = build.parts(fifo, writer, folder, progress)
+    parts.frames = int(record["frames"])
+    parts.pending = tensors.get("run.pending")
+    parts.monitor.load(record["drift"])
+    return LongVideo(parts)
+
+
+class _Build:
+    """Everything that follows from a pipeline and its settings; the same for a new run and a resumed one."""
+
+    def __init__(self, base: FrameDenoiser, settings: LongVideoSettings, group: WindowGroup) -> None:
+        self.base, self.settings, self.group = base, settings, group
+        base.guidance_scale_2 = settings.guidance_scale_2
+        self.shape: QueueShape = settings.queue_shape(base)
+        self.height, self.width = settings.size(base)
+        places = base.latent_size(self.height, self.width)
+        self.solver = base.solver(self.shape.num_levels, (self.shape.window, *places), settings.eta)
+        self.decoder = base.decoder()
+        self.windows = PromptedWindows(
+            base,
+            self.solver.grid,
+            settings.schedule(),
+            negative_prompt=settings.negative_prompt,
+            guidance_scale=settings.scale(base),
+            blend=settings.prompt_blend,  # type: ignore[arg-type]
+        )
+
+        self.ouroboros = Ouroboros.from_json(settings.ouroboros).build(self.windows, self.shape, self.group, settings.seed)
+
+    def first_clip(self, start: StartFrames | None, progress: bool) -> torch.Tensor:
+        """Clean latents [1, C, K, h, w] that the queue begins with: a sampled clip, or the given frames."""
+        base, shape = self.base, self.shape
+        with base.installed(), single_step_caches_off(base.models, tell=False), torch.no_grad():
+            if start is not None:
+                return clip_from_frames(base, start, (self.height, self.width), shape.working)
+            _check_window(shape)
+            places = base.latent_size(self.height, self.width)
+            like = torch.zeros(1, base.channels, shape.window, *places, device=base.device)
+            return sample_clip(self.windows, self.solver, like, seed=self.settings.seed, progress=progress)
+
+    def fifo(self, queue: LatentQueue) -> Fifo:
+        """The queue's engine, with the parts of Ouroboros that were asked for."""
+        settings = self.settings
+        parts = self.ouroboros
+        correction = [DriftCorrection(settings.drift_correction)] if settings.drift_correction > 0 else []
+        return Fifo(
+            parts.denoise,
+            self.solver,
+            queue,
+            seed=settings.seed,
+            window_batch=settings.window_batch,
+            tail=parts.tail,
+            hooks=[*parts.hooks, *correction],
+            group=self.group,
+        )
+
+    def identity(self, fifo: Fifo) -> dict[str, Any]:
+        """What must not change between the sessions of one run."""
+        models = {**self.base.models, "vae": self.base.pipe.vae}
+        return {
+            "pipeline": type(self.base.pipe).__name__,
+            "model": model_fingerprint(models),
+            "size": [self.height, self.width],
+            **fifo.settings(),
+            **self.windows.settings(),
+        }
+
+    def told(self) -> dict[str, Any]:
+        """What the film's own metadata says: pipeline, prompt, seed and every setting that was given."""
+        given = {name: value for name, value in self.settings.to_json().items() if value is not None}
+        return {"pipeline": type(self.base.pipe).__name__, **given, "genattn": genattn.__version__}
+
+    def parts(self, fifo: Fifo, writer: FragmentedMp4Writer | None, folder: Path | None, progress: bool) -> RunParts:
+        """The run's parts, at frame 0."""
+        monitor = DriftMonitor()
+        return RunParts(
+            self.base,
+            self.settings,
+            fifo,
+            self.decoder,
+            writer,
+            monitor,
+            folder,
+            self.identity(fifo),
+            progress=progress,
+            applied=self.ouroboros.applied,
+        )
+
+
+__all__ = ["LongVideo", "LongVideoResult", "long_video", "resume_video", "start_video"]

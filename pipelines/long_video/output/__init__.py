@@ -1,0 +1,1 @@
+"""Frames and checkpoints on their way to disk."""

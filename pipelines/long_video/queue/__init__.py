@@ -1,0 +1,1 @@
+"""The latent queue, and what runs its windows."""

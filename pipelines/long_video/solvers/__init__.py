@@ -1,0 +1,1 @@
+"""Samplers in which every latent frame stands at its own noise level."""

@@ -1,0 +1,1 @@
+"""The tiny world, its oracle, and the models trained on it."""

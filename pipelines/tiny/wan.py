@@ -1,0 +1,269 @@
+"""Train, export and evaluate `tiny-wan`: a stock `WanPipeline` small enough to ship, trained on the tiny world.
+
+    vae          stills, then short clips -> run/vae
+    latents      training clips through the autoencoder -> run/stills, run/clips
+    transformer  stills, then single frames from anywhere in a clip, then whole clips
+    export       the averaged weights as a pipeline folder in 16 bit
+    evaluate     (a command of its own) held-out captions, judged by the oracle
+
+    python -m genattn.pipelines.tiny.wan train --run-dir runs/tiny-wan --cpu
+    python -m genattn.pipelines.tiny.wan evaluate --model assets/tiny-wan --count 200
+
+Every phase resumes where it was stopped; `--minutes` stops one by the clock.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from torch import nn
+
+from genattn.errors import GenAttnError
+from genattn.pipelines.tiny.card import device_name, folder_bytes, journal, write_card
+from genattn.pipelines.tiny.denoiser import POSITION_CHANNELS, DenoiserSize, TinyDenoiser, flow_loss, tokenize, with_positions
+from genattn.pipelines.tiny.evaluate import FIRST_SEED, Sampling, append_rows, evaluate, evaluation_scenes
+from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, export
+from genattn.pipelines.tiny.latents import SHARD, cache_latents, load_latents, measure_latents
+from genattn.pipelines.tiny.resume import adopt, start_from
+from genattn.pipelines.tiny.text import build_tokenizer
+from genattn.pipelines.tiny.vae import CLIP_FRAMES, build_vae, psnr, still_convolutions, training_clips, vae_loss
+from genattn.pipelines.training.trainer import TrainSettings, step_generator, train
+
+PHASES = ("vae", "latents", "transformer", "export")
+STILL_BATCH, FRAME_BATCH, CLIP_BATCH = 32, 40, 8
+
+
+def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, still_steps: int) -> int:
+    """Stills until `still_steps`, then clips of five and nine frames; saves run_dir/vae. Returns the steps done."""
+    set_seed(settings.seed)
+    vae = build_vae()
+
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> torch.Tensor:
+        if step < still_steps:
+            with still_convolutions(model):
+                return vae_loss(model, training_clips(12, 1, 64, generator).to(accelerator.device), generator)
+        frames = 5 if step % 2 else 9
+        clips = training_clips(20 // frames, frames, 64, generator).to(accelerator.device)
+        return vae_loss(model, clips, generator)
+
+    def on_save(model: Any, step: int) -> None:
+        shown = [training_clips(4, frames, 64, step_generator(12345, frames)) for frames in (1, 13)]
+        stills, clips = (psnr(model, shot.to(accelerator.device)) for shot in shown)
+        accelerator.print(f"vae step {step}: {stills:.2f} dB on stills, {clips:.2f} dB on 13 frames", flush=True)
+        model.save_pretrained(run_dir / "vae")
+
+    return train(vae, loss_of, settings, accelerator, run_dir / "vae.safetensors", on_save)
+
+
+def make_latents(run_dir: Path, accelerator: Accelerator, clips: range, stills: range, minutes: float) -> tuple[int, int]:
+    """Encode shards of training clips and stills, and half as many of settled ones; returns how many of the first there are."""
+    vae = load_vae(run_dir).to(accelerator.device)
+    counts = (
+        cache_latents(vae, run_dir / "stills", stills, minutes, frames=1),
+        cache_latents(vae, run_dir / "clips", clips, minutes),
+    )
+    for kind, shards, frames in (("stills", stills, 1), ("clips", clips, CLIP_FRAMES)):
+        cache_latents(vae, run_dir / f"settled-{kind}", range((len(shards) + 1) // 2), minutes, frames, settled=True)
+    statistics = run_dir / "latents.json"
+    if not statistics.exists() and counts[1]:
+        mean, std = measure_latents(load_latents(run_dir / "clips")[0])
+        statistics.write_text(json.dumps({"latents_mean": mean, "latents_std": std}))
+    return counts
+
+
+def load_vae(run_dir: Path) -> AutoencoderKLWan:
+    """The autoencoder that phase vae trained.
+
+    Raises:
+        GenAttnError: if it has not.
+    """
+    if not (run_dir / "vae" / "config.json").exists():
+        raise GenAttnError(f"phase vae must come first, got no {run_dir / 'vae'}; run train --phases vae")
+    return AutoencoderKLWan.from_pretrained(run_dir / "vae").eval()
+
+
+def latent_statistics(run_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents, each [C, 1, 1, 1].
+
+    Raises:
+        GenAttnError: if phase latents has not measured them.
+    """
+    path = run_dir / "latents.json"
+    if not path.exists():
+        raise GenAttnError(f"phase latents must come first, got no {path}; run train --phases latents")
+    values = json.loads(path.read_text())
+    mean, std = (torch.tensor(values[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, std
+
+
+class LatentBatches:
+    """Random batches of cached latents, normalised, with their tokens; a folder is read when first asked for."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.tokenizer = build_tokenizer()
+        self.mean, self.std = latent_statistics(run_dir)
+        self.empty = tokenize(self.tokenizer, [""])[0]
+        self._loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def draw(self, kind: str, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents float32 [batch, C, F, H, W] and token ids [batch, L] from folder `kind`, clips or stills."""
+        if kind not in self._loaded:
+            latents, captions = load_latents(self.run_dir / kind)
+            self._loaded[kind] = latents, tokenize(self.tokenizer, captions)
+        latents, ids = self._loaded[kind]
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        return (latents[chosen].float() - self.mean) / self.std, ids[chosen]
+
+
+def train_transformer(
+    run_dir: Path,
+    accelerator: Accelerator,
+    settings: TrainSettings,
+    still_steps: int,
+    frame_steps: int,
+    size: DenoiserSize | None = None,
+    compile_blocks: bool = False,
+    begin_with: Path | None = None,
+    on_save: Callable[[nn.Module, int], None] | None = None,
+) -> int:
+    """Settled stills until `still_steps`, single frames from anywhere in a clip, a whole one every third step, until
+    `frame_steps`, then whole clips.
+
+    Every tenth step after the stills is one of stills, lest a single frame be forgotten. Of the rest every other one shows
+    settled scenes: where an object wanders, its shape can hardly be told from its caption while the noise hides the place,
+    and shapes are learned last or never; where it does not, they are learned with the colours. `begin_with` is an exported
+    pipeline whose weights a run without a checkpoint begins with. Returns the steps done.
+    """
+    set_seed(settings.seed)
+    batches = LatentBatches(run_dir)
+    model = TinyDenoiser(batches.mean.shape[0] + POSITION_CHANNELS, len(batches.tokenizer), size)
+    if begin_with is not None and not (run_dir / "transformer.safetensors").exists():
+        start_from(model, begin_with)
+    if compile_blocks:
+        model.transformer.compile_repeated_blocks(dynamic=False)
+
+    def loss_of(module: Any, step: int, generator: torch.Generator) -> torch.Tensor:
+        settled = "settled-" if step < still_steps or step % 2 else ""
+        if step < still_steps or step % 10 == 0:
+            latents, ids = batches.draw(f"{settled}stills", STILL_BATCH, generator)
+            latents = with_positions(latents)
+        elif step < frame_steps and step % 3:
+            clips, ids = batches.draw(f"{settled}clips", FRAME_BATCH, generator)
+            frames = torch.randint(clips.shape[2], (FRAME_BATCH, 1), generator=generator)
+            latents = with_positions(clips[torch.arange(FRAME_BATCH)[:, None], :, frames].transpose(1, 2), frames)
+        else:
+            latents, ids = batches.draw(f"{settled}clips", CLIP_BATCH, generator)
+            latents = with_positions(latents)
+        return flow_loss(module, latents.to(accelerator.device), ids, batches.empty, generator)
+
+    return train(model, loss_of, settings, accelerator, run_dir / "transformer.safetensors", on_save)
+
+
+def run_training(options: argparse.Namespace) -> None:
+    """The command `train`."""
+    accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.mixed_precision)
+    run_dir, device = options.run_dir, device_name(options.cpu)
+    common = {"minutes": options.minutes, "seed": options.seed}
+    if options.begin_with is not None:
+        adopt(run_dir, options.begin_with)
+    if "vae" in options.phases:
+        settings = TrainSettings(options.vae_steps, learning_rate=8e-4, save_minutes=2.0, **common)
+        with journal(run_dir, "vae", device) as done:
+            done["steps"] = train_vae(run_dir, accelerator, settings, options.vae_still_steps)
+    if "latents" in options.phases:
+        clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
+        with journal(run_dir, "latents", device) as done:
+            shards = make_latents(run_dir, accelerator, clips, stills, options.minutes)
+            done["stills"], done["clips"] = (SHARD * count for count in shards)
+    if "transformer" in options.phases:
+        settings = TrainSettings(options.steps, learning_rate=options.learning_rate, decay=options.decay, **common)
+        curriculum = options.still_steps, options.frame_steps
+        with journal(run_dir, "transformer", device) as done:
+            done["steps"] = train_transformer(
+                run_dir, accelerator, settings, *curriculum, compile_blocks=options.compile, begin_with=options.begin_with
+            )
+    if "export" in options.phases:
+        defaults = GenerationDefaults(steps=options.sampling_steps, guidance_scale=options.guidance_scale)
+        steps = export(run_dir, options.out, defaults)
+        accelerator.print(f"{options.out}: {steps} steps, {folder_bytes(options.out) / 1e6:.1f} MB")
+
+
+def run_evaluation(options: argparse.Namespace) -> None:
+    """The command `evaluate`: prints a JSON row per split; appends them to a table and writes the card if asked."""
+    if not (options.model / "model_index.json").exists():
+        raise GenAttnError(f"the model must be a pipeline folder, got {options.model} without model_index.json; export")
+    device = "cpu" if options.cpu or not torch.cuda.is_available() else "cuda"
+    pipeline = WanPipeline.from_pretrained(options.model).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    defaults = GenerationDefaults(**json.loads((options.model / DEFAULTS_FILE).read_text()))
+    scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    steps = options.sampling_steps or defaults.steps
+    sampling = Sampling(steps, scale, options.seed, options.batch, options.max_sequence_length)
+    rows = evaluate(pipeline, evaluation_scenes(options.count, options.first_seed), sampling, defaults)
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    if options.csv is not None:
+        append_rows(options.csv, rows)
+    if options.card_from is not None:
+        write_card(options.model, options.card_from, rows, options.training_seed)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m genattn.pipelines.tiny.wan", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    training.set_defaults(run=run_training)
+    training.add_argument("--run-dir", type=Path, required=True, help="where checkpoints and cached latents go")
+    training.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="which to run, in order")
+    training.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    training.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
+    training.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    training.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    training.add_argument("--minutes", type=float, default=1e9, help="wall-clock limit of each phase")
+    training.add_argument("--vae-steps", type=int, default=1650, help="last step of the autoencoder")
+    training.add_argument("--vae-still-steps", type=int, default=950, help="of these, on stills")
+    training.add_argument("--clip-shards", type=int, nargs=2, default=(0, 64), help="first and end shard of 64 clips")
+    training.add_argument("--still-shards", type=int, nargs=2, default=(0, 100), help="the same for stills")
+    training.add_argument("--steps", type=int, default=20000, help="last step of the transformer")
+    training.add_argument("--still-steps", type=int, default=1000, help="of these, on stills")
+    training.add_argument("--frame-steps", type=int, default=16000, help="step until which the rest are single frames of clips")
+    training.add_argument("--learning-rate", type=float, default=1.3e-3, help="peak rate of the transformer")
+    training.add_argument("--decay", type=float, default=0.1, help="share of the steps over which the rate falls")
+    training.add_argument("--begin-with", type=Path, help="an exported pipeline to go on from: its autoencoder and weights")
+    training.add_argument("--out", type=Path, default=Path("assets/tiny-wan"), help="where the pipeline is exported to")
+    training.add_argument("--sampling-steps", type=int, default=25, help="denoising steps written as the default")
+    training.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale written as the default")
+    judging = commands.add_parser("evaluate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    judging.set_defaults(run=run_evaluation)
+    judging.add_argument("--model", type=Path, default=Path("assets/tiny-wan"), help="the exported pipeline")
+    judging.add_argument("--count", type=int, default=200, help="captions, half of them of unseen combinations")
+    judging.add_argument("--first-seed", type=int, default=FIRST_SEED, help="first seed of the scenes asked for")
+    judging.add_argument("--seed", type=int, default=0, help="first seed of the noise")
+    judging.add_argument("--batch", type=int, default=8, help="clips sampled at a time")
+    judging.add_argument("--sampling-steps", type=int, help="denoising steps; the model's default if not given")
+    judging.add_argument("--guidance-scale", type=float, help="guidance scale; the model's default if not given")
+    judging.add_argument("--max-sequence-length", type=int, default=512, help="tokens that prompts are padded to")
+    judging.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    judging.add_argument("--csv", type=Path, help="table to append the rows to")
+    judging.add_argument("--card-from", type=Path, help="run folder from which to write the model card")
+    judging.add_argument("--training-seed", type=int, default=0, help="seed of the training, for the card")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `python -m genattn.pipelines.tiny.wan`."""
+    options = build_parser().parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The search over launch settings, on a clock that is made up."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from genattn.apps.bench.autotune import autotune, autotune_here, keep
+from genattn.apps.cli.kernels import autotune_command
+from genattn.errors import GenAttnError
+from genattn.kernels.triton.config import launch_of, settings_of
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GENATTN_CACHE", str(tmp_path))
+    settings_of.cache_clear()
+    yield
+    settings_of.cache_clear()
+
+
+def _away_from(best: tuple[int, ...]):
+    return lambda kernel, setting: 1.0 + sum(abs(a - b) for a, b in zip(setting, best))
+
+
+def test_the_fastest_setting_is_found_kept_and_used(tmp_path: Path) -> None:
+    shipped = launch_of("forward", "sm_90", 128, 128)
+    entry = autotune("sm_90", 128, _away_from((4, 3, 2, 4)), ("forward",), lambda line: None)
+    assert entry == {"forward": [4, 3, 2, 4]} != {"forward": [shipped.warps, shipped.stages, shipped.split, shipped.fine]}
+    path = keep("sm_90", 128, entry)
+    keep("sm_90", 128, {"dq": [4, 1, 1, 1]})
+    assert path.parent == tmp_path
+    assert json.loads(path.read_text()) == {"128": {"forward": [4, 3, 2, 4], "dq": [4, 1, 1, 1]}}
+    used = launch_of("forward", "sm_90", 128, 128)
+    assert (used.warps, used.stages, used.split, used.fine) == (4, 3, 2, 4)
+    assert launch_of("dkv", "sm_90", 128, 128).warps == 8, "the rest stays as shipped"
+
+
+def test_programs_that_share_out_tiles_are_a_candidate_of_the_forward_kernel_alone() -> None:
+    asked: dict[str, set[int]] = {"forward": set(), "dq": set()}
+
+    def timer(kernel: str, setting: tuple[int, ...]) -> float:
+        asked[kernel].add(len(setting))
+        return 1.0 - 0.1 * (setting[4] == 2 if len(setting) > 4 else 0)
+
+    entry = autotune("sm_90", 128, timer, ("forward", "dq"), lambda line: None)
+    assert entry == {"forward": [*settings_of("sm_90")["128"]["forward"], 2]}
+    assert asked == {"forward": {5}, "dq": {4}}
+    keep("sm_90", 128, entry)
+    assert launch_of("forward", "sm_90", 128, 128).persistent == 2
+
+
+def test_noise_changes_nothing() -> None:
+    start = tuple(settings_of("sm_90")["64"]["forward"])
+    assert autotune("sm_90", 64, lambda k, s: 1.0 if s == start else 0.99, ("forward",), lambda line: None) == {}
+
+
+def test_settings_that_cannot_run_are_passed_over() -> None:
+    lines: list[str] = []
+
+    def timer(kernel: str, setting: tuple[int, ...]) -> float:
+        if setting[1] > 2:
+            raise RuntimeError("out of resource: shared memory")
+        return _away_from((8, 4, 1, 1))(kernel, setting)
+
+    assert autotune("sm_90", 64, timer, ("forward",), lines.append)["forward"] == [8, 2, 1, 1]
+    assert any("shared memory" in line for line in lines)
+
+
+def test_a_shipped_setting_that_cannot_run_is_told() -> None:
+    def broken(kernel: str, setting: tuple[int, ...]) -> float:
+        raise RuntimeError("no")
+
+    with pytest.raises(GenAttnError, match="must run with its shipped setting"):
+        autotune("sm_90", 64, broken, ("dq",), lambda line: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: it would be tuned")
+def test_no_gpu_is_one_clear_line() -> None:
+    with pytest.raises(GenAttnError, match="autotune needs a GPU"):
+        autotune_here()
+
+
+def test_the_command_refuses_before_work() -> None:
+    with pytest.raises(GenAttnError, match=r"--head-dim must lie in \[1, 256\], got 300"):
+        autotune_command(head_dim=[300])

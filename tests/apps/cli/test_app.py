@@ -1,0 +1,85 @@
+"""`genattn app` from the outside: it starts offline, says where, serves its page and ends on Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gradio_session import SD3, random_model
+
+from genattn.apps.cli.app import app_command
+from genattn.apps.webui.verbs.session import Session
+from genattn.errors import GenAttnError
+
+
+def test_without_gradio_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genattn.apps.webui.app import build
+
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(GenAttnError, match=r"pip install 'genattn\[gradio\]'"):
+        build(Session(tmp_path))
+
+
+def test_a_bad_limit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GenAttnError, match="limit steps must be a whole number >= 1"):
+        app_command(folder=tmp_path, max_steps=0)
+
+
+def test_it_starts_and_ends(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'genattn[gradio]'")
+    model, folder = random_model(tmp_path, "sd3", SD3), tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "genattn",
+        "app",
+        "--model",
+        str(model),
+        "--folder",
+        str(folder),
+        "--max-steps",
+        "7",
+        "--json",
+    ]
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1,localhost", "PYTHONWARNINGS": "ignore"}
+    # a shell that runs the tests in the background has its children ignore Ctrl-C
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, preexec_fn=heed, **pipes) as server:
+        try:
+            told = _first_json(server)
+            with urllib.request.urlopen(told["url"], timeout=60) as page:
+                assert "genattn" in page.read().decode()
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                rest, errors = server.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                raise
+    assert told["models"] == ["random-sd3"]
+    assert told["limits"]["steps"] == 7
+    assert Path(told["folder"]) == folder.resolve()
+    assert rest == "", "nothing but JSON on standard output"
+    assert server.returncode == 130, errors
+
+
+def _first_json(server: Any) -> dict[str, Any]:
+    text = ""
+    while True:
+        line = server.stdout.readline()
+        assert line, server.stderr.read()
+        text += line
+        try:
+            found: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        return found

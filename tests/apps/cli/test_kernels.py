@@ -1,0 +1,37 @@
+"""doctor and bench from the outside."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from genattn.apps.bench import attention as bench_attention
+from genattn.apps.cli.kernels import bench_attention_command, doctor_command
+from genattn.errors import GenAttnError
+
+
+def test_doctor_says_what_runs_and_why_not_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor_command(as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["reference"] is None
+    assert all(why is None or len(why) > 5 for why in {**facts["backends"], **facts["dense"]}.values())
+    doctor_command()
+    assert "backends" in capsys.readouterr().out
+
+
+def test_bench_checks_its_files_first(tmp_path: Path) -> None:
+    with pytest.raises(GenAttnError, match=r"--out must end in \.csv"):
+        bench_attention_command(quick=True, out=tmp_path / "a.txt")
+    with pytest.raises(GenAttnError, match=r"--plot must end in \.png"):
+        bench_attention_command(quick=True, plot=tmp_path / "a.csv")
+
+
+def test_bench_takes_every_backend_it_can_measure_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str] | None] = []
+    monkeypatch.setattr(bench_attention, "bench_attention", lambda *_, impls, **__: asked.append(impls) or [])
+    bench_attention_command(quick=True, impl=list(bench_attention.MEASURABLE), out=tmp_path / "a.csv")
+    assert set(asked[0] or ()) >= {"natten", "flex"}
+    with pytest.raises(GenAttnError, match="--impl must be one of auto, triton, .*, natten, got nonsense"):
+        bench_attention_command(quick=True, impl=["nonsense"], out=tmp_path / "a.csv")
+    assert len(asked) == 1

@@ -1,0 +1,73 @@
+"""Commands that need geometry only."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import genattn
+from genattn.apps.cli.patterns import parse_shape, plan_command, show_command, simulate_command
+from genattn.errors import GenAttnError
+
+
+@pytest.mark.parametrize(("text", "shape"), [("7", (7,)), ("30x48x80", (30, 48, 80)), ("-1x4x16", (-1, 4, 16))])
+def test_shapes(text: str, shape: tuple[int, ...]) -> None:
+    assert parse_shape("--grid", text) == shape
+
+
+@pytest.mark.parametrize("text", ["", "x", "3,4", "3x4x5x6", "3x"])
+def test_other_shapes_are_refused(text: str) -> None:
+    with pytest.raises(GenAttnError, match="--grid must be 1 to 3 whole numbers joined by x"):
+        parse_shape("--grid", text)
+
+
+def test_simulate_prints_the_published_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    """GNA's HunyuanVideo row: window 18x24x24, stride 16x8x8, tiles 4x8x8 and 2x8x8 (arXiv 2504.16922)."""
+    simulate_command(
+        "30x48x80", "18x24x24", "16x8x8", tile_q="4x8x8", tile_k="2x8x8", block=128, attention_share=0.607, as_json=True
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["worst_tile"] == pytest.approx(11.11, abs=0.02)
+    assert found["end_to_end"][0] == pytest.approx(2.23, abs=0.02)
+
+
+def test_plan_ranks_by_predicted_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command("wan-14b", "720x1280", 81, target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    speeds = [setting["run_speedup"] for setting in found["settings"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[0] > 1.3
+    assert all("Pattern" in setting["pattern"] for setting in found["settings"])
+    assert found["tokens"] == "grid 21x45x80"
+    assert found["nearby"]
+
+
+def test_plan_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_command("wan-1.3b", None, None, target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None, as_json=False)
+    printed = capsys.readouterr().out
+    assert "predicted, fastest first" in printed
+    assert "legal sizes nearby" in printed
+
+
+def test_show_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_command("4x8x8", "radial", block=16, out=tmp_path / "a.png", as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    layout = genattn.TokenLayout.from_grid((4, 8, 8))
+    assert facts["density"] == pytest.approx(genattn.RadialPattern().plan(layout, 16, 16).density)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    show_command("4x8x8", "radial", block=16)
+    assert "density" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plan_command("wan-14b", "720"), "--size must be HEIGHTxWIDTH, e.g. 720x1280, got '720'"),
+        (lambda: plan_command("nonsense"), "model must be a pipeline folder or one of wan-1.3b"),
+        (lambda: show_command("4x8x8", "dense"), "dense attention has none"),
+    ],
+)
+def test_refusals(call: Callable[[], None], message: str) -> None:
+    with pytest.raises(GenAttnError, match=message):
+        call()

@@ -1,0 +1,85 @@
+"""A folder is looked through before anything is loaded; what is missing is told in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, pick_device, shipped_model
+from genattn.errors import GenAttnError
+
+
+@pytest.fixture
+def folder(random_wan_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_wan_folder, tmp_path / "model"))
+
+
+def test_a_whole_folder_loads(random_wan_folder: Path) -> None:
+    pipe = load_pipeline(random_wan_folder)
+    assert type(pipe).__name__ == "WanPipeline"
+    assert str(pipe.transformer.dtype) == "torch.float32"
+    assert str(load_pipeline(random_wan_folder, dtype="bfloat16").transformer.dtype) == "torch.bfloat16"
+
+
+def test_missing_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    with pytest.raises(GenAttnError, match=r"is not a diffusers pipeline: it has no model_index\.json"):
+        load_pipeline(folder)
+
+
+def test_half_written_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text('{"_class_name": "WanPi')
+    with pytest.raises(GenAttnError, match="cannot be read as JSON"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_missing_component(folder: Path, component: str) -> None:
+    shutil.rmtree(folder / component)
+    with pytest.raises(GenAttnError, match=f"component '{component}' .* has no folder"):
+        check_folder(folder)
+
+
+def test_missing_config(folder: Path) -> None:
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(GenAttnError, match="component 'vae' .* has no config"):
+        check_folder(folder)
+
+
+def test_missing_weights(folder: Path) -> None:
+    next((folder / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(GenAttnError, match="has no weights in safetensors form"):
+        check_folder(folder)
+
+
+def test_truncated_weights(folder: Path) -> None:
+    file = next((folder / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(GenAttnError, match="is damaged"):
+        load_pipeline(folder)
+
+
+def test_missing_shard(folder: Path) -> None:
+    file = next((folder / "transformer").glob("*.safetensors"))
+    index = {"weight_map": {"a": file.name, "b": "part-2.safetensors"}}
+    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(GenAttnError, match=r"part-2\.safetensors missing"):
+        check_folder(folder)
+
+
+def test_unknown_places(tmp_path: Path) -> None:
+    with pytest.raises(GenAttnError, match="there is no folder"):
+        load_pipeline(str(tmp_path / "nowhere"))
+    with pytest.raises(GenAttnError, match="cannot be loaded"):
+        load_pipeline("nobody/has-this-model")
+    with pytest.raises(GenAttnError, match="no shipped model 'tiny-nothing'"):
+        shipped_model("tiny-nothing")
+
+
+def test_dtype_and_device(random_wan_folder: Path) -> None:
+    with pytest.raises(GenAttnError, match="dtype must be auto, float32, float16, bfloat16, got 'int3'"):
+        load_pipeline(random_wan_folder, dtype="int3")
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(GenAttnError, match="device must be one of .*cpu.*, got 'abacus'"):
+        pick_device("abacus")

@@ -1,0 +1,139 @@
+"""The planner's predictions against the plans they stand for, published arithmetic, and the presets against diffusers."""
+
+import inspect
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from genattn.errors import GenAttnError
+from genattn.geometry.token_layout import TokenLayout
+from genattn.patterns.radial import RadialPattern
+from genattn.planning.planner import nearby_sizes, plan_settings
+from genattn.planning.presets import PRESETS, carried_over_decay, preset
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "frames", "target"),
+    [("wan-1.3b", (480, 832), 81, 0.4), ("cogvideox-5b", (480, 720), 49, 0.3), ("flux-dev", (1360, 768), 1, 0.2)],
+)
+def test_predictions_are_those_of_the_plans(model: str, size: tuple[int, int], frames: int, target: float) -> None:
+    """Every proposal reaches its density when its plan is built, and costs what was predicted."""
+    planning = plan_settings(model, size, frames, target_density=target)
+    assert planning.settings
+    speeds = [s.run_speedup for s in planning.settings]
+    assert speeds == sorted(speeds, reverse=True)
+    for setting in planning.settings:
+        plan = setting.pattern.plan(planning.layout)
+        assert setting.density == pytest.approx(plan.density, abs=0.01), setting.label
+        assert setting.mask_free == pytest.approx(plan.full_share, abs=0.02), setting.label
+        predicted = 1 / plan.computed_density / (1 + 0.25 * (1 - plan.full_share))
+        assert setting.attention_speedup == pytest.approx(predicted, rel=0.03), setting.label
+        assert setting.pflops < planning.dense_pflops
+        assert 1 < setting.run_speedup < 1 / (1 - planning.attention_share)
+
+
+def test_radial_reaches_a_reachable_target() -> None:
+    settings = plan_settings("wan-14b", (720, 1280), 81, target_density=0.35).settings
+    radial = [s for s in settings if isinstance(s.pattern, RadialPattern) and s.pattern.window == "strip"]
+    assert radial[0].density == pytest.approx(0.35, abs=0.04)
+
+
+@pytest.mark.parametrize(("model", "frames", "published"), [("wan-14b", 69, 560), ("hunyuan-video", 117, 612)])
+def test_arithmetic_of_the_radial_paper(model: str, frames: int, published: float) -> None:
+    """Table 1: PFLOPs of 50 dense steps at 768 x 1280."""
+    assert plan_settings(model, (768, 1280), frames, target_density=1.0).dense_pflops == pytest.approx(published, rel=0.08)
+
+
+def test_nearby_sizes_are_legal_and_say_what_the_released_code_can_run() -> None:
+    sizes = nearby_sizes(preset("wan-14b"), (480, 832), 81)
+    assert sizes[0].size == (480, 832)
+    assert not sizes[0].official
+    assert len(sizes) == 6
+    for legal in sizes:
+        assert math.prod(legal.grid) == legal.tokens
+        assert legal.official == (legal.tokens % 128 == 0)
+        assert 0.5 < legal.fill <= 1
+    runnable = nearby_sizes(preset("wan-14b"), (768, 1280), 69)[0]
+    assert runnable.official
+    assert runnable.fill == 1.0
+
+
+def test_refusals() -> None:
+    with pytest.raises(GenAttnError, match=r"width must be a multiple of 16 for wan-14b, got 1281; nearest: 1280 or 1296"):
+        plan_settings("wan-14b", (720, 1281))
+    with pytest.raises(GenAttnError, match=r"frames must be 4 \* n \+ 1 for wan-14b, got 80; nearest: 77 or 81"):
+        plan_settings("wan-14b", (720, 1280), 80)
+    with pytest.raises(GenAttnError, match=r"target_density must be in \(0, 1\], got 0"):
+        plan_settings("wan-14b", target_density=0)
+    with pytest.raises(GenAttnError, match="one of wan-1.3b, wan-14b"):
+        plan_settings("sora")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_usable(name: str) -> None:
+    """Defaults are legal, patterns serve the model's own layout, and ours never run without dense steps."""
+    known = PRESETS[name]
+    layout = known.layout(known.size, known.frames)
+    for setting in known.radial:
+        assert setting.dense_steps > 0
+        assert setting.source
+        setting.pattern.check(layout)
+    assert all(s.dense_layers > 0 for s in known.radial if s.pattern.variant == "genattn")
+    for pattern, source in known.neighborhood:
+        assert source
+        pattern.check(TokenLayout.from_grid({"hunyuan-video": (30, 48, 80), "cosmos-7b": (16, 44, 80)}.get(name, (256, 256))))
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("wan-14b", "WanTransformer3DModel"),
+        ("hunyuan-video", "HunyuanVideoTransformer3DModel"),
+        ("cogvideox-2b", "CogVideoXTransformer3DModel"),
+        ("mochi", "MochiTransformer3DModel"),
+        ("ltx-video", "LTXVideoTransformer3DModel"),
+        ("cosmos-7b", "CosmosTransformer3DModel"),
+        ("flux-dev", "FluxTransformer2DModel"),
+    ],
+)
+def test_presets_agree_with_diffusers(name: str, cls: str) -> None:
+    """Where a model's published config is diffusers' default."""
+    import diffusers
+
+    given = {k: v.default for k, v in inspect.signature(getattr(diffusers, cls).__init__).parameters.items()}
+    known = PRESETS[name]
+    assert (known.heads, known.head_dim) == (given["num_attention_heads"], given["attention_head_dim"])
+    assert known.layers == given["num_layers"] + (given.get("num_single_layers") or 0)
+
+
+def test_local_folder(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    config = {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "num_layers": 6,
+        "ffn_dim": 256,
+        "patch_size": [1, 2, 2],
+    }
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"scale_factor_spatial": 4, "scale_factor_temporal": 4}))
+    planning = plan_settings(str(tmp_path), (64, 64), 29, target_density=0.9)
+    assert planning.layout.grid == (8, 8, 8)
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({**config, "_class_name": "Other"}))
+    with pytest.raises(GenAttnError, match="must hold a WanTransformer3DModel"):
+        plan_settings(str(tmp_path))
+
+
+def test_carried_over_decay_gives_the_released_window() -> None:
+    assert carried_over_decay(1.0, 4096) == 1.0
+    assert carried_over_decay(0.95, 3600) == pytest.approx(0.95 * 2048 / 3600)
+    hunyuan = PRESETS["hunyuan-video"].radial
+    ours, official = hunyuan[0].pattern, replace(hunyuan[1].pattern, sink=True)
+    layout = TokenLayout.from_grid((32, 45, 80))
+    assert ours.plan(layout).density == pytest.approx(official.plan(layout).density, rel=0.1)

@@ -1,0 +1,57 @@
+"""Patterns that differ by layer, or look at the tensors, reach the attention of a stock model."""
+
+import pytest
+import torch
+
+import genattn
+from genattn.errors import GenAttnError
+from genattn.functional.dispatch import plan_for, tile_size
+from genattn.patterns.block_topk import BlockTopK
+from genattn.pipelines.tiny.random.build import build_pipeline
+from genattn.seam.report import Report
+
+WIDE = {"num_frames": 17, "height": 128, "width": 128, "num_inference_steps": 1, "output_type": "latent"}
+
+
+def _run(pattern: genattn.Pattern) -> tuple[torch.Tensor, Report]:
+    pipe, call = build_pipeline("wan")
+    pipe.set_progress_bar_config(disable=True)
+    with genattn.apply(pipe, pattern, dense_steps=0, dense_layers=0) as handle:
+        out = pipe(**{**call, **WIDE, "generator": torch.Generator().manual_seed(0)}).frames
+        return out, handle.report()
+
+
+def test_each_layer_gets_its_own_decay() -> None:
+    layered = genattn.RadialPattern(layer_decay=(0.1, 0.1, 100.0))
+    _, report = _run(layered)
+    densities = {row["depth"]: row["density"] for row in report.sites if row["sparse"]}
+    layout = genattn.TokenLayout.from_grid((5, 8, 8))
+    block = tile_size(layout.seqlen, "cpu")
+    for depth, decay in enumerate((0.1, 0.1, 100.0)):
+        assert densities[depth] == pytest.approx(genattn.RadialPattern(decay=decay).plan(layout, block, block).density)
+    assert densities[0] < densities[2]
+
+
+def test_a_layer_list_that_does_not_fit_is_refused_before_anything_changes() -> None:
+    pipe, _ = build_pipeline("wan")
+    before = {name: type(p) for name, p in pipe.transformer.attn_processors.items()}
+    with pytest.raises(GenAttnError, match="one value per layer, got 2 values for layer 0 of 3"):
+        genattn.apply(pipe, genattn.RadialPattern(layer_decay=(1.0, 1.0)))
+    assert {name: type(p) for name, p in pipe.transformer.attn_processors.items()} == before
+
+
+def test_a_content_adaptive_pattern_runs() -> None:
+    _, report = _run(BlockTopK(keep=0.25))
+    assert report.sparse_calls == report.calls > 0
+    assert 0.25 <= report.density < 0.6
+    kept, _ = _run(BlockTopK(keep=1.0))
+    dense, _ = _run(genattn.DensePattern())
+    assert torch.allclose(kept, dense, atol=1e-4)
+
+
+def test_tiles_shrink_with_the_sequence() -> None:
+    assert [tile_size(n, "cpu") for n in (1, 40, 512, 1024, 2048, 4096, 10**6)] == [16, 16, 16, 32, 64, 128, 128]
+    assert [tile_size(n, "cuda") for n in (1, 4096)] == [64, 128]
+    layout = genattn.TokenLayout.from_grid((8, 8, 8))
+    query = torch.zeros(1, layout.seqlen, 1, 8)
+    assert plan_for(query, query, genattn.RadialPattern(), layout).block_q == 16

@@ -1,0 +1,188 @@
+"""Step, number of steps, noise level and run boundaries, on stock pipelines with stock schedulers."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import genattn
+from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam.handle import apply
+from genattn.seam.plugin import Plugin, Run
+from genattn.seam.steps import StepTracker
+
+
+class Log(Plugin):
+    """Keeps every run it sees."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.begun = 0
+
+    def begin_run(self, run: Run) -> None:
+        self.begun += 1
+
+    def forward(self, run: Run, args: Any, kwargs: Any, inner: Any) -> Any:
+        self.runs.append(run)
+        return inner(*args, **kwargs)
+
+    def take(self) -> list[Run]:
+        runs, self.runs = self.runs, []
+        return runs
+
+
+def sample(pipe: Any, kwargs: dict[str, Any], **more: Any) -> None:
+    pipe(**{**kwargs, **more, "output_type": "latent"}, generator=torch.Generator().manual_seed(0))
+
+
+PASSES = {
+    "wan": ["cond", "uncond"],
+    "sd3": ["cond_uncond"],
+    "flux": ["cond"],
+    "cogvideox": ["cond_uncond"],
+    "unet": ["cond_uncond"],
+}
+
+
+@pytest.mark.parametrize("family", list(PASSES))
+def test_steps_and_passes(family: str) -> None:
+    pipe, kwargs = build_pipeline(family)
+    log = Log()
+    with apply(pipe, log):
+        sample(pipe, kwargs, num_inference_steps=4)
+        runs = log.take()
+        passes = PASSES[family]
+        assert [run.step for run in runs] == [i for i in range(4) for _ in passes]
+        assert {run.num_steps for run in runs} == {4}
+        assert [run.pass_name for run in runs] == passes * 4
+        sigmas = [run.sigma for run in runs]
+        assert None not in sigmas
+        assert sigmas == sorted(sigmas, reverse=True)
+        sample(pipe, kwargs, num_inference_steps=2)  # a second run starts at zero
+        assert [run.step for run in log.take()] == [i for i in range(2) for _ in passes]
+        assert log.begun == 2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "forwards", "steps"),
+    [
+        ("FlowMatchHeunDiscreteScheduler", 7, 4),
+        ("FlowMatchEulerDiscreteScheduler", 4, 4),
+        ("UniPCMultistepScheduler", 4, 4),
+    ],
+)
+def test_second_order_samplers_on_sd3(scheduler: str, forwards: int, steps: int) -> None:
+    pipe, kwargs = build_pipeline("sd3")
+    settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} if scheduler.startswith("UniPC") else {}
+    pipe.scheduler = getattr(diffusers, scheduler)(**settings)
+    log = Log()
+    with apply(pipe, log):
+        sample(pipe, kwargs, num_inference_steps=4)
+    runs = log.take()
+    assert len(runs) == forwards
+    assert [run.step for run in runs] == ([0, 1, 1, 2, 2, 3, 3] if forwards == 7 else [0, 1, 2, 3])
+    assert {run.num_steps for run in runs} == {steps}
+    fractions = [run.fraction for run in runs]
+    assert fractions[0] == 0
+    assert fractions[-1] < 1
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize(
+    "scheduler", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler"]
+)
+def test_samplers_of_unets(scheduler: str) -> None:
+    pipe, kwargs = build_pipeline("unet")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    log = Log()
+    with apply(pipe, log):
+        sample(pipe, kwargs, num_inference_steps=4)
+    runs = log.take()
+    steps = [run.step for run in runs]
+    assert steps[0] == 0
+    assert steps == sorted(steps)
+    assert steps[-1] == runs[-1].num_steps - 1
+    assert log.begun == 1
+
+
+def test_two_experts_count_as_one_run() -> None:
+    pipe, kwargs = build_pipeline("wan-experts")
+    log = Log()
+    with apply(pipe, log):
+        sample(pipe, kwargs, num_inference_steps=4)
+        sample(pipe, kwargs, num_inference_steps=4)
+    runs = log.take()
+    assert [run.step for run in runs] == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+    assert {id(run.model) for run in runs} == {id(pipe.transformer), id(pipe.transformer_2)}
+    assert log.begun == 2
+
+
+def test_one_step_runs_are_told_apart() -> None:
+    pipe, kwargs = build_pipeline("flux")
+    log = Log()
+    with apply(pipe, log):
+        for _ in range(3):
+            sample(pipe, kwargs, num_inference_steps=1)
+    assert [(run.step, run.num_steps) for run in log.take()] == [(0, 1)] * 3
+    assert log.begun == 3
+
+
+def test_image_to_image_counts_what_it_visits() -> None:
+    pipe, kwargs = build_pipeline("flux")
+    image = diffusers.FluxImg2ImgPipeline(**pipe.components)
+    image.set_progress_bar_config(disable=True)
+    log = Log()
+    with apply(image, log):
+        sample(image, kwargs, image=torch.rand(1, 3, 16, 24), strength=0.5, num_inference_steps=8)
+    runs = log.take()
+    assert [run.step for run in runs] == [0, 1, 2, 3]
+    assert {run.num_steps for run in runs} == {4}
+
+
+def test_per_token_timesteps_use_the_largest() -> None:
+    model, inputs = build_model("wan-ti2v"), build_inputs("wan-ti2v")
+    log = Log()
+    with apply(model, log), torch.no_grad():
+        for value in (900, 600, 300):
+            model(**{**inputs, "timestep": inputs["timestep"].clamp(max=value) * 0 + (inputs["timestep"] > 0) * value})
+    assert [run.timestep for run in log.runs] == [900, 600, 300]
+    assert [run.step for run in log.runs] == [0, 1, 2]
+
+
+def test_bare_model_starts_again_when_the_timestep_goes_back() -> None:
+    for family, times in (("wan", (900, 500, 500, 100, 950, 500)), ("lumina2", (0.1, 0.5, 0.5, 0.9, 0.05, 0.5))):
+        model, inputs = build_model(family), build_inputs(family)
+        log = Log()
+        with apply(model, log), torch.no_grad():
+            for t in times:
+                model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], t)})
+        assert [run.step for run in log.runs] == [0, 1, 1, 2, 0, 1]
+        assert log.begun == 2
+        assert {run.num_steps for run in log.runs} == {None}
+
+
+def test_unknown_number_of_steps_is_never_guessed() -> None:
+    model, inputs = build_model("wan"), build_inputs("wan")
+    with apply(model, genattn.RadialPattern()) as handle, torch.no_grad():
+        model(**inputs)
+        assert handle.report().sparse_calls == 0
+        assert any("give num_steps" in reason for reason in handle.report().dense_reasons)
+        with handle.options(num_steps=2):
+            model(**{**inputs, "timestep": torch.tensor([400])})
+            assert handle.report().sparse_calls == 2
+            for t in (300, 200):  # more forwards than were announced
+                model(**{**inputs, "timestep": torch.tensor([t])})
+        assert handle.report().sparse_calls == 2
+
+
+def test_a_pipeline_that_is_gone_tells_nothing() -> None:
+    pipe, _ = build_pipeline("flux")
+    tracker = StepTracker(pipe)
+    assert tracker.has_pipe
+    del pipe
+    import gc
+
+    gc.collect()
+    assert not tracker.has_pipe
+    assert tracker.observe(0.5, {}, None).num_steps is None

@@ -1,0 +1,96 @@
+"""Checkpoints: there is always one complete one, whatever fails while the next is written."""
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.output import checkpoint as checkpoint
+
+
+def test_tensors_and_record_come_back(tmp_path):
+    tensors = {"a": torch.randn(2, 3)[:, ::2], "b": torch.arange(4)}
+    checkpoint.save_checkpoint(tmp_path / "new", tensors, {"tick": 3, "more": {"x": [1, None]}})
+    record = checkpoint.read_record(tmp_path / "new")
+    back = checkpoint.read_tensors(tmp_path / "new", record)
+    assert record["more"] == {"x": [1, None]}
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_old_tensor_file_goes_only_when_the_new_record_stands(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, {"a": torch.zeros(1)}, {"tick": 1})
+    checkpoint.save_checkpoint(tmp_path, {"a": torch.ones(1)}, {"tick": 2})
+    assert [p.name for p in tmp_path.glob("state*")] == ["state-00000002.safetensors"]
+    # the same tick again (a stop right after a checkpoint) replaces its own file
+    checkpoint.save_checkpoint(tmp_path, {"a": 2 * torch.ones(1)}, {"tick": 2})
+    assert checkpoint.read_tensors(tmp_path, checkpoint.read_record(tmp_path))["a"] == 2
+
+
+@pytest.mark.parametrize("place", ["tensors", "record"])
+def test_a_failed_write_keeps_the_old_checkpoint_and_leaves_no_scraps(tmp_path, monkeypatch, place):
+    checkpoint.save_checkpoint(tmp_path, {"a": torch.zeros(1)}, {"tick": 1})
+
+    def full(*args, **kwargs):
+        if place == "tensors":
+            save_file(args[0], args[1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file" if place == "tensors" else "_write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_checkpoint(tmp_path, {"a": torch.ones(1)}, {"tick": 2})
+    monkeypatch.undo()
+    assert checkpoint.read_record(tmp_path)["tick"] == 1
+    assert checkpoint.read_tensors(tmp_path, checkpoint.read_record(tmp_path))["a"] == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_safetensors_says_of_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    class SafetensorError(Exception):
+        pass
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_checkpoint(tmp_path, {"a": torch.ones(1)}, {"tick": 2})
+
+
+def test_a_record_that_cannot_be_written_leaves_no_scrap(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    with pytest.raises(OSError, match="broken"):
+        checkpoint._write_whole(tmp_path / "a.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_cannot_lead_out_of_the_folder(tmp_path):
+    checkpoint.save_checkpoint(tmp_path / "run", {"a": torch.zeros(1)}, {"tick": 1})
+    path = tmp_path / "run" / "checkpoint.json"
+    record = json.loads(path.read_text())
+    record["tensors"] = "../../etc/passwd"
+    path.write_text(json.dumps(record))
+    with pytest.raises(GenAttnError, match=r"run/passwd is named by the checkpoint"):
+        checkpoint.read_tensors(tmp_path / "run", checkpoint.read_record(tmp_path / "run"))
+
+
+def test_differences_are_named():
+    saved = {"a": 1, "b": {"c": [1, 2], "d": None}}
+    checkpoint.check_same(saved, {"a": 1, "b": {"c": (1, 2), "d": None}}, "settings")
+    with pytest.raises(GenAttnError, match=r"other settings: a was 1, is 2; b\.c was \[1, 2\], is \[1\]"):
+        checkpoint.check_same(saved, {"a": 2, "b": {"c": [1], "d": None}}, "settings")
+    with pytest.raises(GenAttnError, match="and 2 more"):
+        checkpoint.check_same(dict.fromkeys("abcdef", 1), {}, "settings")
+
+
+def test_fingerprints_tell_weights_apart():
+    torch.manual_seed(0)
+    a, b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    assert checkpoint.model_fingerprint({"m": a}) == checkpoint.model_fingerprint({"m": a})
+    assert checkpoint.model_fingerprint({"m": a}) != checkpoint.model_fingerprint({"m": b})
+    assert checkpoint.model_fingerprint({"m": a}) != checkpoint.model_fingerprint({"n": a})

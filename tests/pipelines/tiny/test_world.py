@@ -1,0 +1,161 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genattn.errors import GenAttnError
+from genattn.pipelines.tiny import world as world
+
+things = st.builds(
+    world.TinyObject,
+    st.sampled_from(list(world.COLOURS)),
+    st.sampled_from(world.SHAPES),
+    st.sampled_from(list(world.MOTIONS)),
+    st.sampled_from(list(world.SIZES)),
+)
+scenes = st.builds(
+    world.Scene,
+    st.lists(things, min_size=1, max_size=2, unique_by=lambda thing: thing.colour).map(tuple),
+    st.sampled_from(list(world.BACKGROUNDS)),
+)
+
+
+def test_the_world_is_large_enough():
+    assert len(world.COLOURS) >= 6
+    assert len(world.SHAPES) >= 5
+    assert len(world.MOTIONS) >= 8
+    assert "still" in world.MOTIONS
+    assert len(world.BACKGROUNDS) == 3
+
+
+@given(scenes)
+def test_a_caption_has_one_meaning(scene):
+    assert world.parse_caption(world.caption(scene)) == scene
+
+
+def test_the_promised_prompts_are_understood():
+    scene = world.parse_caption("A red circle  moves right on a dark background.")
+    assert scene == world.Scene((world.TinyObject("red", "circle", "right"),), "dark")
+    pair = world.parse_caption("a red circle moves right and a small blue square stays still on a dark background")
+    assert [thing.size for thing in pair.objects] == ["medium", "small"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red circle",
+        "a pink circle moves right on a dark background",
+        "a red circle moves right on a pink background",
+        "a red circle moves right and a red square grows on a dark background",
+        "a red circle grows and a blue ring grows and a cyan cross grows on a dark background",
+    ],
+)
+def test_other_text_is_no_scene(text):
+    assert world.parse_caption(text) is None
+
+
+def test_one_motion_of_every_coloured_shape_is_held_out():
+    held = [c for c in itertools.product(world.COLOURS, world.SHAPES, world.MOTIONS) if world.is_held_out(*c)]
+    assert len(held) == 30
+    assert len({combination[:2] for combination in held}) == 30
+    assert {combination[2] for combination in held} == set(world.MOTIONS)
+
+
+def test_sampling_keeps_to_its_side_of_the_split():
+    for seed in range(300):
+        trained = world.sample_scene(seed, two_objects=0.5)
+        assert not any(world.is_held_out(*thing.combination) for thing in trained.objects)
+        unseen = world.sample_scene(seed, held_out=True, two_objects=0.5)
+        assert world.is_held_out(*unseen.objects[0].combination)
+        assert not any(world.is_held_out(*thing.combination) for thing in unseen.objects[1:])
+
+
+def test_sampling_is_deterministic_and_follows_the_share():
+    sampled = [world.sample_scene(seed, two_objects=0.2) for seed in range(400)]
+    again = world.sample_scene(7, two_objects=0.2)
+    assert again == sampled[7]
+    assert again.objects[0].offset == sampled[7].objects[0].offset
+    assert 0.12 < np.mean([len(scene.objects) == 2 for scene in sampled]) < 0.28
+    assert len({world.caption(scene) for scene in sampled}) > 250
+    assert all(len(world.sample_scene(seed, two_objects=0.0).objects) == 1 for seed in range(50))
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(29, 64, 64), (16, 64, 64), (1, 32, 48), (5, 96, 40)])
+def test_render_fits_any_size(frames, height, width):
+    clip = world.render(world.sample_scene(3), frames, height, width)
+    assert clip.shape == (frames, height, width, 3)
+    assert clip.dtype == np.uint8
+
+
+def test_sizes_and_shapes_cover_the_area_they_promise():
+    for shape, (size, radius) in itertools.product(world.SHAPES, world.SIZES.items()):
+        scene = world.Scene((world.TinyObject("red", shape, "still", size),), "dark")
+        clip = world.render(scene, 1, 256, 256)[0].astype(float)
+        dark, red = (np.array(c, float) for c in (world.BACKGROUNDS["dark"], world.COLOURS["red"]))
+        area = ((clip - dark) @ (red - dark) / ((red - dark) @ (red - dark))).sum() / 256**2
+        assert area == pytest.approx(np.pi * radius**2, rel=0.02), (shape, size)
+
+
+def test_edges_are_anti_aliased_and_objects_move_by_fractions_of_a_pixel():
+    scene = world.Scene((world.TinyObject("red", "circle", "right"),), "dark")
+    clip = world.render(scene, 64)
+    assert len(np.unique(clip[..., 0])) > 20
+    assert all((a != b).any() for a, b in itertools.pairwise(clip))
+
+
+def test_objects_stay_inside_the_frame():
+    for seed in range(200):
+        scene = world.sample_scene(seed, two_objects=0.5)
+        clip = world.render(scene, 9).astype(int)
+        rim = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], 1)
+        assert (np.abs(rim - world.BACKGROUNDS[scene.background]).max(-1) < 40).mean() > 0.95, world.caption(scene)
+
+
+def test_two_objects_do_not_cover_each_other():
+    for seed in range(100):
+        scene = world.sample_scene(seed, two_objects=1.0)
+        covered = 0.0
+        tracks = world.trajectories(scene, np.linspace(0, 1, 9, dtype=np.float32))
+        for thing, track in zip(scene.objects, tracks, strict=True):
+            covered = covered + world.coverage(thing.shape, track * 64, 64, 64)
+        assert np.maximum(covered - 1.0, 0.0).sum() < 0.005 * covered.sum(), world.caption(scene)
+
+
+def test_a_single_frame_shows_the_middle_of_the_clip():
+    scene = world.sample_scene(11)
+    assert (world.render(scene, 1)[0] == world.render(scene, 29)[14]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: world.TinyObject("pink", "circle", "still"), "colour must be one of"),
+        (lambda: world.TinyObject("red", "blob", "still"), "shape must be one of"),
+        (lambda: world.TinyObject("red", "circle", "jumps"), "motion must be one of"),
+        (lambda: world.TinyObject("red", "circle", "still", "huge"), "size must be one of"),
+        (lambda: world.TinyObject("red", "circle", "still", offset=(0.7, 0.0)), "offset must be"),
+        (lambda: world.Scene((), "dark"), "1 or 2 objects, got 0"),
+        (lambda: world.Scene((world.TinyObject("red", "ring", "still"),) * 2, "dark"), "differ in colour"),
+        (lambda: world.Scene((world.TinyObject("red", "ring", "still"),), "pink"), "background must be one of"),
+        (lambda: world.is_held_out("red", "circle", "jumps"), "motion must be one of"),
+        (lambda: world.sample_scene(-1), "seed must be >= 0"),
+        (lambda: world.sample_scene(0, two_objects=1.5), "two_objects must be in"),
+        (lambda: world.render(world.sample_scene(0), frames=0), "frames must be >= 1"),
+        (lambda: world.render(world.sample_scene(0), height=4), "height and width >= 8"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(GenAttnError, match=message):
+        call()
+
+
+def test_a_settled_scene_is_all_that_its_caption_says():
+    for seed in range(20):
+        scene = world.sample_scene(seed, two_objects=0.5)
+        settled = world.settle(scene)
+        assert world.caption(settled) == world.caption(scene)
+        read_back = world.parse_caption(world.caption(scene))
+        np.testing.assert_array_equal(world.render(settled, 5), world.render(read_back, 5))
