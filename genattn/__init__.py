@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # a wheel holds kernels/, guidance/, pipelines/ and apps/ inside genattn/; a checkout holds them beside it
 _here = Path(__file__).resolve().parent
@@ -11,7 +11,8 @@ if not (_here / "kernels").is_dir():
 
 __version__ = "0.1.0"
 
-# name -> module that holds it; resolved on first use, so that `import genattn` costs nothing beyond the standard library
+# name -> module that holds it; resolved on first use, so that `import genattn` costs nothing beyond the standard library.
+# Type checkers and editors read the same names in `__init__.pyi`.
 _EXPORTS = {
     "DensePattern": "genattn.patterns.dense",
     "GenAttnError": "genattn.errors",
@@ -25,17 +26,6 @@ _EXPORTS = {
     "long_video": "genattn.pipelines.long_video.generate",
 }
 __all__ = ["__version__", *_EXPORTS]
-
-if TYPE_CHECKING:
-    from genattn.errors import GenAttnError as GenAttnError
-    from genattn.functional.dispatch import attention as attention
-    from genattn.geometry.token_layout import TokenLayout as TokenLayout
-    from genattn.patterns.dense import DensePattern as DensePattern
-    from genattn.patterns.neighborhood import NeighborhoodPattern as NeighborhoodPattern
-    from genattn.patterns.pattern import Pattern as Pattern
-    from genattn.patterns.radial import RadialPattern as RadialPattern
-    from genattn.seam.handle import apply as apply
-    from genattn.seam.schedule import Schedule as Schedule
 
 
 def __getattr__(name: str) -> Any:

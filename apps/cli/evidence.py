@@ -1,6 +1,8 @@
 """The command about claims and measurements: evidence."""
 
 from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -20,31 +22,14 @@ def evidence_command(
 
     Example: genattn evidence --check
     """
-    from genattn.apps.pages import evidence, scale_page
-    from genattn.apps.pages.evidence_plots import draw_all, plots
-    from genattn.apps.pages.evidence_tables import Tables
-
-    root = root or evidence.ROOT
-    if not (root / "assets" / "claims.json").is_file():
-        raise GenAttnError(f"evidence needs a checkout of the project, and {root} has no assets/claims.json; give --root")
-    tables, found = Tables(root / "assets" / "bench"), evidence.gather(root)
-    figures = [(name, caption) for name, caption, _ in plots(tables)]
-    pages = {"evidence.md": evidence.page(found, figures), "scale.md": scale_page.page(tables)}
-    if check:
-        stale = [name for name, text in pages.items() if not _same(root / "docs" / name, text)]
-        stale += [name for name, _ in figures if not (root / "assets" / "figures" / name).is_file()]
-        if stale:
-            raise GenAttnError(f"{', '.join(stale)} must be what the files say; run: genattn evidence")
-    else:
-        draw_all(tables, root / "assets" / "figures")
-        for name, text in pages.items():
-            (root / "docs" / name).write_text(text, encoding="utf-8")
+    if find_spec("genattn.apps.pages") is None:
+        raise GenAttnError(
+            "evidence rebuilds this project's own pages, and an installed genattn comes without what makes them; "
+            "run it in a checkout of the project"
+        )
+    found = import_module("genattn.apps.pages.rebuild").rebuild(root, check)
     if as_json:
         print_json([asdict(e) for e in found])
     else:
         counts = {verdict: sum(e.verdict == verdict for e in found) for verdict in dict.fromkeys(e.verdict for e in found)}
         print_lines(f"{len(found)} claims", *(f"{count:4d}  {verdict}" for verdict, count in counts.items()))
-
-
-def _same(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_text(encoding="utf-8") == text

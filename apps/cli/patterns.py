@@ -1,6 +1,5 @@
 """Commands about patterns, from geometry alone: simulate, plan, show."""
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines, print_table
 from genattn.apps.sampling.attention_names import pattern_from_name
 from genattn.apps.sampling.output_files import check_out
+from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
 
 Shape = Annotated[str, typer.Option(help="Tokens per axis, FRAMESxHEIGHTxWIDTH or HEIGHTxWIDTH, e.g. 30x48x80.")]
@@ -169,19 +169,6 @@ def show_command(
         print_lines(terminal_pattern(pattern, layout, block=block))
     else:
         print_lines(f"density {plan.density:.4f}, {plan.full_share:.0%} of visited tiles need no mask; wrote {out}")
-
-
-def parse_shape(option: str, text: str) -> tuple[int, ...]:
-    """`18x24x24` as (18, 24, 24).
-
-    >>> parse_shape("--grid", "18x24x24")
-    (18, 24, 24)
-
-    Raises GenAttnError for anything but 1 to 3 whole numbers joined by x.
-    """
-    if not re.fullmatch(r"-?\d+(x-?\d+){0,2}", text.strip()):
-        raise GenAttnError(f"{option} must be 1 to 3 whole numbers joined by x, e.g. 18x24x24, got {text!r}")
-    return tuple(int(part) for part in text.split("x"))
 
 
 def _grid(text: str) -> tuple[int, ...]:

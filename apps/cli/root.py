@@ -8,29 +8,13 @@ import typer
 
 from genattn.apps.cli import (
     app as commands_app,
-)
-from genattn.apps.cli import (
     comfyui as commands_comfyui,
-)
-from genattn.apps.cli import (
     evidence as commands_evidence,
-)
-from genattn.apps.cli import (
     finetune as commands_finetune,
-)
-from genattn.apps.cli import (
     hunt as commands_hunt,
-)
-from genattn.apps.cli import (
     kernels as commands_kernels,
-)
-from genattn.apps.cli import (
     long as commands_long,
-)
-from genattn.apps.cli import (
     patterns as commands_patterns,
-)
-from genattn.apps.cli import (
     sampling as commands_sampling,
 )
 from genattn.errors import GenAttnError

@@ -18,7 +18,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.seam.plugin import AttentionSite, SiteKind
+from genattn.layouts.site import AttentionSite, SiteKind
 
 
 @dataclass(frozen=True)

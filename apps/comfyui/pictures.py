@@ -12,9 +12,10 @@ from genattn.apps.comfyui.seam import Chain, chain_of, patch_model
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import tile_size
 from genattn.geometry.token_layout import TokenLayout
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.dense import DensePattern
 from genattn.planning.show import draw_pattern, new_figure
-from genattn.seam.plugin import AttentionCall, AttentionSite, CallRecord, Inner, Plugin
+from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 

@@ -1,7 +1,7 @@
 """What a node is, apart from ComfyUI: its sockets, widgets, words and the function behind it.
 
 Specifications are plain data, so they can be read, checked and turned into help and workflows where no ComfyUI is; the V3 node
-classes are built from them in `comfy_extension`.
+classes are built from them in `extension`.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,8 @@ from genattn.apps.comfyui.hosts import Entry, Host, call_mask, heads_last, host_
 from genattn.apps.comfyui.tally import Tally
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
-from genattn.seam.plugin import AttentionCall, AttentionSite, CallRecord, Plugin, Run
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
 
 KEY = "genattn"
 FORWARD = "genattn_forward"

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from genattn.seam.plugin import AttentionCall, AttentionSite, Plugin
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import AttentionCall, Plugin
 from genattn.seam.report import Report, SiteStats, event_pair
 
 _LOG = logging.getLogger("genattn")

@@ -22,11 +22,12 @@ import diffusers
 import torch
 
 from genattn.layouts.families import family_of
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.radial import RadialPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
 from genattn.seam.handle import Handle, apply
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 TABLE = Path(__file__).resolve().parents[2] / "assets" / "families.csv"
 COLUMNS = (

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.seam.plugin import SiteKind
+from genattn.layouts.site import SiteKind
 
 LayoutFunction = Callable[[Any, Mapping[str, Any]], TokenLayout | None]
 SiteLayout = Callable[[SiteKind, int, TokenLayout], TokenLayout | None]

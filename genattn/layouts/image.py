@@ -7,7 +7,7 @@ import torch
 
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.family import Family, grid, layout, references, registers, text
-from genattn.seam.plugin import SiteKind
+from genattn.layouts.site import SiteKind
 
 Inputs = Mapping[str, Any]
 _FLUX_STACKS = ("transformer_blocks", "single_transformer_blocks")

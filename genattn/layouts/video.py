@@ -5,7 +5,7 @@ from typing import Any
 
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.family import Family, grid, layout, patched, references, text
-from genattn.seam.plugin import SiteKind
+from genattn.layouts.site import SiteKind
 
 Inputs = Mapping[str, Any]
 

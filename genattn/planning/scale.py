@@ -5,8 +5,8 @@
     wire         4 n / g d (g - 1) / g values           sent per GPU and block by Ulysses: query, key, value, output
     time         arithmetic / (g rate), or wire / link where that is longer
 
-Memory is what diffusers' WanTransformer3DModel holds (apps/laboratory/scale.py counts it): n d is the embedded clip, which every
-GPU keeps whole because context parallelism cuts after the patch embedding, and holds twice while it is made; 10 d is
+Memory is what diffusers' WanTransformer3DModel holds (counted by apps/laboratory/scale.py): n d is the embedded clip, which
+every GPU keeps whole because context parallelism cuts after the patch embedding, and holds twice while it is made; 10 d is
 self-attention with its norm in 32 bit, 3 d + 2 ffn the feed-forward. So more GPUs save memory only up to about 2 n d.
 
 FIFO (window w of the model's own length, 2 p windows a latent with lookahead): the same for w tokens, times the latents. The

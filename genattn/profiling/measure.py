@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.combine import PerHead, PerLayer
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
 from genattn.seam.handle import apply
-from genattn.seam.plugin import AttentionCall, AttentionSite, CallRecord, Inner, Plugin, Run
+from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 

@@ -15,8 +15,9 @@ from genattn.errors import GenAttnError
 from genattn.functional.dispatch import tile_size
 from genattn.geometry.token_layout import TokenLayout
 from genattn.layouts.family import Family
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.dense import DensePattern
-from genattn.seam.plugin import AttentionSite, Run
+from genattn.seam.plugin import Run
 from genattn.seam.sites import layout_at
 from genattn.seam.sparse_plugin import SparsePlugin
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.pattern import Pattern
 from genattn.seam.denoiser import INJECTION
 from genattn.seam.explain import Explanation, FirstForward, explain_run
 from genattn.seam.injection import Injection
-from genattn.seam.plugin import AttentionSite, CallRecord, Plugin, Run
+from genattn.seam.plugin import CallRecord, Plugin, Run
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
 from genattn.seam.sites import head_dims

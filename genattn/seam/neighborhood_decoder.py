@@ -15,8 +15,9 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention
 from genattn.geometry.token_layout import TokenLayout
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.neighborhood import NeighborhoodPattern
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 
 @dataclass(frozen=True)

@@ -11,37 +11,16 @@ from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
+from genattn.layouts.site import AttentionSite
 
 if TYPE_CHECKING:
     from torch import nn
-
-SiteKind = Literal["self", "joint", "cross", "temporal", "spatial", "refiner"]
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention module of a model.
-
-    name: module path, e.g. "blocks.3.attn1". stack: the list of blocks it belongs to. layer: index within the stack.
-    depth: index over all stacks in execution order (double-stream blocks, then single-stream); -1 outside them.
-    kind: what attends to what. heads: number of query heads. model: component of the pipeline, e.g. "transformer_2".
-    unreachable: why its attention never comes by here (linear attention, an old processor); empty when it does.
-    """
-
-    name: str
-    stack: str
-    layer: int
-    depth: int
-    kind: SiteKind
-    heads: int
-    model: str = ""
-    unreachable: str = ""
 
 
 @dataclass

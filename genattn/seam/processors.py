@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
-from genattn.seam.plugin import AttentionSite
+from genattn.layouts.site import AttentionSite
 
 MARK = "_genattn_mark"
 SDPA = -1

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from genattn.seam.plugin import AttentionSite, CallRecord
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import CallRecord
 
 
 class GenAttnWarning(UserWarning):

@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import Any
 
 from genattn.errors import GenAttnError
-from genattn.seam.plugin import AttentionSite, Run
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import Run
 
 
 @dataclass(frozen=True)

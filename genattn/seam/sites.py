@@ -11,7 +11,8 @@ from torch import nn
 
 from genattn.geometry.token_layout import TokenLayout
 from genattn.layouts.family import Family
-from genattn.seam.plugin import AttentionSite, Run, SiteKind
+from genattn.layouts.site import AttentionSite, SiteKind
+from genattn.seam.plugin import Run
 
 _UNREACHABLE = {
     "AttnProcessor": "multiplies by torch.baddbmm; use AttnProcessor2_0 (drop set_default_attn_processor)",

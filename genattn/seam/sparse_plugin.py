@@ -12,11 +12,12 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import plan_for, planned_attention
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
 from genattn.seam.masks import key_mask
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
+from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
 
 _LOG = logging.getLogger("genattn")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from genattn.errors import GenAttnError
-from genattn.seam.plugin import AttentionSite
+from genattn.layouts.site import AttentionSite
 
 FIRST, MEAN = "first", "mean"
 MOTION_ANCHOR = "up_blocks.1"

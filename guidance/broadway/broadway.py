@@ -5,7 +5,7 @@
 
 In the first steps, the map of every guided attention is pulled towards the map of an early block (self-guidance, steadier
 structure) and its high temporal frequencies are amplified (more motion), never ending below the energy it began with.
-Bu et al., CVPR 2025. Motion modules: `broadway_motion`; full three-dimensional attention: `frame_marginal`.
+Bu et al., CVPR 2025. Motion modules: `motion`; full three-dimensional attention: `frame_marginal`.
 """
 
 import threading
@@ -28,9 +28,10 @@ from genattn.guidance.broadway.neighbours import has_wrapper_outside, neighbours
 from genattn.guidance.broadway.report import BroadWayReport
 from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, parse_energy, resize_anchor
 from genattn.guidance.passes.delta import Window
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import plain
 from genattn.seam.masks import key_mask
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
+from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 
 METHODS = ("exact", "pooled")
 PRESETS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,8 @@ from genattn.guidance.broadway.blocks import block_name, pick_blocks
 from genattn.guidance.broadway.frame_marginal import key_frames
 from genattn.guidance.broadway.frame_marginal_approx import same_place_rows
 from genattn.guidance.passes.delta import Window
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 WEIGHTS = {"wan": 4.0, "hunyuanvideo": 4.0, "cogvideox": 3.4}
 _LIMIT = 100.0

@@ -18,7 +18,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.guidance.passes.prediction import take_rows
-from genattn.seam.plugin import AttentionSite
+from genattn.layouts.site import AttentionSite
 
 # denoisers whose blocks form one chain, as tests/guidance/softpag/test_softpag_families.py shows for each
 CHAINS = frozenset(

@@ -29,7 +29,8 @@ from genattn.guidance.passes.pass_role import PassReader, PassRole
 from genattn.guidance.passes.prediction import leaves, take_call, take_rows, with_leaves
 from genattn.guidance.softpag.perturbation import HeadMix
 from genattn.guidance.softpag.tap import HeadTap, TappedModel
-from genattn.seam.plugin import AttentionSite, Run
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import Run
 
 MODES = ("extra", "batched", "replace_uncond")
 Denoise = Callable[..., Any]

@@ -20,7 +20,8 @@ from genattn.guidance.heads.head_set import HeadSet
 from genattn.guidance.heads.names import HeadsLike, HeadWeights, check_weight, head_name, resolve_heads
 from genattn.guidance.passes.block_swap import BlockOrder
 from genattn.guidance.softpag.perturbation import HeadMix, check_target, perturb_heads
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 
 _KINDS = ("joint", "self", "spatial", "temporal")
 

@@ -1,4 +1,4 @@
-"""Gradients on the CPU, eager: the groups of cpu_groups.py walked once more, probabilities recomputed from the log-sum-exp.
+"""Gradients on the CPU, eager: the groups of groups.py walked once more, probabilities recomputed from the log-sum-exp.
 
 p = exp(scale <q, k> - lse),   ds = scale p (do v^T - <out, do> + dlse)
 dq += ds k,   dk += ds^T q,   dv += p^T do

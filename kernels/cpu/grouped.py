@@ -1,4 +1,4 @@
-"""Block-sparse attention on the CPU without a compiler: batched matrix products over the groups of cpu_groups.py.
+"""Block-sparse attention on the CPU without a compiler: batched matrix products over the groups of groups.py.
 
     s = scale q k^T (+ a large negative number where a query does not see a key)
     p = softmax(s),   lse = max s - log max p,   out = p v

@@ -1,4 +1,4 @@
-"""Triton backward of block-sparse attention (jitted code only; the host is block_sparse_triton.py).
+"""Triton backward of block-sparse attention (jitted code only; the host is block_sparse.py).
 
 dQ walks the same lists as the forward. dK and dV walk the inverse lists, one program per key tile and key head, with all query
 heads of the group inside: no atomics, so the result is the same bit for bit every time. The probabilities are recomputed

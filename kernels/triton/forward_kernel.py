@@ -1,4 +1,4 @@
-"""Triton forward of block-sparse attention (jitted code only; the host is block_sparse_triton.py).
+"""Triton forward of block-sparse attention (jitted code only; the host is block_sparse.py).
 
 One program serves one query tile of one head: first the full key tiles with no mask, then the partial ones, in which the
 element rule is evaluated from coordinates and small tables in registers. Rows are gathered by token index, so a tile may be

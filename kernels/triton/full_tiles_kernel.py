@@ -3,7 +3,7 @@
 Every visited tile is seen whole and tiles are runs of the sequence, so loads go through tensor descriptors (TMA) and the loop
 has no mask: the one shape of loop that Triton's automatic warp specialisation accepts on Hopper, and there with 4 warps only.
 With 8 it is ignored without a word; a mask, a second loop or loads by pointer end in a failed compile. Online softmax as in
-block_sparse_kernel.py.
+forward_kernel.py.
 """
 
 import triton

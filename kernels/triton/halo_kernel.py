@@ -1,4 +1,4 @@
-"""Triton forward of neighborhood attention on boxes that follow the query tile (jitted code only; host: halo_triton.py).
+"""Triton forward of neighborhood attention on boxes that follow the query tile (jitted code only; host: halo.py).
 
 One program serves one query tile of one head. Its keys are one box of the grid, wherever it lies: lane j of a step is
 unravelled into a place of the box, the place gives the token, and the row is loaded from where it stands. No permutation, no

@@ -15,7 +15,7 @@ _MOST_FRAMES, _LONGEST_AXIS = 509, 1023
 class TritonTables:
     """`rule` 0 none, 1 grid, 2 bits; the tensors that a rule does not use are placeholders.
 
-    words: int32 [S], one per token, see `grid_visible` in block_sparse_kernel.py.
+    words: int32 [S], one per token, see `grid_visible` in forward_kernel.py.
     """
 
     order: torch.Tensor

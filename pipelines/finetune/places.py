@@ -6,7 +6,7 @@ was made. Latents of any other model go through untouched.
 
 import torch
 
-from genattn.pipelines.tiny.denoiser import LATENT_FRAMES, POSITION_CHANNELS, loss_weight, with_positions
+from genattn.pipelines.training.places import LATENT_FRAMES, POSITION_CHANNELS, loss_weight, with_positions
 
 
 def with_places(latents: torch.Tensor) -> torch.Tensor:

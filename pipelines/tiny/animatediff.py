@@ -8,7 +8,7 @@
     python -m genattn.pipelines.tiny.animatediff train --run-dir runs/tiny-animatediff --cpu
     python -m genattn.pipelines.tiny.studies.broadway --model assets/tiny-animatediff --card-from runs/tiny-animatediff
 
-Every phase resumes where it was stopped; `--minutes` stops one by the clock. `tiny_broadway_study` judges the result.
+Every phase resumes where it was stopped; `--minutes` stops one by the clock. `studies/broadway.py` judges the result.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from transformers import CLIPTextModelWithProjection
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal
-from genattn.pipelines.tiny.denoiser import CAPTION_DROPOUT, object_weight
+from genattn.pipelines.tiny.denoiser import CAPTION_DROPOUT
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, JOURNAL, GenerationDefaults, forget_origins
 from genattn.pipelines.tiny.latents import SHARD, cache_latents, load_latents
 from genattn.pipelines.tiny.motion import (
@@ -41,6 +41,7 @@ from genattn.pipelines.tiny.motion import (
     motion_adapter_of,
     tokenize,
 )
+from genattn.pipelines.training.places import object_weight
 from genattn.pipelines.training.trainer import TrainSettings, train
 
 PICTURES, FEW_FRAMES = 48, 4
@@ -147,7 +148,7 @@ def train_unet(
     """Train text encoder and motion UNet; returns the steps done.
 
     For half of the still steps every object is at its usual place, from then on in every other step (why:
-    `tiny_wan.train_transformer`). What the steps show: `draw_frames`.
+    `wan.train_transformer`). What the steps show: `draw_frames`.
     """
     set_seed(settings.seed)
     tokenizer, scheduler = build_clip_tokenizer(), build_scheduler()

@@ -65,7 +65,7 @@ def write_motion_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, Any]
     Args:
         folder: the exported pipeline.
         run_dir: the run it came from, with its journal.
-        rows: the rows of `tiny_broadway_study`, with their provenance; that of "stock" is shown.
+        rows: the rows of `studies/broadway.py`, with their provenance; that of "stock" is shown.
 
     Raises:
         GenAttnError: if no row is of the stock pipeline.

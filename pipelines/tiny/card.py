@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny.denoiser import POSITION_CHANNELS
 from genattn.pipelines.tiny.evaluate import provenance
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, JOURNAL, GenerationDefaults
+from genattn.pipelines.training.places import POSITION_CHANNELS
 
 CARD = """---
 license: apache-2.0
@@ -70,7 +70,7 @@ The scores say what it cannot do. Other frame counts or sizes than {frames} fram
 on, but for single frames.
 The last {places} latent channels are cosines along frames, rows and columns that the denoiser makes for itself: rotary
 embeddings are relative, and this model began to follow captions in motion only once it had them. The decoder ignores them
-and the encoder leaves them 0, so latents encoded from a clip need them added (`tiny_denoiser.with_positions`) before
+and the encoder leaves them 0, so latents encoded from a clip need them added (`training/places.py`) before
 they are denoised.
 
 Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny.wan`.
@@ -113,7 +113,7 @@ def model_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, float | int
     Args:
         folder: the exported pipeline.
         run_dir: the run it came from, with its journal.
-        rows: the rows of `tiny_evaluate.evaluate`, one per split.
+        rows: the rows of `evaluate.evaluate`, one per split.
         seed: the training seed.
     """
     from genattn.pipelines.tiny import world as world

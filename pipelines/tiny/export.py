@@ -16,9 +16,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from safetensors import safe_open
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny.denoiser import FLOW_SHIFT, POSITION_CHANNELS, DenoiserSize, TinyDenoiser
+from genattn.pipelines.tiny.denoiser import FLOW_SHIFT, DenoiserSize, TinyDenoiser
 from genattn.pipelines.tiny.text import build_tokenizer
 from genattn.pipelines.tiny.vae import widen_latents
+from genattn.pipelines.training.places import POSITION_CHANNELS
 
 DEFAULTS_FILE = "genattn_defaults.json"
 JOURNAL = "journal.jsonl"

@@ -1,6 +1,6 @@
 """Judge a clip against its caption: is the asked colour, shape, motion, size and background there, and is it steady?
 
-Everything is measured (`tiny_segment`), nothing learned. A shape is the template of the same area and centre with the
+Everything is measured (`segment`), nothing learned. A shape is the template of the same area and centre with the
 highest overlap; a motion is read off the track of centre and radius. An object that is missing, or there in less than
 seven frames of ten, is wrong in everything, so an empty clip scores nothing.
 """

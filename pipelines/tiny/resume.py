@@ -14,9 +14,10 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny.denoiser import POSITION_CHANNELS, TinyDenoiser
+from genattn.pipelines.tiny.denoiser import TinyDenoiser
 from genattn.pipelines.tiny.export import JOURNAL
 from genattn.pipelines.tiny.vae import narrow_latents
+from genattn.pipelines.training.places import POSITION_CHANNELS
 
 
 def adopt(run_dir: Path, folder: Path) -> None:

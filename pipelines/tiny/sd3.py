@@ -34,11 +34,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal
-from genattn.pipelines.tiny.denoiser import object_weight
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, forget_origins
 from genattn.pipelines.tiny.text import build_tokenizer
 from genattn.pipelines.tiny.vae import to_model_range, training_clips
 from genattn.pipelines.tiny.world import caption, render, sample_scene, settle
+from genattn.pipelines.training.places import object_weight
 from genattn.pipelines.training.trainer import TrainSettings, step_generator, train
 
 PHASES = ("vae", "transformer", "export")
@@ -221,7 +221,7 @@ def train_joint_transformer(
 ) -> int:
     """Train text encoders and transformer on latents made as they are needed; returns the steps done.
 
-    For a third of the steps every object is at its usual place, then half of them are (why: `tiny_wan.train_transformer`).
+    For a third of the steps every object is at its usual place, then half of them are (why: `wan.train_transformer`).
     """
     set_seed(settings.seed)
     vae, tokenizer = load_image_vae(run_dir).to(accelerator.device).requires_grad_(False), caption_tokenizer()

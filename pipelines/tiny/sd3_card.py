@@ -50,7 +50,7 @@ Measured on {device}, {date}, commit {commit}, torch {torch}, diffusers {diffuse
 | --- | --- | --- | --- | --- | --- |
 {scores}
 
-Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny.sd3` and `tiny_sd3_study`.
+Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny.sd3` and `studies/sd3.py`.
 """
 
 
@@ -60,7 +60,7 @@ def write_sd3_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, Any]]) 
     Args:
         folder: the exported pipeline.
         run_dir: the run it came from, with its journal.
-        rows: the rows of `tiny_sd3_study`, with their provenance.
+        rows: the rows of `studies/sd3.py`, with their provenance.
     """
     config = json.loads((folder / "transformer" / "config.json").read_text())
     entries, shown = read_journal(run_dir), [row for row in rows if row["condition"] != "probe"]

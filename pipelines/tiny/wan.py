@@ -27,13 +27,14 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal, write_card
-from genattn.pipelines.tiny.denoiser import POSITION_CHANNELS, DenoiserSize, TinyDenoiser, flow_loss, tokenize, with_positions
+from genattn.pipelines.tiny.denoiser import DenoiserSize, TinyDenoiser, flow_loss, tokenize
 from genattn.pipelines.tiny.evaluate import FIRST_SEED, Sampling, append_rows, evaluate, evaluation_scenes
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, export
 from genattn.pipelines.tiny.latents import SHARD, cache_latents, load_latents, measure_latents
 from genattn.pipelines.tiny.resume import adopt, start_from
 from genattn.pipelines.tiny.text import build_tokenizer
 from genattn.pipelines.tiny.vae import CLIP_FRAMES, build_vae, psnr, still_convolutions, training_clips, vae_loss
+from genattn.pipelines.training.places import POSITION_CHANNELS, with_positions
 from genattn.pipelines.training.trainer import TrainSettings, step_generator, train
 
 PHASES = ("vae", "latents", "transformer", "export")

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
 from genattn.kernels.plan.block_plan import dense_plan

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from genattn.apps.cli.patterns import parse_shape
 from genattn.apps.sampling.attention_names import pattern_from_name
+from genattn.apps.sampling.shapes import parse_shape
 from genattn.apps.webui.verbs.limits import whole
 from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from genattn.errors import GenAttnError
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 if TYPE_CHECKING:
     from torch import nn

@@ -2,8 +2,7 @@
 
 import torch
 
-from genattn.pipelines.tiny.random import images as images
-from genattn.pipelines.tiny.random import videos as videos
+from genattn.pipelines.tiny.random import images as images, videos as videos
 from genattn.pipelines.tiny.random.spec import TinyModel
 
 MODELS: dict[str, TinyModel] = {

@@ -7,8 +7,7 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, MotionAdapter
 
-from genattn.pipelines.tiny.random import text as words
-from genattn.pipelines.tiny.random import vaes as vaes
+from genattn.pipelines.tiny.random import text as words, vaes as vaes
 from genattn.pipelines.tiny.random.models import settle
 
 BuildModel = Callable[..., Any]

@@ -30,13 +30,14 @@ from genattn.guidance.broadway.broadway import BroadWay
 from genattn.guidance.broadway.frame_marginal import edited_attention, key_frames
 from genattn.guidance.broadway.frame_marginal_approx import pooled_edit
 from genattn.guidance.broadway.temporal_map import MapEdit
+from genattn.layouts.site import AttentionSite
 from genattn.pipelines.long_video.quality.video_metrics import dynamic_degree, motion_smoothness, temporal_flickering
 from genattn.pipelines.tiny.animatediff_card import write_motion_card
 from genattn.pipelines.tiny.evaluate import append_rows, evaluation_scenes, provenance
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults
 from genattn.pipelines.tiny.oracle import judge
 from genattn.pipelines.tiny.world import Scene, caption
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 ASKED = ("colour", "shape", "motion")
 MEASURES = ("accuracy", *ASKED, "dynamic_degree", "motion_amount", "consistency", "smoothness", "flickering")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import genattn
-from genattn.apps.cli.patterns import parse_shape, plan_command, show_command, simulate_command
+from genattn.apps.cli.patterns import plan_command, show_command, simulate_command
+from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
 
 

@@ -10,8 +10,7 @@ from genattn.apps.cli.evidence import evidence_command
 from genattn.apps.laboratory.geometry import TABLES, density_rows, noise_rows
 from genattn.apps.pages import evidence
 from genattn.apps.pages.evidence_methods import FINDINGS as METHODS
-from genattn.apps.pages.evidence_patterns import FINDINGS as PATTERNS
-from genattn.apps.pages.evidence_patterns import fit_n_log_n, growth
+from genattn.apps.pages.evidence_patterns import FINDINGS as PATTERNS, fit_n_log_n, growth
 from genattn.apps.pages.evidence_tables import MINIATURE, NEEDS, NOT, REPRODUCED, Claim, NotMeasuredError, Tables, read_claims
 from genattn.apps.sampling.measured_rows import append_rows
 from genattn.errors import GenAttnError

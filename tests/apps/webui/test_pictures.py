@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.apps.webui.verbs.head_map import cell_size, draw_head_map, head_at, read_heads, toggle_head, write_heads
 from genattn.apps.webui.verbs.limits import Limits

@@ -12,10 +12,11 @@ import genattn
 from genattn import DensePattern, GenAttnError, RadialPattern, TokenLayout
 from genattn.layouts.families import FAMILIES, family_of, register_family
 from genattn.layouts.family import Family
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.pattern import Pattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
 from genattn.seam.handle import apply
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),

@@ -11,9 +11,10 @@ from diffusers.models.attention_dispatch import attention_backend
 
 import genattn
 from genattn import DensePattern, GenAttnError, RadialPattern, Schedule
+from genattn.layouts.site import AttentionSite
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
 from genattn.seam.handle import Handle, apply
-from genattn.seam.plugin import AttentionCall, AttentionSite, Inner, Plugin, Run
+from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.processors import MARK
 from genattn.seam.report import GenAttnWarning
 from genattn.seam.sparse_plugin import SparsePlugin

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from genattn import GenAttnError, Schedule
-from genattn.seam.plugin import AttentionSite, Run
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import Run
 
 
 def site(depth: int = 5) -> AttentionSite:

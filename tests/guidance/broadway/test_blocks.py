@@ -6,7 +6,7 @@ import torch
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.blocks import block_name, choose_sites, pick_blocks
 from genattn.guidance.broadway.calls import ClipShape, clip_shape, conditional_part, entries
-from genattn.seam.plugin import AttentionSite
+from genattn.layouts.site import AttentionSite
 
 
 def unet_sites(ups: int = 4, modules: tuple[int, ...] = (3, 3, 3, 3)) -> list[AttentionSite]:

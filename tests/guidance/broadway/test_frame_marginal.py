@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, TokenLayout

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.errors import GenAttnError
 from genattn.guidance.headhunter.search import HeadSearch, SearchSettings, Trial, bootstrap_interval, rank_correlation

@@ -1,8 +1,7 @@
 """Head names: what is read is what was written, and everything else is refused with the model's ranges."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.names import all_heads, describe_layers, format_heads, parse_head, resolve_heads

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.softpag.perturbation import TARGETS, HeadMix, image_rows, key_mask, perturb_heads
 from genattn.guidance.softpag.perturbation_maps import perturbed_attention
-from genattn.seam.plugin import AttentionCall, AttentionSite, Run
+from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import AttentionCall, Run
 
 ATTENTION_TARGETS = [target for target in TARGETS if target != "skip"]
 

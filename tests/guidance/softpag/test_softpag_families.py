@@ -13,8 +13,8 @@ from genattn.guidance.passes.block_swap import CHAINS
 from genattn.guidance.passes.prediction import leaves
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.guidance.softpag.tap import primary_sites
+from genattn.layouts.site import AttentionSite
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
-from genattn.seam.plugin import AttentionSite
 
 LINEAR = {"sana"}
 ONE_BY_ONE = {"mochi"}

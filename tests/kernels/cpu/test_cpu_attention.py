@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.cpu import grouped as cpu_grouped
-from genattn.kernels.cpu import groups as cpu_groups
+from genattn.kernels.cpu import grouped as cpu_grouped, groups as cpu_groups
 from genattn.kernels.operators import block_sparse_forward
 from genattn.kernels.plan.random_plan import random_plan
 from genattn.kernels.reference.attention import reference_attention, visible_mask

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
-from genattn.kernels.cpu import native as cpu_native
-from genattn.kernels.cpu import native_build
+from genattn.kernels.cpu import native as cpu_native, native_build
 from genattn.kernels.plan.block_plan import dense_plan
 from genattn.kernels.plan.element_rule import BlockRule, CombinedRule, PerHeadRule
 from genattn.kernels.plan.random_plan import plan_from_rule, random_grid_rule, random_plan

@@ -1,4 +1,4 @@
-"""Run in a process of its own by test_triton_compile.py: compiles the kernels for chips that are not there.
+"""Run in a process of its own by test_compile.py: compiles the kernels for chips that are not there.
 
 For each kernel and architecture prints registers, spills, shared memory and matrix instructions as one JSON line. Options:
 `--arch sm_90 --arch hip ...` and `--dim 128 ...`.
@@ -28,11 +28,7 @@ from genattn.kernels.plan.block_plan import dense_plan, run_tiles
 from genattn.kernels.plan.random_plan import plan_from_rule, random_grid_rule
 from genattn.kernels.triton import (
     backward_kernel as block_sparse_backward_kernel,
-)
-from genattn.kernels.triton import (
     forward_kernel as block_sparse_kernel,
-)
-from genattn.kernels.triton import (
     full_tiles_kernel,
     halo_kernel,
 )

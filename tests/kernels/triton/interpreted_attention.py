@@ -1,4 +1,4 @@
-"""The Triton kernels against the definition, in a process of their own with TRITON_INTERPRET=1 (test_triton_interpreter.py).
+"""The Triton kernels against the definition, in a process of their own with TRITON_INTERPRET=1 (test_interpreter.py).
 
 Prints one line per case and exits with 1 when any is wrong.
 """

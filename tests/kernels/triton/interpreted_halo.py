@@ -1,4 +1,4 @@
-"""The haloed-box kernel against the definition, in a process of its own with TRITON_INTERPRET=1 (test_triton_interpreter.py).
+"""The haloed-box kernel against the definition, in a process of its own with TRITON_INTERPRET=1 (test_interpreter.py).
 
 Prints one line per case and exits with 1 when any is wrong.
 """

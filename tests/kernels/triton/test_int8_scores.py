@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
 from genattn.kernels.plan.block_plan import dense_plan, run_tiles

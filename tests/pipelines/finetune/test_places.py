@@ -9,8 +9,8 @@ from genattn.pipelines.finetune.cache import ClipSize, LatentCache
 from genattn.pipelines.finetune.loss import denoising_loss, draw, training_grid
 from genattn.pipelines.finetune.places import place_weight, with_places
 from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
-from genattn.pipelines.tiny.denoiser import POSITION_AMPLITUDE, POSITION_CHANNELS, object_weight, with_positions
 from genattn.pipelines.tiny.random.build import build_pipeline
+from genattn.pipelines.training.places import POSITION_AMPLITUDE, POSITION_CHANNELS, object_weight, with_positions
 
 CONTENTS = 6
 

@@ -13,8 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 import genattn
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.broadway import BroadWay
-from genattn.pipelines.tiny import animatediff as tiny
-from genattn.pipelines.tiny import latents as tiny_latents
+from genattn.pipelines.tiny import animatediff as tiny, latents as tiny_latents
 from genattn.pipelines.tiny.animatediff_card import SCORED, write_motion_card
 from genattn.pipelines.tiny.evaluate import provenance
 from genattn.pipelines.tiny.latents import load_latents

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny import denoiser as denoiser
+from genattn.pipelines.tiny import denoiser
 from genattn.pipelines.tiny.text import build_text_encoder, build_tokenizer, caption_words
 from genattn.pipelines.tiny.world import caption, sample_scene
+from genattn.pipelines.training import places
 
 CAPTIONS = [
     "a red circle moves right on a dark background",
@@ -53,14 +54,14 @@ def test_the_number_of_pads_matters(model, inputs):
 
 def test_the_loss_is_that_of_the_noise_at_the_start_and_reaches_every_weight(tokenizer):
     torch.manual_seed(0)
-    fresh = denoiser.TinyDenoiser(4 + denoiser.POSITION_CHANNELS, len(tokenizer), denoiser.DenoiserSize(2, 12, 2, 24))
+    fresh = denoiser.TinyDenoiser(4 + places.POSITION_CHANNELS, len(tokenizer), denoiser.DenoiserSize(2, 12, 2, 24))
     torch.nn.init.zeros_(fresh.transformer.proj_out.bias)
     ids = denoiser.tokenize(tokenizer, CAPTIONS)
     latents = torch.randn(3, 4, 8, 4, 4, generator=torch.Generator().manual_seed(0))
-    latents = denoiser.with_positions(latents)
+    latents = places.with_positions(latents)
     loss = denoiser.flow_loss(fresh, latents, ids, ids[1], torch.Generator().manual_seed(1))
     # variance of the noise and of the latents; half that of the waves of place, weighed by their own
-    amplitude = denoiser.POSITION_AMPLITUDE
+    amplitude = places.POSITION_AMPLITUDE
     assert loss.item() == pytest.approx(2.0 + 0.5 * (1 + amplitude**2) / amplitude**2, rel=0.1)
     again = denoiser.flow_loss(fresh, latents, ids, ids[1], torch.Generator().manual_seed(1))
     assert loss.item() == again.item()
@@ -79,21 +80,21 @@ def test_noise_levels_follow_the_scheduler_shift():
 
 def test_channels_of_place_are_orthogonal_waves_over_the_whole_clip():
     latents = torch.randn(2, 4, 8, 6, 10)
-    placed = denoiser.with_positions(latents)
+    placed = places.with_positions(latents)
     assert torch.equal(placed[:, :4], latents)
-    waves = placed[0, 4:].flatten(1).double() / denoiser.POSITION_AMPLITUDE
+    waves = placed[0, 4:].flatten(1).double() / places.POSITION_AMPLITUDE
     products = waves @ waves.T / waves.shape[1]
-    torch.testing.assert_close(products, torch.eye(denoiser.POSITION_CHANNELS).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(products, torch.eye(places.POSITION_CHANNELS).double(), atol=1e-5, rtol=0)
     first = 0
-    for axis, number in enumerate(denoiser.POSITION_WAVES):
+    for axis, number in enumerate(places.POSITION_WAVES):
         others = [other + 1 for other in range(3) if other != axis]
         of_axis = placed[0, 4 + first : 4 + first + number]
         assert of_axis.amax(others).equal(of_axis.amin(others))
         first += number
-    some = denoiser.with_positions(latents[:, :, [1, 5]], torch.tensor([1, 5]))
+    some = places.with_positions(latents[:, :, [1, 5]], torch.tensor([1, 5]))
     assert torch.equal(some[:, 4:], placed[:, 4:, [1, 5]])
-    assert torch.equal(denoiser.with_positions(latents[:, :, :1])[:, 4:], placed[:, 4:, :1])
-    each = denoiser.with_positions(latents[:, :, :1], torch.tensor([[6], [2]]))
+    assert torch.equal(places.with_positions(latents[:, :, :1])[:, 4:], placed[:, 4:, :1])
+    each = places.with_positions(latents[:, :, :1], torch.tensor([[6], [2]]))
     assert torch.equal(each[0, 4:, 0], placed[0, 4:, 6])
     assert torch.equal(each[1, 4:, 0], placed[1, 4:, 2])
 
@@ -146,7 +147,7 @@ def test_heads_that_do_not_divide_the_text_width_are_refused():
 def test_objects_weigh_more_and_the_mean_weight_is_one():
     latents = 0.1 * torch.rand(2, 3, 4, 8, 8)
     latents[0, 1, :, 4, 4] = 2.0
-    weight = denoiser.object_weight(latents)
+    weight = places.object_weight(latents)
     assert weight.shape == (2, 1, 4, 8, 8)
     assert float(weight.mean()) == pytest.approx(1.0)
     around = weight[0, 0, 0, 3:6, 3:6]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny import card as tiny_card
-from genattn.pipelines.tiny import evaluate as tiny_evaluate
+from genattn.pipelines.tiny import card as tiny_card, evaluate as tiny_evaluate
 from genattn.pipelines.tiny.export import GenerationDefaults
 from genattn.pipelines.tiny.world import caption, parse_caption, render, sample_scene
 

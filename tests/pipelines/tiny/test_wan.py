@@ -10,12 +10,12 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny import card as tiny_card
-from genattn.pipelines.tiny import wan as tiny_wan
-from genattn.pipelines.tiny.denoiser import POSITION_CHANNELS, DenoiserSize
+from genattn.pipelines.tiny import card as tiny_card, wan as tiny_wan
+from genattn.pipelines.tiny.denoiser import DenoiserSize
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, assemble, export
 from genattn.pipelines.tiny.resume import adopt
 from genattn.pipelines.tiny.vae import build_vae, training_clips
+from genattn.pipelines.training.places import POSITION_CHANNELS
 from genattn.pipelines.training.trainer import TrainSettings, step_generator
 
 SHIPPED = Path(__file__).resolve().parents[3] / "assets" / "tiny-wan"

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.queue.frame_noise import frame_noise, frame_seed

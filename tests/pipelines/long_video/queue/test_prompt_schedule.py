@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
