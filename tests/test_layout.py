@@ -10,58 +10,174 @@ from pathlib import Path
 
 import pytest
 
+from genattn.apps.pages.rooms import LABORATORY, TOPS, Room, circles, imported, read_rooms
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["kernels", "genattn", "guidance", "pipelines", "apps"]  # each may import itself and those before it
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def _imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative imports are banned"
-            names.add(node.module or "")
-    return names
+# Who may import whom, room by room. A new arrow is a decision: it needs a word here, and one that is gone leaves.
+MAY_IMPORT = {
+    "kernels": "kernels/cpu kernels/peers kernels/plan kernels/reference kernels/triton",
+    "kernels/cpu": "kernels/plan",
+    "kernels/peers": "kernels/plan kernels/reference kernels/triton",
+    "kernels/plan": "",
+    "kernels/reference": "kernels/plan",
+    "kernels/triton": "kernels/cpu kernels/plan kernels/reference",
+    "genattn": "",
+    "genattn/functional": "genattn genattn/geometry genattn/patterns kernels kernels/peers kernels/plan kernels/triton",
+    "genattn/geometry": "genattn kernels/plan",
+    "genattn/layouts": "genattn genattn/geometry",
+    "genattn/patterns": "genattn genattn/geometry kernels/peers kernels/plan",
+    "genattn/planning": "genattn genattn/geometry genattn/patterns kernels/plan",
+    "genattn/profiling": "genattn genattn/layouts genattn/patterns genattn/seam",
+    "genattn/seam": "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns kernels/plan",
+    "guidance/broadway": (
+        "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam guidance/passes kernels kernels/plan"
+    ),
+    "guidance/headhunter": "genattn genattn/seam guidance/heads guidance/passes guidance/softpag",
+    "guidance/heads": "genattn",
+    "guidance/passes": "genattn genattn/layouts genattn/seam guidance/heads",
+    "guidance/softpag": "genattn genattn/layouts genattn/seam guidance/heads guidance/passes",
+    "pipelines/finetune": (
+        "genattn genattn/patterns genattn/seam "
+        "pipelines/long_video/bases pipelines/long_video/output pipelines/long_video/solvers pipelines/training"
+    ),
+    "pipelines/long_video": (
+        "genattn genattn/seam "
+        "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
+        "pipelines/long_video/quality pipelines/long_video/queue"
+    ),
+    "pipelines/long_video/bases": "genattn pipelines/long_video/output pipelines/long_video/solvers",
+    "pipelines/long_video/ouroboros": "genattn genattn/layouts genattn/seam pipelines/long_video/queue",
+    "pipelines/long_video/output": "genattn",
+    "pipelines/long_video/quality": "genattn pipelines/long_video/queue",
+    "pipelines/long_video/queue": "genattn pipelines/long_video/bases pipelines/long_video/solvers",
+    "pipelines/long_video/solvers": "genattn",
+    "pipelines/tiny": "genattn pipelines/training",
+    "pipelines/tiny/random": "genattn",
+    "pipelines/tiny/studies": (
+        "genattn genattn/layouts genattn/patterns genattn/seam "
+        "guidance/broadway guidance/headhunter guidance/heads guidance/softpag "
+        "pipelines/finetune pipelines/long_video/output pipelines/long_video/quality pipelines/tiny "
+        "pipelines/training"
+    ),
+    "pipelines/training": "genattn",
+    "apps/bench": (
+        "apps/sampling "
+        "genattn genattn/functional genattn/geometry genattn/patterns "
+        "kernels kernels/cpu kernels/peers kernels/plan kernels/reference kernels/triton"
+    ),
+    "apps/cli": (
+        "apps/bench apps/comfyui apps/sampling apps/webui apps/webui/verbs "
+        "genattn genattn/geometry genattn/planning "
+        "guidance/headhunter "
+        "pipelines/finetune pipelines/long_video pipelines/long_video/ouroboros pipelines/long_video/quality "
+        "pipelines/tiny pipelines/training"
+    ),
+    "apps/comfyui": (
+        "apps/sampling "
+        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
+        "guidance/heads guidance/softpag "
+        "pipelines/long_video pipelines/long_video/ouroboros pipelines/long_video/queue pipelines/long_video/solvers"
+    ),
+    "apps/comfyui/pack": "apps/comfyui",
+    "apps/laboratory": (
+        "apps/bench apps/sampling "
+        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
+        "guidance/broadway guidance/softpag "
+        "kernels/reference "
+        "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
+        "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"
+    ),
+    "apps/pages": (
+        "apps/cli apps/laboratory apps/sampling "
+        "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
+        "guidance/broadway "
+        "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"
+    ),
+    "apps/sampling": "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling pipelines/tiny",
+    "apps/webui": "apps/webui/tabs apps/webui/verbs genattn",
+    "apps/webui/tabs": "apps/bench apps/sampling apps/webui/verbs genattn genattn/planning guidance/heads guidance/softpag",
+    "apps/webui/verbs": (
+        "apps/sampling "
+        "genattn genattn/geometry genattn/planning genattn/seam "
+        "guidance/headhunter guidance/heads guidance/softpag "
+        "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
+        "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny"
+    ),
+}
 
 
-def _room(module: str) -> str | None:
-    parts = module.split(".")
-    if parts[0] != "genattn":
-        return None
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "genattn"
+@pytest.fixture(scope="module")
+def rooms() -> dict[str, Room]:
+    return read_rooms(ROOT)
 
 
-# the two doors of the package itself: they hand over to a room further down, when called
-DOORS = {ROOT / "genattn" / "__init__.py", ROOT / "genattn" / "__main__.py"}
+def test_rooms_import_what_the_list_says(rooms: dict[str, Room]) -> None:
+    arrows = {name: room.imports for name, room in rooms.items()}
+    listed = {name: set(targets.split()) for name, targets in MAY_IMPORT.items()}
+    new = {f"{a} -> {b}" for a in arrows for b in arrows[a] - listed.get(a, set())}
+    gone = {f"{a} -> {b}" for a in listed for b in listed[a] - arrows.get(a, set())}
+    assert not new, f"arrows that MAY_IMPORT does not have: {sorted(new)}"
+    assert not gone, f"arrows in MAY_IMPORT that no import needs: {sorted(gone)}"
+    assert listed.keys() == rooms.keys()
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_point_one_way(room: str) -> None:
-    for path in sorted((ROOT / room).rglob("*.py")):
-        if path in DOORS:
-            continue
-        for name in _imports(path):
-            target = _room(name)
-            if target is not None:
-                assert ROOMS.index(target) <= ROOMS.index(room), f"{path.relative_to(ROOT)} imports {name}"
+def test_no_two_rooms_import_each_other(rooms: dict[str, Room]) -> None:
+    assert circles({name: room.imports for name, room in rooms.items()}) == []
+
+
+def test_folders_import_one_way(rooms: dict[str, Room]) -> None:
+    for name, room in rooms.items():
+        for target in room.imports:
+            assert TOPS.index(target.split("/")[0]) <= TOPS.index(name.split("/")[0]), f"{name} imports {target}"
+
+
+def test_no_folder_is_crowded(rooms: dict[str, Room]) -> None:
+    assert {name: room.files for name, room in rooms.items() if room.files > 20} == {}
+    every = [path.parent for path in (ROOT / "tests").rglob("*.py")]
+    assert {str(folder): every.count(folder) for folder in every if every.count(folder) > 20} == {}
+
+
+def test_the_product_does_not_need_the_laboratory(rooms: dict[str, Room]) -> None:
+    for name, room in rooms.items():
+        if name not in LABORATORY:
+            assert not room.imports & set(LABORATORY), f"{name} is in the wheel and imports {room.imports & set(LABORATORY)}"
+    packages = {"genattn." + name.replace("/", ".") for name in LABORATORY}
+    assert not packages & set(PYPROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_every_room_says_what_it_is_for(rooms: dict[str, Room]) -> None:
+    assert [name for name, room in rooms.items() if not room.about] == []
+
+
+def test_tests_mirror_the_rooms(rooms: dict[str, Room]) -> None:
+    places = {str(path.parent.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py")} - {"."}
+    assert places <= rooms.keys(), f"tests/ has folders that are no rooms: {sorted(places - rooms.keys())}"
+
+
+def test_no_relative_imports() -> None:
+    for top in TOPS:
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{path}:{node.lineno} is relative"
 
 
 def test_kernels_need_only_torch_and_triton() -> None:
     allowed = {"genattn", "torch", "triton", "xformers"} | set(sys.stdlib_module_names)
     optional = {"flashinfer", "natten", "spas_sage_attn", "flash_attn", "flash_attn_interface"}  # used when installed
     for path in (ROOT / "kernels").rglob("*.py"):
-        top = {name.split(".")[0] for name in _imports(path)}
+        top = {name.split(".")[0] for name in imported(path.read_text())}
         assert top <= allowed | optional, f"{path.name} imports {sorted(top - allowed - optional)}"
 
 
-@pytest.mark.parametrize("room", [r for r in ROOMS if r != "genattn"])
+@pytest.mark.parametrize("room", [r for r in TOPS if r != "genattn"])
 def test_mapped_folders_have_no_init(room: str) -> None:
     assert not (ROOT / room / "__init__.py").exists(), "a bare `import kernels` must keep meaning the other package"
     assert not (ROOT / "genattn" / room).exists(), f"genattn/{room} would hide the folder {room}/"
@@ -70,11 +186,8 @@ def test_mapped_folders_have_no_init(room: str) -> None:
 def test_every_package_is_listed() -> None:
     listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
     found = set()
-    for room in ROOMS:
-        base = "genattn" if room == "genattn" else f"genattn.{room}"
-        for path in (ROOT / room).rglob("*.py"):
-            inner = path.parent.relative_to(ROOT / room).parts
-            found.add(".".join((base, *inner)))
+    for name in read_rooms(ROOT).keys() - set(LABORATORY):
+        found.add(name.replace("/", ".") if name.split("/")[0] == "genattn" else f"genattn.{name.replace('/', '.')}")
     assert found <= listed, f"add to [tool.setuptools] packages: {sorted(found - listed)}"
 
 
@@ -127,11 +240,12 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     done = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for room in ROOMS:
+    laboratory = tuple(f"genattn/{name}/" for name in LABORATORY)
+    for room in TOPS:
         for path in (source / room).rglob("*"):
-            if path.suffix in {".py", ".json", ".cpp", ".typed"}:
-                inside = path.relative_to(source) if room == "genattn" else Path("genattn") / path.relative_to(source)
-                assert str(inside) in names, f"the wheel lacks {inside}"
+            if path.suffix in {".py", ".pyi", ".json", ".cpp", ".typed"}:
+                inside = str(path.relative_to(source) if room == "genattn" else Path("genattn") / path.relative_to(source))
+                assert (inside in names) == (not inside.startswith(laboratory)), f"the wheel lacks {inside}, or should"
     assert "genattn/assets/tiny-wan/model_index.json" in names
     assert not any(n.startswith(("kernels/", "tests/", "assets/")) for n in names)
 
@@ -141,6 +255,6 @@ def _copy_sources(target: Path) -> None:
     for name in filter(None, tracked.split("\0")):
         if not (ROOT / name).is_file():
             continue
-        if name.split("/")[0] in {*ROOMS, "assets"} or name in {"pyproject.toml", "README.md", "LICENSE"}:
+        if name.split("/")[0] in {*TOPS, "assets"} or name in {"pyproject.toml", "README.md", "LICENSE"}:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
