@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from genattn.apps.pages import rooms
 from genattn.errors import GenAttnError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,12 +180,17 @@ def _longer_finetuning() -> str:
     return finetune_table(ROOT / "assets" / "bench" / "finetune.csv")
 
 
+def _rooms(show: Callable[[dict[str, rooms.Room]], str]) -> Callable[[], str]:
+    return lambda: show(rooms.read_rooms(ROOT))
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "families": families_table,
         "speed": lambda: speed_table(ROOT / "assets" / "bench" / "attention.csv"),
         "quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv"),
     },
+    "docs/architecture.md": {"picture": _rooms(rooms.picture), "rooms": _rooms(rooms.table)},
     "docs/command-line.md": {"commands": commands_table},
     "docs/long-video.md": {"bases": _long_video_bases, "ablation": _long_video_ablation},
     "docs/finetuning.md": {"longer": _longer_finetuning},

@@ -1,4 +1,4 @@
-"""The rooms of this repository, read from its own source: what each is for, its size, and who imports whom.
+"""The rooms of this repository, read from its own source: what each is for, and who imports whom.
 
 A room is a folder with code. The picture in docs/architecture.md leaves out every arrow that other arrows imply, so that forty
 rooms stay readable; the table beside it names them all.
@@ -24,7 +24,6 @@ class Room:
     path: str
     about: str
     files: int = 0
-    lines: int = 0
     imports: set[str] = field(default_factory=set)
 
 
@@ -55,7 +54,6 @@ def read_rooms(root: Path) -> dict[str, Room]:
         room = rooms.setdefault(name, Room(name, _about(path.parent, name)))
         text = path.read_text(encoding="utf-8")
         room.files += 1
-        room.lines += text.count("\n")
         targets = {str(modules[m].parent.relative_to(root)) for m in imported(text) & modules.keys()}
         room.imports |= targets - {name}
     return rooms
@@ -123,12 +121,12 @@ def _node(path: str) -> str:
 
 
 def table(rooms: dict[str, Room]) -> str:
-    """A GitHub table: room, what it is for, files, lines, and every room that it imports."""
-    head = ["| room | what it is for | files | lines | imports |", "| --- | --- | ---: | ---: | --- |"]
+    """A GitHub table: room, what it is for, and every room that it imports. No sizes: they change with every commit."""
+    head = ["| room | what it is for | imports |", "| --- | --- | --- |"]
     return "\n".join(head + [_row(room) for room in rooms.values()])
 
 
 def _row(room: Room) -> str:
     mark = " (not in the wheel)" if room.path in LABORATORY else ""
     imports = ", ".join(f"`{name}`" for name in sorted(room.imports)) or "-"
-    return f"| `{room.path}/`{mark} | {room.about} | {room.files} | {room.lines} | {imports} |"
+    return f"| `{room.path}/`{mark} | {room.about} | {imports} |"
