@@ -36,5 +36,5 @@ def test_the_newest_study_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(GenAttnError, match="tiny_broadway_study --table"):
+    with pytest.raises(GenAttnError, match="studies.broadway --table"):
         broadway_table(tmp_path / "no.csv")

@@ -44,7 +44,7 @@ def test_newest_study_of_each_length(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(GenAttnError, match="tiny_finetune_study --table"):
+    with pytest.raises(GenAttnError, match="studies.finetune --table"):
         finetune_table(tmp_path / "none.csv")
     with pytest.raises(GenAttnError, match="lacks radial LoRA"):
         finetune_table(_write(tmp_path / "t.csv", [_row(arm, "a", 0.5) for arm in ARMS[:2]]))
