@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from transformers import CLIPTextModelWithProjection
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal
 from genattn.pipelines.tiny.denoiser import CAPTION_DROPOUT
-from genattn.pipelines.tiny.export import DEFAULTS_FILE, JOURNAL, GenerationDefaults, forget_origins
+from genattn.pipelines.tiny.export import GenerationDefaults, write_pipeline
 from genattn.pipelines.tiny.latents import SHARD, cache_latents, load_latents
 from genattn.pipelines.tiny.motion import (
     FRAMES,
@@ -41,6 +40,7 @@ from genattn.pipelines.tiny.motion import (
     motion_adapter_of,
     tokenize,
 )
+from genattn.pipelines.training.command import run_command, training_parser
 from genattn.pipelines.training.places import object_weight
 from genattn.pipelines.training.trainer import TrainSettings, train
 
@@ -204,18 +204,9 @@ def assemble(run_dir: Path, size: MotionSize | None = None) -> tuple[Any, int]:
 def export(run_dir: Path, folder: Path, size: MotionSize | None = None) -> int:
     """Write a run's pipeline to `folder`, whole or not at all, a README.md kept; returns the training steps behind it."""
     pipeline, steps = assemble(run_dir, size)
-    half_written = folder.with_name(folder.name + ".part")
-    shutil.rmtree(half_written, ignore_errors=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.motion_adapter):
         part.to(torch.float16)
-    pipeline.save_pretrained(half_written)
-    forget_origins(half_written)
-    (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(DEFAULTS), indent=2) + "\n")
-    for kept in (folder / "README.md", run_dir / JOURNAL):
-        if kept.exists():
-            shutil.copy2(kept, half_written / kept.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    half_written.rename(folder)
+    write_pipeline(pipeline, folder, DEFAULTS, run_dir)
     return steps
 
 
@@ -241,17 +232,8 @@ def run_training(options: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m genattn.pipelines.tiny.animatediff", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    training.set_defaults(run=run_training)
-    training.add_argument("--run-dir", type=Path, required=True, help="where checkpoints and cached latents go")
-    training.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="which to run, in order")
+    parser, _, training = training_parser("genattn.pipelines.tiny.animatediff", __doc__, PHASES, run_training)
     training.add_argument("--begin-with", type=Path, default=Path("assets/tiny-sd3"), help="a trained tiny-sd3")
-    training.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
-    training.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
-    training.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    training.add_argument("--minutes", type=float, default=1e9, help="wall-clock limit of each phase")
     training.add_argument("--shards", type=int, nargs=2, default=(0, 64), help="first and end shard of 64 clips")
     training.add_argument("--steps", type=int, default=20000, help="last step of the UNet")
     training.add_argument("--still-steps", type=int, default=4000, help="of these, on single frames")
@@ -264,8 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m genattn.pipelines.tiny.animatediff`."""
-    options = build_parser().parse_args(arguments)
-    options.run(options)
+    run_command(build_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -84,11 +84,17 @@ def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Deno
     16-bit one in 16 bit.
     """
     pipeline, steps = assemble(run_dir, size)
-    half_written = folder.with_name(folder.name + ".part")
-    shutil.rmtree(half_written, ignore_errors=True)
     for part in (pipeline.transformer, pipeline.vae):
         for parameter in part.parameters():
             parameter.data = parameter.data.half()
+    write_pipeline(pipeline, folder, defaults, run_dir)
+    return steps
+
+
+def write_pipeline(pipeline: Any, folder: Path, defaults: GenerationDefaults, run_dir: Path) -> None:
+    """A pipeline folder, whole or not at all, with its defaults, a README.md that was there, and the run's journal."""
+    half_written = folder.with_name(folder.name + ".part")
+    shutil.rmtree(half_written, ignore_errors=True)
     pipeline.save_pretrained(half_written)
     forget_origins(half_written)
     (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
@@ -97,7 +103,6 @@ def export(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Deno
             shutil.copy2(kept, half_written / kept.name)
     shutil.rmtree(folder, ignore_errors=True)
     half_written.rename(folder)
-    return steps
 
 
 def forget_origins(folder: Path) -> None:

@@ -15,9 +15,8 @@ The joint attention sees those zeros, 256 of them by default; training shows the
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal
-from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, forget_origins
+from genattn.pipelines.tiny.export import GenerationDefaults, write_pipeline
 from genattn.pipelines.tiny.text import build_tokenizer
 from genattn.pipelines.tiny.vae import to_model_range, training_clips
 from genattn.pipelines.tiny.world import caption, render, sample_scene, settle
+from genattn.pipelines.training.command import run_command, training_parser
 from genattn.pipelines.training.places import object_weight
 from genattn.pipelines.training.trainer import TrainSettings, step_generator, train
 
@@ -288,18 +288,10 @@ def assemble_sd3(run_dir: Path, size: Sd3Size | None = None) -> tuple[StableDiff
 def export_sd3(run_dir: Path, folder: Path, defaults: GenerationDefaults, size: Sd3Size | None = None) -> int:
     """Write a run's pipeline to `folder`, whole or not at all, a README.md kept; returns the training steps behind it."""
     pipeline, steps = assemble_sd3(run_dir, size)
-    half_written = folder.with_name(folder.name + ".part")
-    shutil.rmtree(half_written, ignore_errors=True)
     for part in (pipeline.transformer, pipeline.vae):
         for parameter in part.parameters():
             parameter.data = parameter.data.half()
-    pipeline.save_pretrained(half_written)
-    forget_origins(half_written)
-    (half_written / DEFAULTS_FILE).write_text(json.dumps(asdict(defaults), indent=2) + "\n")
-    if (folder / "README.md").exists():
-        shutil.copy2(folder / "README.md", half_written / "README.md")
-    shutil.rmtree(folder, ignore_errors=True)
-    half_written.rename(folder)
+    write_pipeline(pipeline, folder, defaults, run_dir)
     return steps
 
 
@@ -325,16 +317,7 @@ def run_training(options: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m genattn.pipelines.tiny.sd3", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    training.set_defaults(run=run_training)
-    training.add_argument("--run-dir", type=Path, required=True, help="where checkpoints go")
-    training.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="which to run, in order")
-    training.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
-    training.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
-    training.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    training.add_argument("--minutes", type=float, default=1e9, help="wall-clock limit of each phase")
+    parser, _, training = training_parser("genattn.pipelines.tiny.sd3", __doc__, PHASES, run_training)
     training.add_argument("--vae-steps", type=int, default=3000, help="last step of the autoencoder")
     training.add_argument("--vae-batch", type=int, default=16, help="stills per step of the autoencoder")
     training.add_argument("--steps", type=int, default=30000, help="last step of the transformer")
@@ -348,8 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m genattn.pipelines.tiny.sd3`."""
-    options = build_parser().parse_args(arguments)
-    options.run(options)
+    run_command(build_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from genattn.pipelines.tiny.latents import SHARD, cache_latents, load_latents, m
 from genattn.pipelines.tiny.resume import adopt, start_from
 from genattn.pipelines.tiny.text import build_tokenizer
 from genattn.pipelines.tiny.vae import CLIP_FRAMES, build_vae, psnr, still_convolutions, training_clips, vae_loss
+from genattn.pipelines.training.command import run_command, training_parser
 from genattn.pipelines.training.places import POSITION_CHANNELS, with_positions
 from genattn.pipelines.training.trainer import TrainSettings, step_generator, train
 
@@ -219,17 +220,8 @@ def run_evaluation(options: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m genattn.pipelines.tiny.wan", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    training.set_defaults(run=run_training)
-    training.add_argument("--run-dir", type=Path, required=True, help="where checkpoints and cached latents go")
-    training.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="which to run, in order")
-    training.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
-    training.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
+    parser, commands, training = training_parser("genattn.pipelines.tiny.wan", __doc__, PHASES, run_training)
     training.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
-    training.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    training.add_argument("--minutes", type=float, default=1e9, help="wall-clock limit of each phase")
     training.add_argument("--vae-steps", type=int, default=1650, help="last step of the autoencoder")
     training.add_argument("--vae-still-steps", type=int, default=950, help="of these, on stills")
     training.add_argument("--clip-shards", type=int, nargs=2, default=(0, 64), help="first and end shard of 64 clips")
@@ -262,8 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m genattn.pipelines.tiny.wan`."""
-    options = build_parser().parse_args(arguments)
-    options.run(options)
+    run_command(build_parser(), arguments)
 
 
 if __name__ == "__main__":

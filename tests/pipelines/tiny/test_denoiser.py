@@ -152,5 +152,5 @@ def test_objects_weigh_more_and_the_mean_weight_is_one():
     assert float(weight.mean()) == pytest.approx(1.0)
     around = weight[0, 0, 0, 3:6, 3:6]
     assert (around == around[0, 0]).all()
-    assert float(around[0, 0] / weight[0, 0, 0, 0, 0]) == pytest.approx(denoiser.OBJECT_WEIGHT)
+    assert float(around[0, 0] / weight[0, 0, 0, 0, 0]) == pytest.approx(places.OBJECT_WEIGHT)
     assert (weight[1] == weight[1, 0, 0, 0, 0]).all()
