@@ -30,6 +30,8 @@ def why_not_grouped(query: torch.Tensor, plan: BlockPlan) -> str | None:
         return f"it is for CPU tensors, got {query.device.type}"
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"the dtype must be a floating type of 16 bits or more, got {query.dtype}"
+    if plan.tail is not None:
+        return f"it does not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
     return None
 
 

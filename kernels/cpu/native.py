@@ -48,6 +48,8 @@ def why_not_native(query: torch.Tensor, plan: BlockPlan) -> str | None:
         return f"it is for CPU tensors, got {query.device.type}"
     if query.dtype not in _DTYPES:
         return f"the dtype must be float32, bfloat16 or float16, got {query.dtype}"
+    if plan.tail is not None:
+        return f"the C++ kernel does not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
     if plan.rule is not None and _grid_rules(plan.rule) is None and mask_bytes(plan) > _BITS_LIMIT:
         limit, size = _BITS_LIMIT >> 20, mask_bytes(plan) >> 20
         return f"the packed masks of its partial tiles must stay under {limit} MiB, got {size} MiB"

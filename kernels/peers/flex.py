@@ -21,6 +21,8 @@ def why_not_flex(query: torch.Tensor, plan: BlockPlan, return_lse: bool, key_mas
     """The reason why flex_attention cannot serve this call, or None."""
     if key_mask:
         return "a key mask would need a new compiled mask for every call; use another impl"
+    if plan.tail is not None:
+        return f"its scores take no weights of pseudo-keys here, the plan asks for tail={plan.tail.kind!r}"
     if query.device.type == "cpu" and return_lse:
         return "flex_attention on the CPU returns no log-sum-exp"
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:

@@ -16,6 +16,8 @@ def why_not_sdpa_mask(query: torch.Tensor, plan: BlockPlan, return_lse: bool) ->
     """The reason why masked SDPA cannot serve this call, or None."""
     if return_lse:
         return "scaled_dot_product_attention returns no log-sum-exp; use return_lse=False or another impl"
+    if plan.tail is not None:
+        return f"its mask has no weights for pseudo-keys, the plan asks for tail={plan.tail.kind!r}"
     size = plan.mask_heads * plan.seqlen_q * plan.seqlen_k
     if size > _MASK_BYTES:
         return f"its mask must stay under {_MASK_BYTES >> 20} MiB, this plan needs {size >> 20} MiB"

@@ -9,12 +9,14 @@ address and nothing is permuted or padded in memory. No S x S tensor anywhere.
 
 import itertools
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from genattn.kernels.plan.element_rule import ElementRule
+from genattn.kernels.plan.tail import Tail, tail_of_plan
 
 _HANDLES: "weakref.WeakValueDictionary[int, BlockPlan]" = weakref.WeakValueDictionary()
 _NEXT_HANDLE = itertools.count(1)
@@ -31,6 +33,7 @@ class BlockPlan:
     num_full: int32 [N, NQ], how many of a list's tiles are full (every used lane sees every used lane).
     rule: decides inside the other tiles; may be None when there are none.
     seqlen_q, seqlen_k: lengths of the sequences the indices point into.
+    tail: what stands in for the key tiles that are not listed; None: nothing, they are as hidden.
     handle: int64 scalar on the CPU that names this plan inside a library op; see `plan_of_handle`.
     mask_heads: 1 when lists and rule are the same for all heads, else the number of query heads.
     """
@@ -43,6 +46,7 @@ class BlockPlan:
     rule: ElementRule | None
     seqlen_q: int
     seqlen_k: int
+    tail: Tail | None = None
     handle: torch.Tensor = field(init=False, repr=False)
     mask_heads: int = field(init=False)
 
@@ -55,6 +59,12 @@ class BlockPlan:
             )
         if self.rule is None and int(self.num_full.sum()) != self.columns.numel():
             raise ValueError("a plan with partial tiles needs an element rule, got rule=None")
+        words = -(-self.key_tiles.shape[0] // 32)
+        if self.tail is not None and self.tail.skipped.shape != (rows, tiles, words):
+            raise ValueError(
+                f"the tail must be one for these lists, with skipped [{rows}, {tiles}, {words}], "
+                f"got {list(self.tail.skipped.shape)}; make it with with_tail"
+            )
         number = next(_NEXT_HANDLE)
         _HANDLES[number] = self
         object.__setattr__(self, "handle", torch.tensor(number))
@@ -116,8 +126,10 @@ class BlockPlan:
 
     @cached_property
     def computed_density(self) -> float:
-        """Work of the visited tiles with their unused lanes, over Sq x Sk: what a kernel really multiplies."""
+        """Work of the visited tiles with their unused lanes and of the tail, over Sq x Sk: what a kernel really multiplies."""
         work = self.columns.numel() * self.block_q * self.block_k
+        if self.tail is not None:
+            work += self.num_heads * self.query_tiles.numel() * self.tail.pseudo_keys
         return work / (self.num_heads * self.seqlen_q * self.seqlen_k)
 
     @cached_property
@@ -128,6 +140,16 @@ class BlockPlan:
     def flops(self, head_dim: int, heads: int = 1, batch: int = 1) -> float:
         """Multiply-adds times two of both products over the visited tiles."""
         return 4.0 * batch * heads * head_dim * self.density * self.seqlen_q * self.seqlen_k
+
+    def with_tail(self, kind: str | None, heads: Sequence[bool] | None = None) -> "BlockPlan":
+        """The same lists with a stand-in for what they skip, None for none. A plan that skips nothing has none.
+
+        kind: a name of `TAILS`. heads: which of the lists' heads have it, default all. Raises ValueError for other kinds.
+        """
+        tail = None if kind is None else tail_of_plan(self, kind, heads)
+        if tail is None and self.tail is None:
+            return self
+        return replace(self, tail=tail)
 
     def to(self, device: torch.device | str) -> "BlockPlan":
         """The plan with its lists on `device`; the copy is kept."""
@@ -148,6 +170,7 @@ class BlockPlan:
             None if self.rule is None else self.rule.to(device),
             self.seqlen_q,
             self.seqlen_k,
+            None if self.tail is None else self.tail.to(device),
         )
 
     @cached_property
@@ -161,7 +184,7 @@ class BlockPlan:
 
     @cached_property
     def transposed(self) -> "BlockPlan":
-        """The inverse lists: per key tile the query tiles that visit it (for dK and dV); same rule, roles not swapped."""
+        """The inverse lists: per key tile the query tiles that visit it (for dK and dV); same rule, roles not swapped, no tail."""
         row, partial = self.entries
         tiles, keys = self.query_tiles.shape[0], self.key_tiles.shape[0]
         owner = torch.div(row, tiles, rounding_mode="floor") * keys + self.columns.long()

@@ -1,5 +1,6 @@
-"""The definition of block-sparse attention, which every kernel is held against."""
+"""The definition of block-sparse attention, which every kernel is held against, and of the tail that stands in for skipped tiles."""
 
 from genattn.kernels.reference.attention import reference_attention
+from genattn.kernels.reference.tail import tail_keys
 
-__all__ = ["reference_attention"]
+__all__ = ["reference_attention", "tail_keys"]

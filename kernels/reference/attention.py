@@ -4,12 +4,14 @@
                         and key_mask[b, k]
     out[q] = sum_k softmax_k(scale * <q, k>) v_k  over visible k,     lse[q] = log sum_k exp(scale * <q, k>)
 
-Text, grid and reference tokens stand in one softmax. A query that sees nothing gets zeros and an lse of -inf.
+Text, grid and reference tokens stand in one softmax. A query that sees nothing gets zeros and an lse of -inf. A plan with a
+tail adds pseudo-keys to the sums in the place of the tiles that are not listed: see `tail.py` beside this file.
 """
 
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.tail import TailKeys, tail_keys, tail_scores
 
 _SCORES_AT_ONCE = 1 << 26
 
@@ -30,6 +32,7 @@ def reference_attention(
     """
     compute = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    pseudo = None if plan.tail is None else tail_keys(key, value, plan.tail, key_mask)
     if key_mask is not None:
         # a hidden key must not leak through 0 * NaN
         key = key.masked_fill(~key_mask[:, :, None, None], 0.0)
@@ -37,14 +40,20 @@ def reference_attention(
     group = query.shape[2] // key.shape[2]
     keys = key.to(compute).repeat_interleave(group, dim=2).permute(0, 2, 3, 1)
     values = value.to(compute).repeat_interleave(group, dim=2).transpose(1, 2)
+    if pseudo is not None:
+        values = torch.cat([values, pseudo.value.repeat_interleave(group, 2).transpose(1, 2)], 2)
     batch, seqlen, heads, _ = query.shape
     rows = max(1, _SCORES_AT_ONCE // (batch * heads * plan.seqlen_k))
     outs, lses = [], []
     for index in torch.arange(seqlen, device=query.device).split(rows):
-        scores = query[:, index].to(compute).transpose(1, 2) @ keys * scale
+        rows_of_query = query[:, index].to(compute)
+        scores = rows_of_query.transpose(1, 2) @ keys * scale
         visible = visible_rows(plan, index)[None]
         if key_mask is not None:
             visible = visible & key_mask[:, None, None, :]
+        if pseudo is not None:
+            scores = torch.cat([scores, tail_scores(rows_of_query, pseudo, scale)], -1)
+            visible = _with_tail(visible, pseudo_rows(plan, index)[None], pseudo)
         out, lse = _masked_softmax(scores, visible, values)
         outs.append(out.transpose(1, 2))
         lses.append(lse.transpose(1, 2))
@@ -64,6 +73,21 @@ def visible_rows(plan: BlockPlan, query_index: torch.Tensor) -> torch.Tensor:
         seen = plan.rule(query_index[:, None], torch.arange(plan.seqlen_k, device=device)[None, :])
         visible = visible | ((state == 1) & seen)
     return visible
+
+
+def pseudo_rows(plan: BlockPlan, query_index: torch.Tensor) -> torch.Tensor:
+    """Bool [N, len(query_index), P]: which pseudo-keys of the plan's tail the given queries see."""
+    assert plan.tail is not None
+    plan = plan.to(query_index.device)
+    tile = _tile_of_token(plan.query_tiles, plan.seqlen_q)[query_index]
+    return plan.tail.stands_in()[:, tile.clamp_min(0)] & (tile >= 0)[:, None]  # type: ignore[union-attr]
+
+
+def _with_tail(visible: torch.Tensor, stood_in: torch.Tensor, pseudo: TailKeys) -> torch.Tensor:
+    """Bool [B, N, rows, Sk + P]."""
+    stood_in = stood_in & torch.isfinite(pseudo.log_count)[:, None, None, :]
+    shape = torch.broadcast_shapes(visible.shape[:3], stood_in.shape[:3])
+    return torch.cat([visible.expand(*shape, -1), stood_in.expand(*shape, -1)], -1)
 
 
 def visible_mask(plan: BlockPlan) -> torch.Tensor:

@@ -36,6 +36,8 @@ def why_not_triton(query: torch.Tensor, plan: BlockPlan, scale: float | None = N
         return f"tile sizes must be powers of two >= 16, got {plan.block_q} and {plan.block_k}"
     if scale is not None and scale <= 0:
         return f"scale must be > 0, got {scale}"
+    if plan.tail is not None:
+        return f"its kernels do not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
     return None
 
 

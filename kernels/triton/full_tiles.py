@@ -19,6 +19,8 @@ def why_not_full_tiles(query: torch.Tensor, plan: BlockPlan, scale: float | None
     reason = why_not_triton(query, plan, scale)
     if reason is not None:
         return reason
+    if plan.tail is not None:
+        return f"it computes listed tiles only, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
     dim = query.shape[-1]
     if query.dtype == torch.float32 and not interpreting():
         return "it is for float16 and bfloat16"
