@@ -184,7 +184,7 @@ class BlockPlan:
 
     @cached_property
     def transposed(self) -> "BlockPlan":
-        """The inverse lists: per key tile the query tiles that visit it (for dK and dV); same rule, roles not swapped, no tail."""
+        """The inverse lists: per key tile the query tiles that visit it (for dK, dV); same rule, roles not swapped; no tail."""
         row, partial = self.entries
         tiles, keys = self.query_tiles.shape[0], self.key_tiles.shape[0]
         owner = torch.div(row, tiles, rounding_mode="floor") * keys + self.columns.long()

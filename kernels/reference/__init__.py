@@ -1,4 +1,4 @@
-"""The definition of block-sparse attention, which every kernel is held against, and of the tail that stands in for skipped tiles."""
+"""The definition of block-sparse attention, which every kernel is held against, and of what stands in for skipped tiles."""
 
 from genattn.kernels.reference.attention import reference_attention
 from genattn.kernels.reference.tail import tail_keys
