@@ -22,10 +22,13 @@ from genattn.apps.comfyui.workflows import write_workflows
 from genattn.guidance.heads.head_set import HeadSet
 
 DIRECTORY, PYTHON = os.environ.get("COMFYUI_DIR"), os.environ.get("COMFYUI_PYTHON")
-pytestmark = pytest.mark.skipif(
-    not (DIRECTORY and PYTHON),
-    reason="COMFYUI_DIR and COMFYUI_PYTHON name no ComfyUI; only the contract test of the node definitions ran",
-)
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(
+        not (DIRECTORY and PYTHON),
+        reason="COMFYUI_DIR and COMFYUI_PYTHON name no ComfyUI; only the contract test of the node definitions ran",
+    ),
+]
 
 SPARSE = {
     "pattern": "neighborhood", "decay": 0.2, "window": "3,4,4", "stride": "1", "dense_steps": 0.0, "dense_blocks": "0",
