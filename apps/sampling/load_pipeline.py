@@ -73,22 +73,26 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_pipeline(model: str | Path | None, dtype: str = "auto", device: str | None = None) -> Any:
+def load_pipeline(
+    model: str | Path | None, dtype: str = "auto", device: str | None = None, cpu_offload: str | None = None
+) -> Any:
     """A pipeline on its device, from a folder, a hub id or (None) the shipped tiny-wan.
 
     Args:
         model: folder or hub id. Only safetensors weights are read and no remote code is run.
         dtype: "auto" (float32 on a CPU, bfloat16 elsewhere), "float32", "float16" or "bfloat16".
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the accelerator if there is one.
+        cpu_offload: "model" or "group" keeps the weights on the CPU between uses; they are never on the device as a whole.
 
     Raises:
-        GenAttnError: the folder is not whole, the id cannot be reached, or the dtype or device is not there.
+        GenAttnError: the folder is not whole, the id cannot be reached, or the dtype or device is not there, or there is
+            nothing to offload from.
     """
     import diffusers
     import torch
-    from packaging.version import Version
 
     place = pick_device(device)
+    _check_offload(cpu_offload, place)
     source = str(shipped_model() if model is None else model)
     if Path(source).is_dir():
         check_folder(Path(source))
@@ -98,14 +102,34 @@ def load_pipeline(model: str | Path | None, dtype: str = "auto", device: str | N
     if dtype != "auto" and dtype not in kinds:
         raise GenAttnError(f"dtype must be auto, {', '.join(kinds)}, got {dtype!r}")
     kind = kinds.get(dtype, torch.float32 if place == "cpu" else torch.bfloat16)
-    # the argument's name changed; the old one warns, the new one is ignored by older versions
-    keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **{keyword: kind})
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=kind)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None
-    return pipe.to(place)
+    return _placed(pipe, place, cpu_offload)
+
+
+def _check_offload(cpu_offload: str | None, place: str) -> None:
+    if cpu_offload not in (None, "model", "group"):
+        raise GenAttnError(f"--cpu-offload must be model or group, got {cpu_offload!r}")
+    if cpu_offload is not None and place.split(":")[0] == "cpu":
+        raise GenAttnError(
+            f"--cpu-offload {cpu_offload} needs an accelerator to offload from, and the device is the CPU; leave it out"
+        )
+
+
+def _placed(pipe: Any, place: str, cpu_offload: str | None) -> Any:
+    """The pipeline on its device. Offloading comes instead of the move: who asks for it has no room for the whole model."""
+    import torch
+
+    if cpu_offload == "model":
+        pipe.enable_model_cpu_offload(device=place)
+    elif cpu_offload == "group":
+        pipe.enable_group_offload(onload_device=torch.device(place), offload_type="leaf_level")
+    else:
+        pipe.to(place)
+    return pipe
 
 
 def pick_device(device: str | None) -> str:

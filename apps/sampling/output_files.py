@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import numpy.typing as npt
 
 from genattn.errors import GenAttnError
 
-CONTAINERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
-VIDEO_SUFFIXES = tuple(CONTAINERS)
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _IMAGE_DESCRIPTION = 0x010E  # EXIF's tag
 Frames = npt.NDArray[np.uint8]
@@ -43,23 +41,9 @@ def check_out(path: Path, suffixes: Sequence[str], option: str = "--out") -> Non
 
 def write_video(path: Path, frames: Frames, fps: float, metadata: Mapping[str, Any]) -> None:
     """H.264 video of uint8 frames [T, H, W, 3] at `fps` frames a second, `metadata` as JSON in its comment."""
-    import av
+    from genattn.pipelines.long_video.output.save_video import save_video
 
-    part = _part(path)
-    rate = Fraction(fps).limit_denominator(1001)
-    try:
-        with av.open(str(part), "w", format=CONTAINERS[path.suffix.lower()]) as container:
-            container.metadata["comment"] = json.dumps(metadata)
-            stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
-            stream.height, stream.width = frames.shape[1:3]
-            # chroma at half resolution needs even sizes
-            stream.pix_fmt = "yuv420p" if not (stream.height % 2 or stream.width % 2) else "yuv444p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_video(frames, path, fps, metadata)
 
 
 def read_video(path: Path) -> tuple[Frames, dict[str, Any]]:

@@ -98,12 +98,7 @@ def open_pipeline(settings: SamplingSettings) -> Any:
 
     Raises GenAttnError as `load_pipeline` does.
     """
-    pipe = load_pipeline(settings.model, settings.dtype, settings.device)
-    if settings.cpu_offload == "model":
-        pipe.enable_model_cpu_offload()
-    elif settings.cpu_offload == "group":
-        pipe.enable_group_offload(onload_device=pipe.device, offload_type="leaf_level")
-    return pipe
+    return load_pipeline(settings.model, settings.dtype, settings.device, settings.cpu_offload)
 
 
 def call_arguments(pipe: Any, settings: SamplingSettings) -> dict[str, Any]:

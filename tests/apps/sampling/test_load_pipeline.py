@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 
 from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, pick_device, shipped_model
@@ -83,3 +84,27 @@ def test_dtype_and_device(random_wan_folder: Path) -> None:
     assert pick_device("cpu") == "cpu"
     with pytest.raises(GenAttnError, match="device must be one of .*cpu.*, got 'abacus'"):
         pick_device("abacus")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("model", "enable_model_cpu_offload"), ("group", "enable_group_offload")])
+def test_offload_comes_instead_of_the_move(
+    random_wan_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: str
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("genattn.apps.sampling.load_pipeline.pick_device", lambda device: "cuda:1")
+    for name in ("to", "enable_model_cpu_offload", "enable_group_offload"):
+        monkeypatch.setattr(
+            diffusers.DiffusionPipeline, name, lambda self, *args, _name=name, **named: calls.append(f"{_name} {args} {named}")
+        )
+    load_pipeline(random_wan_folder, cpu_offload=kind)
+    assert [call.split()[0] for call in calls] == [expected], "the whole model must never be moved"
+    assert "cuda:1" in calls[0] or "index=1" in calls[0]
+
+
+def test_offload_without_an_accelerator_is_refused_before_loading(tmp_path: Path) -> None:
+    with pytest.raises(
+        GenAttnError, match="--cpu-offload model needs an accelerator to offload from, and the device is the CPU"
+    ):
+        load_pipeline(tmp_path / "never looked at", device="cpu", cpu_offload="model")
+    with pytest.raises(GenAttnError, match="--cpu-offload must be model or group, got 'disk'"):
+        load_pipeline(None, device="cpu", cpu_offload="disk")
