@@ -101,7 +101,10 @@ MAY_IMPORT = {
         "guidance/broadway "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"
     ),
-    "apps/sampling": "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling pipelines/long_video/output pipelines/tiny",
+    "apps/sampling": (
+        "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling "
+        "pipelines/long_video/output pipelines/tiny"
+    ),
     "apps/webui": "apps/webui/tabs apps/webui/verbs genattn",
     "apps/webui/tabs": "apps/bench apps/sampling apps/webui/verbs genattn genattn/planning guidance/heads guidance/softpag",
     "apps/webui/verbs": (
