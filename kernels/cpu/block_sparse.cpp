@@ -55,9 +55,13 @@ struct Call {
   const int32_t* slots;         // [slot_rows, nnz], rows 1 or heads: index into bits and spans, -1 for full tiles; or null
   uint16_t* bits;               // [slots, BQ, words] one bit per lane
   int16_t* spans;               // [slots, 4] see Span
+  const int32_t* tail_tokens;   // [pseudo, tail_lanes] what a pseudo-key is the mean of, -1 unused; or null
+  const int32_t* tail_skipped;  // [lists, tiles_q, ceil(tiles_k / 32)] one bit per key tile
+  const uint8_t* tail_counted;  // [Sk] which tokens weigh, or null for all
   int64_t stride[4][3];         // query, key, value, out: batch, token, head (elements)
   int64_t nnz, workspace;       // bytes that packed keys and values may take
   int32_t batch, heads, kv_heads, dim, seqlen_q, seqlen_k, tiles_q, tiles_k, block_q, block_k, lists, slot_rows;
+  int32_t pseudo, tail_lanes, tail_parts, tail_second;  // second: the keys' spread adds to the scores
   int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
   float scale;
@@ -302,7 +306,7 @@ static inline vf hide(vf x, const uint16_t* words, int at) {  // -inf where the 
 // ---- one query tile
 
 struct Scratch {
-  std::vector<float> q, s, acc, m, l;
+  std::vector<float> q, s, acc, m, l, squares, tail_bias;
   std::vector<uint16_t> bits;
 };
 
@@ -346,7 +350,10 @@ struct Packed {  // keys and values of one (batch, key head), tile after tile
   float *keys, *values, *bias;
   uint8_t* holes;
   int16_t* used;  // lanes up to the last one in use, in whole vectors
+  float *tail_keys, *tail_values, *tail_spread, *tail_bias;  // pseudo-keys in tiles of their own; bias is log2 of the count
 };
+
+static int tail_tiles(const Call& c) { return (c.pseudo + round_up(c.block_k, VL) - 1) / round_up(c.block_k, VL); }
 
 // one visited tile pair: scores, softmax, and the weighted values into the accumulator
 static void visit(const Call& c, const Packed& kv, Scratch& w, int kt, int next_kt, Span span, const uint16_t* bits) {
@@ -363,6 +370,27 @@ static void visit(const Call& c, const Packed& kv, Scratch& w, int kt, int next_
     softmax_row(s + (size_t)i * BK, span.left, span.right, w.m[span.top + i], w.l[span.top + i], acc + (size_t)i * DP, DP, bias, seen);
   }
   product<true>(s + span.left, BK, values, acc, DP, rows, span.right - span.left, DP, BK, span.left, 0, DP);
+}
+
+// pseudo-keys [at, at + BK) of the tiles that the query tile skips, as one more tile whose lanes have weights
+static void visit_tail(const Call& c, const Packed& kv, Scratch& w, const int32_t* skipped, int used, int at) {
+  const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), lanes = std::min(BK, c.pseudo - at);
+  int left = BK, right = 0;
+  std::fill(w.tail_bias.begin(), w.tail_bias.end(), -INFINITY);
+  for (int i = 0; i < lanes; i++) {
+    const int tile = (at + i) / c.tail_parts;
+    if (!((uint32_t)skipped[tile / 32] >> (tile % 32) & 1)) continue;
+    w.tail_bias[i] = kv.tail_bias[at + i];
+    left = std::min(left, i / VL * VL);
+    right = round_up(i + 1, VL);
+  }
+  if (right <= left) return;
+  float* s = w.s.data();
+  product<false>(w.q.data(), D, kv.tail_keys + (size_t)at * D, s, BK, used, D, BK, D, 0, left, right);
+  if (c.tail_second) product<true>(w.squares.data(), D, kv.tail_spread + (size_t)at * D, s, BK, used, D, BK, D, 0, left, right);
+  for (int i = 0; i < used; i++)
+    softmax_row(s + (size_t)i * BK, left, right, w.m[i], w.l[i], &w.acc[(size_t)i * DP], DP, w.tail_bias.data(), nullptr);
+  product<true>(s + left, BK, kv.tail_values + (size_t)at * DP, w.acc.data(), DP, used, right - left, DP, BK, left, 0, DP);
 }
 
 template <typename T>
@@ -398,6 +426,12 @@ static void query_tile(const Call& c, const Packed& kv, const std::vector<KeyTil
       bits = w.bits.data();
     }
     if (span.right > span.left && span.bottom > span.top) visit(c, kv, w, kt, next, span, bits);
+  }
+  if (c.pseudo) {
+    const int32_t* skipped = c.tail_skipped + ((size_t)list * c.tiles_q + tile) * ((c.tiles_k + 31) / 32);
+    if (c.tail_second)  // rows of q hold scale and log2(e): (scale q)^2 / 2 in bits
+      for (size_t i = 0; i < (size_t)used * D; i++) w.squares[i] = w.q[i] * w.q[i] * (0.5f * 0.69314718055994531f);
+    for (int at = 0; at < c.pseudo; at += BK) visit_tail(c, kv, w, skipped, used, at);
   }
   for (int i = 0; i < BQ; i++) {
     if (lanes[i] < 0) continue;
@@ -441,6 +475,43 @@ static void pack_tile(const Call& c, const Packed& kv, std::vector<float>& rows,
   }
 }
 
+// mean key and mean value of one pseudo-key into its lane of the packed tail
+template <typename T>
+static void pack_pseudo(const Call& c, const Packed& kv, std::vector<float>& rows, int b, int kh, int lane) {
+  const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), tile = lane / BK, place = lane % BK;
+  const int32_t* tokens = c.tail_tokens + (size_t)lane * c.tail_lanes;
+  float *key = rows.data(), *value = key + D, *spread = value + D;
+  std::fill(key, spread + D, 0.f);
+  int count = 0, counted = 0;
+  auto row = [&](const void* x, int which, int token) { return (const T*)x + b * c.stride[which][0] + token * c.stride[which][1] + kh * c.stride[which][2]; };
+  auto seen = [&](int token) { return token >= 0 && (!c.key_mask || c.key_mask[(size_t)b * c.seqlen_k + token]); };
+  for (int i = 0; lane < c.pseudo && i < c.tail_lanes; i++) {
+    if (!seen(tokens[i])) continue;
+    count++;
+    counted += !c.tail_counted || c.tail_counted[tokens[i]];
+    const T *k = row(c.key, 1, tokens[i]), *v = row(c.value, 2, tokens[i]);
+    for (int d = 0; d < D; d++) key[d] += k[d].get(), value[d] += v[d].get();
+  }
+  const float share = count ? 1.f / count : 0.f;
+  for (int d = 0; d < D; d++) key[d] *= share, value[d] *= share;
+  if (c.tail_second && count)
+    for (int i = 0; i < c.tail_lanes; i++)
+      if (seen(tokens[i]))
+        for (int d = 0; d < D; d++) { float x = row(c.key, 1, tokens[i])[d].get() - key[d]; spread[d] += x * x * share; }
+  kv.tail_bias[lane] = counted ? log2f((float)counted) : -INFINITY;
+  const int at = place / NR * NR, width = std::min(NR, BK - at);
+  const size_t first = (size_t)tile * BK * D + (size_t)at * D + place - at;
+  for (int d = 0; d < D; d++) {
+    kv.tail_keys[first + (size_t)d * width] = key[d];
+    if (c.tail_second) kv.tail_spread[first + (size_t)d * width] = spread[d];
+  }
+  for (int from = 0; from < DP; from += NR) {
+    const int wide = std::min(NR, DP - from);
+    float* dst = kv.tail_values + (size_t)tile * BK * DP + (size_t)from * BK + (size_t)place * wide;
+    for (int d = 0; d < wide; d++) dst[d] = from + d < D ? value[from + d] : 0.f;
+  }
+}
+
 static void* take(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 template <typename T>
@@ -448,15 +519,22 @@ static int run(const Call& c) {
   const int DP = round_up(c.dim, VL), BK = round_up(c.block_k, VL), group = c.heads / c.kv_heads;
   const size_t key_floats = (size_t)c.tiles_k * BK * c.dim, value_floats = (size_t)c.tiles_k * BK * DP, lane_floats = (size_t)c.tiles_k * BK;
   const int64_t total = (int64_t)c.batch * c.kv_heads;
-  const int64_t fit = std::max<int64_t>(1, c.workspace / (int64_t)((key_floats + value_floats + lane_floats) * 4));
+  const size_t tail_lanes = (size_t)tail_tiles(c) * BK, tail_floats = tail_lanes * ((1 + c.tail_second) * c.dim + DP + 1);
+  const int64_t fit = std::max<int64_t>(1, c.workspace / (int64_t)((key_floats + value_floats + lane_floats + tail_floats) * 4));
   const int64_t chunk = std::min(total, fit);
   const int rules = c.rules && !c.slots ? rule_count(c) : 0;
   std::vector<KeyTile> tiles((size_t)rules * c.tiles_k);
   std::vector<Packed> packed(chunk);
   bool ok = true;
   for (auto& p : packed) {
-    p = {(float*)take(key_floats * 4), (float*)take(value_floats * 4), (float*)take(lane_floats * 4), (uint8_t*)take(c.tiles_k), (int16_t*)take((size_t)c.tiles_k * 2)};
+    p = {(float*)take(key_floats * 4), (float*)take(value_floats * 4), (float*)take(lane_floats * 4), (uint8_t*)take(c.tiles_k), (int16_t*)take((size_t)c.tiles_k * 2), nullptr, nullptr, nullptr, nullptr};
     ok = ok && p.keys && p.values && p.bias && p.holes && p.used;
+    if (!c.pseudo) continue;
+    p.tail_keys = (float*)take(tail_floats * 4);
+    ok = ok && p.tail_keys;
+    p.tail_values = p.tail_keys + tail_lanes * c.dim;
+    p.tail_spread = p.tail_values + tail_lanes * DP;
+    p.tail_bias = p.tail_spread + tail_lanes * c.dim * c.tail_second;
   }
   if (ok) {
 #pragma omp parallel num_threads(c.threads)
@@ -464,7 +542,8 @@ static int run(const Call& c) {
       Scratch w;
       w.q.resize((size_t)c.block_q * c.dim); w.s.resize((size_t)c.block_q * BK); w.acc.resize((size_t)c.block_q * DP);
       w.m.resize(c.block_q); w.l.resize(c.block_q); w.bits.resize((size_t)c.block_q * ((c.block_k + 15) / 16));
-      std::vector<float> rows((size_t)BK * c.dim);
+      w.squares.resize(c.tail_second ? (size_t)c.block_q * c.dim : 0); w.tail_bias.resize(BK);
+      std::vector<float> rows((size_t)std::max(BK, 3) * c.dim);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < (int64_t)tiles.size(); t++) read_tile(tiles[t], c, t);
       for (int64_t start = 0; start < total; start += chunk) {
@@ -473,6 +552,11 @@ static int run(const Call& c) {
         for (int64_t t = 0; t < now * c.tiles_k; t++) {
           const int64_t z = start + t / c.tiles_k;
           pack_tile<T>(c, packed[t / c.tiles_k], rows, (int)(z / c.kv_heads), (int)(z % c.kv_heads), (int)(t % c.tiles_k));
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < now * (int64_t)tail_lanes; t++) {
+          const int64_t z = start + t / (int64_t)tail_lanes;
+          pack_pseudo<T>(c, packed[t / tail_lanes], rows, (int)(z / c.kv_heads), (int)(z % c.kv_heads), (int)(t % tail_lanes));
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < now * group * c.tiles_q; t++) {
@@ -483,7 +567,7 @@ static int run(const Call& c) {
       }
     }
   }
-  for (auto& p : packed) { free(p.keys); free(p.values); free(p.bias); free(p.holes); free(p.used); }
+  for (auto& p : packed) { free(p.keys); free(p.values); free(p.bias); free(p.holes); free(p.used); free(p.tail_keys); }
   return ok ? 0 : 1;
 }
 

@@ -30,14 +30,16 @@ class _Rule(ctypes.Structure):
 class _Call(ctypes.Structure):
     _tensors = ("query", "key", "value", "out", "lse", "key_mask")
     _lists = ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full", "rules", "rule_of_head", "slots", "bits", "spans")
+    _tail = ("tail_tokens", "tail_skipped", "tail_counted")
+    _tail_shape = ("pseudo", "tail_lanes", "tail_parts", "tail_second")
     _shape = ("batch", "heads", "kv_heads", "dim", "seqlen_q", "seqlen_k")
     _tiles = ("tiles_q", "tiles_k", "block_q", "block_k", "lists", "slot_rows")
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _tensors + _lists),
+        *((name, ctypes.c_void_p) for name in _tensors + _lists + _tail),
         ("stride", ctypes.c_int64 * 3 * 4),
         ("nnz", ctypes.c_int64),
         ("workspace", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in (*_shape, *_tiles, "dtype", "threads")),
+        *((name, ctypes.c_int32) for name in (*_shape, *_tiles, *_tail_shape, "dtype", "threads")),
         ("scale", ctypes.c_float),
     )
 
@@ -48,8 +50,6 @@ def why_not_native(query: torch.Tensor, plan: BlockPlan) -> str | None:
         return f"it is for CPU tensors, got {query.device.type}"
     if query.dtype not in _DTYPES:
         return f"the dtype must be float32, bfloat16 or float16, got {query.dtype}"
-    if plan.tail is not None:
-        return f"the C++ kernel does not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
     if plan.rule is not None and _grid_rules(plan.rule) is None and mask_bytes(plan) > _BITS_LIMIT:
         limit, size = _BITS_LIMIT >> 20, mask_bytes(plan) >> 20
         return f"the packed masks of its partial tiles must stay under {limit} MiB, got {size} MiB"
@@ -78,7 +78,7 @@ def native_attention(
         lse.fill_(float("-inf"))
     mask = None if key_mask is None else key_mask.contiguous()
     call = _Call()
-    alive = _point_at_plan(call, plan, query.shape[2])
+    alive = [*_point_at_plan(call, plan, query.shape[2]), *_point_at_tail(call, plan)]
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out), ("lse", lse), ("key_mask", mask)):
         setattr(call, name, None if tensor is None else tensor.data_ptr())
     for row, tensor in zip(call.stride, (query, key, value, out)):
@@ -117,6 +117,20 @@ def _point_at_plan(call: _Call, plan: BlockPlan, heads: int) -> list[object]:
         call.slots, call.bits, call.spans = (tensor.data_ptr() for tensor in masks)
         call.slot_rows = masks[0].shape[0]
     return alive
+
+
+def _point_at_tail(call: _Call, plan: BlockPlan) -> list[object]:
+    tail = plan.tail
+    if tail is None:
+        return []
+    tables = [tail.tokens.contiguous(), tail.skipped.contiguous()]
+    if tail.counted is not None:
+        tables.append(tail.counted.contiguous())
+    for name, tensor in zip(_Call._tail, tables):
+        setattr(call, name, tensor.data_ptr())
+    call.pseudo, call.tail_lanes = tail.tokens.shape
+    call.tail_parts, call.tail_second = tail.parts, int(tail.second_order)
+    return list(tables)
 
 
 def _point_at_rules(call: _Call, rule: ElementRule, heads: int) -> list[object]:

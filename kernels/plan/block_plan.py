@@ -141,15 +141,14 @@ class BlockPlan:
         """Multiply-adds times two of both products over the visited tiles."""
         return 4.0 * batch * heads * head_dim * self.density * self.seqlen_q * self.seqlen_k
 
-    def with_tail(self, kind: str | None, heads: Sequence[bool] | None = None) -> "BlockPlan":
+    def with_tail(self, tail: "str | Tail | None", heads: Sequence[bool] | None = None) -> "BlockPlan":
         """The same lists with a stand-in for what they skip, None for none. A plan that skips nothing has none.
 
-        kind: a name of `TAILS`. heads: which of the lists' heads have it, default all. Raises ValueError for other kinds.
+        tail: a name of `TAILS`, or one made for these lists. heads: which of the lists' heads have it, default all. Raises
+        ValueError for other names.
         """
-        tail = None if kind is None else tail_of_plan(self, kind, heads)
-        if tail is None and self.tail is None:
-            return self
-        return replace(self, tail=tail)
+        found = tail_of_plan(self, tail, heads) if isinstance(tail, str) else tail
+        return self if found is self.tail else replace(self, tail=found)
 
     def to(self, device: torch.device | str) -> "BlockPlan":
         """The plan with its lists on `device`; the copy is kept."""

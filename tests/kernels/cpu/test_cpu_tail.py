@@ -1,0 +1,74 @@
+"""The tail on the CPU backends against the definition, over drawn plans."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genattn.kernels.block_sparse import block_sparse_attention
+from genattn.kernels.plan.random_plan import random_plan
+from genattn.kernels.plan.tail import TAILS
+from genattn.kernels.reference.attention import reference_attention
+
+BOUNDS = {torch.float32: 3e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
+IMPLS = ["cpu"]
+
+
+def _inputs(plan, heads, kv_heads, dim, batch, dtype, seed):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(batch, plan.seqlen_q, heads, dim)] + [(batch, plan.seqlen_k, kv_heads, dim)] * 2
+    return [torch.randn(s, generator=draw).to(dtype) for s in shapes]
+
+
+def _assert_close(got, inputs, plan, dtype, key_mask=None):
+    out, lse = reference_attention(*(x.double() for x in inputs), plan, key_mask=key_mask)
+    assert not got[0].isnan().any()
+    assert (got[0].double() - out).norm() <= BOUNDS[dtype] * out.norm().clamp_min(1e-30)
+    assert torch.equal(torch.isneginf(got[1]), torch.isneginf(lse))
+    finite = torch.isfinite(lse)
+    assert not finite.any() or (got[1].double() - lse)[finite].abs().max() <= (2e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(list(TAILS)),
+    scattered=st.booleans(),
+    heads=st.sampled_from([(2, 2, 1), (4, 2, 1), (4, 2, 4), (3, 1, 3)]),
+    dim=st.sampled_from([8, 16, 24, 40, 72]),
+    batch=st.sampled_from([1, 2]),
+    dtype=st.sampled_from(list(BOUNDS)),
+    blocks=st.sampled_from([(16, 16), (8, 24), (40, 4)]),
+    masked=st.booleans(),
+    keep=st.sampled_from([0.0, 0.2, 0.7]),
+    cut=st.booleans(),
+)
+def test_backend_matches_definition(impl, seed, kind, scattered, heads, dim, batch, dtype, blocks, masked, keep, cut):
+    heads, kv_heads, lists = heads
+    plan = random_plan(
+        seed, globals_=4, padding=3, heads=lists, scattered=scattered, block_q=blocks[0], block_k=blocks[1], keep=keep
+    ).with_tail(kind, [h % 3 != 1 for h in range(lists)])
+    draw = torch.Generator().manual_seed(seed)
+    if cut and plan.tail is not None:
+        plan = plan.with_tail(plan.tail.only(torch.rand(plan.seqlen_k, generator=draw) < 0.5))
+    inputs = _inputs(plan, heads, kv_heads, dim, batch, dtype, seed)
+    key_mask = torch.rand(batch, plan.seqlen_k, generator=draw) < 0.6 if masked else None
+    got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
+    _assert_close(got, inputs, plan, dtype, key_mask)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", TAILS)
+def test_large_scores_and_hidden_nans(impl, kind):
+    """Masked keys hold NaN, scores lie far apart, and one sample has no key at all."""
+    plan = random_plan(3, (4, 6, 6), keep=0.3).with_tail(kind)
+    inputs = _inputs(plan, 2, 2, 16, 2, torch.float32, 1)
+    inputs[0] *= 4
+    key_mask = torch.arange(plan.seqlen_k).expand(2, -1) % 3 > 0
+    key_mask = key_mask & torch.tensor([[True], [False]])
+    for x in inputs[1:]:
+        x.masked_fill_(~key_mask[:, :, None, None], float("nan"))
+    got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
+    _assert_close(got, inputs, plan, torch.float32, key_mask)
+    assert got[0][1].abs().max() == 0
