@@ -2,12 +2,16 @@
 
 p = exp(scale <q, k> - lse),   ds = scale p (do v^T - <out, do> + dlse)
 dq += ds k,   dk += ds^T q,   dv += p^T do
+
+Under a tail the pseudo-keys are keys like others, and each hands its gradient on to its tokens in equal shares.
 """
 
 import torch
 
 from genattn.kernels.cpu.groups import Group, groups_of_plan
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.attention import pseudo_rows
+from genattn.kernels.reference.tail import spread_over_tokens, tail_keys, tail_scores
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -44,6 +48,8 @@ def grouped_backward(
                 for first in range(0, part.queries.shape[1], rows):
                     piece = run, slice(first, first + rows)
                     _add(grads, heads, lse[..., head], delta[..., head], part, piece, head, head // group, scale, key_mask)
+    if plan.tail is not None:
+        _add_tail(grads, (query, key, value, grad_out), lse, delta, plan, scale, key_mask)
     return tuple(g.transpose(1, 2).to(x.dtype) for g, x in zip(grads, (query, key, value)))  # type: ignore[return-value]
 
 
@@ -76,3 +82,33 @@ def _add(
     grads[0][:, head, queries] += slope @ key
     grads[1][:, kv_head].index_add_(1, keys, slope.mT @ query)
     grads[2][:, kv_head].index_add_(1, keys, probs.mT @ grad)
+
+
+def _add_tail(
+    grads: list[torch.Tensor],
+    inputs: tuple[torch.Tensor, ...],
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    plan: BlockPlan,
+    scale: float,
+    key_mask: torch.Tensor | None,
+) -> None:
+    """Add what the pseudo-keys contribute; lse and delta [B, Sq, H], grads [B, h, S, D]."""
+    assert plan.tail is not None
+    query, key, value, grad_out = inputs
+    pseudo = tail_keys(key, value, plan.tail, key_mask)
+    means, grad_means = (pseudo.key, pseudo.value), (torch.zeros_like(pseudo.key), torch.zeros_like(pseudo.value))
+    group, compute = query.shape[2] // key.shape[2], pseudo.key.dtype
+    keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in means)
+    step = max(1, _SCORES_AT_ONCE // (query.shape[0] * query.shape[2] * plan.tail.pseudo_keys))
+    for rows in torch.arange(plan.seqlen_q).split(step):
+        queries, grad = (x[:, rows].to(compute) for x in (query, grad_out))
+        scores = tail_scores(queries, pseudo, scale) - lse[:, rows].transpose(1, 2)[..., None]
+        probs = scores.masked_fill(~pseudo_rows(plan, rows)[None], float("-inf")).exp()
+        slope = probs * (grad.transpose(1, 2) @ values.mT - delta[:, rows].transpose(1, 2)[..., None]) * scale
+        grads[0][:, :, rows] += slope @ keys
+        for total, weights, vectors in zip(grad_means, (slope, probs), (queries, grad)):
+            by_head = weights.mT @ vectors.transpose(1, 2)
+            total += by_head.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
+    for total, grad_mean in zip(grads[1:], grad_means):
+        total += spread_over_tokens(grad_mean, plan.tail, pseudo.tokens, plan.seqlen_k, key_mask).transpose(1, 2)

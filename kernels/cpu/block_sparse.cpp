@@ -61,7 +61,7 @@ struct Call {
   int64_t stride[4][3];         // query, key, value, out: batch, token, head (elements)
   int64_t nnz, workspace;       // bytes that packed keys and values may take
   int32_t batch, heads, kv_heads, dim, seqlen_q, seqlen_k, tiles_q, tiles_k, block_q, block_k, lists, slot_rows;
-  int32_t pseudo, tail_lanes, tail_parts, tail_second;  // second: the keys' spread adds to the scores
+  int32_t pseudo, tail_lanes, tail_parts;
   int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
   float scale;
@@ -306,7 +306,7 @@ static inline vf hide(vf x, const uint16_t* words, int at) {  // -inf where the 
 // ---- one query tile
 
 struct Scratch {
-  std::vector<float> q, s, acc, m, l, squares, tail_bias;
+  std::vector<float> q, s, acc, m, l, tail_bias;
   std::vector<uint16_t> bits;
 };
 
@@ -350,7 +350,7 @@ struct Packed {  // keys and values of one (batch, key head), tile after tile
   float *keys, *values, *bias;
   uint8_t* holes;
   int16_t* used;  // lanes up to the last one in use, in whole vectors
-  float *tail_keys, *tail_values, *tail_spread, *tail_bias;  // pseudo-keys in tiles of their own; bias is log2 of the count
+  float *tail_keys, *tail_values, *tail_bias;  // pseudo-keys in tiles of their own; bias is log2 of the count
 };
 
 static int tail_tiles(const Call& c) { return (c.pseudo + round_up(c.block_k, VL) - 1) / round_up(c.block_k, VL); }
@@ -387,7 +387,6 @@ static void visit_tail(const Call& c, const Packed& kv, Scratch& w, const int32_
   if (right <= left) return;
   float* s = w.s.data();
   product<false>(w.q.data(), D, kv.tail_keys + (size_t)at * D, s, BK, used, D, BK, D, 0, left, right);
-  if (c.tail_second) product<true>(w.squares.data(), D, kv.tail_spread + (size_t)at * D, s, BK, used, D, BK, D, 0, left, right);
   for (int i = 0; i < used; i++)
     softmax_row(s + (size_t)i * BK, left, right, w.m[i], w.l[i], &w.acc[(size_t)i * DP], DP, w.tail_bias.data(), nullptr);
   product<true>(s + left, BK, kv.tail_values + (size_t)at * DP, w.acc.data(), DP, used, right - left, DP, BK, left, 0, DP);
@@ -429,8 +428,6 @@ static void query_tile(const Call& c, const Packed& kv, const std::vector<KeyTil
   }
   if (c.pseudo) {
     const int32_t* skipped = c.tail_skipped + ((size_t)list * c.tiles_q + tile) * ((c.tiles_k + 31) / 32);
-    if (c.tail_second)  // rows of q hold scale and log2(e): (scale q)^2 / 2 in bits
-      for (size_t i = 0; i < (size_t)used * D; i++) w.squares[i] = w.q[i] * w.q[i] * (0.5f * 0.69314718055994531f);
     for (int at = 0; at < c.pseudo; at += BK) visit_tail(c, kv, w, skipped, used, at);
   }
   for (int i = 0; i < BQ; i++) {
@@ -480,8 +477,8 @@ template <typename T>
 static void pack_pseudo(const Call& c, const Packed& kv, std::vector<float>& rows, int b, int kh, int lane) {
   const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), tile = lane / BK, place = lane % BK;
   const int32_t* tokens = c.tail_tokens + (size_t)lane * c.tail_lanes;
-  float *key = rows.data(), *value = key + D, *spread = value + D;
-  std::fill(key, spread + D, 0.f);
+  float *key = rows.data(), *value = key + D;
+  std::fill(key, value + D, 0.f);
   int count = 0, counted = 0;
   auto row = [&](const void* x, int which, int token) { return (const T*)x + b * c.stride[which][0] + token * c.stride[which][1] + kh * c.stride[which][2]; };
   auto seen = [&](int token) { return token >= 0 && (!c.key_mask || c.key_mask[(size_t)b * c.seqlen_k + token]); };
@@ -494,17 +491,10 @@ static void pack_pseudo(const Call& c, const Packed& kv, std::vector<float>& row
   }
   const float share = count ? 1.f / count : 0.f;
   for (int d = 0; d < D; d++) key[d] *= share, value[d] *= share;
-  if (c.tail_second && count)
-    for (int i = 0; i < c.tail_lanes; i++)
-      if (seen(tokens[i]))
-        for (int d = 0; d < D; d++) { float x = row(c.key, 1, tokens[i])[d].get() - key[d]; spread[d] += x * x * share; }
   kv.tail_bias[lane] = counted ? log2f((float)counted) : -INFINITY;
   const int at = place / NR * NR, width = std::min(NR, BK - at);
   const size_t first = (size_t)tile * BK * D + (size_t)at * D + place - at;
-  for (int d = 0; d < D; d++) {
-    kv.tail_keys[first + (size_t)d * width] = key[d];
-    if (c.tail_second) kv.tail_spread[first + (size_t)d * width] = spread[d];
-  }
+  for (int d = 0; d < D; d++) kv.tail_keys[first + (size_t)d * width] = key[d];
   for (int from = 0; from < DP; from += NR) {
     const int wide = std::min(NR, DP - from);
     float* dst = kv.tail_values + (size_t)tile * BK * DP + (size_t)from * BK + (size_t)place * wide;
@@ -519,7 +509,7 @@ static int run(const Call& c) {
   const int DP = round_up(c.dim, VL), BK = round_up(c.block_k, VL), group = c.heads / c.kv_heads;
   const size_t key_floats = (size_t)c.tiles_k * BK * c.dim, value_floats = (size_t)c.tiles_k * BK * DP, lane_floats = (size_t)c.tiles_k * BK;
   const int64_t total = (int64_t)c.batch * c.kv_heads;
-  const size_t tail_lanes = (size_t)tail_tiles(c) * BK, tail_floats = tail_lanes * ((1 + c.tail_second) * c.dim + DP + 1);
+  const size_t tail_lanes = (size_t)tail_tiles(c) * BK, tail_floats = tail_lanes * (c.dim + DP + 1);
   const int64_t fit = std::max<int64_t>(1, c.workspace / (int64_t)((key_floats + value_floats + lane_floats + tail_floats) * 4));
   const int64_t chunk = std::min(total, fit);
   const int rules = c.rules && !c.slots ? rule_count(c) : 0;
@@ -527,14 +517,13 @@ static int run(const Call& c) {
   std::vector<Packed> packed(chunk);
   bool ok = true;
   for (auto& p : packed) {
-    p = {(float*)take(key_floats * 4), (float*)take(value_floats * 4), (float*)take(lane_floats * 4), (uint8_t*)take(c.tiles_k), (int16_t*)take((size_t)c.tiles_k * 2), nullptr, nullptr, nullptr, nullptr};
+    p = {(float*)take(key_floats * 4), (float*)take(value_floats * 4), (float*)take(lane_floats * 4), (uint8_t*)take(c.tiles_k), (int16_t*)take((size_t)c.tiles_k * 2), nullptr, nullptr, nullptr};
     ok = ok && p.keys && p.values && p.bias && p.holes && p.used;
     if (!c.pseudo) continue;
     p.tail_keys = (float*)take(tail_floats * 4);
     ok = ok && p.tail_keys;
     p.tail_values = p.tail_keys + tail_lanes * c.dim;
-    p.tail_spread = p.tail_values + tail_lanes * DP;
-    p.tail_bias = p.tail_spread + tail_lanes * c.dim * c.tail_second;
+    p.tail_bias = p.tail_values + tail_lanes * DP;
   }
   if (ok) {
 #pragma omp parallel num_threads(c.threads)
@@ -542,8 +531,8 @@ static int run(const Call& c) {
       Scratch w;
       w.q.resize((size_t)c.block_q * c.dim); w.s.resize((size_t)c.block_q * BK); w.acc.resize((size_t)c.block_q * DP);
       w.m.resize(c.block_q); w.l.resize(c.block_q); w.bits.resize((size_t)c.block_q * ((c.block_k + 15) / 16));
-      w.squares.resize(c.tail_second ? (size_t)c.block_q * c.dim : 0); w.tail_bias.resize(BK);
-      std::vector<float> rows((size_t)std::max(BK, 3) * c.dim);
+      w.tail_bias.resize(BK);
+      std::vector<float> rows((size_t)BK * c.dim);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < (int64_t)tiles.size(); t++) read_tile(tiles[t], c, t);
       for (int64_t start = 0; start < total; start += chunk) {

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from genattn.kernels.cpu.groups import LINE, Group, groups_of_plan
+from genattn.kernels.cpu.groups import LINE, Group, groups_with_tail
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.tail import TailKeys, tail_keys
 
 _KEPT_BIAS_BYTES = 1 << 30
 # scores of a run, and scores, keys and values of a thread, at a time: more leave the caches, fewer cost calls
@@ -30,8 +31,6 @@ def why_not_grouped(query: torch.Tensor, plan: BlockPlan) -> str | None:
         return f"it is for CPU tensors, got {query.device.type}"
     if query.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"the dtype must be a floating type of 16 bits or more, got {query.dtype}"
-    if plan.tail is not None:
-        return f"it does not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
     return None
 
 
@@ -51,12 +50,15 @@ def grouped_attention(
     if key_mask is not None:
         key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
         bias = torch.zeros(key_mask.shape, dtype=compute).masked_fill_(~key_mask, _UNSEEN)
+    pseudo = None if plan.tail is None else tail_keys(key, value, plan.tail, key_mask)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     lse = query.new_full(out.shape[:3], _UNSEEN, dtype=compute)
-    lists, scratch = groups_of_plan(plan), _Scratch()
+    lists, scratch = groups_with_tail(plan), _Scratch()
+    if bias is not None and pseudo is not None:
+        bias = torch.nn.functional.pad(bias, (0, _whole_lines(plan.tail.pseudo_keys)))  # type: ignore[union-attr]
     for heads in _head_blocks(query.shape[0], query.shape[2], len(lists)):
         parts = lists[heads.start if len(lists) > 1 else 0]
-        queries, keys, values = _heads_of((query, key, value), heads, compute)
+        queries, keys, values = _heads_of((query, key, value), heads, compute, pseudo)
         call = _Call(
             query=queries,
             key=keys,
@@ -67,6 +69,8 @@ def grouped_attention(
             scale=query.shape[3] ** -0.5 if scale is None else scale,
             with_lse=with_lse or bias is not None or any(part.again for part in parts),
             scratch=scratch,
+            tail=() if pseudo is None else _tail_weights(plan, pseudo, heads, key_mask is not None),
+            tile_of_query=_tile_of_query(plan),
         )
         for part in parts:
             _serve(part, _bias_of(part, plan, compute), call)
@@ -106,7 +110,9 @@ class _Scratch:
 class _Call(NamedTuple):
     """Heads of samples served together, and what all groups share.
 
-    Of each head: query [Sq, D], key and value [Sk, D], key_bias [Sk] or none; out [Sq, D] and lse [Sq] are written.
+    Of each head: query [Sq, D], key and value [Sk, D], key_bias [Sk] or none; out [Sq, D] and lse [Sq] are written. Under a
+    tail, pseudo-keys follow the keys; tail: what is added to their scores, by tile of the query, [NQ, P] for each head or one
+    for all, none without.
     """
 
     query: tuple[torch.Tensor, ...]
@@ -118,6 +124,36 @@ class _Call(NamedTuple):
     scale: float
     with_lse: bool
     scratch: _Scratch
+    tail: tuple[torch.Tensor, ...]
+    tile_of_query: torch.Tensor
+
+
+def _whole_lines(count: int) -> int:
+    return -(-count // LINE) * LINE
+
+
+def _tile_of_query(plan: BlockPlan) -> torch.Tensor:
+    """Int64 [Sq]: the query tile of each token, 0 for those without; kept in the plan."""
+    if "tile of query" not in plan.cache:
+        tile = torch.zeros(plan.seqlen_q, dtype=torch.int64)
+        used = plan.query_tiles >= 0
+        tile[plan.query_tiles[used].long()] = torch.nonzero(used)[:, 0]
+        plan.cache["tile of query"] = tile
+    return plan.cache["tile of query"]  # type: ignore[return-value]
+
+
+def _tail_weights(plan: BlockPlan, pseudo: TailKeys, heads: slice, by_sample: bool) -> tuple[torch.Tensor, ...]:
+    """What is added to the scores of pseudo-keys, [NQ, P] each: log of their count where the tile is skipped, else unseen.
+
+    One for all heads of the call, or one for each where they differ by sample.
+    """
+    if "stands in" not in plan.cache:
+        plan.cache["stands in"] = plan.tail.stands_in()  # type: ignore[union-attr]
+    seen: torch.Tensor = plan.cache["stands in"][heads.start if plan.num_heads > 1 else 0]  # type: ignore[index]
+    more = _whole_lines(seen.shape[1]) - seen.shape[1]
+    samples = pseudo.log_count.clamp_min(_UNSEEN) if by_sample else pseudo.log_count[:1].clamp_min(_UNSEEN)
+    tables = [torch.nn.functional.pad(row.where(seen, _UNSEEN), (0, more), value=_UNSEEN) for row in samples]
+    return tuple(table for table in tables for _ in range(heads.stop - heads.start)) if by_sample else tuple(tables)
 
 
 def _head_blocks(batch: int, heads: int, lists: int) -> list[slice]:
@@ -127,20 +163,39 @@ def _head_blocks(batch: int, heads: int, lists: int) -> list[slice]:
 
 
 def _heads_of(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], heads: slice, compute: torch.dtype
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], heads: slice, compute: torch.dtype, pseudo: TailKeys | None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Query, key and value of some heads of every sample of [B, S, H, D]; copied where strides or types are other ones."""
+    """Query, key and value of some heads of every sample of [B, S, H, D]; copied where strides or types are other ones.
+
+    Pseudo-keys come behind the keys, filled up with zeros to whole cache lines of scores.
+    """
     group, kept = inputs[0].shape[2] // inputs[1].shape[2], inputs[2].dtype if _multiplies(inputs[2].dtype) else compute
     shared = slice(heads.start // group, (heads.stop - 1) // group + 1)
     blocks = [
-        tensor[:, :, some].transpose(1, 2).to(dtype).contiguous()
-        for tensor, some, dtype in zip(inputs, (heads, shared, shared), (compute, compute, kept))
+        _copied(tensor[:, :, some], dtype, None if tail is None else tail[:, :, some])
+        for tensor, some, dtype, tail in zip(
+            inputs,
+            (heads, shared, shared),
+            (compute, compute, kept),
+            (None, None, None) if pseudo is None else (None, pseudo.key, pseudo.value),
+        )
     ]
     places = [(head - heads.start, head // group - shared.start) for head in range(heads.start, heads.stop)]
     return [
         tuple(block[sample, place[of]] for sample in range(len(block)) for place in places)
         for block, of in zip(blocks, (0, 1, 1))
     ]
+
+
+def _copied(tensor: torch.Tensor, dtype: torch.dtype, tail: torch.Tensor | None) -> torch.Tensor:
+    """[B, h, S (+ P), D], contiguous, of [B, S, h, D] and [B, P, h, D]."""
+    if tail is None:
+        return tensor.transpose(1, 2).to(dtype).contiguous()
+    batch, seqlen, heads, dim = tensor.shape
+    whole = tensor.new_zeros(batch, heads, seqlen + _whole_lines(tail.shape[1]), dim, dtype=dtype)
+    whole[:, :, :seqlen] = tensor.transpose(1, 2)
+    whole[:, :, seqlen : seqlen + tail.shape[1]] = tail.transpose(1, 2)
+    return whole
 
 
 @functools.cache
@@ -183,8 +238,11 @@ def _serve(part: Group, bias: torch.Tensor | None, call: _Call) -> None:
             chosen = keys[:, begin:end].flatten()
             scores = _scores(query, call.scratch.rows("key", call.key, chosen, end - begin), call)
             by_run = scores.view(len(call.query), runs, -1, end - begin)[:, :, : stop - start]
-            if end > part.whole:
-                _hide(by_run, part.whole - begin, spans)
+            listed = part.keys.shape[1] - part.tail
+            if end > part.whole and spans:
+                _hide(by_run[..., : listed - begin], part.whole - begin, spans)
+            if end > listed:
+                _weigh(by_run, listed - begin, rows, call)
             for seen, key_bias in zip(by_run, call.key_bias):
                 seen.add_(key_bias[chosen].view(runs, 1, -1))
             probs = _softmax(scores, (ends[0][place], ends[1][place]) if with_lse else None)
@@ -247,6 +305,13 @@ def _hide(scores: torch.Tensor, whole: int, spans: list[tuple[int, int, torch.Te
     begin = max(0, whole)
     for first, last, bias in spans:
         scores[:, first:last, :, begin:].add_(bias[:, begin - whole : scores.shape[3] - whole])
+
+
+def _weigh(scores: torch.Tensor, first: int, rows: torch.Tensor, call: _Call) -> None:
+    """Add the weights of pseudo-keys, which stand from `first` on in scores [N, G, Lq, n], for queries `rows` [G, Lq]."""
+    begin, tiles = max(0, first), call.tile_of_query[rows]
+    for seen, weights in zip(scores if len(call.tail) > 1 else (scores,), call.tail):
+        seen[..., begin:].add_(weights[:, begin - first : seen.shape[-1] - first][tiles])
 
 
 def _softmax(scores: torch.Tensor, ends: Parts | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ whole are taken out of them into a group of their own, fetched once, and the two
 import functools
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,7 @@ class Group:
     queries: int64 [G, Lq]. keys: int64 [G, Lk], the first `whole` of which every query of the run sees. masks: bool
     [U, Lq, Lk - whole], the different ones, U = 0 when every query sees all keys. mask_ends: the runs up to
     mask_ends[u] from the last end have mask u. again: a group before has answered for these queries with other keys.
+    tail: the last so many keys are places of pseudo-keys, seen or not by query tile, and not part of the masks.
     """
 
     queries: torch.Tensor
@@ -44,11 +45,12 @@ class Group:
     masks: torch.Tensor
     mask_ends: tuple[int, ...]
     again: bool
+    tail: int = 0
 
     @functools.cached_property
     def all_see(self) -> bool:
-        """Whether every query sees some key."""
-        return self.whole > 0 or bool(self.masks.any(-1).all())
+        """Whether every query sees some key of the sequence."""
+        return self.whole > 0 or (self.keys.shape[1] > self.tail and bool(self.masks.any(-1).all()))
 
     def spans(self, first: int, last: int) -> list[tuple[int, int, int]]:
         """(first, last, mask) of the runs in [first, last) with one mask."""
@@ -78,10 +80,43 @@ class _Run:
 
 
 def groups_of_plan(plan: BlockPlan) -> list[list[Group]]:
-    """Per list of the plan (one, or one per head) its groups; kept in the plan."""
+    """Per list of the plan (one, or one per head) its groups, without the tail; kept in the plan."""
     if "groups" not in plan.cache:
         plan.cache["groups"] = [_groups_of(plan, head) for head in range(plan.mask_heads)]
     return plan.cache["groups"]  # type: ignore[return-value]
+
+
+def groups_with_tail(plan: BlockPlan) -> list[list[Group]]:
+    """`groups_of_plan` with the plan's pseudo-keys behind the keys, each query meeting them once; kept in the plan.
+
+    Pseudo-keys stand in places seqlen_k, seqlen_k + 1, ...; they are filled up to whole cache lines of scores.
+    """
+    if plan.tail is None:
+        return groups_of_plan(plan)
+    if "groups with tail" not in plan.cache:
+        places = plan.seqlen_k + torch.arange(-(-plan.tail.pseudo_keys // LINE) * LINE)
+        plan.cache["groups with tail"] = [_with_tail(plan, groups, places) for groups in groups_of_plan(plan)]
+    return plan.cache["groups with tail"]  # type: ignore[return-value]
+
+
+def _with_tail(plan: BlockPlan, groups: list[Group], places: torch.Tensor) -> list[Group]:
+    """Groups whose runs see the pseudo-keys too, and one more for queries that see no other key."""
+    found = [
+        group if group.again else replace(group, tail=len(places), keys=torch.cat([group.keys, _rows(places, group)], 1))
+        for group in groups
+    ]
+    alone = torch.zeros(plan.seqlen_q, dtype=torch.bool)
+    alone[plan.query_tiles[plan.query_tiles >= 0].long()] = True
+    for group in groups:
+        alone[group.queries.flatten()] = False
+    if alone.any():
+        none = torch.empty(0, 0, 0, dtype=torch.bool)
+        found.append(Group(alone.nonzero().T, places[None], 0, none, (), again=False, tail=len(places)))
+    return found
+
+
+def _rows(places: torch.Tensor, group: Group) -> torch.Tensor:
+    return places.expand(len(group.keys), -1)
 
 
 def _groups_of(plan: BlockPlan, head: int) -> list[Group]:

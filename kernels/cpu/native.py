@@ -31,7 +31,7 @@ class _Call(ctypes.Structure):
     _tensors = ("query", "key", "value", "out", "lse", "key_mask")
     _lists = ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full", "rules", "rule_of_head", "slots", "bits", "spans")
     _tail = ("tail_tokens", "tail_skipped", "tail_counted")
-    _tail_shape = ("pseudo", "tail_lanes", "tail_parts", "tail_second")
+    _tail_shape = ("pseudo", "tail_lanes", "tail_parts")
     _shape = ("batch", "heads", "kv_heads", "dim", "seqlen_q", "seqlen_k")
     _tiles = ("tiles_q", "tiles_k", "block_q", "block_k", "lists", "slot_rows")
     _fields_ = (
@@ -129,7 +129,7 @@ def _point_at_tail(call: _Call, plan: BlockPlan) -> list[object]:
     for name, tensor in zip(_Call._tail, tables):
         setattr(call, name, tensor.data_ptr())
     call.pseudo, call.tail_lanes = tail.tokens.shape
-    call.tail_parts, call.tail_second = tail.parts, int(tail.second_order)
+    call.tail_parts = tail.parts
     return list(tables)
 
 

@@ -18,7 +18,7 @@ from genattn.kernels.plan.element_rule import PADDING, BlockRule, CombinedRule, 
 if TYPE_CHECKING:
     from genattn.kernels.plan.block_plan import BlockPlan
 
-TAILS = {"mean": 1, "mean2": 2, "mean4": 4, "variance": 1}
+TAILS = {"mean": 1, "mean2": 2, "mean4": 4}
 WORD = 32
 
 
@@ -39,11 +39,6 @@ class Tail:
     tokens: torch.Tensor
     skipped: torch.Tensor
     counted: torch.Tensor | None = None
-
-    @property
-    def second_order(self) -> bool:
-        """Whether the spread of the keys around their mean adds to a pseudo-key's score."""
-        return self.kind == "variance"
 
     @property
     def pseudo_keys(self) -> int:

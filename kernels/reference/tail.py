@@ -3,11 +3,10 @@
 With the visited keys V of a query q, its skipped parts j of n_j unmasked keys, their mean key k_j and mean value v_j, scale s:
 
     num = sum_{k in V} e^{s q.k} v_k + sum_j n_j e^{s q.k_j} v_j,    den = the same without the values,    out = num / den
-    "variance" adds (s^2 / 2) sum_d q_d^2 S_jd to the score of j, S_jd the variance of the keys' channel d in the part
 
-Exact where the keys of a part are equal. By Jensen's inequality a part counts for too little otherwise, which the second
-order makes up for. "mean", "mean2", "mean4" take a tile as one, two or four parts. Keys that are hidden inside a visited tile
-are not stood in for: only tiles that are not in the list at all.
+"mean", "mean2", "mean4" take a tile as one, two or four parts. Exact where the keys of a part are equal; by Jensen's inequality
+a part counts for too little otherwise. (Adding half the variance of the scores overshoots: measured, docs/tail.md.) Keys that
+are hidden inside a visited tile are not stood in for: only tiles that are not in the list at all.
 
 How a kernel does it, forward, for one query tile `i` of list `n` (1 or head) with its running maximum, sum and accumulator:
 
@@ -26,9 +25,7 @@ Backward, with the forward's lse and delta = <out, do> - dlse as for other keys,
     then every unmasked token t of part j gets dkey[t] += dkey_j / m_j, dvalue[t] += dvalue_j / m_j
 
 with m_j the number of tokens that the mean is over: e^{log_count_j}, but in plans cut into pieces (`Tail.counted`). Parts are
-disjoint, so the spreading needs no atomics. Second order, with a_j = (scale^2 / 2) sum_d q_d^2 S_jd added to s_j:
-
-    dq_d += scale^2 q_d sum_j ds_j S_jd,   dS_jd = (scale^2 / 2) sum_q ds_j q_d^2,   dkey[t] += 2 (k_t - key_j) dS_j / m_j
+disjoint, so the spreading needs no atomics.
 """
 
 from dataclasses import dataclass
@@ -44,14 +41,13 @@ _GATHERED_AT_ONCE = 1 << 24
 class TailKeys:
     """Pseudo-keys of one call. key, value: [B, P, Hk, D]. log_count: [B, P], natural log, -inf where nothing counts.
 
-    spread: [B, P, Hk, D], variance of each channel, for the second order only. tokens: [B, P], how many the means are over.
+    tokens: [B, P], how many the means are over.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     log_count: torch.Tensor
     tokens: torch.Tensor
-    spread: torch.Tensor | None = None
 
 
 def tail_keys(key: torch.Tensor, value: torch.Tensor, tail: Tail, key_mask: torch.Tensor | None = None) -> TailKeys:
@@ -70,25 +66,16 @@ def tail_keys(key: torch.Tensor, value: torch.Tensor, tail: Tail, key_mask: torc
     counted = used if tail.counted is None else used & tail.counted[tail.tokens.long().clamp_min(0)]
     log_count = counted.sum(-1).to(compute).log()
     mean_key, mean_value = (_means(x, tail, weight, tokens) for x in (key, value))
-    spread = None
-    if tail.second_order:
-        # about a point near, or large means would drown the variance in rounding
-        near = mean_key.detach()
-        spread = _means(key, tail, weight, tokens, near) - (mean_key - near).square()
-    return TailKeys(mean_key, mean_value, log_count, tokens, spread)
+    return TailKeys(mean_key, mean_value, log_count, tokens)
 
 
-def _means(
-    x: torch.Tensor, tail: Tail, weight: torch.Tensor, tokens: torch.Tensor, squared_about: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[B, P, Hk, D]: mean over the tokens of each part of [B, Sk, Hk, D], or of the squared distance to a point each."""
+def _means(x: torch.Tensor, tail: Tail, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, P, Hk, D]: mean over the tokens of each part of [B, Sk, Hk, D]."""
     step = max(1, _GATHERED_AT_ONCE // max(1, x[:, :1].numel() * tail.tokens.shape[1]))
     means = []
     for parts in torch.arange(tail.pseudo_keys, device=x.device).split(step):
         rows = tail.tokens[parts].long().clamp_min(0)
         gathered = x.index_select(1, rows.flatten()).unflatten(1, rows.shape).to(weight.dtype)
-        if squared_about is not None:
-            gathered = (gathered - squared_about[:, parts, None]).square()
         share = weight[:, parts] / tokens[:, parts, None].clamp_min(1.0)
         means.append((gathered * share[..., None, None]).sum(2))
     return torch.cat(means, 1)
@@ -97,8 +84,20 @@ def _means(
 def tail_scores(query: torch.Tensor, keys: TailKeys, scale: float) -> torch.Tensor:
     """[B, H, Sq, P]: scores of the pseudo-keys, weights included, for query [B, Sq, H, D]; -inf where nothing counts."""
     group = query.shape[2] // keys.key.shape[2]
-    rows = query.transpose(1, 2)
-    scores = rows @ keys.key.repeat_interleave(group, 2).permute(0, 2, 3, 1) * scale
-    if keys.spread is not None:
-        scores = scores + rows.square() @ keys.spread.repeat_interleave(group, 2).permute(0, 2, 3, 1) * (scale * scale / 2)
+    scores = query.transpose(1, 2) @ keys.key.repeat_interleave(group, 2).permute(0, 2, 3, 1) * scale
     return scores + keys.log_count[:, None, None, :]
+
+
+def spread_over_tokens(
+    grad: torch.Tensor, tail: Tail, tokens: torch.Tensor, seqlen: int, key_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """[B, Sk, Hk, D]: the gradient of each token by that of the mean it is part of, [B, P, Hk, D].
+
+    tokens: [B, P] as in `TailKeys`. Hidden keys, and tokens of no part, get zeros.
+    """
+    used = tail.tokens >= 0
+    part = torch.nonzero(used)[:, 0]
+    share = grad / tokens[:, :, None, None].clamp_min(1.0)
+    spread = grad.new_zeros(grad.shape[0], seqlen, *grad.shape[2:])
+    spread[:, tail.tokens[used].long()] = share[:, part]
+    return spread if key_mask is None else spread.masked_fill(~key_mask[:, :, None, None], 0.0)

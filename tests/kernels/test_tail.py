@@ -47,8 +47,6 @@ def written_out(query, key, value, plan, kind, key_mask=None):
                     terms = [(scale * vector @ keys[k], values[k]) for k in seen[q].nonzero().flatten()]
                     for rows in extra:
                         score = scale * vector @ keys[rows].mean(0) + math.log(len(rows))
-                        if kind == "variance":
-                            score = score + scale**2 / 2 * (vector**2) @ keys[rows].var(0, correction=0)
                         terms.append((score, values[rows].mean(0)))
                     if terms:
                         scores = torch.stack([s for s, _ in terms])
@@ -176,7 +174,7 @@ def test_words_hold_the_skipped_tiles(tiles, seed):
 
 def test_bad_tails_are_refused():
     plan = skipping_plan(40, 8, heads=2)
-    with pytest.raises(ValueError, match="tail must be None or one of mean, mean2, mean4, variance, got 'median'"):
+    with pytest.raises(ValueError, match="tail must be None or one of mean, mean2, mean4, got 'median'"):
         plan.with_tail("median")
     with pytest.raises(ValueError, match="one entry for each of the plan's 2 lists, got 1"):
         tail_of_plan(plan, "mean", heads=(True,))

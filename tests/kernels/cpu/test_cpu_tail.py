@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.random_plan import random_plan
@@ -11,7 +10,7 @@ from genattn.kernels.plan.tail import TAILS
 from genattn.kernels.reference.attention import reference_attention
 
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
-IMPLS = ["cpu"]
+IMPLS = ["cpu", "grouped"]
 
 
 def _inputs(plan, heads, kv_heads, dim, batch, dtype, seed):
@@ -72,3 +71,44 @@ def test_large_scores_and_hidden_nans(impl, kind):
     got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
     _assert_close(got, inputs, plan, torch.float32, key_mask)
     assert got[0][1].abs().max() == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(deadline=None, max_examples=10)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(list(TAILS)),
+    heads=st.sampled_from([(4, 2, 1), (4, 2, 4), (2, 2, 2)]),
+    masked=st.booleans(),
+    scattered=st.booleans(),
+    keep=st.sampled_from([0.0, 0.4]),
+)
+def test_gradients_match_the_definition(impl, seed, kind, heads, masked, scattered, keep):
+    heads, kv_heads, lists = heads
+    plan = random_plan(
+        seed, (2, 4, 5), globals_=3, padding=2, heads=lists, scattered=scattered, block_q=8, block_k=8, keep=keep
+    )
+    plan = plan.with_tail(kind, [h != 1 for h in range(lists)])
+    draw = torch.Generator().manual_seed(seed)
+    key_mask = torch.rand(2, plan.seqlen_k, generator=draw) < 0.6 if masked else None
+    inputs = _inputs(plan, heads, kv_heads, 8, 2, torch.float32, seed)
+    exact = [x.double().requires_grad_() for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
+    pull = torch.randn(inputs[0].shape, generator=draw)
+    for tensors, name in ((inputs, impl), (exact, "reference")):
+        out, lse = block_sparse_attention(*tensors, plan, impl=name, key_mask=key_mask, return_lse=True)
+        ((out * pull).sum() + lse[torch.isfinite(lse)].sin().sum()).backward()
+    for got, expected in zip(inputs, exact):
+        assert not got.grad.isnan().any()
+        assert (got.grad.double() - expected.grad).norm() <= 5e-6 * expected.grad.norm().clamp_min(1.0)
+
+
+def test_grouped_gradients_in_float64(monkeypatch):
+    """In pieces of a few queries, against numerical differences."""
+    monkeypatch.setattr("genattn.kernels.cpu.backward._SCORES_AT_ONCE", 64)
+    plan = random_plan(5, (1, 3, 4), globals_=2, padding=1, keep=0.3, block_q=4, block_k=4).with_tail("mean2")
+    inputs = [x.double().requires_grad_() for x in _inputs(plan, 2, 1, 3, 1, torch.float32, 0)]
+    mask = torch.arange(plan.seqlen_k)[None] % 5 > 0
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: block_sparse_attention(q, k, v, plan, key_mask=mask, impl="grouped"), inputs
+    )
