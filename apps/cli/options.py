@@ -28,9 +28,18 @@ Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the m
 Seed = Annotated[int, typer.Option(help="Seed of the noise; same seed, same video.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the model's.")]
 Attention = Annotated[
-    str, typer.Option(help="radial, radial-paper, radial-official, neighborhood or dense.", show_default=True)
+    str,
+    typer.Option(help="radial, radial-paper, radial-official, neighborhood (with --window) or dense.", show_default=True),
 ]
-PatternOptions = Annotated[str | None, typer.Option(help="Settings of the pattern as a JSON object.", metavar="JSON")]
+PatternOptions = Annotated[
+    str | None, typer.Option(help="Settings of the pattern: decay=0.3, or a JSON object.", metavar="KEY=VALUE|JSON")
+]
+Window = Annotated[
+    str | None, typer.Option(help="Window of neighborhood attention in tokens: frames x height x width.", metavar="18x24x24")
+]
+Stride = Annotated[
+    str | None, typer.Option(help="Queries per axis that share a window; default 1 (sliding).", metavar="16x8x8")
+]
 PatternFile = Annotated[Path | None, typer.Option(help="Settings from `genattn plan --auto --out`.")]
 DenseSteps = Annotated[
     float, typer.Option(help="First steps kept dense: a share of them (below 1) or a number (1, 2, ...).", show_default=True)
@@ -58,6 +67,8 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
 }
 ATTENTION: dict[str, tuple[Any, Any]] = {
     "attention": (Attention, "radial"),
+    "window": (Window, None),
+    "stride": (Stride, None),
     "pattern_options": (PatternOptions, None),
     "pattern_file": (PatternFile, None),
     "dense_steps": (DenseSteps, 0.25),
@@ -86,13 +97,20 @@ def _sampling_settings(**given: Any) -> Any:
 
 
 def _attention_settings(
-    attention: str, pattern_options: str | None, pattern_file: Path | None, dense_steps: float, dense_layers: int
+    attention: str,
+    window: str | None,
+    stride: str | None,
+    pattern_options: str | None,
+    pattern_file: Path | None,
+    dense_steps: float,
+    dense_layers: int,
 ) -> Any:
     from genattn.apps.sampling.attention_names import pattern_from_file, pattern_from_name
     from genattn.apps.sampling.run import AttentionSettings
 
     if pattern_file is None:
-        return AttentionSettings(attention, pattern_from_name(attention, pattern_options), dense_steps, dense_layers)
+        pattern = pattern_from_name(attention, pattern_options, window, stride)
+        return AttentionSettings(attention, pattern, dense_steps, dense_layers)
     return AttentionSettings(pattern_file.stem, pattern_from_file(pattern_file), dense_steps, dense_layers)
 
 

@@ -47,7 +47,10 @@ def compare_command(
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     held_out: Annotated[int, typer.Option(help="Add so many held-out captions of the tiny world.", min=0)] = 0,
     attention: Annotated[
-        list[str] | None, typer.Option(help="NAME or NAME@DENSE_STEPS (radial@0.5); give it several times.")
+        list[str] | None,
+        typer.Option(
+            help="NAME, NAME@DENSE_STEPS (radial@0.5) or neighborhood:WINDOW/STRIDE (neighborhood:8x8x8/4x4x4); several times."
+        ),
     ] = None,
     dense_layers: options.DenseLayers = 1,
     seed: options.Seed = 0,

@@ -1,18 +1,30 @@
-"""The attention names of the command line, and the patterns behind them."""
+"""The attention names of the command line, and the patterns behind them.
 
+radial                              the pattern with its own settings
+neighborhood:18x24x24/16x8x8        a window and a stride per axis, in tokens: frames, height, width
+--pattern-options decay=0.3         or a JSON object: {"decay": 0.3}
+"""
+
+import difflib
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
+
+WINDOWED = "neighborhood"
+_EXAMPLE = "--window 18x24x24 --stride 16x8x8 (tokens: frames, height, width; two numbers for a picture)"
 
 
 def _radial(variant: Literal["paper", "official", "genattn"]) -> Callable[..., Pattern]:
     def make(**options: Any) -> Pattern:
         from genattn.patterns.radial import RadialPattern
 
+        _check_names("radial", RadialPattern, options, fixed=("variant",))
         return RadialPattern(variant=variant, **options)
 
     return make
@@ -21,6 +33,9 @@ def _radial(variant: Literal["paper", "official", "genattn"]) -> Callable[..., P
 def _neighborhood(**options: Any) -> Pattern:
     from genattn.patterns.neighborhood import NeighborhoodPattern
 
+    _check_names(WINDOWED, NeighborhoodPattern, options)
+    if "window_size" not in options:
+        raise GenAttnError(f"--attention {WINDOWED} needs a window; give {_EXAMPLE}")
     return NeighborhoodPattern(**options)
 
 
@@ -29,8 +44,18 @@ ATTENTIONS: dict[str, Callable[..., Pattern] | None] = {
     "radial": _radial("genattn"),
     "radial-paper": _radial("paper"),
     "radial-official": _radial("official"),
-    "neighborhood": _neighborhood,
+    WINDOWED: _neighborhood,
 }
+
+
+def _check_names(name: str, cls: type[Pattern], options: dict[str, Any], fixed: tuple[str, ...] = ()) -> None:
+    """Raise GenAttnError for a setting that the pattern does not have: the nearest name, and all there are."""
+    known = [each.name for each in fields(cls) if each.name not in fixed]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else "."
+            raise GenAttnError(f"{name} has no setting {option!r}{guess} It has: {', '.join(known)}")
 
 
 def pattern_from_file(path: Path) -> Pattern:
@@ -45,26 +70,76 @@ def pattern_from_file(path: Path) -> Pattern:
     return load_pattern(path)
 
 
-def pattern_from_name(name: str, options: str | None = None) -> Pattern | None:
-    """The pattern called `name`, None for dense; `options` is a JSON object of its settings.
+def pattern_from_name(
+    name: str, options: str | None = None, window: str | None = None, stride: str | None = None
+) -> Pattern | None:
+    """The pattern called `name`, None for dense.
 
-    Raises GenAttnError for an unknown name (they are listed), malformed JSON or settings the pattern refuses.
+    Args:
+        name: a key of ATTENTIONS, or `neighborhood:WINDOW` or `neighborhood:WINDOW/STRIDE`.
+        options: settings of the pattern, as a JSON object or as KEY=VALUE, separated by commas.
+        window, stride: of neighborhood attention, such as 18x24x24.
+
+    Raises:
+        GenAttnError: an unknown name (they are listed), settings that cannot be read or that the pattern refuses, or a window
+            for a pattern that has none.
     """
-    if name not in ATTENTIONS:
+    base, _, spec = name.partition(":")
+    if base not in ATTENTIONS:
         raise GenAttnError(f"--attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
-    try:
-        settings = json.loads(options) if options else {}
-    except ValueError as error:
-        raise GenAttnError(f"--pattern-options must be a JSON object, got {options!r} ({error})") from None
-    if not isinstance(settings, dict):
-        raise GenAttnError(f"--pattern-options must be a JSON object, got {options!r}")
-    make = ATTENTIONS[name]
+    if spec:
+        window, stride = _one_way(name, spec, window, stride)
+    settings = _settings(options)
+    if base != WINDOWED and (window or stride):
+        raise GenAttnError(f"--window and --stride belong to {WINDOWED}, got --attention {name}; use --pattern-options")
+    for key, option, text in (("window_size", "--window", window), ("stride", "--stride", stride)):
+        if text:
+            if key in settings:
+                raise GenAttnError(f"give either {option} or {key!r} in --pattern-options, got both")
+            settings[key] = _one_or_all(parse_shape(option, text))
+    make = ATTENTIONS[base]
     if make is None:
         if settings:
             raise GenAttnError(f"dense attention has no settings, got --pattern-options {options}")
         return None
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return make(**settings)
+
+
+def _one_way(name: str, spec: str, window: str | None, stride: str | None) -> tuple[str, str | None]:
+    if window or stride:
+        raise GenAttnError(f"give the window in the name or by --window and --stride, got both: {name!r}")
+    first, _, second = spec.partition("/")
+    return first, second or None
+
+
+def _one_or_all(values: tuple[int, ...]) -> int | tuple[int, ...]:
+    return values[0] if len(values) == 1 else values
+
+
+def _settings(options: str | None) -> dict[str, Any]:
+    """`{"decay": 0.3}` or `decay=0.3,tile=runs` as a dict; lists become tuples."""
+    if not options:
+        return {}
+    text = options.strip()
+    if not text.startswith(("{", "[")) and "=" in text:
+        pairs = [part.partition("=") for part in text.split(",")]
+        return {key.strip(): _value(value.strip()) for key, _, value in pairs}
     try:
-        return make(**settings)
-    except TypeError as error:
-        raise GenAttnError(f"--pattern-options for {name}: {error}") from None
+        found = json.loads(text)
+    except ValueError as error:
+        raise GenAttnError(f"--pattern-options must be a JSON object or KEY=VALUE, got {options!r} ({error})") from None
+    if not isinstance(found, dict):
+        raise GenAttnError(f"--pattern-options must be a JSON object or KEY=VALUE, got {options!r}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+def _value(text: str) -> Any:
+    """What a person means by 0.3, true, runs or 8x4x4."""
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false", "null") else text)
+    except ValueError:
+        pass
+    try:
+        return parse_shape("value", text)
+    except GenAttnError:
+        return text

@@ -125,7 +125,7 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def parse_attention(text: str, dense_layers: int = 1) -> AttentionSettings:
-    """`NAME` or `NAME@DENSE_STEPS`, e.g. `radial@0.5`.
+    """`NAME` or `NAME@DENSE_STEPS`, e.g. `radial@0.5`, `neighborhood:8x8x8/4x4x4@0`.
 
     Raises GenAttnError for an unknown name, dense itself, or dense steps that are no number.
     """

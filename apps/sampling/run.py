@@ -91,6 +91,7 @@ class AttentionSettings:
 
 
 DENSE = AttentionSettings("dense", None)
+_NOTHING_SKIPPED = 0.999  # a density above it is dense but for rounding
 
 
 def open_pipeline(settings: SamplingSettings) -> Any:
@@ -222,8 +223,17 @@ def run_once(
     if report is None:
         return RunResult(attention.name, frames, seconds, _peak_memory_gb(), 1.0, None)
     notes = () if report.sparse_calls else (report.verdict, *report.dense_reasons)
+    if report.sparse_calls and report.density > _NOTHING_SKIPPED:
+        notes = (_why_nothing_skipped(pipe, attention),)
     computed = report.flops / report.flops_dense if report.flops_dense else 1.0
     return RunResult(attention.name, frames, seconds, _peak_memory_gb(), computed, report.density, notes)
+
+
+def _why_nothing_skipped(pipe: Any, attention: AttentionSettings) -> str:
+    """What to do about a sparse run that computed every score."""
+    if attention.name.startswith("radial") and not makes_video(pipe):
+        return f"{attention.name} skipped nothing: it thins out over frames, and a picture has one; use --attention neighborhood"
+    return f"{attention.name} skipped nothing at this size; take a smaller window or decay, or a larger clip (genattn plan)"
 
 
 def warm_up(pipe: Any, call: Mapping[str, Any], prompt: str, attention: AttentionSettings) -> None:
