@@ -1,6 +1,8 @@
 """Commands about patterns, from geometry alone: simulate, plan, show."""
 
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,8 +10,6 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines, print_table
-from genattn.apps.sampling.attention_names import pattern_from_name
-from genattn.apps.sampling.output_files import check_out
 from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
 
@@ -53,7 +53,8 @@ def simulate_command(
 
 def plan_command(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A preset (wan-14b, hunyuan, flux, ...) or a local folder.")
+        str,
+        typer.Option("--model", "-m", help="A preset (wan-14b, hunyuan-video, flux-dev, ...; others are listed) or a folder."),
     ] = "wan-14b",
     size: Annotated[str | None, typer.Option(help="Pixels, HEIGHTxWIDTH, e.g. 720x1280; default: the model's.")] = None,
     frames: options.FrameCount = None,
@@ -64,7 +65,7 @@ def plan_command(
     auto: Annotated[bool, typer.Option(help="Measure on the pipeline --model and choose per layer and head.")] = False,
     min_psnr: Annotated[float | None, typer.Option(help="Measure: the sparsest settings that keep so many dB.")] = None,
     prompt: options.Prompt = "a red circle moves right on a dark background",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the measured settings.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the first setting.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Rank patterns for a model and size by predicted speed; name legal sizes nearby and what a run costs.
@@ -92,13 +93,68 @@ def plan_command(
         "attention_share": round(found.attention_share, 4),
         "dense_pflops": round(found.dense_pflops, 2),
     }
+    if out is not None:
+        _save_first(found.settings, out)
     if as_json:
         print_json({**summary, "settings": rows, "nearby": [asdict(n) for n in found.nearby]})
         return
-    print_lines(", ".join(f"{name} {value}" for name, value in summary.items()))
-    print_table(rows, "predicted, fastest first", [n for n in rows[0] if n != "pattern"] if rows else None)
-    nearby = [{k: v if isinstance(v, float) else str(v) for k, v in asdict(n).items()} for n in found.nearby]
-    print_table(nearby, "legal sizes nearby")
+    print_lines(*(f"{name.replace('_', ' ')}: {value}" for name, value in summary.items()))
+    print_table([_shown(row) for row in rows], "predicted by arithmetic; published settings first, then others, fastest first")
+    print_table([_size_row(asdict(n)) for n in found.nearby], "legal sizes nearby")
+    if found.settings:
+        best = found.settings[0]
+        kept = f"dense_steps={dense_steps:g}, dense_layers={dense_layers}"
+        print_lines("the first setting in Python:", f"    genattn.apply(pipe, {_python(best.pattern)}, {kept})")
+        asked = f"--out {out}" if out else "--out settings.json"
+        use = f"genattn generate --model FOLDER_OR_ID --pattern-file {out or 'settings.json'}"
+        print_lines(f"on the command line{'' if out else ' (run plan with ' + asked + ' first)'}:", f"    {use}")
+
+
+def _save_first(settings: Sequence[Any], out: Path) -> None:
+    from genattn.apps.sampling.output_files import check_out
+    from genattn.patterns.as_json import save_pattern
+
+    check_out(out, (".json",))
+    if not settings:
+        raise GenAttnError("no setting comes near this density, so there is none to write; try another --target-density")
+    save_pattern(settings[0].pattern, out, {"label": settings[0].label, "density": settings[0].density})
+
+
+def _python(pattern: Any) -> str:
+    """The constructor call, with what differs from the defaults."""
+    given = [
+        f"{each.name}={getattr(pattern, each.name)!r}"
+        for each in fields(pattern)
+        if getattr(pattern, each.name) != each.default
+    ]
+    return f"genattn.{type(pattern).__name__}({', '.join(given)})"
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A setting as people read it: columns in words, the source cut to what fits."""
+    return {
+        "setting": row["label"],
+        "scores computed": row["density"],
+        "tiles without a mask": row["mask_free"],
+        "attention faster by": row["attention_speedup"],
+        "run faster by": row["run_speedup"],
+        "PFLOPs of the run": row["pflops"],
+        "published": row["published"] or "-",
+    }
+
+
+def _size_row(size: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "height x width": _by(size["size"]),
+        "frames": size["frames"],
+        "tokens": f"{size['tokens']} ({_by(size['grid'])})",
+        "tiles filled": size["fill"],
+        "the released Radial code runs it": "yes" if size["official"] else "no",
+    }
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _measure(
@@ -113,6 +169,7 @@ def _measure(
     as_json: bool,
 ) -> None:
     from genattn.apps.sampling.measured_plan import measured_plan
+    from genattn.apps.sampling.output_files import check_out
     from genattn.apps.sampling.run import SamplingSettings
 
     if out is not None:
@@ -123,11 +180,26 @@ def _measure(
     if as_json:
         print_json(found.facts())
         return
-    print_lines(f"chosen for density {found.density}", repr(found.pattern))
+    print_lines(f"chosen for density {found.density}: {_chosen(found.pattern)}")
     if found.psnr is not None:
         print_lines(f"PSNR {found.psnr:.1f} dB against dense")
     if out is not None:
         print_lines(f"wrote {out}; use it with: genattn generate --pattern-file {out}")
+
+
+def _chosen(pattern: Any) -> str:
+    """A choice per layer and head in a line: how often each pattern was taken."""
+    counts = Counter(repr(part) for part in _leaves(pattern))
+    return ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+
+
+def _leaves(pattern: Any) -> Iterator[Any]:
+    parts = getattr(pattern, "patterns", None)
+    if parts is None:
+        yield pattern
+    else:
+        for part in parts:
+            yield from _leaves(part)
 
 
 def _setting_row(setting: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +209,8 @@ def _setting_row(setting: dict[str, Any]) -> dict[str, Any]:
 def show_command(
     grid: Shape,
     attention: options.Attention = "radial",
+    window: options.Window = None,
+    stride: options.Stride = None,
     pattern_options: options.PatternOptions = None,
     text_before: Annotated[int, typer.Option(help="Text tokens before the grid.")] = 0,
     text_after: Annotated[int, typer.Option(help="Text tokens after the grid.")] = 0,
@@ -149,12 +223,14 @@ def show_command(
 ) -> None:
     """Draw a pattern: the token mask, the block plan and one token's window, as a picture or in the terminal.
 
-    Example: genattn show --grid 8x16x16 --attention radial --out radial.png
+    Example: genattn show --grid 21x30x52 --attention radial --out radial.png
     """
+    from genattn.apps.sampling.attention_names import pattern_from_name
+    from genattn.apps.sampling.output_files import check_out
     from genattn.geometry.token_layout import TokenLayout
     from genattn.planning.show import draw_pattern, terminal_pattern
 
-    pattern = pattern_from_name(attention, pattern_options)
+    pattern = pattern_from_name(attention, pattern_options, window, stride)
     if pattern is None:
         raise GenAttnError("show draws a pattern, and dense attention has none; name another --attention")
     layout = TokenLayout.from_grid(_grid(grid), text_before, text_after)

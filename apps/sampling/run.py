@@ -232,7 +232,9 @@ def run_once(
 def _why_nothing_skipped(pipe: Any, attention: AttentionSettings) -> str:
     """What to do about a sparse run that computed every score."""
     if attention.name.startswith("radial") and not makes_video(pipe):
-        return f"{attention.name} skipped nothing: it thins out over frames, and a picture has one; use --attention neighborhood"
+        return (
+            f"{attention.name} skipped nothing: it thins out over frames, and a picture has one; use --attention neighborhood"
+        )
     return f"{attention.name} skipped nothing at this size; take a smaller window or decay, or a larger clip (genattn plan)"
 
 

@@ -25,7 +25,10 @@ from genattn.planning.simulate import Simulation, end_to_end, simulate, simulate
 
 @dataclass(frozen=True)
 class Setting:
-    """One ranked proposal. attention_speedup: of one sparse call; run_speedup: of a whole run; pflops: of that run."""
+    """One proposal. attention_speedup: of one sparse call; run_speedup: of a whole run; pflops: of that run.
+
+    published: where the setting comes from, empty for what the planner made up from geometry.
+    """
 
     pattern: Pattern
     label: str
@@ -34,6 +37,7 @@ class Setting:
     attention_speedup: float
     run_speedup: float
     pflops: float
+    published: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class LegalSize:
 
 @dataclass(frozen=True)
 class Planning:
-    """Everything `plan_settings` found: dense cost, ranked settings (fastest first), nearby sizes (nearest first)."""
+    """Everything `plan_settings` found: dense cost, settings (published ones in the preset's order, then others, fastest
+    first), nearby sizes (nearest first)."""
 
     model: str
     size: tuple[int, int]
@@ -75,7 +80,7 @@ def plan_settings(
     steps: int | None = None,
     block: int = 128,
 ) -> Planning:
-    """Settings near `target_density` (share of scores computed in a sparse call), fastest first.
+    """The model's published settings, then others near `target_density` (share of scores in a sparse call), fastest first.
 
     model: a preset's name or a local pipeline folder. size: (height, width) pixels. dense_steps: share of the run in [0, 1].
     Raises GenAttnError for sizes the model cannot take (with the nearest) and for a target outside (0, 1].
@@ -88,7 +93,8 @@ def plan_settings(
     layout, steps = known.layout((height, width), count), steps or known.steps
     found = [*_radial(layout, target_density, block), *_neighborhood(layout, target_density, block)]
     run = _Run(known, layout, steps, math.ceil(dense_steps * steps), min(dense_layers, known.layers))
-    settings = sorted((run.setting(*option) for option in found), key=lambda s: -s.run_speedup)
+    made = sorted((run.setting(*option) for option in found), key=lambda s: -s.run_speedup)
+    settings = [*_published(run, block), *made]
     attention, rest = known.flops(layout)
     return Planning(
         known.name,
@@ -120,6 +126,20 @@ class _Run:
         share = attention / (attention + rest) * sparse
         flops = (rest + attention * (1 - sparse + sparse * cost.density)) * self.steps * self.model.passes
         return Setting(pattern, label, cost.density, cost.mask_free, faster, end_to_end(faster, share), flops / 1e15)
+
+
+def _published(run: _Run, block: int) -> list[Setting]:
+    """What the preset holds, in its order (ours, then released scripts and papers); windows that do not fit are left out."""
+    options: list[tuple[Pattern, str, str]] = [(p.pattern, f"radial {p.pattern.variant}", p.source) for p in run.model.radial]
+    options += [(p, f"neighborhood {p.window_size} stride {p.stride}", source) for p, source in run.model.neighborhood]
+    found = []
+    for pattern, label, source in options:
+        try:
+            cost = simulate_pattern(pattern, run.layout, block, block)
+        except GenAttnError:  # a window larger than this grid, or a length that the released code cannot cut
+            continue
+        found.append(replace(run.setting(pattern, label, cost), published=source))
+    return found
 
 
 def _radial(layout: TokenLayout, target: float, block: int) -> Iterator[tuple[Pattern, str, Simulation]]:

@@ -1,6 +1,8 @@
 """Commands that need geometry only."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +10,10 @@ import pytest
 
 import genattn
 from genattn.apps.cli.patterns import plan_command, show_command, simulate_command
+from genattn.apps.sampling.attention_names import pattern_from_file
 from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
+from genattn.patterns.radial import RadialPattern
 
 
 @pytest.mark.parametrize(("text", "shape"), [("7", (7,)), ("30x48x80", (30, 48, 80)), ("-1x4x16", (-1, 4, 16))])
@@ -36,7 +40,7 @@ def test_simulate_prints_the_published_bound(capsys: pytest.CaptureFixture[str])
 def test_plan_ranks_by_predicted_speed(capsys: pytest.CaptureFixture[str]) -> None:
     plan_command("wan-14b", "720x1280", 81, target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None, as_json=True)
     found = json.loads(capsys.readouterr().out)
-    speeds = [setting["run_speedup"] for setting in found["settings"]]
+    speeds = [setting["run_speedup"] for setting in found["settings"] if not setting["published"]]
     assert speeds == sorted(speeds, reverse=True)
     assert speeds[0] > 1.3
     assert all("Pattern" in setting["pattern"] for setting in found["settings"])
@@ -47,7 +51,10 @@ def test_plan_ranks_by_predicted_speed(capsys: pytest.CaptureFixture[str]) -> No
 def test_plan_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     plan_command("wan-1.3b", None, None, target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None, as_json=False)
     printed = capsys.readouterr().out
-    assert "predicted, fastest first" in printed
+    assert "published settings first" in printed
+    assert "genattn.apply(pipe, genattn.RadialPattern(decay=0.2), dense_steps=0.25, dense_layers=1)" in printed
+    assert "480x832" in printed
+    assert "genattn generate --model FOLDER_OR_ID --pattern-file settings.json" in printed
     assert "legal sizes nearby" in printed
 
 
@@ -72,3 +79,19 @@ def test_show_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_refusals(call: Callable[[], None], message: str) -> None:
     with pytest.raises(GenAttnError, match=message):
         call()
+
+
+def test_plan_writes_a_setting_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "settings.json"
+    plan_command("wan-14b", "720x1280", 81, target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None, out=out)
+    assert pattern_from_file(out) == RadialPattern(decay=0.2)
+    assert f"genattn generate --model FOLDER_OR_ID --pattern-file {out}" in capsys.readouterr().out.replace("\n", "")
+    with pytest.raises(GenAttnError, match="--out must end in .json"):
+        plan_command("wan-14b", out=tmp_path / "a.txt", target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None)
+
+
+def test_the_version_and_the_help_need_no_torch() -> None:
+    code = "import sys; from genattn.apps.cli import root; print(sorted(m for m in ('torch', 'diffusers') if m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-m", "genattn", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"genattn {genattn.__version__}\n")
