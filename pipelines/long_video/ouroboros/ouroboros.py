@@ -40,7 +40,8 @@ class OuroborosParts:
 class Ouroboros:
     """Settings; the default is the coherent tail alone, which brings most of the gain in the paper's own table.
 
-    tail: "coherent" (variance kept), "published" (the released mix) or "gaussian" (FIFO). subject: words of the prompt that
+    tail: "coherent" (released strength, unit variance), "published" (the released mix, which loses variance) or "gaussian"
+    (FIFO). tail_keep: share of the last latent at frequency 0; as released when None. subject: words of the prompt that
     name the subject, or several; the whole prompt when None. subject_attention: append the subject's keys (UNets and Latte).
     guidance: scale of self-recurrent guidance, 0 is off; costs a backward pass in the noisier `guidance_share` of the
     windows every `guidance_every` ticks. memory_frames: clean latents in front of every window. resample: level depth of the
@@ -50,7 +51,7 @@ class Ouroboros:
     tail: Literal["gaussian", "coherent", "published"] = "coherent"
     tail_cutoff: float = 0.25
     tail_filter: Literal["gaussian", "butterworth", "ideal"] = "gaussian"
-    tail_keep: float = 0.86
+    tail_keep: float | None = None
     subject: str | tuple[str, ...] | None = None
     subject_attention: bool = False
     mask_threshold: float = 0.5

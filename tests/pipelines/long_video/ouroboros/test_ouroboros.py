@@ -5,18 +5,18 @@ import types
 import pytest
 import torch
 import video_pipes
-from fifo_runs import CLIP, denoise, flow_solver, run
+from fifo_runs import CLIP, denoise, flow_solver, run, unipc_solver
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
-from genattn.pipelines.long_video.ouroboros.coherent_tail import CoherentTail, low_pass, mix_frequencies
+from genattn.pipelines.long_video.ouroboros.coherent_tail import CoherentTail, low_pass, mix_frequencies, published_share
 from genattn.pipelines.long_video.ouroboros.memory_frames import MemoryFrames
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
 from genattn.pipelines.long_video.ouroboros.resample_check import ResampleCheck
 from genattn.pipelines.long_video.ouroboros.self_recurrent import GuidanceSettings, SubjectWindows, subject_loss
 from genattn.pipelines.long_video.ouroboros.subject_attention import SubjectWatch, cross_map, grid_of
 from genattn.pipelines.long_video.ouroboros.subject_tokens import subject_tokens
-from genattn.pipelines.long_video.queue.fifo import Fifo, WindowBatch, start_queue
+from genattn.pipelines.long_video.queue.fifo import Fifo, WindowAnswer, WindowBatch, start_queue
 from genattn.pipelines.long_video.queue.latent_queue import QueueShape
 from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
 from genattn.pipelines.long_video.queue.prompted_windows import PromptedWindows
@@ -65,15 +65,164 @@ def test_the_published_mix_loses_variance_as_the_released_demo_does():
     assert 0.4 < float(power[:3, :3].mean()) < 0.6
 
 
-@pytest.mark.parametrize(("mix", "share"), [("variance", (0.8, 0.92)), ("published", (0.42, 0.6))])
-def test_low_frequencies_come_from_the_last_latent(mix, share):
-    torch.manual_seed(0)
-    latents = torch.randn(1, 64, 3, 64, 64)
-    new = tail_of(CoherentTail(mix=mix), vp_solver(), latents)
+def correlation_with_last(new, latents, rows):
     a, b = (torch.fft.fftn(x[:, :, -1], dim=(-2, -1)) for x in (latents, new))
-    correlation = (a.conj() * b).real.mean((0, 1)) / a.abs().square().mean((0, 1))
-    assert share[0] < float(correlation[:2, :2].mean()) < share[1]
-    assert abs(float(correlation[30:34, 30:34].mean())) < 0.1
+    return float(((a.conj() * b).real.mean((0, 1)) / a.abs().square().mean((0, 1)))[rows, rows].mean())
+
+
+def zero_snr_solver(levels=16):
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    return solver_from_scheduler(scheduler, levels)
+
+
+# exp(-1/2) of what the step back keeps: the grid's own at 64 levels, the published schedule's where the grid keeps nothing
+@pytest.mark.parametrize("mix", ["variance", "published"])
+@pytest.mark.parametrize(
+    ("make", "share"),
+    [(vp_solver, 0.551), (lambda: flow_solver(16), 0.413), (lambda: flow_solver(64), 0.551), (zero_snr_solver, 0.413)],
+    ids=["vp", "flow", "flow of 64", "zero terminal SNR"],
+)
+def test_low_frequencies_come_from_the_last_latent_at_the_released_share(make, share, mix):
+    torch.manual_seed(0)
+    latents = torch.randn(1, 256, 3, 64, 64)
+    new = tail_of(CoherentTail(mix=mix), make(), latents)
+    assert correlation_with_last(new, latents, slice(0, 1)) == pytest.approx(share, abs=0.12)
+    assert abs(correlation_with_last(new, latents, slice(30, 34))) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "butterworth", "ideal"])
+def test_every_filter_keeps_the_released_share(kind):
+    torch.manual_seed(0)
+    latents = torch.randn(1, 256, 1, 32, 32)
+    new = tail_of(CoherentTail(kind=kind), flow_solver(16), latents)
+    assert correlation_with_last(new, latents, slice(0, 1)) == pytest.approx(0.413, abs=0.12)
+
+
+def test_the_published_share_is_the_demos():
+    assert [round(published_share(n), 3) for n in (64, 32, 16, 8)] == [0.909, 0.828, 0.680, 0.460]
+    assert 0 < published_share(1) < 0.1
+
+
+@pytest.mark.parametrize("make", [vp_solver, lambda: flow_solver(16), zero_snr_solver], ids=["vp", "flow", "zero SNR"])
+def test_a_large_share_is_taken_from_the_latent_before_its_step(make):
+    torch.manual_seed(0)
+    before, stepped = torch.randn(2, 1, 256, 3, 32, 32)
+    fifo = types.SimpleNamespace(solver=make(), seed=3, queue=types.SimpleNamespace(latents=before))
+    small, large = (CoherentTail(keep=keep)(fifo, stepped, [10]) for keep in (0.5, 0.86))
+    assert correlation_with_last(small, stepped, slice(0, 1)) == pytest.approx(0.5, abs=0.12)
+    assert correlation_with_last(large, stepped, slice(0, 1)) == pytest.approx(0, abs=0.12)
+    assert correlation_with_last(large, before, slice(0, 1)) == pytest.approx(0.86, abs=0.12)
+
+
+# ---- the tail as a loop: what it hands on must not pile up
+
+
+def ddim_solver(levels, **settings):
+    import diffusers
+
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False} | settings
+    return solver_from_scheduler(diffusers.DDIMScheduler(**settings), levels)
+
+
+LOOPS = {
+    "flow": lambda levels: flow_solver(levels),
+    "flow with UniPC": lambda levels: unipc_solver(levels),
+    "epsilon": lambda levels: ddim_solver(levels, timestep_spacing="linspace"),
+    # leading spacing stops short of the last step, where epsilon says nothing
+    "epsilon, zero terminal SNR": lambda levels: ddim_solver(levels, rescale_betas_zero_snr=True, timestep_spacing="leading"),
+    "v, zero terminal SNR": lambda levels: ddim_solver(
+        levels, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    ),
+    "v": lambda levels: ddim_solver(levels, prediction_type="v_prediction", timestep_spacing="linspace"),
+    "sample, zero terminal SNR": lambda levels: ddim_solver(
+        levels, prediction_type="sample", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    ),
+}
+
+
+def knowing_denoise(grid, mean=2.0, spread=0.5):
+    """The best possible model of independent places with that mean and spread; a grey picture weighs heavily at frequency 0."""
+
+    def answer(batch):
+        x = batch.latents.double()
+        alpha, sigma = grid.at(grid.alpha, batch.levels, x), grid.at(grid.sigma, batch.levels, x)
+        # a latent below the grid is clean: there is nothing to guess
+        trust = alpha * spread**2 / (alpha.square() * spread**2 + sigma.square()).clamp(min=1e-12)
+        clean = mean + trust * (x - alpha * mean)
+        levels = batch.levels.clamp(min=0)
+        return WindowAnswer(grid.prediction_from_clean(x, clean, levels).float())
+
+    return answer
+
+
+def tail_levels(solver, denoise, clip, ticks, **settings):
+    shape = QueueShape(solver.num_levels, clip.shape[2])
+    fifo = Fifo(denoise, solver, start_queue(shape, solver, clip, seed=1), seed=1, tail=CoherentTail(**settings))
+    found = []
+    for _ in range(ticks):
+        fifo.tick()
+        at_zero = fifo.queue.latents[0, :, -1].float().sum((-2, -1)) / (clip.shape[-1] * clip.shape[-2]) ** 0.5
+        found.append(float(at_zero.square().mean().sqrt()))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("levels", [8, 16, 64])
+@pytest.mark.parametrize("keep", [None, 0.86])
+@pytest.mark.parametrize("mix", ["variance", "published"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_frequency_zero_of_the_tail_stays_that_of_noise_over_sixty_ticks(name, mix, keep, levels):
+    solver = LOOPS[name](levels)
+    torch.manual_seed(0)
+    clip = 2 + 0.5 * torch.randn(1, 16, 4, 8, 8)
+    rms = tail_levels(solver, knowing_denoise(solver.grid), clip, 60, mix=mix, keep=keep)
+    assert rms.isfinite().all()
+    assert float(rms.max()) < 2.0
+
+
+@pytest.mark.parametrize("name", ["flow", "v, zero terminal SNR"])
+def test_the_stepped_latent_at_a_large_share_would_pile_up(name, monkeypatch):
+    from genattn.pipelines.long_video.ouroboros import coherent_tail
+
+    # the loop above can tell: with the limit out of the way its bound is passed
+    monkeypatch.setattr(coherent_tail, "LARGEST_LATENT_SHARE", 1.0)
+    solver = LOOPS[name](16)
+    clip = 2 + 0.5 * torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert float(tail_levels(solver, knowing_denoise(solver.grid), clip, 60, keep=0.86).max()) > 2.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "levels", "per_level"), [("tiny-wan", 16, 1), ("tiny-animatediff", 8, 2)])
+def test_frequency_zero_of_the_shipped_models_tails_stays_that_of_noise(model, levels, per_level, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    from genattn.apps.sampling.load_pipeline import shipped_model
+    from genattn.pipelines.long_video.generate import long_video
+
+    pipe = DiffusionPipeline.from_pretrained(shipped_model().parent / model)
+    pipe.set_progress_bar_config(disable=True)
+    found, plain = [], CoherentTail.__call__
+
+    def watched(self, fifo, stepped, numbers):
+        new = plain(self, fifo, stepped, numbers)
+        at_zero = new[0].float().sum((-2, -1)) / (new.shape[-1] * new.shape[-2]) ** 0.5
+        found.append(float(at_zero.square().mean()))
+        return new
+
+    monkeypatch.setattr(CoherentTail, "__call__", watched)
+    prompt = "a red circle moves right on a dark background"
+    call = {"num_inference_steps": levels, "latents_per_level": per_level, "progress": False, "stream": True}
+    video = long_video(pipe, prompt, ouroboros=Ouroboros(), **call)
+    frames = iter(video)
+    while len(found) < 60:
+        next(frames)
+    frames.close()
+    # four channels alone scatter by a third; ten ticks together do not
+    rms = torch.tensor(found[:60]).reshape(6, 10).mean(1).sqrt()
+    assert float(rms.max()) < 2.0
 
 
 def test_cut_off_one_keeps_and_none_is_noise():
@@ -88,7 +237,6 @@ def test_filters_peak_at_zero_frequency_and_fall():
         filtered = low_pass(16, 12, 0.25, kind)
         assert filtered[8, 6] == 1
         assert filtered[8, 6:].diff().max() <= 0
-    assert float(low_pass(16, 12, 0.25, "gaussian", 0.0625)[8, 6]) == pytest.approx(0.6065, abs=1e-3)
 
 
 @pytest.mark.parametrize(
