@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @options.sampling_options(frames=Annotated[int | None, typer.Option("--frames", help="Frames; default: until Ctrl-C.")])
 def long_command(
+    context: typer.Context,
     settings: "SamplingSettings",
     prompt: Annotated[str, typer.Option(help='What to show, or a schedule: 0:"a red circle" 120:"it turns blue".')] = "",
     partitions: Annotated[int, typer.Option(help="Windows in the queue; more means smaller steps in noise.")] = 4,
@@ -42,7 +43,7 @@ def long_command(
     from genattn.apps.sampling.run import open_pipeline, own_defaults
     from genattn.pipelines.long_video.generate import long_video
 
-    _check_long(settings, prompt, folder, resume, fps)
+    _check_long(context, prompt, folder, resume, fps)
     pipe = open_pipeline(settings)
     if resume is not None:
         run = long_video(pipe, num_frames=settings.frames, resume=resume, window_batch=window_batch, stream=True)
@@ -75,7 +76,7 @@ def long_command(
         print_lines(*(f"{name}: {value}" for name, value in asdict(result).items() if name != "video"))
 
 
-def _check_long(settings: "SamplingSettings", prompt: str, folder: Path, resume: Path | None, fps: float | None) -> None:
+def _check_long(context: typer.Context, prompt: str, folder: Path, resume: Path | None, fps: float | None) -> None:
     """Refuse before the model is loaded what cannot become a film."""
     from genattn.apps.sampling.output_files import check_out
 
@@ -88,11 +89,20 @@ def _check_long(settings: "SamplingSettings", prompt: str, folder: Path, resume:
         return
     if not (resume / "checkpoint.json").is_file():
         raise GenAttnError(f"--resume must name the folder of a stopped run, but {str(resume)!r} has no checkpoint.json")
-    given = [f"--{name.replace('_', '-')}" for name in ("negative_prompt", "height", "width", "steps", "guidance_scale")
-             if getattr(settings, name) is not None]  # fmt: skip
-    given += ["--prompt"] if prompt else []
+    given = sorted(_given(context) - _BESIDE_RESUME)
     if given:
-        raise GenAttnError(f"a resumed run keeps its settings, got {', '.join(given)} beside --resume; leave them out")
+        options_given = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise GenAttnError(f"a resumed run keeps its settings, got {options_given} beside --resume; leave them out")
+
+
+# how a run is computed and how long it gets may change when it goes on; what it shows may not
+_BESIDE_RESUME = {"resume", "frames", "model", "dtype", "device", "cpu_offload", "window_batch", "as_json"}
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Options that the user wrote out, whatever their value."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _make(run: "LongVideo", folder: Path, quiet: bool) -> "LongVideoResult":

@@ -7,7 +7,8 @@ wants (FIFO- Diffusion, arXiv 2405.11473; Ouroboros-Diffusion, arXiv 2501.09019)
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,8 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
-from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_record, read_tensors
+from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_checkpoint, read_record
+from genattn.pipelines.long_video.output.folder_lock import FolderLock
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
 from genattn.pipelines.long_video.quality.drift import DriftCorrection, DriftMonitor
 from genattn.pipelines.long_video.queue.fifo import Fifo, sample_clip, start_queue
@@ -143,7 +145,7 @@ def start_video(
     base = frame_denoiser(pipe)
     folder = None if folder is None else Path(folder)
     group = group or WindowGroup.from_torch()
-    with group.preparing(base.device):
+    with group.preparing(base.device), _held(folder, group) as lock:
         # one process looks: by the time the others come here it may have written its first checkpoint
         if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
             raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
@@ -154,8 +156,20 @@ def start_video(
         path = output if output is not None else None if folder is None else folder / FILM
         writer = None
         if path is not None and group.is_main:
-            writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told())
-        return LongVideo(build.parts(fifo, writer, folder, progress))
+            writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told(), sync=folder is not None)
+        return LongVideo(build.parts(fifo, writer, folder, progress, lock))
+
+
+@contextmanager
+def _held(folder: Path | None, group: WindowGroup) -> Iterator[FolderLock | None]:
+    """The folder's lock, of the process that writes; let go again if a run cannot begin."""
+    lock = None if folder is None or not group.is_main else FolderLock(folder)
+    try:
+        yield lock
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
 
 
 def _check_window(shape: QueueShape) -> None:
@@ -180,14 +194,15 @@ def resume_video(
     num_frames: a new length; the old one when None.
     """
     folder = Path(folder)
-    record = read_record(folder)
+    read_record(folder)  # a folder that is no run gets no lock file
     base = frame_denoiser(pipe)
-    saved = LongVideoSettings.from_json(record["settings"])
-    settings = replace(saved, num_frames=num_frames or saved.num_frames, window_batch=window_batch)
     group = group or WindowGroup.from_torch()
-    with group.preparing(base.device):
+    with group.preparing(base.device), _held(folder, group) as lock:
+        # read again under the lock: a run that ended just now may have written another
+        record, stored = read_checkpoint(folder)
+        settings = _resumed_settings(record, num_frames, window_batch)
         build = _Build(base, settings, group)
-        tensors = {name: tensor.to(base.device) for name, tensor in read_tensors(folder, record).items()}
+        tensors = {name: tensor.to(base.device) for name, tensor in stored.items()}
         fifo = build.fifo(LatentQueue.from_checkpoint(build.shape, tensors, record["queue"]))
         check_same(record["identity"], build.identity(fifo), "settings or another model")
         build.decoder.load(tensors, record["decoder"])
@@ -196,12 +211,21 @@ def resume_video(
         writer = None
         if record["film"] is not None and group.is_main:
             mark = WriterMark(int(record["film"]["frames"]), int(record["film"]["bytes"]))
-            writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark)
-    parts = build.parts(fifo, writer, folder, progress)
-    parts.frames = int(record["frames"])
-    parts.pending = tensors.get("run.pending")
-    parts.monitor.load(record["drift"])
-    return LongVideo(parts)
+            writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark, sync=True)
+        parts = build.parts(fifo, writer, folder, progress, lock)
+        parts.frames = int(record["frames"])
+        parts.pending = tensors.get("run.pending")
+        parts.monitor.load(record["drift"])
+        return LongVideo(parts)
+
+
+def _resumed_settings(record: dict[str, Any], num_frames: int | None, window_batch: int) -> LongVideoSettings:
+    saved = LongVideoSettings.from_json(record["settings"])
+    if num_frames is not None and 0 < num_frames < int(record["frames"]):
+        raise GenAttnError(
+            f"the film already holds {record['frames']} frames and cannot become shorter, got num_frames={num_frames}"
+        )
+    return replace(saved, num_frames=saved.num_frames if num_frames is None else num_frames, window_batch=window_batch)
 
 
 class _Build:
@@ -269,7 +293,9 @@ class _Build:
         given = {name: value for name, value in self.settings.to_json().items() if value is not None}
         return {"pipeline": type(self.base.pipe).__name__, **given, "genattn": genattn.__version__}
 
-    def parts(self, fifo: Fifo, writer: FragmentedMp4Writer | None, folder: Path | None, progress: bool) -> RunParts:
+    def parts(
+        self, fifo: Fifo, writer: FragmentedMp4Writer | None, folder: Path | None, progress: bool, lock: FolderLock | None
+    ) -> RunParts:
         """The run's parts, at frame 0."""
         monitor = DriftMonitor()
         return RunParts(
@@ -283,6 +309,7 @@ class _Build:
             self.identity(fifo),
             progress=progress,
             applied=self.ouroboros.applied,
+            lock=lock,
         )
 
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser
 from genattn.pipelines.long_video.output.checkpoint import save_checkpoint
+from genattn.pipelines.long_video.output.folder_lock import FolderLock
 from genattn.pipelines.long_video.output.stream_decode import StreamDecoder
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer
 from genattn.pipelines.long_video.quality.drift import DriftMonitor, describe_drift
@@ -57,6 +58,7 @@ class RunParts:
     """Everything that a run is made of; put together by `long_video`.
 
     pending: latents [1, C, K, h, w] that left the queue and were not asked for yet (a tick may give more than the film's last).
+    lock: on the folder, let go when the run ends.
     """
 
     base: FrameDenoiser
@@ -71,6 +73,7 @@ class RunParts:
     pending: torch.Tensor | None = None
     progress: bool = True
     applied: Callable[[], AbstractContextManager[Any]] = nullcontext
+    lock: FolderLock | None = None
 
 
 class LongVideo:
@@ -143,6 +146,8 @@ class LongVideo:
                 raise
             finally:
                 self.seconds = time.monotonic() - start
+                if self.parts.lock is not None:
+                    self.parts.lock.release()
                 self.parts.base.pipe.maybe_free_model_hooks()
 
     def _bar(self) -> Any:

@@ -3,8 +3,8 @@
     DIR/checkpoint.json          versions, settings, fingerprint of the model, counters; names the tensor file
     DIR/state-<tick>.safetensors queue, solver history, decoder caches, memory
 
-The tensor file is written first under a new name, the JSON is then replaced in one rename, and only then the old tensor file
-goes.
+The tensor file is written first under a name that no record on disk has, the JSON is then replaced in one rename, and only
+then the old tensor file goes; each is on disk before the next begins (`durable`).
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.output.durable import make_folder, replace_synced
 
 FORMAT = 1
 _NAME = "checkpoint.json"
@@ -42,20 +43,26 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, torch.
     record: JSON-ready; must hold "tick". A failed write (disk full) leaves the old checkpoint and is raised as OSError.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = folder / f"state-{int(record['tick']):08d}.safetensors"
+    make_folder(folder)
     previous = _read(folder)
+    named = None if previous is None else str(previous.get("tensors"))
+    state = folder / f"state-{int(record['tick']):08d}.safetensors"
+    if named == state.name:
+        # a second checkpoint of one tick: the file that the record on disk names must stay what it is until that goes
+        state = state.with_stem(f"{state.stem}-more")
     scratch = folder / "state.partial"
     try:
         _write_tensors(scratch, tensors)
-        os.replace(scratch, state)
+        replace_synced(scratch, state)
         body = {"format": FORMAT, "genattn": genattn.__version__, "tensors": state.name, **record}
         _write_whole(folder / _NAME, json.dumps(body, indent=1))
     except Exception:
         scratch.unlink(missing_ok=True)
         raise
-    if previous is not None and previous.get("tensors") != state.name:
-        (folder / str(previous["tensors"])).unlink(missing_ok=True)
+    for old in folder.glob("state-*.safetensors"):
+        # the one before, and what a power cut may have left without a record
+        if old.name != state.name:
+            old.unlink(missing_ok=True)
     return state
 
 
@@ -72,11 +79,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def _write_whole(path: Path, text: str) -> None:
     scratch = path.with_suffix(".partial")
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        scratch.write_text(text, encoding="utf-8")
+        replace_synced(scratch, path)
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
@@ -114,6 +118,17 @@ def read_tensors(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> d
     if not path.exists():
         raise GenAttnError(f"{path} is named by the checkpoint and must exist; it was moved or deleted")
     return dict(load_file(path))
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Record and tensors that belong together, also while another process of the same run replaces them."""
+    record = read_record(folder)
+    try:
+        return record, read_tensors(folder, record)
+    except GenAttnError:
+        if read_record(folder)["tensors"] == record["tensors"]:
+            raise
+        return read_checkpoint(folder)
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:

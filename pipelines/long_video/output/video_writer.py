@@ -21,6 +21,7 @@ import av
 import numpy as np
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.output.durable import make_folder, sync_folder
 
 _TICKS = 512  # track ticks per 1 / fps numerator, as ffmpeg itself counts
 
@@ -38,8 +39,8 @@ class FragmentedMp4Writer:
 
     fps: > 0. codec: an encoder PyAV knows. crf: quality, lower is better. fragment_frames: frames per fragment, >= 1; what a
     kill costs.
-    mark: continue a file from here; what stands after it is cut off. sync: fsync after every fragment. metadata: stands as
-    JSON in the comment of a new file.
+    mark: continue a file from here; what stands after it is cut off. sync: wait for the disk after every fragment.
+    metadata: stands as JSON in the comment of a new file.
     """
 
     def __init__(
@@ -71,8 +72,11 @@ class FragmentedMp4Writer:
 
     def _open(self) -> Any:
         if self.mark.bytes == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            return open(self.path, "wb", buffering=0)
+            make_folder(self.path.parent)
+            file = open(self.path, "wb", buffering=0)  # noqa: SIM115
+            if self.sync:
+                sync_folder(self.path.parent)
+            return file
         have = self.path.stat().st_size if self.path.exists() else 0
         if have < self.mark.bytes:
             raise GenAttnError(

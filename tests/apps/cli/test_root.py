@@ -95,6 +95,26 @@ BAD = [
     ("long --prompt a --partitions 0", "partitions"),
     ("long --prompt a --height 65", "height"),
     ("long --resume .", "'.' has no checkpoint.json"),
+    *[
+        (
+            f"long --resume run {words}",
+            f"a resumed run keeps its settings, got {words.split()[0].replace('--no-', '--')} beside",
+        )
+        for words in (
+            "--seed 5",
+            "--seed 0",
+            "--fps 30",
+            "--partitions 8",
+            "--no-lookahead",
+            "--drift-correction 0.5",
+            "--ouroboros",
+            "--prompt-fade 8",
+            "--folder else",
+            "--prompt a",
+            "--height 64",
+            "--steps 8",
+        )
+    ],
     ("hunt --prompts none.txt --objective contrast", "--prompts must be a readable text file"),
     ("hunt --prompts prompts.txt --objective nonsense", "objective must be one of"),
     ("hunt --prompts prompts.txt --objective contrast --tune-u a", "--tune-u must be numbers"),
@@ -129,6 +149,8 @@ def test_bad_input_is_one_line(
     (tmp_path / "text.mp4").write_text("no film")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.json").write_text("{}")
     assert run(monkeypatch, *shlex.split(line.replace('"', '\\"'))) == 2
     told = capsys.readouterr()
     last = told.err.strip().splitlines()[-1]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ def test_the_old_tensor_file_goes_only_when_the_new_record_stands(tmp_path):
     checkpoint.save_checkpoint(tmp_path, {"a": torch.zeros(1)}, {"tick": 1})
     checkpoint.save_checkpoint(tmp_path, {"a": torch.ones(1)}, {"tick": 2})
     assert [p.name for p in tmp_path.glob("state*")] == ["state-00000002.safetensors"]
-    # the same tick again (a stop right after a checkpoint) replaces its own file
-    checkpoint.save_checkpoint(tmp_path, {"a": 2 * torch.ones(1)}, {"tick": 2})
-    assert checkpoint.read_tensors(tmp_path, checkpoint.read_record(tmp_path))["a"] == 2
+    # the same tick again (a stop right after a checkpoint) takes another name, and back
+    for value in (2, 3):
+        checkpoint.save_checkpoint(tmp_path, {"a": value * torch.ones(1)}, {"tick": 2})
+        assert checkpoint.read_checkpoint(tmp_path)[1]["a"] == value
+        assert len(list(tmp_path.glob("state*"))) == 1
 
 
 @pytest.mark.parametrize("place", ["tensors", "record"])
@@ -63,7 +66,7 @@ def test_a_record_that_cannot_be_written_leaves_no_scrap(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="broken"):
         checkpoint._write_whole(tmp_path / "a.json", "{}")
     assert not list(tmp_path.iterdir())
@@ -94,3 +97,17 @@ def test_fingerprints_tell_weights_apart():
     assert checkpoint.model_fingerprint({"m": a}) == checkpoint.model_fingerprint({"m": a})
     assert checkpoint.model_fingerprint({"m": a}) != checkpoint.model_fingerprint({"m": b})
     assert checkpoint.model_fingerprint({"m": a}) != checkpoint.model_fingerprint({"n": a})
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    checkpoint.save_checkpoint(tmp_path, {"a": torch.zeros(1)}, {"tick": 1})
+    real = checkpoint.read_tensors
+
+    def slow(folder, record):
+        if record["tick"] == 1:
+            checkpoint.save_checkpoint(tmp_path, {"a": torch.ones(1)}, {"tick": 2})
+        return real(folder, record)
+
+    monkeypatch.setattr(checkpoint, "read_tensors", slow)
+    record, tensors = checkpoint.read_checkpoint(tmp_path)
+    assert (record["tick"], float(tensors["a"])) == (2, 1.0)
