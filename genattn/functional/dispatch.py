@@ -3,8 +3,6 @@
 out = attention(query, key, value, RadialPattern(), TokenLayout.from_grid((21, 30, 52), text_after=0))
 """
 
-from typing import overload
-
 import torch
 
 from genattn.errors import GenAttnError
@@ -12,14 +10,15 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
 from genattn.kernels.peers.optional import GridWindows, natten_attention, why_not_natten
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.head_tiles import HeadTiles, check_head_tiles
 from genattn.kernels.plan.halo_plan import HaloPlan, check_halo_inputs, halo_attention
 from genattn.kernels.triton.config import tile_sizes
 from genattn.kernels.triton.halo import triton_halo_attention, why_not_triton_halo
 from genattn.patterns.halo import halo_plan
 from genattn.patterns.natten_windows import natten_windows
-from genattn.patterns.pattern import Pattern
+from genattn.patterns.pattern import Pattern, SiteMemory
 
-AnyPlan = BlockPlan | HaloPlan | GridWindows
+AnyPlan = BlockPlan | HeadTiles | HaloPlan | GridWindows
 
 
 def attention(
@@ -71,10 +70,32 @@ def planned_attention(
         if reason is not None:
             raise GenAttnError(f"impl='natten' cannot serve this call: {reason}; use impl='auto'")
         return natten_attention(query, key, value, plan, scale)
+    if isinstance(plan, HeadTiles):
+        return _head_tiles(query, key, value, plan, impl, return_lse, scale, key_mask)
     try:
         return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
     except ValueError as error:
         raise GenAttnError(str(error)) from error
+
+
+def _head_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: HeadTiles,
+    impl: str,
+    return_lse: bool,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The heads laid into the sequence, so that each has tiles of its own."""
+    try:
+        check_head_tiles(query, key, value, plan)
+    except ValueError as error:
+        raise GenAttnError(str(error)) from error
+    folded = [plan.fold(x) for x in (query, key, value)]
+    found = planned_attention(*folded, plan.folded, impl, return_lse, scale, plan.fold_mask(key_mask))  # type: ignore[misc]
+    return tuple(plan.unfold(x) for x in found) if isinstance(found, tuple) else plan.unfold(found)  # type: ignore[return-value]
 
 
 def _halo(
@@ -102,17 +123,26 @@ def explain_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto"
 ) -> tuple[str, dict[str, str]]:
     """What `attention` would run for these tensors, and why not each backend it passed over."""
-    return choose_impl(query, key, value, plan_for(query, key, pattern, layout), impl=impl)
+    plan = plan_for(query, key, pattern, layout)
+    if isinstance(plan, HeadTiles):
+        query, key, value = (plan.fold(x) for x in (query, key, value))
+        plan = plan.folded
+    assert isinstance(plan, BlockPlan)
+    return choose_impl(query, key, value, plan, impl=impl)
 
 
-@overload
-def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan: ...
-@overload
-def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str) -> AnyPlan: ...
-def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout, impl: str = "auto") -> AnyPlan:
+def plan_for(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pattern: Pattern,
+    layout: TokenLayout,
+    impl: str = "auto",
+    memory: SiteMemory | None = None,
+) -> AnyPlan:
     """The plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence.
 
-    Boxes that follow the query tile for impl="halo", windows for "natten", else lists of fixed tiles.
+    Boxes that follow the query tile for impl="halo", windows for "natten", else lists of fixed tiles. memory: what this
+    attention site keeps between the calls of a run, for patterns that choose by content.
     """
     if impl == "halo":
         return halo_plan(pattern, layout)
@@ -120,7 +150,10 @@ def plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: T
         return natten_windows(pattern, layout)
     block = tile_size(layout.seqlen, query.device.type)
     most_q, most_k = tile_sizes(query.device, query.shape[-1])
-    return pattern.plan_for(query, key, layout, min(block, most_q), min(block, most_k)).to(query.device)
+    sides = min(block, most_q), min(block, most_k)
+    if not pattern.needs_tensors:
+        return pattern.plan_for(query, key, layout, *sides).to(query.device)
+    return pattern.plan_for(query, key, layout, *sides, memory=memory).to(query.device)
 
 
 def tile_size(seqlen: int, device: str) -> int:

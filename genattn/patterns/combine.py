@@ -7,7 +7,8 @@ All parts of a plan need the same tiles. Each part proposes its own; the tiles w
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -16,7 +17,11 @@ from genattn.geometry.plan_build import plan_from_rule
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import CombinedRule, ElementRule, PerHeadRule
-from genattn.patterns.pattern import Pattern
+from genattn.kernels.plan.head_tiles import HeadTiles
+from genattn.patterns.content import ContentPattern, check_tensors
+from genattn.patterns.dense import DensePattern
+from genattn.patterns.listed_plans import combined_codes, plan_of_codes, static_codes, visible_codes
+from genattn.patterns.pattern import Pattern, SiteMemory
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,48 @@ class _Parts(Pattern):
         """Every part must serve the layout."""
         for pattern in self.patterns:
             pattern.check(layout)
+
+    @property
+    def needs_tensors(self) -> bool:
+        """Whether any part does."""
+        return any(p.needs_tensors for p in self.patterns)
+
+    def for_step(self, fraction: float | None) -> Pattern:
+        """The parts' patterns at one part of the run."""
+        parts = tuple(p.for_step(fraction) for p in self.patterns)
+        return self if parts == self.patterns else self._with_parts(parts)
+
+    def _with_parts(self, parts: tuple[Pattern, ...]) -> Pattern:
+        return replace(self, patterns=parts)
+
+    def check_model(self, name: str, heads: tuple[int, ...], layers: int) -> None:
+        """Every part must be for this model."""
+        for pattern in self.patterns:
+            pattern.check_model(name, heads, layers)
+
+    def _codes(
+        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """(per part uint8 codes [H or 1, NQ, NK] on the CPU, query tiles, key tiles); the content parts name the tiles.
+
+        Raises GenAttnError where a part is a combination of its own, or where two parts cut the sequence differently.
+        """
+        check_tensors(query, key, layout)
+        content = {p: p.listing(query, key, layout, block_q, block_k) for p in self.patterns if isinstance(p, ContentPattern)}
+        if any(p.needs_tensors and p not in content for p in self.patterns):
+            raise GenAttnError(
+                f"a {type(self).__name__} cannot hold another combination with a pattern that looks at the tensors; "
+                "name all parts in one combination"
+            )
+        first = next(iter(content.values()))
+        tiles = first.query_tiles, first.key_tiles
+        if not all(_same(found.query_tiles, tiles[0]) and _same(found.key_tiles, tiles[1]) for found in content.values()):
+            raise GenAttnError(f"the parts of a {type(self).__name__} that look at the tensors must have the same tiles")
+        codes = [
+            visible_codes(content[p].listed).cpu() if isinstance(p, ContentPattern) else static_codes(p.rule(layout), *tiles)
+            for p in self.patterns
+        ]
+        return codes, *tiles
 
     def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
         """The exact plan on the tiles of the part whose tiles cost least."""
@@ -57,6 +104,8 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Combined(_Parts):
+    op: ClassVar[str]
+
     def __init__(self, *patterns: Pattern) -> None:
         object.__setattr__(self, "patterns", patterns)
         self.__post_init__()
@@ -69,10 +118,34 @@ class _Combined(_Parts):
         """The combination of the parts' patterns for some heads."""
         return type(self)(*(p.for_heads(first, count) for p in self.patterns))
 
+    def _with_parts(self, parts: tuple[Pattern, ...]) -> Pattern:
+        return type(self)(*parts)
+
+    def plan_for(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block_q: int = 128,
+        block_k: int = 128,
+        memory: SiteMemory | None = None,
+    ) -> BlockPlan | HeadTiles:
+        """The plan for these queries and keys, on the tiles of the parts that look at them."""
+        if not self.needs_tensors:
+            return self.plan(layout, block_q, block_k)
+        codes, query_tiles, key_tiles = self._codes(query, key, layout, block_q, block_k)
+        static = [p for p in self.patterns if not p.needs_tensors] or [DensePattern()]
+        # a pair that the content parts settle is all or nothing; what is left open is up to the static parts alone
+        rule = _combined(static, layout, self.op)
+        plan = plan_of_codes(combined_codes(codes, self.op), query_tiles, key_tiles, rule, layout.seqlen)
+        return plan.to(query.device)
+
 
 @dataclass(frozen=True, init=False)
 class Union(_Combined):
     """A query sees what any of the patterns shows it: `Union(a, b, ...)`."""
+
+    op: ClassVar[str] = "any"
 
     def rule(self, layout: TokenLayout) -> ElementRule:
         """Any of the parts' rules."""
@@ -82,6 +155,8 @@ class Union(_Combined):
 @dataclass(frozen=True, init=False)
 class Intersection(_Combined):
     """A query sees what all of the patterns show it: `Intersection(a, b, ...)`."""
+
+    op: ClassVar[str] = "all"
 
     def rule(self, layout: TokenLayout) -> ElementRule:
         """All of the parts' rules."""
@@ -122,6 +197,27 @@ class PerHead(_Parts):
             raise GenAttnError("PerHead needs parts that are the same for all heads, got one with per-head settings")
         assert self.choice is not None
         return PerHeadRule(rules, self.choice)
+
+    def plan_for(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block_q: int = 128,
+        block_k: int = 128,
+        memory: SiteMemory | None = None,
+    ) -> BlockPlan | HeadTiles:
+        """The plan for these queries and keys, on the tiles of the parts that look at them."""
+        if not self.needs_tensors:
+            return self.plan(layout, block_q, block_k)
+        choice = self.choice or ()
+        if len(choice) != query.shape[2]:
+            raise GenAttnError(f"PerHead needs one entry per head, got {len(choice)} entries for {query.shape[2]} heads")
+        codes, query_tiles, key_tiles = self._codes(query, key, layout, block_q, block_k)
+        rows = torch.stack([codes[part][head if len(codes[part]) > 1 else 0] for head, part in enumerate(choice)])
+        static = tuple(DensePattern() if p.needs_tensors else p for p in self.patterns)
+        rule = PerHead(static, choice).rule(layout)
+        return plan_of_codes(rows, query_tiles, key_tiles, rule, layout.seqlen).to(query.device)
 
 
 @dataclass(frozen=True)

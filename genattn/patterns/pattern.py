@@ -6,7 +6,9 @@ Each pattern gives an element rule (the definition), a block plan (analytic, no 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule
+from genattn.kernels.plan.head_tiles import HeadTiles
 
 MASK_LIMIT = 16_384
 
@@ -58,6 +61,18 @@ def _list_bytes(plan: BlockPlan) -> int:
 _CACHE = PlanCache(2**31)
 
 
+@dataclass
+class SiteMemory:
+    """What one attention site keeps from call to call of a sampling run: a chosen plan, centres of clusters.
+
+    step: 0-based sampling step of the call, -1 when unknown. pass_name: the guidance pass. kept: by the pattern that keeps it.
+    """
+
+    step: int = -1
+    pass_name: str | None = None
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+
+
 class Pattern(ABC):
     """Base of the patterns. Subclasses are frozen, hashable dataclasses: equal settings are equal patterns."""
 
@@ -73,15 +88,39 @@ class Pattern(ABC):
         """The pattern of one layer, 0 <= layer < num_layers in execution order; itself unless layers differ."""
         return self
 
+    def for_step(self, fraction: float | None) -> "Pattern":
+        """The pattern at `fraction` of the sampling run, in [0, 1), None when unknown; itself unless steps differ."""
+        return self
+
     def for_heads(self, first: int, count: int) -> "Pattern":
         """The pattern of heads first .. first + count - 1, where processes share the heads; itself unless heads differ."""
         return self
 
+    @property
+    def needs_tensors(self) -> bool:
+        """Whether the plan depends on queries and keys: `plan_for` then, not `plan`."""
+        return False
+
     def plan_for(
-        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int = 128, block_k: int = 128
-    ) -> BlockPlan:
-        """The plan for actual queries [B, S, H, D] and keys [B, S, Hk, D]; only content-adaptive patterns look at them."""
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block_q: int = 128,
+        block_k: int = 128,
+        memory: SiteMemory | None = None,
+    ) -> BlockPlan | HeadTiles:
+        """The plan for actual queries [B, S, H, D] and keys [B, S, Hk, D]; only content-adaptive patterns look at them.
+
+        memory: what this attention site keeps between the calls of one run, where there is one.
+        """
         return self.plan(layout, block_q, block_k)
+
+    def check_model(self, name: str, heads: tuple[int, ...], layers: int) -> None:  # noqa: B027
+        """Raise GenAttnError if this pattern was made for another model.
+
+        name: class of the denoiser. heads: of the attentions it would act on. layers: blocks over all stacks.
+        """
 
     def check(self, layout: TokenLayout) -> None:  # noqa: B027
         """Raise GenAttnError if this pattern cannot serve `layout`, saying the nearest legal setting."""

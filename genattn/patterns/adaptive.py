@@ -1,0 +1,248 @@
+"""Tiles chosen by content, call by call: one pattern whose parts can be exchanged.
+
+    tiles       boxes of a frame, runs of the sequence, or clusters per head          genattn/selection/tiling.py
+    score       mean query against mean keys, looked at closer                        genattn/selection/estimate.py
+    rule        top-k share, top-p mass, threshold, error-aware                       genattn/selection/rules.py
+    prior       choose only inside one static pattern, always keep what another needs
+    guard       tiles that their mean describes badly are kept                        genattn/selection/guards.py
+    budget      the rule's amount by layer and head, factors along the run            genattn/selection/budget.py
+    reuse       a plan holds for several steps, and for both guidance passes          (AdaSpa, arXiv 2502.21079)
+
+Choosing only inside a static prior is DynamicRad's (arXiv 2604.20470). Text is always seen and sees all, every query sees its
+own place. Lists are per head and the same for all samples of a batch. Unlike the static patterns the mask depends on the
+tensors: `plan_for(query, key, layout)`, not `plan(layout)`.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import PADDING
+from genattn.kernels.plan.head_tiles import HeadTiles
+from genattn.patterns.content import ContentPattern, Listing, check_tensors, keep_plan, kept_plan
+from genattn.patterns.listed_plans import clustered_plan, plan_of_listed, static_codes
+from genattn.patterns.pattern import Pattern, SiteMemory
+from genattn.selection.budget import Budget
+from genattn.selection.estimate import Estimate, PooledScore, estimate, mass_of
+from genattn.selection.guards import Similarity, beside, holds, shares_tokens
+from genattn.selection.kmeans import kmeans, means_by_label, sizes
+from genattn.selection.rules import Rule, TopK, rule_named
+from genattn.selection.tiling import Boxes, Clusters, Tiling, tiling_named
+
+
+
+
+@dataclass(frozen=True)
+class AdaptivePattern(ContentPattern):
+    """Settings of the choice.
+
+    rule: a rule object or its name ("top-k", "top-p", "threshold", "error-aware"). tiles: likewise ("boxes", "runs",
+    "clusters"). inside: tiles that this static pattern hides are never chosen. always: tiles of which it shows anything are
+    always kept. neighbours: tiles on each side of the own one that are kept. refresh_every: steps for which a plan holds,
+    >= 1. share_passes: whether the guidance passes of a step share one plan; needs a pipeline that tells its steps.
+
+    Raises GenAttnError for settings out of range, and for priors that look at tensors or stand over clusters.
+    """
+
+    rule: Rule | str = TopK()  # type: ignore[assignment]
+    score: PooledScore = PooledScore()
+    tiles: Tiling | str = Boxes()
+    guard: Similarity | None = None
+    inside: Pattern | None = None
+    always: Pattern | None = None
+    neighbours: int = 0
+    budget: Budget | None = None
+    refresh_every: int = 1
+    share_passes: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, str):
+            object.__setattr__(self, "rule", rule_named(self.rule))
+        if isinstance(self.tiles, str):
+            object.__setattr__(self, "tiles", tiling_named(self.tiles))
+        for name, value, least in (("neighbours", self.neighbours, 0), ("refresh_every", self.refresh_every, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise GenAttnError(f"{name} must be a whole number >= {least}, got {value!r}")
+        for name, prior in (("inside", self.inside), ("always", self.always)):
+            if prior is not None and (not isinstance(prior, Pattern) or prior.needs_tensors):
+                raise GenAttnError(f"{name} must be a pattern of geometry alone, such as RadialPattern(), got {prior!r}")
+            if prior is not None and isinstance(self.tiles, Clusters):
+                raise GenAttnError(f"{name} needs tiles that are places, got clusters, whose tokens stand anywhere")
+
+    # ---- where in the model and the run
+
+    def for_layer(self, layer: int, num_layers: int) -> "AdaptivePattern":
+        """The choice with the amount and the priors of one layer."""
+        amount = None if self.budget is None else self.budget.of_layer(layer, num_layers)
+        changes = {
+            name: prior.for_layer(layer, num_layers)
+            for name, prior in (("inside", self.inside), ("always", self.always))
+            if prior is not None
+        }
+        found = replace(self, **changes) if changes else self  # type: ignore[arg-type]
+        if amount is None:
+            return found
+        assert self.budget is not None
+        return replace(found, rule=self.chosen_by.with_amount(amount), budget=Budget(steps=self.budget.steps))
+
+    def for_step(self, fraction: float | None) -> "AdaptivePattern":
+        """The choice with the factor of this part of the run on its amount."""
+        if self.budget is None or not self.budget.steps:
+            return self
+        factor = self.budget.factor(fraction)
+        return replace(self, rule=self.chosen_by.scaled(factor), budget=replace(self.budget, steps=()))
+
+    def for_heads(self, first: int, count: int) -> "AdaptivePattern":
+        """The choice for some of the heads."""
+        amount, found = self.chosen_by.amount, self
+        if isinstance(amount, tuple):
+            found = replace(found, rule=self.chosen_by.with_amount(amount[first : first + count]))
+        for name in ("inside", "always"):
+            prior = getattr(self, name)
+            if prior is not None:
+                found = replace(found, **{name: prior.for_heads(first, count)})  # type: ignore[arg-type]
+        return found
+
+    def check(self, layout: TokenLayout) -> None:
+        """The priors must serve the layout, and a grid must hold as many tokens as clusters."""
+        for prior in (self.inside, self.always):
+            if prior is not None:
+                prior.check(layout)
+        if isinstance(self.tiles, Clusters):
+            self.tiles.counts(int(layout.grid_positions.numel()))
+
+    @property
+    def chosen_by(self) -> Rule:
+        """The rule, as an object."""
+        assert isinstance(self.rule, Rule)
+        return self.rule
+
+    # ---- plans
+
+    @torch.no_grad()
+    def plan_for(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block_q: int = 128,
+        block_k: int = 128,
+        memory: SiteMemory | None = None,
+    ) -> BlockPlan | HeadTiles:
+        """The plan for these queries [B, S, H, D] and keys [B, S, Hk, D]: lists per head, estimates averaged over the batch.
+
+        Raises GenAttnError if the tensors do not fit the layout.
+        """
+        check_tensors(query, key, layout)
+        slot = (self, layout, block_q, block_k, query.shape[2], query.device)
+        plan = kept_plan(memory, slot, self.refresh_every, self.share_passes)
+        if plan is not None:
+            return plan
+        if isinstance(self.tiles, Clusters):
+            plan = self._clustered(query, key, layout, (block_q, block_k), memory)
+        else:
+            found = self.listing(query, key, layout, block_q, block_k)
+            plan = plan_of_listed(found.listed, found.query_tiles, found.key_tiles, layout.seqlen)
+        keep_plan(memory, slot, plan, self.share_passes)
+        return plan
+
+    @torch.no_grad()
+    def listing(self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int) -> Listing:
+        """See ContentPattern.listing."""
+        if isinstance(self.tiles, Clusters):
+            raise GenAttnError("clusters are tiles of each head's own; combine patterns on boxes or runs instead")
+        assert not isinstance(self.tiles, str)
+        check_tensors(query, key, layout)
+        made = self.tiles.tiles(layout, block_q, block_k)
+        query_tiles, key_tiles = made[0].to(query.device), made[1].to(query.device)
+        repeats = query.shape[2] // key.shape[2]
+        unlike = None
+        if self.guard is not None:
+            unlike = self.guard.unlike(key, key_tiles, True).repeat_interleave(repeats, dim=0)
+        allowed = self._open(layout, made, unlike, query.device)
+        found = estimate(
+            query, key, query_tiles, key_tiles, self.score, open=allowed, spread=self.chosen_by.needs_spread
+        )
+        listed = self.chosen_by.choose(found) | self._always(layout, query_tiles, key_tiles)
+        if unlike is not None:
+            listed = listed | unlike[:, None, :]
+        if self.guard is not None and self.guard.queries:
+            listed = listed | self.guard.unlike(query, query_tiles, False)[:, :, None]
+        if self.always is not None:
+            listed = listed | (static_codes(self.always.rule(layout), *made) > 0).to(query.device)
+        return Listing(listed & (key_tiles >= 0).any(1), query_tiles, key_tiles)
+
+    def _open(
+        self, layout: TokenLayout, tiles: tuple[torch.Tensor, torch.Tensor], unlike: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor | None:
+        """Bool [1 or H, NQ, NK]: what the prior shows, less what the guard keeps apart; None for all."""
+        found = None
+        if self.inside is not None:
+            found = (static_codes(self.inside.rule(layout), *tiles) > 0).to(device)
+        if unlike is not None and self.guard is not None and self.guard.shut:
+            found = ~unlike[:, None, :] if found is None else found & ~unlike[:, None, :]
+        return found
+
+    def _always(self, layout: TokenLayout, query_tiles: torch.Tensor, key_tiles: torch.Tensor) -> torch.Tensor:
+        """Bool [1, NQ, NK]: text both ways, the own place and its neighbours."""
+        text = (layout.raster_index < 0).to(query_tiles.device)
+        own = shares_tokens(query_tiles, key_tiles, layout.seqlen)
+        wide = beside(own, ~holds(key_tiles, text), self.neighbours)
+        return (wide | holds(key_tiles, text) | holds(query_tiles, text)[:, None])[None]
+
+    def _clustered(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block: tuple[int, int],
+        memory: SiteMemory | None,
+    ) -> HeadTiles:
+        """Clusters of the grid's queries and keys, the rule between their centres, tiles of each head's own."""
+        places = layout.grid_positions.to(query.device)
+        count = self._tiling.counts(places.numel())
+        labels_q, centres_q = self._labels(query[:, places], count[0], memory, "query centres")
+        labels_k, centres_k = self._labels(key[:, places], count[1], memory, "key centres")
+        repeats = query.shape[2] // key.shape[2]
+        labels_k, centres_k = labels_k.repeat_interleave(repeats, 0), centres_k.repeat_interleave(repeats, 0)
+        heads, batch = query.shape[2], query.shape[0]
+        mean_q = centres_q.view(heads, count[0], batch, -1).permute(2, 0, 1, 3) * query.shape[-1] ** -0.5
+        mean_k = centres_k.view(heads, count[1], batch, -1).permute(2, 0, 1, 3)
+        tokens = sizes(labels_k, count[1])[:, None, :]
+        score = mean_q @ mean_k.transpose(-1, -2)
+        allowed = (tokens > 0).expand(-1, count[0], -1)
+        mass = mass_of(score, allowed, tokens if self.score.weighted else None)
+        variance = self._cluster_variance(key[:, places], labels_k, mean_k) if self.chosen_by.needs_spread else None
+        listed = self.chosen_by.choose(Estimate(mean_q, mean_k, score, mass, allowed, variance))
+        index = layout.raster_index.to(query.device)
+        others, padding = (index == -1).nonzero().flatten(), (index == PADDING).nonzero().flatten()
+        return clustered_plan(labels_q, labels_k, listed, places, others, padding, layout.seqlen, block)
+
+    @property
+    def _tiling(self) -> Clusters:
+        assert isinstance(self.tiles, Clusters)
+        return self.tiles
+
+    def _labels(
+        self, x: torch.Tensor, clusters: int, memory: SiteMemory | None, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K-means of [B, n, H, D] with the samples of a batch side by side: labels [H, n], centres [H, clusters, B D]."""
+        points = x.permute(2, 1, 0, 3).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        slot = (name, None if self.share_passes or memory is None else memory.pass_name)
+        start = None if memory is None else memory.kept.get(slot)
+        known = start is not None and start.shape == (points.shape[0], clusters, points.shape[2])
+        rounds = self._tiling.step_iterations if known else self._tiling.iterations
+        labels, centres = kmeans(points, clusters, rounds, start if known else None)
+        if memory is not None:
+            memory.kept[slot] = centres
+        return labels, centres
+
+    def _cluster_variance(self, key: torch.Tensor, labels: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """[B, H, C, D]: variance of each channel inside a cluster. key [B, n, Hk, D], labels [H, n]."""
+        x = key.repeat_interleave(labels.shape[0] // key.shape[2], dim=2).permute(0, 2, 1, 3).to(mean.dtype)
+        zero = torch.zeros_like(mean[0])
+        square = torch.stack([means_by_label(sample.square(), labels, zero) for sample in x])
+        return (square - mean.square()).clamp_min(0)

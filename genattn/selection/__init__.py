@@ -1,0 +1,1 @@
+"""Choosing tiles by content: pure functions of queries and keys, one exchangeable part per file."""

@@ -1,0 +1,105 @@
+"""How much each layer, head and part of the run may have, and one global share spread where it helps most.
+
+    error                          Every head has a curve of error over share. Start all at the sparsest; again and again
+     | *                           take the step that lowers the summed error most per share it costs, until the mean
+     |   *                         share is spent. On convex curves this greedy choice is the best one (Fox 1966); other
+     |       *       *             curves are replaced by their lower convex hull, whose corners are the only useful points.
+     +------------------ share
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from genattn.errors import GenAttnError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Amounts of a rule that differ by layer and head, and factors on them that differ along the run.
+
+    layers: per layer in execution order one amount, or one per head; empty: the rule's own everywhere. steps: (until, factor)
+    in rising order of `until`, the end of a part of the run in (0, 1]; e.g. ((0.2, 2.0), (0.9, 1.0), (1.0, 1.5)).
+    """
+
+    layers: tuple[float | tuple[float, ...], ...] = ()
+    steps: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        layers = tuple(float(a) if isinstance(a, int | float) else tuple(float(v) for v in a) for a in self.layers)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "steps", tuple((float(until), float(factor)) for until, factor in self.steps))
+        ends = [until for until, _ in self.steps]
+        if ends and (ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] > 1):
+            raise GenAttnError(f"steps must end in rising order within (0, 1], got {ends}; e.g. ((0.2, 2.0), (1.0, 1.0))")
+        if any(factor <= 0 for _, factor in self.steps):
+            raise GenAttnError(f"factors of steps must be > 0, got {[factor for _, factor in self.steps]}; 1 changes nothing")
+
+    def factor(self, fraction: float | None) -> float:
+        """The factor at `fraction` of the run in [0, 1); 1 where it is unknown or behind the last part."""
+        if fraction is None:
+            return 1.0
+        return next((factor for until, factor in self.steps if fraction < until), 1.0)
+
+    def of_layer(self, layer: int, num_layers: int) -> float | tuple[float, ...] | None:
+        """The amount of one layer, None where all have the rule's own. Raises GenAttnError unless there is one per layer."""
+        if not self.layers:
+            return None
+        if len(self.layers) != num_layers or not 0 <= layer < num_layers:
+            raise GenAttnError(
+                f"a budget needs one amount per layer, got {len(self.layers)} amounts for layer {layer} of {num_layers}"
+            )
+        return self.layers[layer]
+
+
+def spread_shares(errors: torch.Tensor, shares: Sequence[float], target: float) -> torch.Tensor:
+    """Float64 [layers, heads]: the share of each head such that the mean is at most `target` and the summed error least.
+
+    errors: [layers, heads, C], squared error at each of the C `shares` (rising, in (0, 1]). Raises GenAttnError when the
+    curves do not fit the shares, hold a value that is not finite, or the target is below the smallest share.
+    """
+    if errors.ndim != 3 or errors.shape[-1] != len(shares) or list(shares) != sorted(set(shares)):
+        raise GenAttnError(f"errors must be [layers, heads, {len(shares)}] for rising shares, got {tuple(errors.shape)}")
+    if not bool(torch.isfinite(errors).all()):
+        raise GenAttnError("errors must be finite, got NaN or infinity; measure again on activations that are finite")
+    if not shares[0] <= target <= 1:
+        raise GenAttnError(f"target must be between the smallest share {shares[0]} and 1, got {target}; raise it")
+    curves = errors.double().flatten(0, 1).tolist()
+    corners = [_lower_hull(shares, curve) for curve in curves]
+    place = [0] * len(curves)
+    left = target * len(curves) - sum(shares[hull[0]] for hull in corners)
+    steps = [_step(head, 0, hull, shares, curves[head]) for head, hull in enumerate(corners) if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, head, cost = heapq.heappop(steps)
+        if cost > left + 1e-12:
+            continue  # a cheaper step of another head may still fit
+        left -= cost
+        place[head] += 1
+        if place[head] + 1 < len(corners[head]):
+            heapq.heappush(steps, _step(head, place[head], corners[head], shares, curves[head]))
+    chosen = [shares[hull[at]] for hull, at in zip(corners, place)]
+    return torch.tensor(chosen, dtype=torch.float64).view(errors.shape[:2])
+
+
+def _step(head: int, at: int, hull: list[int], shares: Sequence[float], curve: list[float]) -> tuple[float, int, float]:
+    here, there = hull[at], hull[at + 1]
+    cost = shares[there] - shares[here]
+    return (curve[there] - curve[here]) / cost, head, cost
+
+
+def _lower_hull(shares: Sequence[float], curve: list[float]) -> list[int]:
+    """Indices of the corners of the falling part of the lower convex hull."""
+    hull: list[int] = []
+    for index in range(len(shares)):
+        while len(hull) > 1 and _above(hull[-2], hull[-1], index, shares, curve):
+            hull.pop()
+        hull.append(index)
+    return [i for n, i in enumerate(hull) if n == 0 or curve[i] < curve[hull[n - 1]]]
+
+
+def _above(first: int, middle: int, last: int, shares: Sequence[float], curve: list[float]) -> bool:
+    slope = (curve[last] - curve[first]) / (shares[last] - shares[first])
+    return curve[middle] >= curve[first] + slope * (shares[middle] - shares[first])

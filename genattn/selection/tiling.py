@@ -1,0 +1,98 @@
+"""Which tokens make up a tile: boxes of a frame, runs of the sequence, or clusters of tokens that resemble each other."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.geometry.tiles import best_box, cell_tiles, empty_raster, query_key_tiles, run_raster
+from genattn.geometry.token_layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Near-square boxes of a frame, so that one mean describes a tile well. block: tokens per (query, key) tile, or None."""
+
+    block: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", _block(self.block))
+
+    def tiles(self, layout: TokenLayout, block_q: int, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(query tiles, key tiles), int32 [n, block] token indices; block_q, block_k hold where the settings name none."""
+        block_q, block_k = self.block or (block_q, block_k)
+        if layout.grid is None:
+            return query_key_tiles(layout, empty_raster(block_q), empty_raster(block_k))
+        frames, height, width = layout.grid3
+        made = [cell_tiles((frames, height, width), best_box(height, width, block), block) for block in (block_q, block_k)]
+        return query_key_tiles(layout, made[0], made[0] if block_q == block_k else made[1])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of the grid in raster order, as the published kernels cut the sequence; text stands in tiles of its own."""
+
+    block: tuple[int, int] | None = (64, 64)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", _block(self.block))
+
+    def tiles(self, layout: TokenLayout, block_q: int, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Boxes.tiles."""
+        block_q, block_k = self.block or (block_q, block_k)
+        total = int(np.prod(layout.grid3))
+        runs = [run_raster(total, block) if total else empty_raster(block) for block in (block_q, block_k)]
+        return query_key_tiles(layout, runs[0], runs[0] if block_q == block_k else runs[1])
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """K-means clusters per head over the grid's queries and, apart, over its keys.
+
+    query, key: clusters; None takes one per tile of 64 tokens. iterations: of the first clustering; step_iterations: of later
+    ones in the same run, which start from the centres of the step before (SVG2).
+    """
+
+    query: int | None = None
+    key: int | None = None
+    iterations: int = 10
+    step_iterations: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise GenAttnError(f"clusters of {name} must be a whole number >= 1 or None, got {value!r}")
+        for name in ("iterations", "step_iterations"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise GenAttnError(f"{name} must be a whole number >= 1, got {value!r}; 10 and 2 are usual")
+
+    def counts(self, tokens: int) -> tuple[int, int]:
+        """(query clusters, key clusters) for a grid of `tokens`. Raises GenAttnError for more clusters than tokens."""
+        usual = max(1, tokens // 64)
+        for name, wanted in (("query", self.query), ("key", self.key)):
+            if wanted is not None and wanted > tokens:
+                raise GenAttnError(f"clusters of {name} must be at most the {tokens} tokens of the grid, got {wanted}")
+        return self.query or usual, self.key or usual
+
+
+Tiling = Boxes | Runs | Clusters
+TILINGS: dict[str, type[Boxes] | type[Runs] | type[Clusters]] = {"boxes": Boxes, "runs": Runs, "clusters": Clusters}
+
+
+def tiling_named(name: str) -> Tiling:
+    """The tiling called `name` with its default settings. Raises GenAttnError that lists the names."""
+    if name not in TILINGS:
+        raise GenAttnError(f"tiles must be one of {', '.join(TILINGS)} or a tiling object, got {name!r}")
+    return TILINGS[name]()
+
+
+def _block(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sides):
+        raise GenAttnError(f"block must be tokens per tile >= 1, one number or (query, key), got {value!r}")
+    return sides[0], sides[1]
