@@ -17,7 +17,7 @@ import torch
 
 from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
 from genattn.apps.sampling.measured_rows import append_rows, provenance
-from genattn.functional.dispatch import plan_for
+from genattn.functional.dispatch import block_plan_for
 from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
 from genattn.kernels.peers.dense import dense_backends
 from genattn.kernels.peers.optional import natten_attention, why_not_natten
@@ -86,7 +86,7 @@ def _bench_case(
     shape = (1, case.layout.seqlen, case.heads, case.head_dim)
     inputs = [torch.randn(shape, generator=draw, device=device, dtype=case.dtype) for _ in range(3)]
     started = time.perf_counter()
-    plan = plan_for(inputs[0], inputs[1], case.pattern, case.layout)
+    plan = block_plan_for(inputs[0], inputs[1], case.pattern, case.layout)
     planned = time.perf_counter() - started
     sparse = _sparse_calls(impls or _default_impls(device, quick), case, inputs, plan)
     dense = {name: _dense_call(call, inputs) for name, call in dense_backends(inputs[0])[0].items() if name != "sdpa:math"}

@@ -15,7 +15,7 @@ import torch
 from genattn.apps.bench.attention import interleaved
 from genattn.apps.bench.cases import AttentionCase, gpu_cases
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for
+from genattn.functional.dispatch import block_plan_for
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, forward_grid
 from genattn.kernels.triton.config import arch_of, measured_table, settings_of, table_row
 
@@ -106,7 +106,7 @@ def gpu_timer(case: AttentionCase, rounds: int = 5) -> Timer:
     query, key, value, grad = (torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(4))
     out, dq, dk, dv = (torch.empty_like(query) for _ in range(4))
     lse = torch.empty(shape[:3], device="cuda")
-    plan = plan_for(query, key, case.pattern, case.layout)
+    plan = block_plan_for(query, key, case.pattern, case.layout)
     delta = torch.randn_like(lse)
     inputs, tiles = (query, key, value, grad, lse, delta), (plan.query_tiles.shape[0], plan.key_tiles.shape[0])
     launches = {

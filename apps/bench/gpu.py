@@ -29,7 +29,7 @@ from genattn.apps.bench.cases import AttentionCase, gpu_cases
 from genattn.apps.bench.denoising_step import HUNYUAN, WAN_14B, StepShape, step_row
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.functional.dispatch import block_plan_for, plan_for, planned_attention
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states, random_plan
@@ -82,7 +82,7 @@ def backward_rows(case: AttentionCase, rounds: int, device: str = "cuda", impl: 
     shape = (1, case.layout.seqlen, case.heads, case.head_dim)
     inputs = [torch.randn(shape, device=device, dtype=case.dtype, requires_grad=True) for _ in range(3)]
     query, key, value = inputs
-    plan = plan_for(query, key, case.pattern, case.layout)
+    plan = block_plan_for(query, key, case.pattern, case.layout)
     out: Any = block_sparse_attention(query, key, value, plan, impl=impl)
     grad = torch.randn(shape, device=device, dtype=case.dtype)
     calls: dict[str, Any] = {
@@ -110,7 +110,7 @@ def option_rows(case: AttentionCase, impls: Sequence[str], rounds: int, device: 
     """Seconds of the first of `impls` and of those that wait to be measured; what is wrong or refused gives no speed."""
     shape = (1, case.layout.seqlen, case.heads, case.head_dim)
     query, key, value = (torch.randn(shape, device=device, dtype=case.dtype) for _ in range(3))
-    lists = plan_for(query, key, case.pattern, case.layout)
+    lists = block_plan_for(query, key, case.pattern, case.layout)
     row: dict[str, Any] = {"case": case.name, "seqlen": shape[1], "heads": case.heads, "head_dim": case.head_dim}
     calls: dict[str, Any] = {}
     facts: dict[str, dict[str, Any]] = {}

@@ -19,7 +19,7 @@ import typer
 
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.functional.dispatch import block_plan_for, planned_attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.reference.attention import visible_rows
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -48,7 +48,7 @@ def prepared(method: str, tensors: tuple[torch.Tensor, ...], layout: TokenLayout
         q, k, v = (torch.randn(1, 1, window, HEAD_DIM) for _ in range(3))
         frames = layout.grid3[0]
         return lambda: [F.scaled_dot_product_attention(q, k, v) for _ in range(frames)], frames * window**2 / layout.seqlen**2
-    plan = plan_for(query, key, PATTERNS[method], layout)
+    plan = block_plan_for(query, key, PATTERNS[method], layout)
     _check(method, tensors, layout)
     return lambda: planned_attention(query, key, value, plan), plan.density
 
@@ -56,7 +56,7 @@ def prepared(method: str, tensors: tuple[torch.Tensor, ...], layout: TokenLayout
 def _check(method: str, tensors: tuple[torch.Tensor, ...], layout: TokenLayout) -> None:
     """Raise GenAttnError when sampled rows differ from the definition: a wrong result gets no time."""
     query, key, value = tensors
-    plan = plan_for(query, key, PATTERNS[method], layout)
+    plan = block_plan_for(query, key, PATTERNS[method], layout)
     rows = torch.randperm(layout.seqlen, generator=torch.Generator().manual_seed(0))[:16]
     shown = visible_rows(plan, rows)
     scores = torch.einsum("qhd,khd->hqk", query[0, rows].double(), key[0].double()) * HEAD_DIM**-0.5

@@ -10,8 +10,8 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
 from genattn.kernels.peers.optional import GridWindows, natten_attention, why_not_natten
 from genattn.kernels.plan.block_plan import BlockPlan
-from genattn.kernels.plan.head_tiles import HeadTiles, check_head_tiles
 from genattn.kernels.plan.halo_plan import HaloPlan, check_halo_inputs, halo_attention
+from genattn.kernels.plan.head_tiles import HeadTiles, check_head_tiles
 from genattn.kernels.triton.config import tile_sizes
 from genattn.kernels.triton.halo import triton_halo_attention, why_not_triton_halo
 from genattn.patterns.halo import halo_plan
@@ -93,8 +93,8 @@ def _head_tiles(
         check_head_tiles(query, key, value, plan)
     except ValueError as error:
         raise GenAttnError(str(error)) from error
-    folded = [plan.fold(x) for x in (query, key, value)]
-    found = planned_attention(*folded, plan.folded, impl, return_lse, scale, plan.fold_mask(key_mask))  # type: ignore[misc]
+    q, k, v = (plan.fold(x) for x in (query, key, value))
+    found = planned_attention(q, k, v, plan.folded, impl, return_lse, scale, plan.fold_mask(key_mask))
     return tuple(plan.unfold(x) for x in found) if isinstance(found, tuple) else plan.unfold(found)  # type: ignore[return-value]
 
 
@@ -154,6 +154,14 @@ def plan_for(
     if not pattern.needs_tensors:
         return pattern.plan_for(query, key, layout, *sides).to(query.device)
     return pattern.plan_for(query, key, layout, *sides, memory=memory).to(query.device)
+
+
+def block_plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
+    """`plan_for` where one list of tiles for all heads is needed. Raises GenAttnError for clusters, whose tiles differ."""
+    plan = plan_for(query, key, pattern, layout)
+    if not isinstance(plan, BlockPlan):
+        raise GenAttnError("this needs a plan with the same tiles for all heads, got clusters; use tiles='boxes'")
+    return plan
 
 
 def tile_size(seqlen: int, device: str) -> int:

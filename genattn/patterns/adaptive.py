@@ -13,7 +13,7 @@ own place. Lists are per head and the same for all samples of a batch. Unlike th
 tensors: `plan_for(query, key, layout)`, not `plan(layout)`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,16 +30,14 @@ from genattn.selection.estimate import Estimate, PooledScore, estimate, mass_of
 from genattn.selection.guards import Similarity, beside, holds, shares_tokens
 from genattn.selection.kmeans import kmeans, means_by_label, sizes
 from genattn.selection.rules import Rule, TopK, rule_named
-from genattn.selection.tiling import Boxes, Clusters, Tiling, tiling_named
-
-
+from genattn.selection.tiling import Boxes, Clusters, Runs, Tiling, tiling_named
 
 
 @dataclass(frozen=True)
 class AdaptivePattern(ContentPattern):
     """Settings of the choice.
 
-    rule: a rule object or its name ("top-k", "top-p", "threshold", "error-aware"). tiles: likewise ("boxes", "runs",
+    selection: a rule object or its name ("top-k", "top-p", "threshold", "error-aware"). tiles: likewise ("boxes", "runs",
     "clusters"). inside: tiles that this static pattern hides are never chosen. always: tiles of which it shows anything are
     always kept. neighbours: tiles on each side of the own one that are kept. refresh_every: steps for which a plan holds,
     >= 1. share_passes: whether the guidance passes of a step share one plan; needs a pipeline that tells its steps.
@@ -47,9 +45,9 @@ class AdaptivePattern(ContentPattern):
     Raises GenAttnError for settings out of range, and for priors that look at tensors or stand over clusters.
     """
 
-    rule: Rule | str = TopK()  # type: ignore[assignment]
-    score: PooledScore = PooledScore()
-    tiles: Tiling | str = Boxes()
+    selection: Rule | str = field(default_factory=TopK)
+    score: PooledScore = field(default_factory=PooledScore)
+    tiles: Tiling | str = field(default_factory=Boxes)
     guard: Similarity | None = None
     inside: Pattern | None = None
     always: Pattern | None = None
@@ -59,10 +57,14 @@ class AdaptivePattern(ContentPattern):
     share_passes: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.rule, str):
-            object.__setattr__(self, "rule", rule_named(self.rule))
+        if isinstance(self.selection, str):
+            object.__setattr__(self, "selection", rule_named(self.selection))
+        if not isinstance(self.selection, Rule):
+            raise GenAttnError(f"selection must be a rule such as TopK(0.25) or its name, got {self.selection!r}")
         if isinstance(self.tiles, str):
             object.__setattr__(self, "tiles", tiling_named(self.tiles))
+        if not isinstance(self.tiles, Boxes | Runs | Clusters):
+            raise GenAttnError(f"tiles must be a tiling such as Boxes() or its name, got {self.tiles!r}")
         for name, value, least in (("neighbours", self.neighbours, 0), ("refresh_every", self.refresh_every, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise GenAttnError(f"{name} must be a whole number >= {least}, got {value!r}")
@@ -86,20 +88,20 @@ class AdaptivePattern(ContentPattern):
         if amount is None:
             return found
         assert self.budget is not None
-        return replace(found, rule=self.chosen_by.with_amount(amount), budget=Budget(steps=self.budget.steps))
+        return replace(found, selection=self.chosen_by.with_amount(amount), budget=Budget(steps=self.budget.steps))
 
     def for_step(self, fraction: float | None) -> "AdaptivePattern":
         """The choice with the factor of this part of the run on its amount."""
         if self.budget is None or not self.budget.steps:
             return self
         factor = self.budget.factor(fraction)
-        return replace(self, rule=self.chosen_by.scaled(factor), budget=replace(self.budget, steps=()))
+        return replace(self, selection=self.chosen_by.scaled(factor), budget=replace(self.budget, steps=()))
 
     def for_heads(self, first: int, count: int) -> "AdaptivePattern":
         """The choice for some of the heads."""
         amount, found = self.chosen_by.amount, self
         if isinstance(amount, tuple):
-            found = replace(found, rule=self.chosen_by.with_amount(amount[first : first + count]))
+            found = replace(found, selection=self.chosen_by.with_amount(amount[first : first + count]))
         for name in ("inside", "always"):
             prior = getattr(self, name)
             if prior is not None:
@@ -117,8 +119,8 @@ class AdaptivePattern(ContentPattern):
     @property
     def chosen_by(self) -> Rule:
         """The rule, as an object."""
-        assert isinstance(self.rule, Rule)
-        return self.rule
+        assert isinstance(self.selection, Rule)
+        return self.selection
 
     # ---- plans
 
@@ -163,9 +165,7 @@ class AdaptivePattern(ContentPattern):
         if self.guard is not None:
             unlike = self.guard.unlike(key, key_tiles, True).repeat_interleave(repeats, dim=0)
         allowed = self._open(layout, made, unlike, query.device)
-        found = estimate(
-            query, key, query_tiles, key_tiles, self.score, open=allowed, spread=self.chosen_by.needs_spread
-        )
+        found = estimate(query, key, query_tiles, key_tiles, self.score, open=allowed, spread=self.chosen_by.needs_spread)
         listed = self.chosen_by.choose(found) | self._always(layout, query_tiles, key_tiles)
         if unlike is not None:
             listed = listed | unlike[:, None, :]

@@ -5,11 +5,12 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
+from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
 from genattn.patterns.dense import DensePattern
@@ -17,10 +18,16 @@ from genattn.patterns.global_tokens import GlobalTokens
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
+from genattn.selection.budget import Budget
+from genattn.selection.estimate import PooledScore
+from genattn.selection.guards import Similarity
+from genattn.selection.rules import ErrorAware, Threshold, TopK, TopP
+from genattn.selection.tiling import Boxes, Clusters, Runs
 
 TYPES: dict[str, Callable[..., Pattern]] = {
     cls.__name__: cls
     for cls in (
+        AdaptivePattern,
         BlockTopK,
         DensePattern,
         GlobalTokens,
@@ -34,14 +41,26 @@ TYPES: dict[str, Callable[..., Pattern]] = {
 }
 
 
+PARTS: dict[str, Callable[..., Any]] = {
+    cls.__name__: cls for cls in (Boxes, Budget, Clusters, ErrorAware, PooledScore, Runs, Similarity, Threshold, TopK, TopP)
+}
+
+
 def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     """Type and settings of `pattern`, JSON-ready; settings at their default are left out."""
     name = type(pattern).__name__
     if TYPES.get(name) is not type(pattern):
         raise GenAttnError(f"a pattern to be saved must be one of {', '.join(TYPES)}, got {name}")
-    settings = {f.name: getattr(pattern, f.name) for f in fields(pattern)}  # type: ignore[arg-type]
-    defaults = {f.name: f.default for f in fields(pattern)}  # type: ignore[arg-type]
-    return {"type": name, **{k: plain(v) for k, v in settings.items() if v != defaults[k]}}
+    return _to_dict(pattern)
+
+
+def _to_dict(value: Any) -> dict[str, Any]:
+    found = {"type": type(value).__name__}
+    for f in fields(value):
+        setting = getattr(value, f.name)
+        if setting != (f.default if f.default_factory is MISSING else f.default_factory()):
+            found[f.name] = plain(setting)
+    return found
 
 
 def pattern_from_dict(settings: Mapping[str, Any]) -> Pattern:
@@ -82,9 +101,11 @@ def load_pattern(path: str | Path) -> Pattern:
 
 
 def plain(value: Any) -> Any:
-    """`value` with tuples as lists and patterns as dicts, through lists and dicts."""
+    """`value` with tuples as lists and patterns and their parts as dicts, through lists and dicts."""
     if isinstance(value, Pattern):
         return pattern_to_dict(value)
+    if PARTS.get(type(value).__name__) is type(value):
+        return _to_dict(value)
     if isinstance(value, dict):
         return {key: plain(v) for key, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
@@ -92,5 +113,14 @@ def plain(value: Any) -> Any:
 
 def _rich(value: Any) -> Any:
     if isinstance(value, dict):
-        return pattern_from_dict(value)
+        return _part(value) if value.get("type") in PARTS else pattern_from_dict(value)
     return tuple(_rich(v) for v in value) if isinstance(value, list) else value
+
+
+def _part(settings: Mapping[str, Any]) -> Any:
+    given = dict(settings)
+    name = given.pop("type")
+    try:
+        return PARTS[name](**{key: _rich(value) for key, value in given.items()})
+    except TypeError as error:
+        raise GenAttnError(f"settings of {name}: {error}") from None

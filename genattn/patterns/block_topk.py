@@ -1,8 +1,8 @@
 """Content-adaptive blocks: each query tile keeps the key tiles that its pooled queries and keys point to.
 
 The plainest case of `AdaptivePattern`: boxes of a frame, a share of the tiles, and the means of halves and quarters where one
-mean would hide a strong key. Pooling tiles to their mean and picking by softmax mass is SpargeAttn's selector (Zhang et al., arXiv
-2502.18137, section 3.3); looking closer is HiP's (Lee et al., arXiv 2406.09827).
+mean would hide a strong key. Pooling tiles to their mean and picking by softmax mass is SpargeAttn's selector (Zhang et al.,
+arXiv 2502.18137, section 3.3); looking closer is HiP's (Lee et al., arXiv 2406.09827).
 """
 
 from dataclasses import dataclass

@@ -64,9 +64,7 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, layout: TokenLayout) -
         )
 
 
-def kept_plan(
-    memory: SiteMemory | None, key: Hashable, refresh_every: int, share_passes: bool
-) -> BlockPlan | HeadTiles | None:
+def kept_plan(memory: SiteMemory | None, key: Hashable, refresh_every: int, share_passes: bool) -> BlockPlan | HeadTiles | None:
     """The plan that was chosen for `key` at most `refresh_every - 1` steps ago, None where a new choice is due.
 
     A pass may take over the plan of another pass only where `share_passes` says so.

@@ -124,4 +124,3 @@ def combined_codes(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
     heads = max(part.shape[0] for part in parts)
     stacked = torch.stack([part.expand(heads, -1, -1) for part in parts])
     return stacked.amax(0) if op == "any" else stacked.amin(0)
-

@@ -15,7 +15,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
-from genattn.patterns.pattern import Pattern
+from genattn.patterns.pattern import Pattern, SiteMemory
 from genattn.seam.masks import key_mask
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
@@ -39,6 +39,7 @@ class SparsePlugin(Plugin):
         self._blocks: dict[int, int] = {}
         self._mask: tuple[Any, Any] | None = None
         self._said: set[str] = set()
+        self._memory: dict[tuple[int, str], SiteMemory] = {}
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """Refuse models whose self-attention cannot be made sparse."""
@@ -50,6 +51,7 @@ class SparsePlugin(Plugin):
         if len(hidden) == len(wanted):
             raise GenAttnError(f"{name} cannot run sparse: {hidden[0].unreachable}")
         blocks = 1 + max(site.depth for site in sites)
+        self.pattern.check_model(name, tuple(site.heads for site in wanted), blocks)
         for site in wanted:  # a pattern that differs by layer must fit this model's layers
             self.pattern.for_layer(site.depth, blocks)
         self._blocks[id(model)] = blocks
@@ -57,6 +59,11 @@ class SparsePlugin(Plugin):
     def detach(self, model: nn.Module) -> None:
         """Forget the model."""
         self._blocks.pop(id(model), None)
+        self._memory.clear()
+
+    def begin_run(self, run: Run) -> None:
+        """Forget what a pattern chose in the last run."""
+        self._memory.clear()
 
     def blocks_of(self, model: nn.Module | None) -> int:
         """Number of blocks of an attached model, over all its stacks."""
@@ -94,7 +101,7 @@ class SparsePlugin(Plugin):
             return _dense(call, inner, reason)
         impl = options.get("impl", self.impl)
         assert call.layout is not None
-        plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, impl)
+        plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, impl, self._memory_at(call))
         out = planned_attention(call.query, call.key, call.value, plan, impl=impl, scale=call.scale, key_mask=keys)
         call.record.ran_sparse(plan.density)
         return out  # type: ignore[return-value]
@@ -106,12 +113,27 @@ class SparsePlugin(Plugin):
             _LOG.warning("%s stays dense: %s", call.site.name, reason)
 
     def plan_at(self, call: AttentionCall) -> BlockPlan:
-        """The plan by which this pattern answers the call; its layout must be known."""
+        """The plan by which this pattern answers the call; its layout must be known.
+
+        Raises GenAttnError for a pattern whose tiles differ by head.
+        """
         assert call.layout is not None
-        return plan_for(call.query, call.key, self._pattern_at(call), call.layout)
+        plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, memory=self._memory_at(call))
+        if not isinstance(plan, BlockPlan):
+            raise GenAttnError("this needs a plan with the same tiles for all heads, got clusters; use tiles='boxes'")
+        return plan
+
+    def _memory_at(self, call: AttentionCall) -> SiteMemory | None:
+        """What the site keeps for a pattern that chooses by content."""
+        if not self.pattern.needs_tensors:
+            return None
+        found = self._memory.setdefault((id(call.run.model), call.site.name), SiteMemory())
+        found.step, found.pass_name = call.run.step, call.run.pass_name
+        return found
 
     def _pattern_at(self, call: AttentionCall) -> Pattern:
         pattern = self.pattern.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
+        pattern = pattern.for_step(call.run.fraction)
         heads = call.query.shape[2]  # fewer than the site has, where processes share them
         return pattern.for_heads(call.head_offset, heads) if 0 < heads < call.site.heads else pattern
 

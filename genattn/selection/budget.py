@@ -1,10 +1,10 @@
 """How much each layer, head and part of the run may have, and one global share spread where it helps most.
 
-    error                          Every head has a curve of error over share. Start all at the sparsest; again and again
-     | *                           take the step that lowers the summed error most per share it costs, until the mean
-     |   *                         share is spent. On convex curves this greedy choice is the best one (Fox 1966); other
-     |       *       *             curves are replaced by their lower convex hull, whose corners are the only useful points.
-     +------------------ share
+error                          Every head has a curve of error over share. Start all at the sparsest; again and again
+ | *                           take the step that lowers the summed error most per share it costs, until the mean
+ |   *                         share is spent. On convex curves this greedy choice is the best one (Fox 1966); other
+ |       *       *             curves are replaced by their lower convex hull, whose corners are the only useful points.
+ +------------------ share
 """
 
 import heapq
