@@ -46,9 +46,9 @@ def sol(tau: float = 1.0, variance: str = "diag", **settings: Any) -> AdaptivePa
 def sparge(mass: float = 0.98, similarity: float = 0.6, **settings: Any) -> AdaptivePattern:
     """SpargeAttn (Zhang et al., ICML 2025, arXiv 2502.18137, section 3.3).
 
-    Read: thu-ml/SpargeAttn, spas_sage_attn/utils.py, `get_block_map_meansim`, and the defaults of `spas_sage2_attn_meansim_cuda`
-    (0.6, 0.98, smoothed keys, blocks of 128 queries and 64 keys). With P the softmax over the mean scores of the key blocks that
-    are like themselves:
+    Read: thu-ml/SpargeAttn, spas_sage_attn/utils.py, `get_block_map_meansim`, and the defaults of
+    `spas_sage2_attn_meansim_cuda` (0.6, 0.98, smoothed keys, blocks of 128 queries and 64 keys). With P the softmax over the
+    mean scores of the key blocks that are like themselves:
 
         like(X) <=> mean over all pairs of tokens of X of their cosine > similarity          keys less their overall mean
         M_ij = 1  if not like(Q_i) or not like(K_j),  or j among the first c_i of row i of P, largest first,

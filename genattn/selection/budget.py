@@ -55,7 +55,10 @@ class Budget:
 
 
 def spread_shares(errors: torch.Tensor, shares: Sequence[float], target: float) -> torch.Tensor:
-    """Float64 [layers, heads]: the share of each head such that the mean is at most `target` and the summed error least.
+    """Float64 [layers, heads]: the share of each head such that their mean is `target` and the summed error least.
+
+    The mean stays below the target only where more would help no head.
+
 
     errors: [layers, heads, C], squared error at each of the C `shares` (rising, in (0, 1]). Raises GenAttnError when the
     curves do not fit the shares, hold a value that is not finite, or the target is below the smallest share.
@@ -68,19 +71,21 @@ def spread_shares(errors: torch.Tensor, shares: Sequence[float], target: float) 
         raise GenAttnError(f"target must be between the smallest share {shares[0]} and 1, got {target}; raise it")
     curves = errors.double().flatten(0, 1).tolist()
     corners = [_lower_hull(shares, curve) for curve in curves]
-    place = [0] * len(curves)
+    place, part = [0] * len(curves), [0.0] * len(curves)
     left = target * len(curves) - sum(shares[hull[0]] for hull in corners)
     steps = [_step(head, 0, hull, shares, curves[head]) for head, hull in enumerate(corners) if len(hull) > 1]
     heapq.heapify(steps)
     while steps:
         _, head, cost = heapq.heappop(steps)
         if cost > left + 1e-12:
-            continue  # a cheaper step of another head may still fit
+            part[head] = left / cost  # the last step is taken in part: between corners the curve counts as straight
+            break
         left -= cost
         place[head] += 1
         if place[head] + 1 < len(corners[head]):
             heapq.heappush(steps, _step(head, place[head], corners[head], shares, curves[head]))
-    chosen = [shares[hull[at]] for hull, at in zip(corners, place)]
+    ends = [(shares[hull[at]], shares[hull[min(at + 1, len(hull) - 1)]]) for hull, at in zip(corners, place)]
+    chosen = [here + some * (there - here) for (here, there), some in zip(ends, part)]
     return torch.tensor(chosen, dtype=torch.float64).view(errors.shape[:2])
 
 

@@ -1,0 +1,170 @@
+"""The file of a profiled map: safetensors with a header, read whole and checked before anything runs.
+
+    relative.mass, relative.loss      float16 [layers, heads, bands, *offsets]    logarithms, see selection/relative_map.py
+    key.mass ...  query.mass ...      float16 [layers, heads, bands, *cells]
+    error.mass, error.loss            float32 [layers, heads, bands, shares]       squared, over the layer's squared output
+
+Two maps stand in the file: "mass", by which cells are chosen where skipped ones are dropped, and "loss", where a tail stands
+in. From the errors at a few shares a density is spread over layers, heads and parts of the run (selection/budget.py).
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.selection.budget import spread_shares
+from genattn.selection.relative_map import CellGrid
+
+FORMAT, VERSION = "genattn-profile", 1
+VALUES = ("mass", "loss")
+_TABLES = tuple(f"{part}.{value}" for value in VALUES for part in ("relative", "key", "query"))
+
+
+@dataclass(frozen=True)
+class ProfileHeader:
+    """What a map was made for. model: class of the denoiser. bands: ends of the parts of the run, rising, the last is 1.
+
+    grid: cells (frames, rows, columns) of the layout it was made on. prompts: how many it saw. target_density: share of the
+    grid's scores that it visits unless a pattern asks for another. shares: those at which errors were measured, the last is 1.
+    """
+
+    model: str
+    layers: int
+    heads: int
+    grid: tuple[int, int, int]
+    bands: tuple[float, ...]
+    target_density: float
+    prompts: int
+    shares: tuple[float, ...]
+    layout: str = ""
+
+    def band(self, fraction: float | None) -> int | None:
+        """The band at `fraction` of a run in [0, 1); None where it is unknown."""
+        if fraction is None:
+            return None
+        return next((i for i, end in enumerate(self.bands) if fraction < end), len(self.bands) - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class ProfileMap:
+    """Header and tensors of a file."""
+
+    header: ProfileHeader
+    tensors: dict[str, torch.Tensor]
+    _spread: dict[tuple[str, float], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def cells(self) -> CellGrid:
+        """Cells of the layout it was made on."""
+        return CellGrid(*self.header.grid)
+
+    def at(self, value: str, layer: int, band: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(relative, key, query) tables of one layer, float32, heads first; the mean over the bands where none is known."""
+        found = [self.tensors[f"{part}.{value}"][layer].float() for part in ("relative", "key", "query")]
+        return tuple(t.mean(1) if band is None else t[:, band] for t in found)  # type: ignore[return-value]
+
+    def spread(self, value: str, density: float) -> torch.Tensor:
+        """Float64 [layers, heads, bands]: share per head such that the mean is `density` and the summed error least."""
+        slot = value, density
+        if slot not in self._spread:
+            errors = self.tensors[f"error.{value}"].double()
+            flat = errors.permute(0, 2, 1, 3).flatten(0, 1)
+            least = self.header.shares[0]
+            found = spread_shares(flat, self.header.shares, max(density, least))
+            self._spread[slot] = found.unflatten(0, (errors.shape[0], -1)).permute(0, 2, 1)
+        return self._spread[slot]
+
+    def expected_error(self, value: str, density: float) -> torch.Tensor:
+        """Float64 [layers, heads, bands]: squared error at the spread shares, over the layer's squared output."""
+        known = torch.tensor(self.header.shares, dtype=torch.float64)
+        errors, share = self.tensors[f"error.{value}"].double(), self.spread(value, density)
+        right = torch.searchsorted(known, share.contiguous()).clamp(1, len(known) - 1)
+        low, high = known[right - 1], known[right]
+        part = ((share - low) / (high - low)).clamp(0, 1)
+        at = [errors.gather(-1, i[..., None])[..., 0] for i in (right - 1, right)]
+        return at[0] + part * (at[1] - at[0])
+
+
+def write_map(found: ProfileMap, path: str | Path) -> Path:
+    """Write the file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = target.with_name(target.name + ".part")
+    about = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(asdict(found.header))}
+    save_file({name: t.contiguous() for name, t in found.tensors.items()}, half, metadata=about)
+    half.replace(target)
+    return target
+
+
+def read_map(path: str | Path) -> ProfileMap:
+    """The map in `path`.
+
+    Raises GenAttnError for a file that is missing, damaged, newer than this version, or something else.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise GenAttnError(f"a profiled map must be a file written by `genattn profile`, but there is no {str(path)!r}")
+    stat = target.stat()
+    return _read(target.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, _modified: int, _size: int) -> ProfileMap:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = dict(file.metadata() or {})
+            _check_format(path, about)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise GenAttnError(
+            f"{path} must be a whole safetensors file, but it cannot be read ({error}); copy or profile it again"
+        ) from None
+    header = _header(path, about)
+    _check_tensors(path, header, tensors)
+    return ProfileMap(header, tensors)
+
+
+def _check_format(path: Path, about: dict[str, str]) -> None:
+    if about.get("format") != FORMAT:
+        raise GenAttnError(
+            f"{path} must be a map written by `genattn profile`, got a safetensors file of format {about.get('format')!r}"
+        )
+    if about.get("version") != str(VERSION):
+        raise GenAttnError(
+            f"{path} has version {about.get('version')!r} of the map's format, this genattn reads {VERSION}; "
+            "update genattn, or profile again"
+        )
+
+
+def _header(path: Path, about: dict[str, str]) -> ProfileHeader:
+    try:
+        given: dict[str, Any] = json.loads(about["header"])
+        unknown = set(given) - {f.name for f in fields(ProfileHeader)}
+        if unknown:
+            raise ValueError(f"unknown entries {sorted(unknown)}")
+        header = ProfileHeader(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise GenAttnError(f"{path} has a damaged header ({error}); copy or profile it again") from None
+    return header
+
+
+def _check_tensors(path: Path, header: ProfileHeader, tensors: dict[str, torch.Tensor]) -> None:
+    first = (header.layers, header.heads, len(header.bands))
+    grid = CellGrid(*header.grid)
+    wanted = {name: (*first, *(grid.offset_shape if name.startswith("relative") else grid.shape)) for name in _TABLES}
+    wanted |= {f"error.{value}": (*first, len(header.shares)) for value in VALUES}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if found != wanted:
+        wrong = sorted(name for name in wanted if found.get(name) != wanted[name])
+        raise GenAttnError(f"{path} is damaged: {', '.join(wrong) or 'extra tensors'} do not fit its header; profile it again")
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        raise GenAttnError(f"{path} is damaged: it holds values that are not finite; profile it again")
