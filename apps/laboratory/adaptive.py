@@ -1,0 +1,212 @@
+"""The table that decides: static, chosen and profiled sparsity at equal share, each with and without a tail.
+
+    python -m genattn.apps.laboratory.adaptive run --model tiny-wan --captions 20     samples; goes on where it was
+    python -m genattn.apps.laboratory.adaptive table       assets/bench/adaptive.csv from the samples
+
+Every step and layer is sparse (no dense steps, no dense layers), so that the visited share is the run's. Held-out captions, the
+same noise for all rows of a caption; nearness to the dense clip is paired by caption. error: of the attention output, in steps
+3, 7 and 11 of 12 of the dense run, root of the mean squared relative error over calls. Where the model has text in the sequence
+(tiny-sd3), share means the grid's own scores, and what text costs comes on top.
+"""
+
+import json
+import math
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import genattn
+from genattn.apps.laboratory.sweeps import captions
+from genattn.apps.sampling.clip_quality import psnr, ssim
+from genattn.apps.sampling.generate import oracle_scores
+from genattn.apps.sampling.load_pipeline import shipped_model
+from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, run_once
+from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.layouts.site import AttentionSite
+from genattn.patterns.adaptive import AdaptivePattern
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.pattern import Pattern
+from genattn.patterns.profiled import ProfiledPattern
+from genattn.patterns.radial import RadialPattern
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
+from genattn.selection.estimate import PooledScore
+from genattn.selection.rules import ErrorAware, TopK, TopP
+from genattn.selection.tiling import Clusters
+
+SHARES = (0.25, 0.15, 0.4)
+STEPS = (2, 6, 10)
+TAILS = (None, "mean")
+SAMPLES = Path("out/adaptive.jsonl")
+TABLE = Path("assets/bench/adaptive.csv")
+# per share: the window with the least error of all windows and strides tried on tiny-wan's 8 x 8 x 8 tokens, and on 8 x 8
+WINDOWS: dict[str, dict[float, tuple[int, ...]]] = {
+    "tiny-wan": {0.15: (2, 4, 4), 0.25: (3, 3, 3), 0.4: (3, 6, 6)},
+    "tiny-sd3": {0.15: (3, 3), 0.25: (4, 4), 0.4: (5, 5)},
+}
+RADIAL: dict[float, RadialPattern] = {
+    0.15: RadialPattern(decay=0.02, floor=0),
+    0.25: RadialPattern(variant="official"),
+    0.4: RadialPattern(decay=0.1, floor=0),
+}
+# top-p has no share: the mass that visits it on tiny-wan
+MASS = {0.15: 0.45, 0.25: 0.6, 0.4: 0.75}
+
+
+def rivals(model: str, share: float, profile: Path) -> dict[str, Pattern]:
+    """The patterns compared at one share, by name, without tails."""
+    found: dict[str, Pattern] = {"window": NeighborhoodPattern(WINDOWS[model][share])}
+    if model == "tiny-wan":
+        found["radial"] = RADIAL[share]
+    return found | {
+        "top-k": AdaptivePattern(TopK(share)),
+        "top-p": AdaptivePattern(TopP(MASS[share])),
+        "error-aware": AdaptivePattern(ErrorAware(share)),
+        "clusters": AdaptivePattern(TopK(share), PooledScore(0), Clusters(32, 32)),
+        "profiled": ProfiledPattern(str(profile), density=share),
+    }
+
+
+def settings_of(pattern: Pattern, tail: str | None, name: str) -> AttentionSettings:
+    """`pattern` with a tail, on every step and layer."""
+    return AttentionSettings(name, pattern.with_tail(tail), 0, 0)
+
+
+class _Errors(Plugin):
+    """Lets every call pass and notes what each pattern would have changed, in a few steps of the conditioned pass."""
+
+    def __init__(self, patterns: dict[str, Pattern]) -> None:
+        self.patterns = patterns
+        self.errors: dict[str, list[float]] = defaultdict(list)
+        self.densities: dict[str, list[float]] = defaultdict(list)
+        self.layers = 0
+
+    def attach(self, model: torch.nn.Module, sites: Sequence[AttentionSite]) -> None:
+        """The number of blocks."""
+        self.layers = 1 + max(site.depth for site in sites)
+
+    def wants(self, site: AttentionSite) -> bool:
+        """Self-attention over the grid."""
+        return site.kind in ("self", "joint")
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """The dense answer."""
+        out = inner(call)
+        if call.run.step in STEPS and call.run.pass_name != "uncond" and call.layout is not None:
+            for name, pattern in self.patterns.items():
+                there = pattern.for_layer(call.site.depth, self.layers).for_step(call.run.fraction)
+                plan = plan_for(call.query, call.key, there, call.layout)
+                sparse = planned_attention(call.query, call.key, call.value, plan, scale=call.scale)
+                assert isinstance(sparse, torch.Tensor)
+                self.errors[name].append(float((sparse - out).square().sum() / out.square().sum()))
+                self.densities[name].append(plan.density)  # type: ignore[union-attr]
+        return out
+
+
+def run_samples(model: str, count: int, profile: Path, out: Path) -> None:
+    """Append one line per caption, share, pattern and tail to `out`; those that are there already are left out."""
+    settings = SamplingSettings(str(shipped_model(model)), steps=12, device="cpu")
+    pipe = open_pipeline(settings)
+    call = call_arguments(pipe, settings)
+    done = {(s["model"], s["caption"], s["share"], s["pattern"], s["tail"]) for s in read_samples(out)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(captions(count)):
+        todo = [t for t in _rows(model, profile) if (model, number, t[0], t[1], t[2]) not in done]
+        if not todo:
+            continue
+        dense = run_once(pipe, call, text, number, DENSE, f"{number} dense")
+        probe = _Errors({f"{share} {name} {tail}": pattern.with_tail(tail) for share, name, tail, pattern in todo})
+        if number < 6:
+            with genattn.apply(pipe, probe):
+                pipe(**call, prompt=text, generator=torch.Generator().manual_seed(number), output_type="latent")
+        for share, name, tail, pattern in todo:
+            result = run_once(pipe, call, text, number, settings_of(pattern, tail, name), f"{number} {share} {name} {tail}")
+            judged = oracle_scores(result.frames, text) or {}
+            sample = {
+                **{"model": model, "caption": number, "share": share, "pattern": name, "tail": tail},
+                **{"density": result.sparse_density, "seconds": result.seconds, "dense_seconds": dense.seconds},
+                **{"psnr": psnr(result.frames, dense.frames), "ssim": ssim(result.frames, dense.frames)},
+                "oracle": statistics.fmean(judged[k] for k in ("colour", "shape", "motion") if k in judged),
+                "errors": probe.errors.get(f"{share} {name} {tail}", []),
+            }
+            with out.open("a") as file:
+                file.write(json.dumps(sample) + "\n")
+
+
+def _rows(model: str, profile: Path) -> Iterator[tuple[float, str, str | None, Pattern]]:
+    for share in SHARES:
+        for name, pattern in rivals(model, share, profile).items():
+            for tail in TAILS:
+                yield share, name, tail, pattern
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of the file; none without one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def summary(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per model, share, pattern and tail: means with 95 % bootstrap intervals, PSNR also paired with today's radial
+    (tiny-wan) or the window without a tail of the same share and caption.
+    """
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for s in samples:
+        groups[s["model"], s["share"], s["pattern"], s["tail"]][s["caption"]] = s
+    rows = []
+    for (model, share, name, tail), found in sorted(groups.items(), key=lambda g: tuple(map(str, g[0]))):
+        base_name = "radial" if model == "tiny-wan" else "window"
+        base = groups.get((model, share, base_name, None), {})
+        errors = [e for s in found.values() for e in s["errors"]]
+        row: dict[str, Any] = {"model": model, "share": share, "pattern": name, "tail": tail or "", "captions": len(found)}
+        row["density"] = round(statistics.fmean(s["density"] for s in found.values()), 4)
+        row["error"] = round(math.sqrt(statistics.fmean(errors)), 4) if errors else ""
+        for column in ("psnr", "ssim", "oracle"):
+            row |= interval(column, [s[column] for s in found.values()])
+        paired = [found[c]["psnr"] - base[c]["psnr"] for c in found if c in base]
+        row |= interval("psnr_gain", paired) if paired else {}
+        row["seconds"] = round(statistics.median(s["seconds"] for s in found.values()), 2)
+        row["speedup"] = round(statistics.median(s["dense_seconds"] / s["seconds"] for s in found.values()), 3)
+        rows.append(row)
+    return rows
+
+
+def interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % percentile bootstrap interval (1,000 draws, fixed seed)."""
+    draw = random.Random(0)
+    means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(1000))
+    return {name: round(statistics.fmean(values), 4), f"{name}_low": round(means[25], 4), f"{name}_high": round(means[974], 4)}
+
+
+app = typer.Typer(help=__doc__)
+
+
+@app.command("run")
+def run_command(
+    model: Annotated[str, typer.Option(help="tiny-wan or tiny-sd3.")] = "tiny-wan",
+    count: Annotated[int, typer.Option("--captions", help="Held-out captions.")] = 20,
+    out: Annotated[Path, typer.Option(help="Samples, one line each.")] = SAMPLES,
+) -> None:
+    """Sample what is still missing."""
+    profile = shipped_model(model).parent / "maps" / f"{model}.safetensors"
+    run_samples(model, count, profile, out)
+
+
+@app.command("table")
+def table_command(
+    samples: Annotated[Path, typer.Option(help="Samples of `run`.")] = SAMPLES,
+    table: Annotated[Path, typer.Option(help="The file to write.")] = TABLE,
+) -> None:
+    """Write the table anew from the samples."""
+    facts = provenance("cpu")
+    table.unlink(missing_ok=True)
+    append_rows(table, [row | facts for row in summary(read_samples(samples))])
+
+
+if __name__ == "__main__":
+    app()
