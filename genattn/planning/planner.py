@@ -187,6 +187,12 @@ def _neighborhood(layout: TokenLayout, target: float, block: int) -> Iterator[tu
     yield from near or by_distance[:3]
 
 
+def neighborhood_settings(layout: TokenLayout, target: float, block: int = 128) -> list[tuple[NeighborhoodPattern, Simulation]]:
+    """Windows of whole tiles near the density `target` on `layout`, with what they cost; block: tokens per tile."""
+    found = _neighborhood(layout, target, block)
+    return [(pattern, cost) for pattern, _, cost in found if isinstance(pattern, NeighborhoodPattern)]
+
+
 def _tiles(grid: Sequence[int], block: int) -> list[tuple[int, int, int]]:
     """Boxes that divide the grid and fill at least 3/4 of a block, or else the fullest ones; full and cube-like first."""
     sides = [[t for t in range(1, n + 1) if n % t == 0] for n in grid]

@@ -207,7 +207,7 @@ class Recorder(Plugin):
         relative, key, query = self.tables[value, layer, band]
         log = relative.flatten(1)[:, self.grid.offset_index] + key.flatten(1)[:, None] + query.flatten(1)[:, :, None]
         log = log.masked_fill(torch.eye(self.grid.cells, dtype=torch.bool), torch.inf)
-        rank = log.argsort(-1, descending=True, stable=True).argsort(-1)
+        rank = log.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return torch.stack([rank < max(1, round(share * self.grid.cells)) for share in SHARES])
 
     def map(self, target_density: float, prompts: int) -> ProfileMap:

@@ -15,6 +15,7 @@ from genattn.patterns.pattern import Pattern
 from genattn.seam.denoiser import INJECTION
 from genattn.seam.explain import Explanation, FirstForward, explain_run
 from genattn.seam.injection import Injection
+from genattn.seam.named import named_plugin
 from genattn.seam.plugin import CallRecord, Plugin, Run
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
@@ -27,13 +28,15 @@ _COMMON = frozenset({"enabled", "num_steps"})
 
 
 def apply(
-    target: Any, *plugins: Plugin | Pattern, schedule: Schedule | None = None, impl: str = "auto", **settings: Any
+    target: Any, *plugins: Plugin | Pattern | str, schedule: Schedule | None = None, impl: str = "auto", **settings: Any
 ) -> "Handle":
     """Put plugins on a stock pipeline or denoiser, in the order given (the first is outermost), until `handle.remove()`.
 
     target: a pipeline (all its denoisers, both experts of Wan 2.2 included) or one model. A Pattern becomes a SparsePlugin
     with `schedule`, or with settings of Schedule by name: `apply(pipe, RadialPattern(), dense_steps=0.25, dense_layers=1)`.
-    impl: backend of the patterns, as in `genattn.attention`.
+    A name stands for the model's own preset: "radial", "gna", "adaptive", "profile:PATH", or "auto", which stays dense where a
+    sparse call would not be faster; settings by name win over the preset's. impl: backend of the patterns, as in
+    `genattn.attention`.
 
     Raises GenAttnError, before anything is changed, when a plugin cannot serve one of the models.
     """
@@ -44,10 +47,18 @@ def apply(
     unknown = set(settings) - Schedule.names()
     if unknown:
         raise GenAttnError(f"unknown settings {sorted(unknown)}; a schedule has {', '.join(sorted(Schedule.names()))}")
-    if (schedule is not None or settings) and not any(isinstance(p, Pattern) for p in plugins):
+    if (schedule is not None or settings) and not any(isinstance(p, Pattern | str) for p in plugins):
         raise GenAttnError("a schedule belongs to a pattern, and none was given; other plugins have windows of their own")
     plan = schedule or Schedule(**settings)
-    ready = [SparsePlugin(p, plan, impl) if isinstance(p, Pattern) else p for p in plugins]
+    parts = tuple(getattr(target, "components", None) or ())
+    ready = [
+        named_plugin(p, denoisers(target), parts, schedule, settings, impl)
+        if isinstance(p, str)
+        else SparsePlugin(p, plan, impl)
+        if isinstance(p, Pattern)
+        else p
+        for p in plugins
+    ]
     for plugin in ready:
         if not isinstance(plugin, Plugin):
             raise GenAttnError(f"plugins must be Pattern or Plugin objects, got {type(plugin).__name__}: {plugin!r}")

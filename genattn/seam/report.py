@@ -153,6 +153,7 @@ class Report:
     def table(self) -> str:
         """The same for a terminal."""
         lines = [self.verdict]
+        lines += [f"  {plugin['preset']}" for plugin in self.plugins if plugin.get("preset")]
         lines += [f"  dense {count:4} x  {reason}" for reason, count in self.dense_reasons.items()]
         width = max((len(_place(row)) for row in self.sites), default=4)
         lines.append(f"{'site':{width}}  kind      tokens  calls  sparse  density  seconds")

@@ -36,6 +36,7 @@ class SparsePlugin(Plugin):
         if not isinstance(pattern, Pattern):
             raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
         self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
+        self.origin = ""  # which name and preset it comes from, for the report
         self._blocks: dict[int, int] = {}
         self._mask: tuple[Any, Any] | None = None
         self._said: set[str] = set()
@@ -189,6 +190,7 @@ class SparsePlugin(Plugin):
             "pattern": {"type": type(self.pattern).__name__, **settings},
             "schedule": asdict(self.schedule),
             "impl": self.impl,
+            **({"preset": self.origin} if self.origin else {}),
         }
 
 

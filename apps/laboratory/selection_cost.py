@@ -1,0 +1,82 @@
+"""What choosing tiles costs, beside the attention it saves from.
+
+    python -m genattn.apps.laboratory.selection_cost
+
+share: seconds of the choice over seconds of dense attention at the same length, heads and width (the attention that the choice
+saves from); of_saved: over what the sparse call saves. Interleaved, the fastest of a few; rows in assets/bench/selection.csv.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+
+from genattn.apps.laboratory.break_even import fastest
+from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.geometry.token_layout import TokenLayout
+from genattn.patterns.adaptive import AdaptivePattern
+from genattn.patterns.pattern import Pattern
+from genattn.patterns.published import sol, sparge, svg2
+from genattn.selection.estimate import PooledScore
+from genattn.selection.rules import ErrorAware, TopK, TopP
+from genattn.selection.tiling import Clusters
+
+GRIDS = ((8, 32, 32), (16, 32, 32))
+TABLE = Path("assets/bench/selection.csv")
+PATTERNS: dict[str, Pattern] = {
+    "top-k": AdaptivePattern(TopK(0.25)),
+    "top-p": AdaptivePattern(TopP(0.5)),
+    "error-aware": AdaptivePattern(ErrorAware(0.25)),
+    "clusters, first": AdaptivePattern(TopK(0.25), PooledScore(0), Clusters(iterations=10)),
+    "clusters, later": AdaptivePattern(TopK(0.25), PooledScore(0), Clusters(iterations=2)),
+    "sol": sol(),
+    "sparge": sparge(),
+    "svg2, later": svg2(query_clusters=64, key_clusters=64, iterations=2),
+}
+
+
+def measure(rounds: int = 3, heads: int = 2, dim: int = 64) -> list[dict[str, Any]]:
+    """A row per grid and pattern."""
+    return [_case(grid, name, rounds, heads, dim) for grid in GRIDS for name in PATTERNS]
+
+
+def _case(grid: tuple[int, int, int], name: str, rounds: int, heads: int, dim: int) -> dict[str, Any]:
+    layout, pattern = TokenLayout.from_grid(grid), PATTERNS[name]
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, layout.seqlen, heads, dim, generator=draw) for _ in range(3))
+    plan = plan_for(q, k, pattern, layout)
+    calls: dict[str, Callable[[], Any]] = {
+        "choice": partial(plan_for, q, k, pattern, layout),
+        "sparse": partial(planned_attention, q, k, v, plan),
+        "dense": partial(F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v))),
+    }
+    found = fastest(calls, rounds)
+    saved = found["dense"] - found["sparse"]
+    return {
+        **{"pattern": name, "tokens": layout.seqlen, "heads": heads, "head_dim": dim},
+        "density": round(plan.density, 4),  # type: ignore[union-attr]
+        **{f"{part}_seconds": round(seconds, 5) for part, seconds in found.items()},
+        "share": round(found["choice"] / found["dense"], 4),
+        "of_saved": round(found["choice"] / saved, 4) if saved > 0 else "",
+    }
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Interleaved calls of each.")] = 3,
+    table: Annotated[Path, typer.Option(help="The file to write anew.")] = TABLE,
+) -> None:
+    """Measure and write the table."""
+    rows = [row | provenance("cpu") for row in measure(rounds)]
+    table.unlink(missing_ok=True)
+    append_rows(table, rows)
+    for row in rows:
+        print({name: row[name] for name in ("pattern", "tokens", "density", "share", "of_saved")}, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,50 @@
+"""From how many tokens on a sparse call is no slower than a dense one, by device, backend and share of the scores.
+
+    CPU    measured by `python -m genattn.apps.laboratory.break_even`, rows in assets/bench/break_even.csv
+    GPU    by the cost model below, not measured: what a sparse call adds is a fixed time, what it saves grows with S^2
+
+A sparse call adds the launch of its kernel on gathered tiles and, where tiles are chosen by content, the choice. With H heads
+of D channels and a share d of the scores it saves 4 S^2 H D (1 - d) / peak, so that S = sqrt(added peak / (4 H D (1 - d))).
+"""
+
+import math
+from dataclasses import dataclass
+
+from genattn.errors import GenAttnError
+
+# (device, backend) -> (share of the scores, tokens), measured; the smallest length from which all longer ones were faster too
+MEASURED: dict[tuple[str, str], tuple[tuple[float, int], ...]] = {
+    ("cpu", "cpu"): ((0.25, 1024), (0.5, 2048), (0.75, 8192)),
+    ("cpu", "grouped"): ((0.25, 1024), (0.5, 2048), (0.75, 8192)),
+}
+ADDED_SECONDS = {"cuda": 1.2e-4, "xpu": 2e-4, "mps": 4e-4}
+PEAK = {"cuda": 3.5e14, "xpu": 1e14, "mps": 1e13}
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """tokens: from here on sparse. source: where the number comes from."""
+
+    tokens: int
+    source: str
+
+
+def break_even(device: str, backend: str, density: float, heads: int = 12, head_dim: int = 128) -> BreakEven:
+    """The least sequence length worth a sparse call.
+
+    device: a torch device type. backend: "cpu" (compiled), "grouped", "triton", ... density: share of the scores in (0, 1].
+
+    Raises GenAttnError for a density outside that.
+    """
+    if not 0 < density <= 1:
+        raise GenAttnError(f"density must be a share of the scores in (0, 1], got {density}")
+    if density > 0.95:
+        return BreakEven(1 << 62, "a pattern that computes nearly all scores saves nothing")
+    known = MEASURED.get((device, backend))
+    if known is not None:
+        tokens = next((n for share, n in known if density <= share), None)
+        source = f"measured on {device}, backend {backend}"
+        return BreakEven(tokens if tokens is not None else 2 * known[-1][1], source)
+    added, peak = ADDED_SECONDS.get(device, 2e-4), PEAK.get(device, 1e14)
+    tokens = math.sqrt(added * peak / (4 * heads * head_dim * (1 - density)))
+    return BreakEven(-(-math.ceil(tokens) // 64) * 64, f"cost model for {device}, not measured")
