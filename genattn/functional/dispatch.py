@@ -149,7 +149,7 @@ def plan_for(
     if impl == "natten":
         return natten_windows(pattern, layout)
     block = tile_size(layout.seqlen, query.device.type)
-    most_q, most_k = tile_sizes(query.device, query.shape[-1])
+    most_q, most_k = tile_sizes(query.device, query.shape[-1], query.dtype)
     sides = min(block, most_q), min(block, most_k)
     if not pattern.needs_tensors:
         return pattern.plan_for(query, key, layout, *sides).to(query.device)

@@ -12,7 +12,7 @@ import torch
 from genattn.kernels.cpu.native_build import native_library
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule, GridRule, PerHeadRule
-from genattn.kernels.plan.packed_masks import empty_masks, fill_masks, mask_bytes, mask_slots
+from genattn.kernels.plan.packed_masks import empty_masks, fill_masks, mask_bytes, mask_slots, owned_slots
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WORKSPACE = 256 << 20
@@ -186,7 +186,8 @@ def _build_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     count = int(slots.max()) + 1 if slots.numel() else 0
     bits = empty_masks(plan, count)
     spans = torch.zeros(count, 4, dtype=torch.int16)
-    call = _Call(slots=slots.data_ptr(), bits=bits.data_ptr(), spans=spans.data_ptr())
+    mine = owned_slots(plan, slots)
+    call = _Call(slots=mine.data_ptr(), bits=bits.data_ptr(), spans=spans.data_ptr())
     alive = [*_point_at_lists(call, plan), *_point_at_rules(call, plan.rule, plan.mask_heads)]
     call.slot_rows, call.heads, call.threads = slots.shape[0], plan.mask_heads, torch.get_num_threads()
     if call.rules:
@@ -194,5 +195,5 @@ def _build_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     else:
         fill_masks(plan, slots, bits)
     library.genattn_measure_spans(ctypes.byref(call), ctypes.c_int64(count))
-    del alive
+    del alive, mine
     return slots, bits, spans

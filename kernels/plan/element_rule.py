@@ -12,7 +12,7 @@ Tokens with frame -1 are global (they see and are seen), frame -2 is padding (ne
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -168,6 +168,37 @@ class PerHeadRule:
 
     def to(self, device: torch.device | str) -> "PerHeadRule":
         return PerHeadRule(tuple(rule.to(device) for rule in self.rules), self.choice)
+
+
+def rule_of_head(rule: ElementRule, head: int) -> ElementRule:
+    """The rule that one head follows, for all heads (num_heads 1), so that the others' need not be evaluated."""
+    if rule.num_heads == 1:
+        return rule
+    one = slice(head, head + 1)
+    if isinstance(rule, PerHeadRule):
+        return rule.rules[rule.choice[head]]
+    if isinstance(rule, GridRule):
+        return replace(rule, frame_class=rule.frame_class[one], low=rule.low[one], width=rule.width[one])
+    if isinstance(rule, BlockRule):
+        return replace(rule, table=rule.table[one])
+    if isinstance(rule, CombinedRule):
+        return CombinedRule(tuple(rule_of_head(part, head) for part in rule.rules), rule.op)
+    return HeadOf(rule, head)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOf:
+    """One head of a rule of any kind."""
+
+    rule: ElementRule
+    head: int
+    num_heads: int = 1
+
+    def __call__(self, query_index: torch.Tensor, key_index: torch.Tensor) -> torch.Tensor:
+        return self.rule(query_index, key_index)[self.head : self.head + 1]
+
+    def to(self, device: torch.device | str) -> "HeadOf":
+        return HeadOf(self.rule.to(device), self.head)
 
 
 def _common_heads(rules: Sequence[ElementRule]) -> int:

@@ -10,11 +10,12 @@ import os
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
-from genattn.kernels.triton.config import arch_of, launch_of
-from genattn.kernels.triton.tables import triton_tables
+from genattn.kernels.triton.config import Launch, arch_of, launch_of, most_lanes
+from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
+from genattn.kernels.triton.tables import inverse_tables, triton_tables, why_not_masks
 
-Arguments = dict[str, object]
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)  # before it, 16-bit products on bfloat16 and asynchronous copies are not there
 
 
 def interpreting() -> bool:
@@ -24,6 +25,28 @@ def interpreting() -> bool:
 
 def why_not_triton(query: torch.Tensor, plan: BlockPlan, scale: float | None = None) -> str | None:
     """The reason why the Triton kernels cannot serve this call, or None."""
+    dim = query.shape[-1]
+    reason = why_not_launch(query)
+    if reason is not None:
+        return reason
+    if any(b < 16 or b & (b - 1) for b in (plan.block_q, plan.block_k)):
+        return f"tile sizes must be powers of two >= 16, got {plan.block_q} and {plan.block_k}"
+    if scale is not None and scale <= 0:
+        return f"scale must be > 0, got {scale}"
+    if plan.tail is not None:
+        return f"its kernels do not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
+    arch = arch_of(query.device)
+    most_q, most_k = most_lanes(arch, dim, query.dtype)
+    if plan.block_q > most_q or plan.block_k > most_k:
+        return (
+            f"{arch} holds tiles of at most {most_q} x {most_k} tokens in {query.dtype} at head dim {dim}, "
+            f"got {plan.block_q} x {plan.block_k}; build the plan with tile_sizes(device, head_dim, dtype)"
+        )
+    return why_not_masks(plan, query.device)
+
+
+def why_not_launch(query: torch.Tensor) -> str | None:
+    """The reason why no kernel of ours can run on these tensors, whatever the plan, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if query.device.type != "cuda" and not interpreting():
@@ -32,12 +55,10 @@ def why_not_triton(query: torch.Tensor, plan: BlockPlan, scale: float | None = N
         return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
     if not 1 <= query.shape[-1] <= 256:
         return f"the head dim must lie in [1, 256], got {query.shape[-1]}"
-    if any(b < 16 or b & (b - 1) for b in (plan.block_q, plan.block_k)):
-        return f"tile sizes must be powers of two >= 16, got {plan.block_q} and {plan.block_k}"
-    if scale is not None and scale <= 0:
-        return f"scale must be > 0, got {scale}"
-    if plan.tail is not None:
-        return f"its kernels do not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
+    if query.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(query.device)
+        if capability < _LEAST_CAPABILITY:
+            return f"the kernels need compute capability 8.0 (A100, RTX 30) or later, got {capability[0]}.{capability[1]}"
     return None
 
 
@@ -49,24 +70,25 @@ def triton_forward(
     *,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
-    value_mix: torch.Tensor | None = None,
-    frame_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) as in `reference_attention`, lse float32.
-
-    value_mix: float [H], out becomes lerp(out, value, u) per head (self-attention only). frame_lse: float32
-    [B, Sq, H, frames], filled with -inf by the caller; receives the log-sum-exp over the keys of each grid frame.
-    """
+    """(out, lse) as in `reference_attention`, lse float32."""
     from genattn.kernels.triton.forward_kernel import forward_kernel
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out, lse = empty_results(query, plan)
+    launch(
+        forward_kernel, forward_grid(query, plan), forward_arguments(query, key, value, out, lse, plan, scale, key_mask), query
+    )
+    return out, lse
+
+
+def empty_results(query: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) for a kernel to fill; 0 and -inf where the plan has queries that stand in no tile."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if not plan.covers_queries:
         out.zero_()
         lse.fill_(float("-inf"))
-    arguments = forward_arguments(query, key, value, out, lse, plan, scale, key_mask, value_mix, frame_lse)
-    forward_kernel[forward_grid(query, plan)](**arguments)
     return out, lse
 
 
@@ -92,11 +114,11 @@ def triton_backward(
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     batch, seqlen, heads, _ = query.shape
     block = 64
-    delta_kernel[(-(-seqlen // block), batch * heads)](**delta_arguments(out, grad_out, grad_lse, delta, block))
+    launch(delta_kernel, (-(-seqlen // block), batch * heads), delta_arguments(out, grad_out, grad_lse, delta, block), query)
     dq = dq_arguments(query, key, value, grad_out, lse, delta, grads[0], plan, scale, key_mask)
-    dq_kernel[(plan.query_tiles.shape[0], batch * heads)](**dq)
+    launch(dq_kernel, (plan.query_tiles.shape[0], batch * heads), dq, query)
     dkv = dkv_arguments(query, key, value, grad_out, lse, delta, grads[1], grads[2], plan, scale, key_mask)
-    dkv_kernel[(plan.key_tiles.shape[0], batch * key.shape[2])](**dkv)
+    launch(dkv_kernel, (plan.key_tiles.shape[0], batch * key.shape[2]), dkv, query)
     return grads[0], grads[1], grads[2]
 
 
@@ -104,7 +126,7 @@ def forward_grid(query: torch.Tensor, plan: BlockPlan, persistent: int | None = 
     """Programs of `forward_kernel`: one per tile and head, or a few per processor that share them out (see `Launch`)."""
     tiles, pairs = plan.query_tiles.shape[0], query.shape[0] * query.shape[2]
     if persistent is None:
-        persistent = launch_of("forward", arch_of(query.device), query.shape[-1], plan.block_k).persistent
+        persistent = _launch_of("forward", arch_of(query.device), query, plan).persistent
     if not persistent:
         return tiles, pairs
     return min(tiles * pairs, persistent * processors(query.device)), 1
@@ -124,35 +146,23 @@ def forward_arguments(
     plan: BlockPlan,
     scale: float | None,
     key_mask: torch.Tensor | None,
-    value_mix: torch.Tensor | None = None,
-    frame_lse: torch.Tensor | None = None,
     arch: str | None = None,
 ) -> Arguments:
     """Every argument of `forward_kernel`, launch settings included."""
-    tables = triton_tables(plan)
-    launch = launch_of("forward", arch or arch_of(query.device), query.shape[-1], plan.block_k)
     return {
-        **_tensors(query, key, value, plan, scale, key_mask),
+        **_tensors(query, key, value, plan, scale, key_mask, out),
         "OUT": out,
         "LSE": lse,
-        "MIX": lse if value_mix is None else value_mix,
-        "FRAME_LSE": lse if frame_lse is None else frame_lse,
-        "ROW_PTR": plan.row_ptr,
-        "COLUMNS": plan.columns,
-        "NUM_FULL": plan.num_full,
-        "ORDER": tables.order,
+        **_lists(plan),
         **strides_of("o", out),
         "QUERY_SCALES": lse,
         "KEY_SCALES": lse,
         "INT8": False,
-        "tiles_q": plan.query_tiles.shape[0],
         "tiles_k": plan.key_tiles.shape[0],
-        "HOLES": tables.holes or key_mask is not None,
-        "HAS_MIX": value_mix is not None,
-        "HAS_FRAMES": frame_lse is not None,
+        "HOLES": triton_tables(plan).holes or key_mask is not None,
         "pairs": query.shape[0] * query.shape[2],
-        "PERSISTENT": launch.persistent > 0,
-        **_launch("forward", arch or arch_of(query.device), query.shape[-1], plan.block_k),
+        "PERSISTENT": _launch_of("forward", arch or arch_of(query.device), value, plan).persistent > 0,
+        **_launch("forward", arch or arch_of(query.device), value, plan),
     }
 
 
@@ -174,6 +184,7 @@ def delta_arguments(
         "DIM_PAD": padded(dim),
         "BLOCK": block,
         "HAS_DLSE": grad_lse is not None,
+        "ALIGN": alignment(out, grad_out),
         "num_warps": 4,
     }
 
@@ -192,22 +203,17 @@ def dq_arguments(
     arch: str | None = None,
 ) -> Arguments:
     """Every argument of `dq_kernel`."""
-    tables = triton_tables(plan)
     return {
-        **_tensors(query, key, value, plan, scale, key_mask),
+        **_tensors(query, key, value, plan, scale, key_mask, grad_out, grad_query),
         "DO": grad_out,
         "LSE": lse,
         "DELTA": delta,
         "DQ": grad_query,
-        "ROW_PTR": plan.row_ptr,
-        "COLUMNS": plan.columns,
-        "NUM_FULL": plan.num_full,
-        "ORDER": tables.order,
+        **_lists(plan),
         **strides_of("d", grad_out),
         **strides_of("g", grad_query),
-        "tiles_q": plan.query_tiles.shape[0],
-        "HOLES": tables.holes or key_mask is not None,
-        **_launch("dq", arch or arch_of(query.device), query.shape[-1], plan.block_k),
+        "HOLES": triton_tables(plan).holes or key_mask is not None,
+        **_launch("dq", arch or arch_of(query.device), query, plan),
     }
 
 
@@ -225,25 +231,34 @@ def dkv_arguments(
     key_mask: torch.Tensor | None,
     arch: str | None = None,
 ) -> Arguments:
-    """Every argument of `dkv_kernel`; grad_key and grad_value share their strides."""
-    inverse = plan.transposed
-    entry = plan.cache.setdefault("entry", plan.transposed_order.to(torch.int32))
+    """Every argument of `dkv_kernel`; grad_key and grad_value share their strides and are zero."""
+    inverse = inverse_tables(plan)
     return {
-        **_tensors(query, key, value, plan, scale, key_mask),
+        **_tensors(query, key, value, plan, scale, key_mask, grad_out, grad_key),
         "DO": grad_out,
         "LSE": lse,
         "DELTA": delta,
         "DK": grad_key,
         "DV": grad_value,
-        "ENTRY": entry,
+        "ENTRY": inverse.entry,
         "ROW_PTR": inverse.row_ptr,
         "COLUMNS": inverse.columns,
         "NUM_FULL": inverse.num_full,
-        "ORDER": triton_tables(plan).order_k,
+        "ORDER": inverse.order,
         **strides_of("d", grad_out),
         **strides_of("g", grad_key),
         "tiles_k": plan.key_tiles.shape[0],
-        **_launch("dkv", arch or arch_of(query.device), query.shape[-1], plan.block_q),
+        **_launch("dkv", arch or arch_of(query.device), query, plan),
+    }
+
+
+def _lists(plan: BlockPlan) -> Arguments:
+    return {
+        "ROW_PTR": plan.row_ptr,
+        "COLUMNS": plan.columns,
+        "NUM_FULL": plan.num_full,
+        "ORDER": triton_tables(plan).order,
+        "tiles_q": plan.query_tiles.shape[0],
     }
 
 
@@ -254,22 +269,22 @@ def _tensors(
     plan: BlockPlan,
     scale: float | None,
     key_mask: torch.Tensor | None,
+    *others: torch.Tensor,
 ) -> Arguments:
-    """What the three kernels share: inputs, tiles, rule and sizes."""
+    """What the three kernels share: inputs, tiles, rule and sizes. others: whatever else is read or written by rows."""
     tables = triton_tables(plan)
-    grid, dim = tables.grid, query.shape[-1]
-    longest_offset = max(x.stride(1) * x.shape[1] for x in (query, key, value))
+    dim = query.shape[-1]
     return {
         "Q": query,
         "K": key,
         "V": value,
         "QUERY_TILES": plan.query_tiles,
-        "KEY_TILES": plan.key_tiles,
-        "KEY_MASK": plan.columns if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        "COORDS": tables.words,
-        "CLASSES": grid.frame_class,
-        "LOW": grid.low,
-        "WIDTH": grid.width,
+        **_key_tiles(plan, key_mask),
+        "WORDS_Q": tables.words_q,
+        "WORDS_K": tables.words_k,
+        "CLASSES": tables.frame_class,
+        "LOW": tables.low,
+        "WIDTH": tables.width,
         "FRAME_SPAN": tables.frame_span,
         "BITS": tables.bits,
         "SLOTS": tables.slots,
@@ -282,44 +297,46 @@ def _tensors(
         "heads": query.shape[2],
         "group": query.shape[2] // key.shape[2],
         "nnz": plan.columns.numel(),
-        "frames": grid.frame_class.shape[-1],
-        "classes": grid.low.shape[1],
-        "longest": grid.low.shape[3],
-        "extent_y": grid.extent[0],
-        "extent_x": grid.extent[1],
+        "frames": tables.frame_class.shape[-1],
+        "classes": tables.low.shape[1],
+        "longest": tables.low.shape[3],
+        "extent_y": tables.extent[0],
+        "extent_x": tables.extent[1],
         "DIM": dim,
         "DIM_PAD": padded(dim),
         "BLOCK_Q": plan.block_q,
         "BLOCK_K": plan.block_k,
         "LISTS": plan.num_heads,
         "RULE": tables.rule,
-        "RULE_HEADS": grid.num_heads,
+        "RULE_HEADS": tables.frame_class.shape[0],
         "SLOT_ROWS": tables.slots.shape[0],
         "RUNS_Q": tables.runs_q,
-        "RUNS_K": tables.runs_k,
-        "MASKED": key_mask is not None,
-        "WIDE": longest_offset >= 1 << 31,
-        "DIL_Y": grid.dilation[0],
-        "DIL_X": grid.dilation[1],
-        "CIRC_Y": grid.circular[0],
-        "CIRC_X": grid.circular[1],
+        "RUNS_K": tables.runs_k and key_mask is None,
+        "WIDE": is_wide(query, key, value, *others),
+        "ALIGN": alignment(query, key, value, *others),
+        "DIL_Y": tables.dilation[0],
+        "DIL_X": tables.dilation[1],
+        "CIRC_Y": tables.circular[0],
+        "CIRC_X": tables.circular[1],
         "PRECISION": precision_of(query),
     }
 
 
-def strides_of(name: str, tensor: torch.Tensor) -> Arguments:
-    """Strides of batch, sequence and heads as arguments `<name>_b`, `<name>_s`, `<name>_h`."""
-    return {f"{name}_{axis}": tensor.stride(place) for place, axis in enumerate("bsh")}
+def _key_tiles(plan: BlockPlan, key_mask: torch.Tensor | None) -> Arguments:
+    """The key tiles, int32 [NK, BK], or [B, NK, BK] with -1 for what a mask hides: kernels then read no mask in their loops."""
+    if key_mask is None:
+        return {"KEY_TILES": plan.key_tiles, "tiles_b": 0}
+    seen = key_mask[:, plan.key_tiles.clamp_min(0).long()]
+    return {"KEY_TILES": torch.where(seen, plan.key_tiles, -1), "tiles_b": plan.key_tiles.numel()}
 
 
-def _launch(kernel: str, arch: str, dim: int, block: int) -> Arguments:
-    launch = launch_of(kernel, arch, dim, block)
-    return {"num_warps": launch.warps, "num_stages": launch.stages, "SPLIT": launch.split, "FINE": launch.fine}
+def _launch_of(kernel: str, arch: str, query: torch.Tensor, plan: BlockPlan) -> Launch:
+    return launch_of(kernel, arch, query.shape[-1], plan.block_q, plan.block_k, query.dtype)
 
 
-def padded(dim: int) -> int:
-    """Next power of two, at least 16: what a matrix product takes."""
-    return max(16, 1 << (dim - 1).bit_length())
+def _launch(kernel: str, arch: str, query: torch.Tensor, plan: BlockPlan) -> Arguments:
+    found = _launch_of(kernel, arch, query, plan)
+    return {"num_warps": found.warps, "num_stages": found.stages, "SPLIT": found.split, "FINE": found.fine}
 
 
 def precision_of(query: torch.Tensor) -> str:

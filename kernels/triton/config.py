@@ -1,12 +1,14 @@
-"""Tile sizes and launch settings per architecture and head dim, from `configs.json` and what a measurement added to it.
+"""Tile sizes and launch settings per architecture, head dim and type, from `configs.json` and what a measurement added to it.
 
-A measured table, written by an autotuning run, lies in the cache folder as `tune-<arch>.json` in the same form and wins.
+A measured table, written by an autotuning run, lies in the cache folder as `tune-<chip>.json` in the same form and wins. It is
+named by the chip's own capability: chips that share a shipped row need not share what was measured on one of them.
 """
 
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,34 +37,62 @@ def arch_of(device: torch.device) -> str:
         return "hip"
     major, minor = torch.cuda.get_device_capability(device)
     # consumer chips have 99 KiB of shared memory a block, whatever their generation
-    return {8: "sm_80" if minor == 0 else "sm_86", 9: "sm_90", 10: "sm_100"}.get(major, "sm_86")
+    return {8: "sm_80" if minor == 0 else "sm_86", 9: "sm_90", 10: "sm_100"}.get(major, "sm_86" if major < 12 else "sm_120")
 
 
-def tile_sizes(device: torch.device, head_dim: int) -> tuple[int, int]:
+def chip_of(device: torch.device) -> str:
+    """Name of the chip itself, under which measured settings are kept: "sm_89", "gfx942", "cpu"."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def tile_sizes(device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
     """(block_q, block_k) that suit a device; pass them to `Pattern.plan`."""
     arch = arch_of(device)
     if arch == "cpu":
         return 128, 128
-    block_q, block_k = settings_of(arch)[table_row(head_dim)]["tile"]
+    block_q, block_k = settings_of(arch)[table_row(head_dim, dtype)]["tile"]
     return block_q, block_k
 
 
-def launch_of(kernel: str, arch: str, head_dim: int, block: int) -> Launch:
-    """Settings for `kernel` ("forward", "dq" or "dkv") walking tiles of `block` lanes."""
-    warps, stages, split, fine, *rest = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim)][kernel]
+def most_lanes(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(block_q, block_k) of the largest tiles that a chip can launch; rows without "most" take any up to 128."""
+    if arch == "cpu":
+        return 1024, 1024
+    most_q, most_k = settings_of(arch)[table_row(head_dim, dtype)].get("most", (128, 128))
+    return most_q, most_k
+
+
+def launch_of(kernel: str, arch: str, head_dim: int, block_q: int, block_k: int, dtype: torch.dtype = torch.bfloat16) -> Launch:
+    """Settings for `kernel` ("forward", "dq" or "dkv") on a plan with tiles of block_q x block_k tokens.
+
+    What is walked is taken in steps of as many lanes as in the tuned tile, however large the plan's tiles are; with fewer lanes
+    to hold than tuned for, fewer warps.
+    """
+    row = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim, dtype)]
+    warps, stages, split, fine, *rest = row[kernel]
+    walked, held = (1, 0) if kernel != "dkv" else (0, 1)
+    block, tuned = (block_q, block_k)[walked], row["tile"][walked]
     # a step of a matrix product needs 16 lanes
-    return Launch(warps, stages, *(max(1, min(n, block // 16)) for n in (split, fine)), *rest)
+    steps = (max(1, min(block // 16, n * block // tuned)) for n in (split, fine))
+    lanes = (block_q, block_k)[held]
+    return Launch(warps if lanes >= row["tile"][held] else min(warps, max(4, lanes // 16)), stages, *steps, *rest)
 
 
-def table_row(head_dim: int) -> str:
-    """Row of the table that serves a head dim."""
-    return "64" if head_dim <= 64 else "128" if head_dim <= 128 else "256"
+def table_row(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Row of the table that serves a head dim and type."""
+    row = "64" if head_dim <= 64 else "128" if head_dim <= 128 else "256"
+    return f"{row} float32" if dtype == torch.float32 else row
 
 
 @lru_cache(maxsize=16)
 def settings_of(arch: str) -> dict[str, dict[str, list[int]]]:
     """The table of an architecture, {row: {"tile" or kernel: numbers}}, with what was measured on this machine."""
-    table: dict[str, dict[str, list[int]]] = json.loads(Path(__file__).with_name("configs.json").read_text())[arch]
+    table: dict[str, dict[str, list[int]]] = shipped_settings(arch)
     measured = measured_table(arch)
     if measured.is_file():
         for row, entries in json.loads(measured.read_text()).items():
@@ -70,6 +100,12 @@ def settings_of(arch: str) -> dict[str, dict[str, list[int]]]:
     return table
 
 
+def shipped_settings(arch: str) -> Any:
+    """The table of an architecture as shipped."""
+    return json.loads(Path(__file__).with_name("configs.json").read_text())[arch]
+
+
 def measured_table(arch: str) -> Path:
-    """Where the settings measured on this machine are kept."""
-    return cache_folder() / f"tune-{arch}.json"
+    """Where the settings measured on this machine's chip are kept; `arch` names them where no GPU is."""
+    chip = chip_of(torch.device("cuda")) if torch.cuda.is_available() else arch
+    return cache_folder() / f"tune-{chip}.json"

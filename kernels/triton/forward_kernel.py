@@ -13,17 +13,29 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FIELD = tl.constexpr(1023)
 GUARDS = tl.constexpr((1 << 31 | 1 << 21 | 1 << 10) - (1 << 32))
+# numbers of which the compiler need not know whether they are 1 or divide by 16: no address gains, and each change would
+# compile a kernel anew
+STRIDES = [f"{tensor}_{axis}" for tensor in "qkvodg" for axis in "bsh"]
+SIZES = [
+    *STRIDES, "tiles_b", "seqlen_q", "seqlen_k", "heads", "group", "tiles_q", "tiles_k", "nnz", "pairs",
+    "frames", "classes", "longest", "extent_y", "extent_x",
+]  # fmt: skip
 
 
 @triton.jit
-def tile_tokens(TILES, tile, lanes, seqlen, BLOCK: tl.constexpr, RUNS: tl.constexpr):
-    """Token of each lane, and whether the lane is in use."""
+def lane_tokens(TILES, tile, lanes, seqlen, BLOCK: tl.constexpr, RUNS: tl.constexpr):
+    """Token of each lane of a tile, -1 where the lane is not in use."""
     if RUNS:
         token = tile * BLOCK + lanes
-        return token, token < seqlen
+        return tl.where(token < seqlen, token, -1)
     else:
-        token = tl.load(TILES + tile * BLOCK + lanes)
-        return tl.maximum(token, 0), token >= 0
+        return tl.load(TILES + tile * BLOCK + lanes)
+
+
+@triton.jit
+def listed_tile(COLUMNS, turn, end, STEPS: tl.constexpr):
+    """Tile that a turn works on, when each is taken in STEPS steps; tile 0 from `end` on, where nothing reads it."""
+    return tl.load(COLUMNS + turn // STEPS, mask=turn < end, other=0)
 
 
 @triton.jit
@@ -33,18 +45,34 @@ def step_lanes(turn, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
+def view_at(batch, head, b_stride, h_stride, ALIGN: tl.constexpr):
+    """Offset of a head's [S, D] view. 64 bits: the last head of a long video begins beyond 2^31 elements. ALIGN is a power of
+    two that divides every stride; written out, because the compiler then loads 16 bytes at once for any head dim."""
+    return batch.to(tl.int64) * (b_stride // ALIGN) * ALIGN + head.to(tl.int64) * (h_stride // ALIGN) * ALIGN
+
+
+@triton.jit
 def load_rows(base, token, used, stride, channels, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ALL: tl.constexpr,
-              WIDE: tl.constexpr):  # fmt: skip
+              WIDE: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """[lanes, DIM_PAD] rows of a [S, D] view by token; unused lanes and channels are zero."""
     if WIDE:
         token = token.to(tl.int64)
-    at = base + token[:, None] * stride + channels[None, :]
+    at = base + (token * (stride // ALIGN) * ALIGN)[:, None] + channels[None, :]
     if ALL and DIM == DIM_PAD:
         return tl.load(at)
     elif DIM == DIM_PAD:
         return tl.load(at, mask=used[:, None], other=0.0)
     else:
         return tl.load(at, mask=used[:, None] & (channels < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, token, used, stride, channels, DIM: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr):
+    """Write [lanes, DIM_PAD] rows of a [S, D] view by token, in the type of the view."""
+    if WIDE:
+        token = token.to(tl.int64)
+    at = base + (token * (stride // ALIGN) * ALIGN)[:, None] + channels[None, :]
+    tl.store(at, rows.to(base.dtype.element_ty), mask=used[:, None] & (channels < DIM)[None, :])
 
 
 @triton.jit
@@ -118,61 +146,38 @@ def bits_visible(BITS, slot, rows, lanes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.con
 
 
 @triton.jit
-def scores_of(query, key, factor, KEY_SCALES, key_tile, INT8: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores [BQ, BK] in base 2; integers count in units of `factor` times the scale of their key tile."""
-    if INT8:
-        return tl.dot(query, tl.trans(key)).to(tl.float32) * (factor * tl.load(KEY_SCALES + key_tile))
-    else:
-        return tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
-
-
-@triton.jit
-def accumulate(scores, value, acc, top, total, GUARD: tl.constexpr, PRECISION: tl.constexpr):
-    """Online softmax: fold scores (base 2) and their values in."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+def accumulate(scores, factor, value, acc, top, total, GUARD: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax: fold scores and their values in. `factor` > 0 turns scores into base 2, in one operation with the
+    subtraction of the running maximum `top`, which is in base 2 already."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     offset = tl.where(new_top == float("-inf"), 0.0, new_top) if GUARD else new_top
     shrink = tl.exp2(top - offset)
-    weights = tl.exp2(scores - offset[:, None])
+    weights = tl.exp2(scores * factor - offset[:, None])
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_top, total
 
 
 @triton.jit
-def add_frame_sums(FRAME_LSE, row_at, used_q, scores, tk, FRAME_SPAN, key_tile):
-    """Fold scores (base 2) into the running log-sum-exp of each key frame (base e); this program owns the rows."""
-    first = tl.load(FRAME_SPAN + key_tile * 2)
-    last = tl.load(FRAME_SPAN + key_tile * 2 + 1)
-    for frame in tl.range(first, last, num_stages=1):
-        here = tl.where((tk == frame)[None, :], scores, float("-inf"))
-        at = FRAME_LSE + row_at + frame
-        old = tl.load(at, mask=used_q, other=float("-inf")) * LOG2E
-        top = tl.maximum(old, tl.max(here, 1))
-        offset = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.exp2(old - offset) + tl.sum(tl.exp2(here - offset[:, None]), 1)
-        new = tl.where(total > 0, (offset + tl.log2(tl.where(total > 0, total, 1.0))) * LN2, float("-inf"))
-        tl.store(at, new, mask=used_q)
-        # the next tile of this frame reads what was just written, perhaps by another thread
-        tl.debug_barrier()
-
-
-@triton.jit
 def serve_tile(
     rank, pair,
-    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK,
-    COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
+    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
+    INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: the tile of this rank by length, pair = batch * heads + head. LISTS, RULE_HEADS, SLOT_ROWS:
     1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is taken in SPLIT steps, a partial one in
-    FINE steps (its mask needs registers too)."""
+    FINE steps (its mask needs registers too).
+
+    The tokens of this turn and the tile of the next are carried through the loop, so that rows, tokens and tile numbers are
+    each one load away from what is known, and the compiler prefetches rows as many turns ahead as there are stages."""
     head = pair % heads
     batch = (pair // heads).to(tl.int64)
     listed = head if LISTS > 1 else 0
@@ -180,13 +185,16 @@ def serve_tile(
     tile = tl.load(ORDER + listed * tiles_q + rank)
     rows = tl.arange(0, BLOCK_Q)
     channels = tl.arange(0, DIM_PAD)
-    token_q, used_q = tile_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
+    token_q = lane_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
+    used_q = token_q >= 0
+    token_q = tl.maximum(token_q, 0)
     kv_head = head // group
-    query = load_rows(Q + batch * q_b + head * q_h, token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE)
-    K += batch * k_b + kv_head * k_h
-    V += batch * v_b + kv_head * v_h
-    if MASKED:
-        KEY_MASK += batch * seqlen_k
+    query = load_rows(
+        Q + view_at(batch, head, q_b, q_h, ALIGN), token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN
+    )
+    K += view_at(batch, kv_head, k_b, k_h, ALIGN)
+    V += view_at(batch, kv_head, v_b, v_h, ALIGN)
+    KEY_TILES += batch * tiles_b
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM_PAD], tl.float32)
@@ -194,79 +202,69 @@ def serve_tile(
     if INT8:
         factor *= tl.load(QUERY_SCALES + (batch * heads + head) * tiles_q + tile)
         KEY_SCALES += (batch * (heads // group) + kv_head) * tiles_k
-    if HAS_FRAMES:
-        row_at = ((batch * seqlen_q + token_q) * heads + head) * frames
+    if RULE == 1:
+        ruled = head if RULE_HEADS > 1 else 0
+        CLASSES += ruled * frames * frames
+        LOW += ruled * classes * 2 * longest
+        WIDTH += ruled * classes * 2 * longest
+        words_q = tl.load(WORDS_Q + tile * BLOCK_Q + rows)
     first = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile)
     last = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile + 1)
     ragged = first + tl.load(NUM_FULL + listed * tiles_q + tile)
-    for turn in tl.range(first * SPLIT, ragged * SPLIT):
-        key_tile = tl.load(COLUMNS + turn // SPLIT)
-        lanes = step_lanes(turn, BLOCK_K, SPLIT)
-        token_k, used_k = tile_tokens(KEY_TILES, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
-        if MASKED:
-            used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
-        key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, not HOLES, WIDE)
-        scores = scores_of(query, key, factor, KEY_SCALES, key_tile, INT8, PRECISION)
-        if HOLES:
-            scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
-        if HAS_FRAMES:
-            frame_k = (tl.load(COORDS + token_k, mask=used_k, other=0) >> 22) - 2
-            add_frame_sums(FRAME_LSE, row_at, used_q, scores, frame_k, FRAME_SPAN, key_tile)
-        value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, not HOLES, WIDE)
-        acc, top, total = accumulate(scores, value, acc, top, total, HOLES, PRECISION)
-    if RULE > 0:
-        if RULE == 1:
-            ruled = head if RULE_HEADS > 1 else 0
-            CLASSES += ruled * frames * frames
-            LOW += ruled * classes * 2 * longest
-            WIDTH += ruled * classes * 2 * longest
-            words_q = tl.load(COORDS + token_q, mask=used_q, other=0)
-        for turn in tl.range(ragged * FINE, last * FINE):
-            key_tile = tl.load(COLUMNS + turn // FINE)
-            lanes = step_lanes(turn, BLOCK_K, FINE)
-            token_k, used_k = tile_tokens(KEY_TILES, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
-            if MASKED:
-                used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
-            key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, False, WIDE)
-            scores = scores_of(query, key, factor, KEY_SCALES, key_tile, INT8, PRECISION)
-            if RULE == 1:
-                words_k = tl.load(COORDS + token_k, mask=used_k, other=0)
-                scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
-                                      extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, False)  # fmt: skip
+    for part in tl.static_range(2 if RULE > 0 else 1):
+        STEPS: tl.constexpr = SPLIT if part == 0 else FINE
+        EVERY: tl.constexpr = part == 0 and not HOLES
+        begin = (first if part == 0 else ragged) * STEPS
+        end = (ragged if part == 0 else last) * STEPS
+        key_tile = listed_tile(COLUMNS, begin, end, STEPS)
+        token_k = lane_tokens(KEY_TILES, key_tile, step_lanes(begin, BLOCK_K, STEPS), seqlen_k, BLOCK_K, RUNS_K)
+        next_tile = listed_tile(COLUMNS, begin + 1, end, STEPS)
+        for turn in tl.range(begin, end):
+            lanes = step_lanes(turn, BLOCK_K, STEPS)
+            used_k = token_k >= 0
+            here = token_k if EVERY else tl.maximum(token_k, 0)
+            key = load_rows(K, here, used_k, k_s, channels, DIM, DIM_PAD, EVERY, WIDE, ALIGN)
+            value = load_rows(V, here, used_k, v_s, channels, DIM, DIM_PAD, EVERY, WIDE, ALIGN)
+            unit = factor
+            if INT8:
+                scores = tl.dot(query, tl.trans(key)).to(tl.float32)
+                unit *= tl.load(KEY_SCALES + key_tile)
             else:
-                slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // FINE)
-                seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
-                scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
-            if HAS_FRAMES:
-                frame_k = (tl.load(COORDS + token_k, mask=used_k, other=0) >> 22) - 2
-                add_frame_sums(FRAME_LSE, row_at, used_q, scores, frame_k, FRAME_SPAN, key_tile)
-            value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, False, WIDE)
-            acc, top, total = accumulate(scores, value, acc, top, total, True, PRECISION)
+                scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            if part == 1:
+                if RULE == 1:
+                    words_k = tl.where(used_k, tl.load(WORDS_K + key_tile * BLOCK_K + lanes), 0)
+                    scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
+                                          extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, False)  # fmt: skip
+                else:
+                    slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // STEPS)
+                    seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
+                    scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
+            elif HOLES:
+                scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
+            acc, top, total = accumulate(scores, unit, value, acc, top, total, not EVERY, PRECISION)
+            key_tile = next_tile
+            token_k = lane_tokens(KEY_TILES, key_tile, step_lanes(turn + 1, BLOCK_K, STEPS), seqlen_k, BLOCK_K, RUNS_K)
+            next_tile = listed_tile(COLUMNS, turn + 2, end, STEPS)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
-    if HAS_MIX:
-        # SoftPAG: towards the query's own value, lerp(out, v, u)
-        own = load_rows(V, token_q, used_q, v_s, channels, DIM, DIM_PAD, False, WIDE).to(tl.float32)
-        acc += tl.load(MIX + head) * (own - acc)
-    token_o = token_q.to(tl.int64) if WIDE else token_q
-    at = OUT + batch * o_b + head * o_h + token_o[:, None] * o_s + channels[None, :]
-    tl.store(at, acc.to(OUT.dtype.element_ty), mask=used_q[:, None] & (channels < DIM)[None, :])
+    store_rows(OUT + view_at(batch, head, o_b, o_h, ALIGN), acc, token_q, used_q, o_s, channels, DIM, WIDE, ALIGN)
     tl.store(LSE + (batch * seqlen_q + token_q) * heads + head, lse, mask=used_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK,
-    COORDS, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
+    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    HAS_MIX: tl.constexpr, HAS_FRAMES: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
+    INT8: tl.constexpr, PRECISION: tl.constexpr,
     pairs, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """A program serves one tile, or when PERSISTENT every `num_programs`-th one, longest first and back and
@@ -279,19 +277,20 @@ def forward_kernel(
             if work < tiles_q * pairs:
                 serve_tile(
                     work % tiles_q, work // tiles_q,
-                    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK, COORDS,
-                    FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale, q_b,
-                    q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, seqlen_q, seqlen_k, heads, group, tiles_q,
-                    tiles_k, nnz, frames, classes, longest, extent_y, extent_x, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT,
-                    FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS, RUNS_Q, RUNS_K, HOLES, MASKED, WIDE, DIL_Y, DIL_X, CIRC_Y,
-                    CIRC_X, HAS_MIX, HAS_FRAMES, INT8, PRECISION
+                    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+                    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
+                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
+                    seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
+                    DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
+                    RUNS_Q, RUNS_K, HOLES, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
                 )  # fmt: skip
     else:
         serve_tile(
             tl.program_id(0), tl.program_id(1),
-            Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, KEY_MASK, COORDS, FRAME_SPAN,
-            CLASSES, LOW, WIDTH, BITS, SLOTS, MIX, FRAME_LSE, QUERY_SCALES, KEY_SCALES, scale, q_b, q_s, q_h, k_b, k_s,
-            k_h, v_b, v_s, v_h, o_b, o_s, o_h, seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes,
-            longest, extent_y, extent_x, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
-            RUNS_Q, RUNS_K, HOLES, MASKED, WIDE, DIL_Y, DIL_X, CIRC_Y, CIRC_X, HAS_MIX, HAS_FRAMES, INT8, PRECISION
+            Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+            WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
+            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
+            seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
+            DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
+            RUNS_Q, RUNS_K, HOLES, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
         )  # fmt: skip

@@ -7,7 +7,8 @@ while the others multiply. Radial and windows with partial tiles go to "triton".
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
-from genattn.kernels.triton.block_sparse import Arguments, interpreting, precision_of, strides_of, why_not_triton
+from genattn.kernels.triton.block_sparse import empty_results, interpreting, precision_of, why_not_triton
+from genattn.kernels.triton.launch import Arguments, launch, strides_of
 from genattn.kernels.triton.tables import triton_tables
 
 _STAGES = 2
@@ -55,12 +56,11 @@ def full_tiles_forward(
         raise ValueError("impl='triton-full' serves no key mask: a hidden key makes its tile partial; use impl='triton'")
     # a descriptor wants rows that begin at multiples of 16 bytes
     query, key, value = (x if _describable(x) else x.contiguous() for x in (query, key, value))
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    out, lse = empty_results(query, plan)
     if query.is_cuda:
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=query.device))
     grid = plan.query_tiles.shape[0], query.shape[0] * query.shape[2]
-    full_tiles_kernel[grid](**full_tiles_arguments(query, key, value, out, lse, plan, scale))
+    launch(full_tiles_kernel, grid, full_tiles_arguments(query, key, value, out, lse, plan, scale), query)
     return out, lse
 
 

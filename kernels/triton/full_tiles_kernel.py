@@ -8,10 +8,10 @@ forward_kernel.py.
 
 import triton
 import triton.language as tl
-from genattn.kernels.triton.forward_kernel import LN2, LOG2E, accumulate
+from genattn.kernels.triton.forward_kernel import LN2, LOG2E, SIZES, STRIDES, accumulate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in SIZES if name not in STRIDES])
 def full_tiles_kernel(
     Q, K, V, OUT, LSE, ROW_PTR, COLUMNS, ORDER, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
@@ -25,10 +25,10 @@ def full_tiles_kernel(
     listed = head if LISTS > 1 else 0
     tile = tl.load(ORDER + listed * tiles_q + tl.program_id(0))
     kv_head = head // group
-    queries = tl.make_tensor_descriptor(Q + batch * q_b + head * q_h, [seqlen_q, DIM], [q_s, 1], [BLOCK_Q, DIM])
-    keys = tl.make_tensor_descriptor(K + batch * k_b + kv_head * k_h, [seqlen_k, DIM], [k_s, 1], [BLOCK_K, DIM])
-    values = tl.make_tensor_descriptor(V + batch * v_b + kv_head * v_h, [seqlen_k, DIM], [v_s, 1], [BLOCK_K, DIM])
-    outs = tl.make_tensor_descriptor(OUT + batch * o_b + head * o_h, [seqlen_q, DIM], [o_s, 1], [BLOCK_Q, DIM])
+    queries = tl.make_tensor_descriptor(Q + batch * q_b + head.to(tl.int64) * q_h, [seqlen_q, DIM], [q_s, 1], [BLOCK_Q, DIM])
+    keys = tl.make_tensor_descriptor(K + batch * k_b + kv_head.to(tl.int64) * k_h, [seqlen_k, DIM], [k_s, 1], [BLOCK_K, DIM])
+    values = tl.make_tensor_descriptor(V + batch * v_b + kv_head.to(tl.int64) * v_h, [seqlen_k, DIM], [v_s, 1], [BLOCK_K, DIM])
+    outs = tl.make_tensor_descriptor(OUT + batch * o_b + head.to(tl.int64) * o_h, [seqlen_q, DIM], [o_s, 1], [BLOCK_Q, DIM])
     query = queries.load([tile * BLOCK_Q, 0])
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -39,9 +39,9 @@ def full_tiles_kernel(
     for turn in tl.range(first, last, warp_specialize=SPECIALISED, num_stages=STAGES):
         at = tl.load(COLUMNS + turn) * BLOCK_K
         key = keys.load([at, 0])
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         value = values.load([at, 0])
-        acc, top, total = accumulate(scores, value, acc, top, total, False, PRECISION)
+        acc, top, total = accumulate(scores, factor, value, acc, top, total, False, PRECISION)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)

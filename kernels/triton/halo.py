@@ -6,14 +6,14 @@ A program finds its tile by dividing its number through the counts of parts, so 
 long the sequence is.
 """
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 
 from genattn.kernels.plan.halo_plan import HaloParts, HaloPlan
-from genattn.kernels.triton.block_sparse import TRITON_DTYPES, Arguments, interpreting, padded, precision_of, strides_of
+from genattn.kernels.triton.block_sparse import precision_of, why_not_launch
 from genattn.kernels.triton.config import arch_of, settings_of, table_row
+from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
 
 _MOST_PLACES = (511, 1024, 1024)
 _MOST_QUERIES = 256
@@ -41,14 +41,9 @@ class HaloTables:
 
 def why_not_triton_halo(query: torch.Tensor, plan: HaloPlan, wants_gradient: bool = False) -> str | None:
     """The reason why the kernel cannot serve this call, or None; tensor operations serve then."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if query.device.type != "cuda" and not interpreting():
-        return f"it needs a GPU, got tensors on {query.device.type}"
-    if query.dtype not in TRITON_DTYPES:
-        return f"the dtype must be float16, bfloat16 or float32, got {query.dtype}"
-    if not 1 <= query.shape[-1] <= 256:
-        return f"the head dim must lie in [1, 256], got {query.shape[-1]}"
+    reason = why_not_launch(query)
+    if reason is not None:
+        return reason
     if wants_gradient:
         return "it has no backward; tensor operations have"
     tables = halo_tables(plan)
@@ -78,7 +73,7 @@ def triton_halo_attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     arguments, grid = halo_arguments(query, key, value, out, lse, plan, scale, key_mask)
-    halo_kernel[grid](**arguments)
+    launch(halo_kernel, grid, arguments, query)
     return out, lse
 
 
@@ -99,7 +94,7 @@ def halo_arguments(
         raise ValueError(tables)
     batch, seqlen, heads, dim = query.shape
     name = arch or arch_of(query.device)
-    warps, stages, block_k = settings_of("sm_90" if name == "cpu" else name)[table_row(dim)]["halo"]
+    warps, stages, block_k = settings_of("sm_90" if name == "cpu" else name)[table_row(dim, query.dtype)]["halo"]
     dense = plan.dense_queries.numel()
     dense_tiles = -(-dense // tables.block_q)
     arguments: Arguments = {
@@ -108,7 +103,8 @@ def halo_arguments(
         "WINDOWS": tables.windows,
         "PLACES": tables.places,
         "LISTED": tables.listed,
-        "KEY_MASK": tables.parts if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        # 8-bit loads would cost the operands their layout
+        "KEY_MASK": tables.parts if key_mask is None else key_mask.to(torch.int32),
         "scale": dim**-0.5 if scale is None else scale,
         **strides_of("q", query),
         **strides_of("k", key),
@@ -134,7 +130,8 @@ def halo_arguments(
         "HAS_PLAIN": tables.plain,
         "HAS_RAGGED": tables.ragged,
         "MASKED": key_mask is not None,
-        "WIDE": max(x.stride(1) * x.shape[1] for x in (query, key, value)) >= 1 << 31,
+        "WIDE": is_wide(query, key, value, out),
+        "ALIGN": alignment(query, key, value, out),
         "PRECISION": precision_of(query),
         "num_warps": warps,
         "num_stages": stages,

@@ -8,9 +8,10 @@ After FNA (Hassani et al., arXiv 2403.04690). Dense rows (text) are tiles too, w
 
 import triton
 import triton.language as tl
-from genattn.kernels.triton.forward_kernel import GUARDS, LN2, LOG2E, accumulate, load_rows
+from genattn.kernels.triton.forward_kernel import GUARDS, LN2, LOG2E, SIZES, accumulate, load_rows, store_rows, view_at
 
 NOWHERE = tl.constexpr(511 << 22)
+HALO_SIZES = ["seqlen", "parts_t", "parts_y", "parts_x", "shared", "visible", "dense", "dense_tiles"]
 
 
 @triton.jit
@@ -47,11 +48,11 @@ def window_words(WINDOWS, lanes, used, height, width, at_t, at_y, at_x):
 
 @triton.jit
 def fold(query, K, V, token_k, used_k, k_s, v_s, channels, factor, lower, upper, words, acc, top, total,
-         DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
+         DIM: tl.constexpr, DIM_PAD: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
          PRECISION: tl.constexpr):  # fmt: skip
     """One step of keys into the running softmax: those inside each query's window, or all that are in use."""
-    key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, False, WIDE)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * factor
+    key = load_rows(K, token_k, used_k, k_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if WINDOWED:
         # an unused lane is at no place, so the windows hide it too
         keys = words[None, :]
@@ -59,11 +60,11 @@ def fold(query, K, V, token_k, used_k, k_s, v_s, channels, factor, lower, upper,
         scores = tl.where(inside, scores, float("-inf"))
     else:
         scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
-    value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, False, WIDE)
-    return accumulate(scores, value, acc, top, total, True, PRECISION)
+    value = load_rows(V, token_k, used_k, v_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN)
+    return accumulate(scores, factor, value, acc, top, total, True, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, *HALO_SIZES])
 def halo_kernel(
     Q, K, V, OUT, LSE, PARTS, WINDOWS, PLACES, LISTED, KEY_MASK, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
@@ -71,7 +72,7 @@ def halo_kernel(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     DIL_T: tl.constexpr, DIL_Y: tl.constexpr, DIL_X: tl.constexpr,
     MOVED: tl.constexpr, HAS_LISTED: tl.constexpr, HAS_PLAIN: tl.constexpr, HAS_RAGGED: tl.constexpr,
-    MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LISTED: the shared keys, the keys that dense queries see, the dense queries. PARTS: 6 numbers per part of an axis, frames
     then rows then columns: first query, queries, first key, keys, where its windows stand, whether all is seen."""
@@ -105,9 +106,11 @@ def halo_kernel(
         listed = tl.where(is_dense, visible, shared)
         box = tl.where(is_dense, 0, box)
     kv_head = head // group
-    query = load_rows(Q + batch * q_b + head * q_h, token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE)
-    K += batch * k_b + kv_head * k_h
-    V += batch * v_b + kv_head * v_h
+    query = load_rows(
+        Q + view_at(batch, head, q_b, q_h, ALIGN), token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN
+    )
+    K += view_at(batch, kv_head, k_b, k_h, ALIGN)
+    V += view_at(batch, kv_head, v_b, v_h, ALIGN)
     if MASKED:
         KEY_MASK += batch * seqlen
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -122,7 +125,7 @@ def halo_kernel(
             if MASKED:
                 used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
             acc, top, total = fold(query, K, V, token_k, used_k, k_s, v_s, channels, factor, lower, upper, place, acc, top,
-                                   total, DIM, DIM_PAD, False, WIDE, PRECISION)  # fmt: skip
+                                   total, DIM, DIM_PAD, False, WIDE, ALIGN, PRECISION)  # fmt: skip
     for windowed in tl.static_range(2):
         if HAS_RAGGED if windowed else HAS_PLAIN:
             last = tl.cdiv(box, BLOCK_K) * ((1 - plain) if windowed else plain)
@@ -135,11 +138,9 @@ def halo_kernel(
                     used_k = used_k & (tl.load(KEY_MASK + token_k, mask=used_k, other=0) != 0)
                     words = tl.where(used_k, words, NOWHERE)
                 acc, top, total = fold(query, K, V, token_k, used_k, k_s, v_s, channels, factor, lower, upper, words, acc,
-                                       top, total, DIM, DIM_PAD, windowed == 1, WIDE, PRECISION)  # fmt: skip
+                                       top, total, DIM, DIM_PAD, windowed == 1, WIDE, ALIGN, PRECISION)  # fmt: skip
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
-    token_o = token_q.to(tl.int64) if WIDE else token_q
-    at_out = OUT + batch * o_b + head * o_h + token_o[:, None] * o_s + channels[None, :]
-    tl.store(at_out, acc.to(OUT.dtype.element_ty), mask=used_q[:, None] & (channels < DIM)[None, :])
+    store_rows(OUT + view_at(batch, head, o_b, o_h, ALIGN), acc, token_q, used_q, o_s, channels, DIM, WIDE, ALIGN)
     tl.store(LSE + (batch * seqlen + token_q) * heads + head, lse, mask=used_q)

@@ -13,9 +13,8 @@ import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.reference.attention import reference_attention
-from genattn.kernels.triton.block_sparse import Arguments, forward_arguments, forward_grid, padded, why_not_triton
-
-_LEAST_CAPABILITY = (8, 0)
+from genattn.kernels.triton.block_sparse import empty_results, forward_arguments, forward_grid, why_not_triton
+from genattn.kernels.triton.launch import Arguments, launch, padded
 
 
 def why_not_int8(query: torch.Tensor, plan: BlockPlan, scale: float | None = None) -> str | None:
@@ -29,8 +28,6 @@ def why_not_int8(query: torch.Tensor, plan: BlockPlan, scale: float | None = Non
         return "int8 scores are for float16 and bfloat16: at float32 their error would be out of proportion"
     if query.requires_grad and torch.is_grad_enabled():
         return "int8 scores have no backward; use 'triton'"
-    if query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) < _LEAST_CAPABILITY:
-        return f"int8 products need compute capability 8.0, got {torch.cuda.get_device_capability(query.device)}"
     return None
 
 
@@ -106,13 +103,9 @@ def triton_int8_forward(
 
     value = value if value.stride(-1) == 1 else value.contiguous()
     whole_q, whole_k, shift = _prepared(query, key, plan, scale, key_mask)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    if not plan.covers_queries:
-        out.zero_()
-        lse.fill_(float("-inf"))
+    out, lse = empty_results(query, plan)
     arguments = int8_arguments(whole_q, whole_k, value, out, lse, plan, scale, key_mask)
-    forward_kernel[forward_grid(query, plan)](**arguments)
+    launch(forward_kernel, forward_grid(query, plan), arguments, query)
     return out, lse + shift
 
 

@@ -6,29 +6,47 @@ import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan, run_tiles
 from genattn.kernels.plan.element_rule import ElementRule, GridRule, PerHeadRule
-from genattn.kernels.plan.packed_masks import packed_masks
+from genattn.kernels.plan.packed_masks import mask_bytes, packed_masks
 
 _MOST_FRAMES, _LONGEST_AXIS = 509, 1023
+_BITS_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class TritonTables:
-    """`rule` 0 none, 1 grid, 2 bits; the tensors that a rule does not use are placeholders.
+    """What the forward reads. `rule`: 0 none, 1 grid, 2 bits; the tensors that a rule does not use are placeholders.
 
-    words: int32 [S], one per token, see `grid_visible` in forward_kernel.py.
+    words_q, words_k: int32 [tiles, lanes], one word per lane, see `hide_by_grid` in forward_kernel.py. The other tables of a
+    grid rule are those of `GridRule`.
     """
 
     order: torch.Tensor
-    order_k: torch.Tensor
     runs_q: bool
     runs_k: bool
     holes: bool
     rule: int
-    grid: GridRule
-    words: torch.Tensor
+    frame_class: torch.Tensor
+    low: torch.Tensor
+    width: torch.Tensor
+    words_q: torch.Tensor
+    words_k: torch.Tensor
     frame_span: torch.Tensor
     slots: torch.Tensor
     bits: torch.Tensor
+    extent: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    circular: tuple[bool, bool] = (False, False)
+
+
+@dataclass(frozen=True, eq=False)
+class InverseTables:
+    """What only the gradient of keys and values reads: the inverse lists, and which entry of the plan each of theirs is."""
+
+    row_ptr: torch.Tensor
+    columns: torch.Tensor
+    num_full: torch.Tensor
+    order: torch.Tensor
+    entry: torch.Tensor
 
 
 def triton_tables(plan: BlockPlan) -> TritonTables:
@@ -36,6 +54,33 @@ def triton_tables(plan: BlockPlan) -> TritonTables:
     if "triton" not in plan.cache:
         plan.cache["triton"] = _build(plan)
     return plan.cache["triton"]  # type: ignore[return-value]
+
+
+def inverse_tables(plan: BlockPlan) -> InverseTables:
+    """The inverse lists of `plan`, on its device; built when a gradient is first asked for."""
+    if "triton inverse" not in plan.cache:
+        inverse = plan.transposed
+        order = _longest_first(inverse.row_lengths.sum(0, keepdim=True))
+        entry = plan.transposed_order.to(torch.int32)
+        plan.cache["triton inverse"] = InverseTables(inverse.row_ptr, inverse.columns, inverse.num_full, order, entry)
+    return plan.cache["triton inverse"]  # type: ignore[return-value]
+
+
+def why_not_masks(plan: BlockPlan, device: torch.device) -> str | None:
+    """The reason why the packed masks of a plan, if it needs any, are too large for a device, or None."""
+    if _kind(plan)[0] != 2:
+        return None
+    size, limit = mask_bytes(plan), _bits_limit(device)
+    if size > limit:
+        return f"the packed masks of its partial tiles must stay under {limit >> 20} MiB on this device, got {size >> 20} MiB"
+    return None
+
+
+def _bits_limit(device: torch.device) -> int:
+    """Bytes of packed masks that a device may hold: an eighth of a GPU."""
+    if device.type != "cuda":
+        return _BITS_LIMIT
+    return torch.cuda.get_device_properties(device).total_memory // 8
 
 
 def as_grid_rule(rule: ElementRule | None) -> GridRule | None:
@@ -62,34 +107,57 @@ def _pad_classes(table: torch.Tensor, classes: int) -> torch.Tensor:
     return torch.nn.functional.pad(table, (0, 0, 0, 0, 0, classes - table.shape[1]))
 
 
-def _build(plan: BlockPlan) -> TritonTables:
-    partial = bool(plan.entries[1].any())
+def _kind(plan: BlockPlan) -> tuple[int, GridRule | None]:
+    """(0 no partial tiles, 1 a grid rule that fits words, 2 anything else, the grid rule); kept in the plan."""
+    if "triton kind" not in plan.cache:
+        plan.cache["triton kind"] = _find_kind(plan)
+    return plan.cache["triton kind"]  # type: ignore[return-value]
+
+
+def _find_kind(plan: BlockPlan) -> tuple[int, GridRule | None]:
+    if int(plan.num_full.sum()) == plan.columns.numel():
+        return 0, None
     grid = as_grid_rule(plan.rule)
-    if grid is not None and not _fits_words(grid):
-        grid = None
-    kind = 0 if not partial else 2 if grid is None else 1
+    return (2, None) if grid is None or not _fits_words(grid) else (1, grid)
+
+
+def _build(plan: BlockPlan) -> TritonTables:
+    kind, grid = _kind(plan)
     # kernels take a pointer for every table, used or not
-    words = span = nothing = torch.zeros(1, dtype=torch.int32, device=plan.device)
+    nothing = torch.zeros(1, dtype=torch.int32, device=plan.device)
     slots, bits = packed_masks(plan) if kind == 2 else (nothing[None], nothing.to(torch.int16))
+    facts = {
+        "order": _longest_first(plan.row_lengths),
+        "runs_q": are_runs(plan.query_tiles, plan.seqlen_q),
+        "runs_k": are_runs(plan.key_tiles, plan.seqlen_k),
+        "holes": bool((plan.key_tiles < 0).any()),
+        "rule": kind,
+        "slots": slots.contiguous(),
+        "bits": bits,
+    }
     if grid is None:
-        grid = GridRule(nothing, nothing.view(1, 1, 1), nothing.view(1, 1, 1, 1), nothing.view(1, 1, 1, 1), (1, 1))
-    else:
-        coords, classes, low, width = (_packed(t) for t in (grid.coords, grid.frame_class, grid.low, grid.width))
-        grid = GridRule(coords, classes, low, width, grid.extent, grid.dilation, grid.circular)
-        words, span = _words(grid.coords), _frame_span(plan.key_tiles, grid.coords)
+        flat, table = nothing.view(1, 1, 1), nothing.view(1, 1, 1, 1)
+        return TritonTables(
+            **facts, frame_class=flat, low=table, width=table, words_q=nothing, words_k=nothing, frame_span=nothing
+        )
+    words = _words(grid.coords)
     return TritonTables(
-        order=_longest_first(plan.row_lengths),
-        order_k=_longest_first(plan.transposed.row_lengths.sum(0, keepdim=True)),
-        runs_q=are_runs(plan.query_tiles, plan.seqlen_q),
-        runs_k=are_runs(plan.key_tiles, plan.seqlen_k),
-        holes=bool((plan.key_tiles < 0).any()),
-        rule=kind,
-        grid=grid,
-        words=words,
-        frame_span=span,
-        slots=slots.contiguous(),
-        bits=bits,
+        **facts,
+        frame_class=_packed(grid.frame_class),
+        low=_packed(grid.low),
+        width=_packed(grid.width),
+        words_q=_by_lane(words, plan.query_tiles),
+        words_k=_by_lane(words, plan.key_tiles),
+        frame_span=_frame_span(plan.key_tiles, grid.coords),
+        extent=grid.extent,
+        dilation=grid.dilation,
+        circular=grid.circular,
     )
+
+
+def _by_lane(words: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+    """The word of each lane of each tile, 0 where a lane is not in use: one load away once the tile is known."""
+    return torch.where(tiles >= 0, words[tiles.clamp_min(0).long()], 0)
 
 
 def _fits_words(grid: GridRule) -> bool:
