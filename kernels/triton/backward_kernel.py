@@ -13,11 +13,13 @@ from genattn.kernels.triton.forward_kernel import (
     SIZES,
     bits_visible,
     hide_by_grid,
+    hide_unused,
     lane_tokens,
     listed_tile,
     load_rows,
     step_lanes,
     store_rows,
+    turn_tokens,
     view_at,
 )
 
@@ -50,14 +52,15 @@ def load_lse(LSE, at, used):
 
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    Q, K, V, DO, LSE, DELTA, DQ, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+    Q, K, V, DO, LSE, DELTA, DQ, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
     WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h, tiles_b,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h, tiles_b, counts_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries of one tile and head."""
@@ -69,7 +72,7 @@ def dq_kernel(
     channels = tl.arange(0, DIM_PAD)
     token_q = lane_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
     used_q = token_q >= 0
-    token_q = tl.maximum(token_q, 0)
+    token_q = token_q ^ (token_q >> 31)
     query = load_rows(
         Q + view_at(batch, head, q_b, q_h, ALIGN), token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN
     )
@@ -82,6 +85,8 @@ def dq_kernel(
     K += view_at(batch, head // group, k_b, k_h, ALIGN)
     V += view_at(batch, head // group, v_b, v_h, ALIGN)
     KEY_TILES += batch * tiles_b
+    WORDS_K += batch * tiles_b
+    KEY_COUNTS += batch * counts_b
     if RULE == 1:
         ruled = head if RULE_HEADS > 1 else 0
         CLASSES += ruled * frames * frames
@@ -94,37 +99,35 @@ def dq_kernel(
     last = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile + 1)
     ragged = first + tl.load(NUM_FULL + listed * tiles_q + tile)
     for part in tl.static_range(2 if RULE > 0 else 1):
-        STEPS: tl.constexpr = SPLIT if part == 0 else FINE
-        EVERY: tl.constexpr = part == 0 and not HOLES
-        begin = (first if part == 0 else ragged) * STEPS
-        end = (ragged if part == 0 else last) * STEPS
-        key_tile = listed_tile(COLUMNS, begin, end, STEPS)
-        token_k = lane_tokens(KEY_TILES, key_tile, step_lanes(begin, BLOCK_K, STEPS), seqlen_k, BLOCK_K, RUNS_K)
-        next_tile = listed_tile(COLUMNS, begin + 1, end, STEPS)
+        begin = first * SPLIT if part == 0 else ragged * FINE
+        end = ragged * SPLIT if part == 0 else last * FINE
+        key_tile = listed_tile(COLUMNS, begin, end, SPLIT if part == 0 else FINE)
+        token_k = turn_tokens(KEY_TILES, key_tile, begin, seqlen_k, BLOCK_K, SPLIT if part == 0 else FINE, RUNS_K)
+        next_tile = listed_tile(COLUMNS, begin + 1, end, SPLIT if part == 0 else FINE)
         for turn in tl.range(begin, end):
-            lanes = step_lanes(turn, BLOCK_K, STEPS)
-            used_k = token_k >= 0
-            here = token_k if EVERY else tl.maximum(token_k, 0)
-            key = load_rows(K, here, used_k, k_s, channels, DIM, DIM_PAD, EVERY, WIDE, ALIGN)
-            value = load_rows(V, here, used_k, v_s, channels, DIM, DIM_PAD, EVERY, WIDE, ALIGN)
+            lanes = step_lanes(turn, BLOCK_K, SPLIT if part == 0 else FINE)
+            row_k = token_k ^ (token_k >> 31)
+            key = load_rows(K, row_k, token_k >= 0, k_s, channels, DIM, DIM_PAD, not GUARDED, WIDE, ALIGN)
+            value = load_rows(V, row_k, token_k >= 0, v_s, channels, DIM, DIM_PAD, not GUARDED, WIDE, ALIGN)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
             if part == 1:
                 if RULE == 1:
-                    words_k = tl.where(used_k, tl.load(WORDS_K + key_tile * BLOCK_K + lanes), 0)
+                    words_k = tl.load(WORDS_K + key_tile * BLOCK_K + lanes)
                     scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
                                           extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, False)  # fmt: skip
                 else:
-                    slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // STEPS)
+                    slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // (SPLIT if part == 0 else FINE))
                     seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
-                    scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
-            elif HOLES:
-                scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
+                    scores = tl.where(seen, scores, float("-inf"))
+            if part == 0 or RULE == 2:
+                scores = hide_unused(scores, KEY_COUNTS, KEY_TILES, key_tile, lanes, HOLES, LEAST, BLOCK_K)
             probs = tl.exp2(scores * factor - lse[:, None])
             slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - delta[:, None]
             acc = tl.dot((probs * slope).to(key.dtype), key, acc, input_precision=PRECISION)
-            key_tile = next_tile
-            token_k = lane_tokens(KEY_TILES, key_tile, step_lanes(turn + 1, BLOCK_K, STEPS), seqlen_k, BLOCK_K, RUNS_K)
-            next_tile = listed_tile(COLUMNS, turn + 2, end, STEPS)
+            token_k = turn_tokens(KEY_TILES, next_tile, turn + 1, seqlen_k, BLOCK_K, SPLIT if part == 0 else FINE, RUNS_K)
+            # loaded again: a value handed on through two turns would keep the compiler from prefetching
+            key_tile = listed_tile(COLUMNS, turn + 1, end, SPLIT if part == 0 else FINE)
+            next_tile = listed_tile(COLUMNS, turn + 2, end, SPLIT if part == 0 else FINE)
     store_rows(DQ + view_at(batch, head, g_b, g_h, ALIGN), acc * scale, token_q, used_q, g_s, channels, DIM, WIDE, ALIGN)
 
 
@@ -150,7 +153,7 @@ def dkv_kernel(
     key_tile = tl.load(ORDER + tl.program_id(0))
     token_k = lane_tokens(KEY_TILES + batch * tiles_b, key_tile, lanes, seqlen_k, BLOCK_K, RUNS_K)
     used_k = token_k >= 0
-    token_k = tl.maximum(token_k, 0)
+    token_k = token_k ^ (token_k >> 31)
     key = load_rows(
         K + view_at(batch, kv_head, k_b, k_h, ALIGN), token_k, used_k, k_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN
     )
@@ -159,7 +162,7 @@ def dkv_kernel(
     )
     hidden = tl.where(used_k, 0.0, float("-inf"))
     if RULE == 1:
-        words_k = tl.where(used_k, tl.load(WORDS_K + key_tile * BLOCK_K + lanes), 0)
+        words_k = tl.load(WORDS_K + batch * tiles_b + key_tile * BLOCK_K + lanes)
     factor = scale * LOG2E
     grad_k = tl.zeros([BLOCK_K, DIM_PAD], tl.float32)
     grad_v = tl.zeros([BLOCK_K, DIM_PAD], tl.float32)
@@ -172,19 +175,18 @@ def dkv_kernel(
         last = tl.load(ROW_PTR + listed * (tiles_k + 1) + key_tile + 1)
         ragged = first + tl.load(NUM_FULL + listed * tiles_k + key_tile)
         for part in tl.static_range(2 if RULE > 0 else 1):
-            STEPS: tl.constexpr = SPLIT if part == 0 else FINE
-            begin = (first if part == 0 else ragged) * STEPS
-            end = (ragged if part == 0 else last) * STEPS
-            tile = listed_tile(COLUMNS, begin, end, STEPS)
-            token_q = lane_tokens(QUERY_TILES, tile, step_lanes(begin, BLOCK_Q, STEPS), seqlen_q, BLOCK_Q, RUNS_Q)
-            next_tile = listed_tile(COLUMNS, begin + 1, end, STEPS)
+            begin = first * SPLIT if part == 0 else ragged * FINE
+            end = ragged * SPLIT if part == 0 else last * FINE
+            tile = listed_tile(COLUMNS, begin, end, SPLIT if part == 0 else FINE)
+            token_q = turn_tokens(QUERY_TILES, tile, begin, seqlen_q, BLOCK_Q, SPLIT if part == 0 else FINE, RUNS_Q)
+            next_tile = listed_tile(COLUMNS, begin + 1, end, SPLIT if part == 0 else FINE)
             for turn in tl.range(begin, end):
-                rows = step_lanes(turn, BLOCK_Q, STEPS)
+                rows = step_lanes(turn, BLOCK_Q, SPLIT if part == 0 else FINE)
                 used_q = token_q >= 0
-                here = tl.maximum(token_q, 0)
-                query = load_rows(queries, here, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN)
-                grad = load_rows(grads, here, used_q, d_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN)
-                row_at = (batch * seqlen_q + here) * heads + head
+                row_q = token_q ^ (token_q >> 31)
+                query = load_rows(queries, row_q, used_q, q_s, channels, DIM, DIM_PAD, True, WIDE, ALIGN)
+                grad = load_rows(grads, row_q, used_q, d_s, channels, DIM, DIM_PAD, True, WIDE, ALIGN)
+                row_at = (batch * seqlen_q + row_q) * heads + head
                 lse = load_lse(LSE, row_at, used_q)
                 delta = tl.load(DELTA + row_at, mask=used_q, other=0.0)
                 scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
@@ -196,7 +198,7 @@ def dkv_kernel(
                                               frames, longest,
                                               extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, True)  # fmt: skip
                     else:
-                        place = tl.load(ENTRY + turn // STEPS)
+                        place = tl.load(ENTRY + turn // (SPLIT if part == 0 else FINE))
                         slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + place)
                         seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
                         scores = tl.where(tl.trans(seen), scores, float("-inf"))
@@ -204,9 +206,9 @@ def dkv_kernel(
                 grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
                 slope = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
                 grad_k = tl.dot((probs * slope).to(query.dtype), query, grad_k, input_precision=PRECISION)
-                tile = next_tile
-                token_q = lane_tokens(QUERY_TILES, tile, step_lanes(turn + 1, BLOCK_Q, STEPS), seqlen_q, BLOCK_Q, RUNS_Q)
-                next_tile = listed_tile(COLUMNS, turn + 2, end, STEPS)
+                token_q = turn_tokens(QUERY_TILES, next_tile, turn + 1, seqlen_q, BLOCK_Q, SPLIT if part == 0 else FINE, RUNS_Q)
+                tile = listed_tile(COLUMNS, turn + 1, end, SPLIT if part == 0 else FINE)
+                next_tile = listed_tile(COLUMNS, turn + 2, end, SPLIT if part == 0 else FINE)
     at = view_at(batch, kv_head, g_b, g_h, ALIGN)
     store_rows(DK + at, grad_k * scale, token_k, used_k, g_s, channels, DIM, WIDE, ALIGN)
     store_rows(DV + at, grad_v, token_k, used_k, g_s, channels, DIM, WIDE, ALIGN)

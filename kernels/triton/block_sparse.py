@@ -12,7 +12,7 @@ import torch
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.triton.config import Launch, arch_of, launch_of, most_lanes
 from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
-from genattn.kernels.triton.tables import inverse_tables, triton_tables, why_not_masks
+from genattn.kernels.triton.tables import inverse_tables, masked_keys, triton_tables, why_not_masks
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)  # before it, 16-bit products on bfloat16 and asynchronous copies are not there
@@ -159,10 +159,9 @@ def forward_arguments(
         "KEY_SCALES": lse,
         "INT8": False,
         "tiles_k": plan.key_tiles.shape[0],
-        "HOLES": triton_tables(plan).holes or key_mask is not None,
         "pairs": query.shape[0] * query.shape[2],
         "PERSISTENT": _launch_of("forward", arch or arch_of(query.device), value, plan).persistent > 0,
-        **_launch("forward", arch or arch_of(query.device), value, plan),
+        **_launch("forward", arch, value, plan, key_mask),
     }
 
 
@@ -212,8 +211,7 @@ def dq_arguments(
         **_lists(plan),
         **strides_of("d", grad_out),
         **strides_of("g", grad_query),
-        "HOLES": triton_tables(plan).holes or key_mask is not None,
-        **_launch("dq", arch or arch_of(query.device), query, plan),
+        **_launch("dq", arch, query, plan, key_mask),
     }
 
 
@@ -248,7 +246,7 @@ def dkv_arguments(
         **strides_of("d", grad_out),
         **strides_of("g", grad_key),
         "tiles_k": plan.key_tiles.shape[0],
-        **_launch("dkv", arch or arch_of(query.device), query, plan),
+        **_launch("dkv", arch, query, plan, key_mask),
     }
 
 
@@ -278,10 +276,9 @@ def _tensors(
         "Q": query,
         "K": key,
         "V": value,
-        "QUERY_TILES": plan.query_tiles,
+        "QUERY_TILES": tables.query_lanes,
         **_key_tiles(plan, key_mask),
         "WORDS_Q": tables.words_q,
-        "WORDS_K": tables.words_k,
         "CLASSES": tables.frame_class,
         "LOW": tables.low,
         "WIDTH": tables.width,
@@ -323,19 +320,29 @@ def _tensors(
 
 
 def _key_tiles(plan: BlockPlan, key_mask: torch.Tensor | None) -> Arguments:
-    """The key tiles, int32 [NK, BK], or [B, NK, BK] with -1 for what a mask hides: kernels then read no mask in their loops."""
-    if key_mask is None:
-        return {"KEY_TILES": plan.key_tiles, "tiles_b": 0}
-    seen = key_mask[:, plan.key_tiles.clamp_min(0).long()]
-    return {"KEY_TILES": torch.where(seen, plan.key_tiles, -1), "tiles_b": plan.key_tiles.numel()}
+    """What a loop reads of the key tiles. A key mask becomes tiles, words and counts per sample, so that no loop has a mask."""
+    tables = triton_tables(plan)
+    keys = tables.keys if key_mask is None else masked_keys(tables, key_mask)
+    per_sample = key_mask is not None
+    return {
+        "KEY_TILES": keys.lanes,
+        "WORDS_K": keys.words,
+        "KEY_COUNTS": keys.counts,
+        "tiles_b": plan.key_tiles.numel() if per_sample else 0,
+        "counts_b": plan.key_tiles.shape[0] if per_sample else 0,
+        "HOLES": keys.holes,
+        "LEAST": keys.least,
+        "GUARDED": keys.may_be_empty,
+    }
 
 
-def _launch_of(kernel: str, arch: str, query: torch.Tensor, plan: BlockPlan) -> Launch:
-    return launch_of(kernel, arch, query.shape[-1], plan.block_q, plan.block_k, query.dtype)
+def _launch_of(kernel: str, arch: str, query: torch.Tensor, plan: BlockPlan, masked: bool = False) -> Launch:
+    masked = masked or triton_tables(plan).rule == 2
+    return launch_of(kernel, arch, query.shape[-1], plan.block_q, plan.block_k, query.dtype, masked)
 
 
-def _launch(kernel: str, arch: str, query: torch.Tensor, plan: BlockPlan) -> Arguments:
-    found = _launch_of(kernel, arch, query, plan)
+def _launch(kernel: str, arch: str | None, query: torch.Tensor, plan: BlockPlan, key_mask: torch.Tensor | None) -> Arguments:
+    found = _launch_of(kernel, arch or arch_of(query.device), query, plan, key_mask is not None)
     return {"num_warps": found.warps, "num_stages": found.stages, "SPLIT": found.split, "FINE": found.fine}
 
 

@@ -67,18 +67,26 @@ def most_lanes(arch: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     return most_q, most_k
 
 
-def launch_of(kernel: str, arch: str, head_dim: int, block_q: int, block_k: int, dtype: torch.dtype = torch.bfloat16) -> Launch:
+def launch_of(
+    kernel: str,
+    arch: str,
+    head_dim: int,
+    block_q: int,
+    block_k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    masked: bool = False,
+) -> Launch:
     """Settings for `kernel` ("forward", "dq" or "dkv") on a plan with tiles of block_q x block_k tokens.
 
     What is walked is taken in steps of as many lanes as in the tuned tile, however large the plan's tiles are; with fewer lanes
-    to hold than tuned for, fewer warps.
+    to hold than tuned for, fewer warps. masked: a mask per sample or packed bits take registers, so steps are half as long.
     """
     row = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim, dtype)]
     warps, stages, split, fine, *rest = row[kernel]
     walked, held = (1, 0) if kernel != "dkv" else (0, 1)
     block, tuned = (block_q, block_k)[walked], row["tile"][walked]
     # a step of a matrix product needs 16 lanes
-    steps = (max(1, min(block // 16, n * block // tuned)) for n in (split, fine))
+    steps = (max(1, min(block // 16, n * block // tuned)) for n in (split << masked, fine << masked))
     lanes = (block_q, block_k)[held]
     return Launch(warps if lanes >= row["tile"][held] else min(warps, max(4, lanes // 16)), stages, *steps, *rest)
 

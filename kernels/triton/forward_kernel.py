@@ -17,17 +17,17 @@ GUARDS = tl.constexpr((1 << 31 | 1 << 21 | 1 << 10) - (1 << 32))
 # compile a kernel anew
 STRIDES = [f"{tensor}_{axis}" for tensor in "qkvodg" for axis in "bsh"]
 SIZES = [
-    *STRIDES, "tiles_b", "seqlen_q", "seqlen_k", "heads", "group", "tiles_q", "tiles_k", "nnz", "pairs",
+    *STRIDES, "tiles_b", "counts_b", "seqlen_q", "seqlen_k", "heads", "group", "tiles_q", "tiles_k", "nnz", "pairs",
     "frames", "classes", "longest", "extent_y", "extent_x",
 ]  # fmt: skip
 
 
 @triton.jit
 def lane_tokens(TILES, tile, lanes, seqlen, BLOCK: tl.constexpr, RUNS: tl.constexpr):
-    """Token of each lane of a tile, -1 where the lane is not in use."""
+    """Token of each lane of a tile; -1 - t where the lane is not in use, t a token whose row may be read instead."""
     if RUNS:
         token = tile * BLOCK + lanes
-        return tl.where(token < seqlen, token, -1)
+        return tl.where(token < seqlen, token, -seqlen)
     else:
         return tl.load(TILES + tile * BLOCK + lanes)
 
@@ -42,6 +42,27 @@ def listed_tile(COLUMNS, turn, end, STEPS: tl.constexpr):
 def step_lanes(turn, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Lanes of a tile that a turn works on, when the tile is taken in STEPS steps."""
     return (turn % STEPS) * (BLOCK // STEPS) + tl.arange(0, BLOCK // STEPS)
+
+
+@triton.jit
+def turn_tokens(TILES, tile, turn, seqlen, BLOCK: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr):
+    """Tokens of the lanes that a turn works on."""
+    return lane_tokens(TILES, tile, step_lanes(turn, BLOCK, STEPS), seqlen, BLOCK, RUNS)
+
+
+@triton.jit
+def hide_unused(scores, KEY_COUNTS, KEY_TILES, key_tile, lanes, HOLES: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores [BQ, BK] with -inf for the lanes of a key tile that are not in use. HOLES 1: they stand behind its `KEY_COUNTS`
+    used ones, of which no tile has fewer than LEAST, so that most columns cost nothing. HOLES 2: they stand anywhere."""
+    if HOLES == 1:
+        count = tl.load(KEY_COUNTS + key_tile)
+        unused = (lanes >= LEAST) & (lanes >= count)
+        return tl.where(unused[None, :], float("-inf"), scores)
+    elif HOLES == 2:
+        token = tl.load(KEY_TILES + key_tile * BLOCK + lanes)
+        return tl.where((token >= 0)[None, :], scores, float("-inf"))
+    else:
+        return scores
 
 
 @triton.jit
@@ -60,6 +81,8 @@ def load_rows(base, token, used, stride, channels, DIM: tl.constexpr, DIM_PAD: t
     at = base + (token * (stride // ALIGN) * ALIGN)[:, None] + channels[None, :]
     if ALL and DIM == DIM_PAD:
         return tl.load(at)
+    elif ALL:
+        return tl.load(at, mask=(channels < DIM)[None, :], other=0.0)
     elif DIM == DIM_PAD:
         return tl.load(at, mask=used[:, None], other=0.0)
     else:
@@ -161,20 +184,21 @@ def accumulate(scores, factor, value, acc, top, total, GUARD: tl.constexpr, PREC
 @triton.jit
 def serve_tile(
     rank, pair,
-    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
     WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
     INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: the tile of this rank by length, pair = batch * heads + head. LISTS, RULE_HEADS, SLOT_ROWS:
     1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is taken in SPLIT steps, a partial one in
-    FINE steps (its mask needs registers too).
+    FINE steps (its mask needs registers too). GUARDED: a key tile may hide all its keys, and rows it hides are not to be read.
 
     The tokens of this turn and the tile of the next are carried through the loop, so that rows, tokens and tile numbers are
     each one load away from what is known, and the compiler prefetches rows as many turns ahead as there are stages."""
@@ -187,7 +211,7 @@ def serve_tile(
     channels = tl.arange(0, DIM_PAD)
     token_q = lane_tokens(QUERY_TILES, tile, rows, seqlen_q, BLOCK_Q, RUNS_Q)
     used_q = token_q >= 0
-    token_q = tl.maximum(token_q, 0)
+    token_q = token_q ^ (token_q >> 31)
     kv_head = head // group
     query = load_rows(
         Q + view_at(batch, head, q_b, q_h, ALIGN), token_q, used_q, q_s, channels, DIM, DIM_PAD, False, WIDE, ALIGN
@@ -195,6 +219,8 @@ def serve_tile(
     K += view_at(batch, kv_head, k_b, k_h, ALIGN)
     V += view_at(batch, kv_head, v_b, v_h, ALIGN)
     KEY_TILES += batch * tiles_b
+    WORDS_K += batch * tiles_b
+    KEY_COUNTS += batch * counts_b
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM_PAD], tl.float32)
@@ -212,19 +238,16 @@ def serve_tile(
     last = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile + 1)
     ragged = first + tl.load(NUM_FULL + listed * tiles_q + tile)
     for part in tl.static_range(2 if RULE > 0 else 1):
-        STEPS: tl.constexpr = SPLIT if part == 0 else FINE
-        EVERY: tl.constexpr = part == 0 and not HOLES
-        begin = (first if part == 0 else ragged) * STEPS
-        end = (ragged if part == 0 else last) * STEPS
-        key_tile = listed_tile(COLUMNS, begin, end, STEPS)
-        token_k = lane_tokens(KEY_TILES, key_tile, step_lanes(begin, BLOCK_K, STEPS), seqlen_k, BLOCK_K, RUNS_K)
-        next_tile = listed_tile(COLUMNS, begin + 1, end, STEPS)
+        begin = first * SPLIT if part == 0 else ragged * FINE
+        end = ragged * SPLIT if part == 0 else last * FINE
+        key_tile = listed_tile(COLUMNS, begin, end, SPLIT if part == 0 else FINE)
+        token_k = turn_tokens(KEY_TILES, key_tile, begin, seqlen_k, BLOCK_K, SPLIT if part == 0 else FINE, RUNS_K)
+        next_tile = listed_tile(COLUMNS, begin + 1, end, SPLIT if part == 0 else FINE)
         for turn in tl.range(begin, end):
-            lanes = step_lanes(turn, BLOCK_K, STEPS)
-            used_k = token_k >= 0
-            here = token_k if EVERY else tl.maximum(token_k, 0)
-            key = load_rows(K, here, used_k, k_s, channels, DIM, DIM_PAD, EVERY, WIDE, ALIGN)
-            value = load_rows(V, here, used_k, v_s, channels, DIM, DIM_PAD, EVERY, WIDE, ALIGN)
+            lanes = step_lanes(turn, BLOCK_K, SPLIT if part == 0 else FINE)
+            row_k = token_k ^ (token_k >> 31)
+            key = load_rows(K, row_k, token_k >= 0, k_s, channels, DIM, DIM_PAD, not GUARDED, WIDE, ALIGN)
+            value = load_rows(V, row_k, token_k >= 0, v_s, channels, DIM, DIM_PAD, not GUARDED, WIDE, ALIGN)
             unit = factor
             if INT8:
                 scores = tl.dot(query, tl.trans(key)).to(tl.float32)
@@ -233,19 +256,20 @@ def serve_tile(
                 scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
             if part == 1:
                 if RULE == 1:
-                    words_k = tl.where(used_k, tl.load(WORDS_K + key_tile * BLOCK_K + lanes), 0)
+                    words_k = tl.load(WORDS_K + key_tile * BLOCK_K + lanes)
                     scores = hide_by_grid(scores, words_q, words_k, FRAME_SPAN, key_tile, CLASSES, LOW, WIDTH, frames, longest,
                                           extent_y, extent_x, DIL_Y, DIL_X, CIRC_Y, CIRC_X, False)  # fmt: skip
                 else:
-                    slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // STEPS)
+                    slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + turn // (SPLIT if part == 0 else FINE))
                     seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
-                    scores = tl.where(seen & used_k[None, :], scores, float("-inf"))
-            elif HOLES:
-                scores += tl.where(used_k, 0.0, float("-inf"))[None, :]
-            acc, top, total = accumulate(scores, unit, value, acc, top, total, not EVERY, PRECISION)
-            key_tile = next_tile
-            token_k = lane_tokens(KEY_TILES, key_tile, step_lanes(turn + 1, BLOCK_K, STEPS), seqlen_k, BLOCK_K, RUNS_K)
-            next_tile = listed_tile(COLUMNS, turn + 2, end, STEPS)
+                    scores = tl.where(seen, scores, float("-inf"))
+            if part == 0 or RULE == 2:
+                scores = hide_unused(scores, KEY_COUNTS, KEY_TILES, key_tile, lanes, HOLES, LEAST, BLOCK_K)
+            acc, top, total = accumulate(scores, unit, value, acc, top, total, part == 1 or GUARDED, PRECISION)
+            token_k = turn_tokens(KEY_TILES, next_tile, turn + 1, seqlen_k, BLOCK_K, SPLIT if part == 0 else FINE, RUNS_K)
+            # loaded again: a value handed on through two turns would keep the compiler from prefetching
+            key_tile = listed_tile(COLUMNS, turn + 1, end, SPLIT if part == 0 else FINE)
+            next_tile = listed_tile(COLUMNS, turn + 2, end, SPLIT if part == 0 else FINE)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
@@ -255,14 +279,15 @@ def serve_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
     WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
-    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
     INT8: tl.constexpr, PRECISION: tl.constexpr,
     pairs, PERSISTENT: tl.constexpr,
@@ -277,20 +302,20 @@ def forward_kernel(
             if work < tiles_q * pairs:
                 serve_tile(
                     work % tiles_q, work // tiles_q,
-                    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+                    Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
                     WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
+                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
                     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
                     DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
-                    RUNS_Q, RUNS_K, HOLES, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
+                    RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
                 )  # fmt: skip
     else:
         serve_tile(
             tl.program_id(0), tl.program_id(1),
-            Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
+            Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
             WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b,
+            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
             seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
             DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
-            RUNS_Q, RUNS_K, HOLES, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
+            RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
         )  # fmt: skip

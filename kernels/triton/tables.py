@@ -13,23 +13,39 @@ _BITS_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
+class KeyLanes:
+    """The key tiles as a loop reads them, the same for all samples or one set per sample.
+
+    lanes: int32 [..., NK, BK], token, or -1 - t where a lane is not in use (see `lane_tokens` in forward_kernel.py).
+    words: int32 alike, see `hide_by_grid`, 0 where nothing is to be seen. counts: int32 [..., NK], lanes in use.
+    holes: 0 none, 1 behind the used lanes, 2 anywhere. least: lanes in use of the emptiest tile, rounded down to 16.
+    """
+
+    lanes: torch.Tensor
+    words: torch.Tensor
+    counts: torch.Tensor
+    holes: int
+    least: int
+    may_be_empty: bool
+
+
+@dataclass(frozen=True, eq=False)
 class TritonTables:
     """What the forward reads. `rule`: 0 none, 1 grid, 2 bits; the tensors that a rule does not use are placeholders.
 
-    words_q, words_k: int32 [tiles, lanes], one word per lane, see `hide_by_grid` in forward_kernel.py. The other tables of a
-    grid rule are those of `GridRule`.
+    query_lanes, words_q: as in `KeyLanes`. The other tables of a grid rule are those of `GridRule`.
     """
 
     order: torch.Tensor
+    query_lanes: torch.Tensor
+    keys: KeyLanes
     runs_q: bool
     runs_k: bool
-    holes: bool
     rule: int
     frame_class: torch.Tensor
     low: torch.Tensor
     width: torch.Tensor
     words_q: torch.Tensor
-    words_k: torch.Tensor
     frame_span: torch.Tensor
     slots: torch.Tensor
     bits: torch.Tensor
@@ -126,33 +142,67 @@ def _build(plan: BlockPlan) -> TritonTables:
     # kernels take a pointer for every table, used or not
     nothing = torch.zeros(1, dtype=torch.int32, device=plan.device)
     slots, bits = packed_masks(plan) if kind == 2 else (nothing[None], nothing.to(torch.int16))
+    words = nothing if grid is None else _words(grid.coords)
     facts = {
         "order": _longest_first(plan.row_lengths),
+        "query_lanes": _lanes(plan.query_tiles),
+        "keys": _key_lanes(plan.key_tiles, kind, words),
         "runs_q": are_runs(plan.query_tiles, plan.seqlen_q),
         "runs_k": are_runs(plan.key_tiles, plan.seqlen_k),
-        "holes": bool((plan.key_tiles < 0).any()),
         "rule": kind,
         "slots": slots.contiguous(),
         "bits": bits,
     }
     if grid is None:
         flat, table = nothing.view(1, 1, 1), nothing.view(1, 1, 1, 1)
-        return TritonTables(
-            **facts, frame_class=flat, low=table, width=table, words_q=nothing, words_k=nothing, frame_span=nothing
-        )
-    words = _words(grid.coords)
+        return TritonTables(**facts, frame_class=flat, low=table, width=table, words_q=nothing, frame_span=nothing)
     return TritonTables(
         **facts,
         frame_class=_packed(grid.frame_class),
         low=_packed(grid.low),
         width=_packed(grid.width),
         words_q=_by_lane(words, plan.query_tiles),
-        words_k=_by_lane(words, plan.key_tiles),
         frame_span=_frame_span(plan.key_tiles, grid.coords),
         extent=grid.extent,
         dilation=grid.dilation,
         circular=grid.circular,
     )
+
+
+def _lanes(tiles: torch.Tensor) -> torch.Tensor:
+    """Int32 [tiles, lanes] as `KeyLanes.lanes`: an unused lane names a token of its own tile, whose row is at hand anyway."""
+    return torch.where(tiles >= 0, tiles, -1 - tiles.amax(1, keepdim=True).clamp_min(0)).to(torch.int32)
+
+
+def _key_lanes(tiles: torch.Tensor, kind: int, words: torch.Tensor) -> KeyLanes:
+    used = tiles >= 0
+    counts = used.sum(1).to(torch.int32)
+    behind = bool((used == (torch.arange(tiles.shape[1], device=tiles.device) < counts[:, None])).all())
+    if not behind and kind != 2:  # packed bits are by lane, so lanes must stay where they are
+        tiles, behind = tiles.gather(1, _used_first(used)), True
+    fewest = int(counts.min())
+    holes = 0 if fewest == tiles.shape[1] else 1 if behind else 2
+    least = fewest // 16 * 16 if holes == 1 else 0
+    return KeyLanes(_lanes(tiles), _by_lane(words, tiles) if kind == 1 else words, counts, holes, least, fewest == 0)
+
+
+def masked_keys(tables: TritonTables, key_mask: torch.Tensor) -> KeyLanes:
+    """The key tiles of each sample without what `key_mask`, bool [B, Sk], hides."""
+    lanes, words = tables.keys.lanes, tables.keys.words
+    seen = key_mask[:, lanes.clamp_min(0).long()] & (lanes >= 0)
+    counts = seen.sum(2).to(torch.int32)
+    lanes = torch.where(seen, lanes, -1)
+    if tables.rule == 2:
+        return KeyLanes(lanes, words, counts, 2, 0, True)
+    order = _used_first(seen)
+    if tables.rule == 1:
+        words = torch.where(seen, words, 0).gather(2, order)
+    return KeyLanes(lanes.gather(2, order), words, counts, 1, 0, True)
+
+
+def _used_first(used: torch.Tensor) -> torch.Tensor:
+    """Order of the lanes of each tile in which the used ones come first, else as they were."""
+    return torch.argsort((~used).to(torch.uint8), dim=-1, stable=True)
 
 
 def _by_lane(words: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""Run in a process of its own by test_compile.py: compiles the kernels for chips that are not there.
+"""Run in a process of its own by test_compile.py: compiles the kernels for chips that are not there, on the plans that users run.
 
-For each kernel and architecture prints registers, spills, shared memory and matrix instructions as one JSON line. Options:
-`--arch sm_90 --arch hip ...` and `--dim 128 ...`.
+Every launch takes its arguments from the host code that a GPU would run, on plans of the benchmark's own cases: Radial (tiles
+with unused lanes), strided and sliding windows (partial tiles), a union (packed masks), a key mask. Prints one JSON line per
+kernel: registers, spills, shared memory, matrix instructions, widths of loads, prefetching. `--arch`, `--dim`, `--case`,
+`--kernel` and `--dtype` choose; `--set` replaces the shipped settings.
 """
 
 import argparse
@@ -11,11 +13,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
 
 import torch
 import triton
@@ -23,30 +25,30 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from genattn.apps.bench.cases import gpu_cases
 from genattn.geometry.token_layout import TokenLayout
-from genattn.kernels.plan.block_plan import dense_plan, run_tiles
-from genattn.kernels.plan.random_plan import plan_from_rule, random_grid_rule
-from genattn.kernels.triton import (
-    backward_kernel as block_sparse_backward_kernel,
-    forward_kernel as block_sparse_kernel,
-    full_tiles_kernel,
-    halo_kernel,
-)
+from genattn.kernels.plan.block_plan import dense_plan
+from genattn.kernels.triton import backward_kernel, forward_kernel, full_tiles_kernel, halo_kernel
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments
 from genattn.kernels.triton.config import settings_of, table_row
 from genattn.kernels.triton.full_tiles import full_tiles_arguments
 from genattn.kernels.triton.halo import halo_arguments
 from genattn.kernels.triton.int8_scores import int8_arguments
+from genattn.patterns.combine import Union
 from genattn.patterns.halo import halo_plan
 from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.radial import RadialPattern
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
-TARGETS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100}
+TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+ROWS = {"sm_89": "sm_86"}  # whose shipped settings a chip takes
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA", "UTCIMMA", "USETMAXREG", "UTMALDG")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
 }  # fmt: skip
+HEADS = 4
 
 
 def source(kernel, arguments):
@@ -55,14 +57,15 @@ def source(kernel, arguments):
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not plain:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
@@ -70,13 +73,13 @@ def source(kernel, arguments):
 
 
 def facts(compiled, arch):
-    """Registers, spills, shared memory and matrix instructions of a compiled kernel."""
-    found = {"shared": compiled.metadata.shared}
+    """Registers, spills, shared memory, matrix instructions, and what the compiler made of the loads."""
+    found = {"shared": compiled.metadata.shared, **layout_facts(compiled.asm["ttgir"])}
     if arch == "hip":
         text = compiled.asm["amdgcn"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         found["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
-        return found | {"mfma": text.count("v_mfma")}
+        return found | {"mfma": text.count("v_mfma"), "two_byte_loads": len(re.findall(r"global_load_u?short", text))}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -84,36 +87,91 @@ def facts(compiled, arch):
         code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     found["registers"] = int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1])
     found["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    # 16-bit loads of bit masks are meant; rows of two bytes at a time are not
+    found["two_byte_loads"] = len(re.findall(r"\bLDG\.E\.U16\b|\bLDG\.E\.\w*\.U16\b", code))
+    found["loop"] = longest_loop(code)
     return found | {name.lower(): len(re.findall(rf"\b{name}\b", code)) for name in MATRIX}
 
 
-def plan_for(block_q, block_k, partial):
-    tokens = 2048
-    if not partial:
-        return dense_plan(tokens, tokens, block_q, block_k)
-    rule = random_grid_rule(torch.Generator().manual_seed(1), (8, 16, 16), 0, 0)
-    rule = rule.__class__(rule.coords, rule.frame_class, rule.low, rule.width, rule.extent)
-    return plan_from_rule(rule, run_tiles(tokens, block_q), run_tiles(tokens, block_k), tokens)
+def layout_facts(ttgir):
+    """From the compiler's own middle form: operands' widths, how warps stand, buffers of the copies, what waits leave open."""
+    buffers = [int(n) for n in re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32)", ttgir)]
+    loops = re.findall(r"scf\.for.*?\n(?:.*\n)*?\s+\} ", ttgir)
+    waits = [int(n) for loop in loops for n in re.findall(r"ttg\.async_wait .*?num = (\d+)", loop)]
+    return {
+        "k_width": sorted({int(n) for n in re.findall(r"kWidth = (\d+)", ttgir)}),
+        "warps_per_cta": sorted({tuple(map(int, w.split(","))) for w in re.findall(r"_mma<.*?warpsPerCTA = \[([\d, ]+)\]", ttgir)}),
+        "buffers": sorted(buffers),
+        "waits": sorted(waits),
+    }
 
 
-def launches(arch, dim, dtype, partial):
+def longest_loop(code):
+    """Instructions between the labels of the longest backward branch without another inside it."""
+    labels, best, count = {}, 0, 0
+    for line in code.splitlines():
+        label = re.match(r"^(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = count
+        elif re.match(r"^\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            jump = re.search(r"BRA\S*\s+.*?`\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels and labels[jump[1]] < count - 8:
+                inner = any(labels[jump[1]] < at < count for name, at in labels.items() if name in jumped)
+                best = best if inner else max(best, count - labels[jump[1]])
+                jumped.add(jump[1])
+    return best
+
+
+jumped: set[str] = set()
+
+
+def real_plans():
+    """{name: (pattern, layout)}: the benchmark's own cases, and a union of two."""
+    named = {c.name: (c.pattern, c.layout) for c in gpu_cases()}
+    grid = TokenLayout.from_grid((8, 30, 52))
+    return {
+        "radial": named["radial hunyuan 720p 117f"],
+        "strided": named["gna 18x24x24 strided 30x48x80"],
+        "sliding": named["gna 18x24x24 sliding 30x48x80"],
+        "union": (Union(RadialPattern(decay=0.25), NeighborhoodPattern((3, 9, 9))), grid),
+        "runs": (None, TokenLayout.from_grid((8, 16, 16))),
+    }
+
+
+@lru_cache(maxsize=None)
+def plan_of(name, block_q, block_k):
+    pattern, layout = real_plans()[name]
+    if pattern is None:
+        return dense_plan(layout.seqlen, layout.seqlen, block_q, block_k)
+    return pattern.plan(layout, block_q, block_k)
+
+
+def tensor(seqlen, dim, dtype, heads=HEADS):
+    return torch.empty(1, seqlen, heads, dim, dtype=dtype)
+
+
+def launches(arch, dim, dtype, case, masked=False):
     """(name, kernel, arguments) of the shipped settings."""
-    plan = plan_for(*settings_of(arch)[table_row(dim)]["tile"], partial)
-    q, k, v, out, grad = (torch.empty(1, 2048, 16, dim, dtype=dtype) for _ in range(5))
-    lse, delta = torch.empty(2, 1, 2048, 16)
-    forward = forward_arguments(q, k, v, out, lse, plan, None, None, arch=arch)
-    yield "forward", block_sparse_kernel.forward_kernel, dict(forward)
-    yield "persistent", block_sparse_kernel.forward_kernel, forward | {"PERSISTENT": True}
-    backward = block_sparse_backward_kernel
-    yield "dq", backward.dq_kernel, dq_arguments(q, k, v, grad, lse, delta, out, plan, None, None, arch=arch)
-    yield "dkv", backward.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, None, arch=arch)
-    whole = torch.empty(1, 2048, 16, dim, dtype=torch.int8), torch.empty(1, 16, 32)
-    yield "int8", block_sparse_kernel.forward_kernel, int8_arguments(whole, whole, v, out, lse, plan, None, None, arch=arch)
-    if not partial and arch in ("sm_90", "sm_100"):
+    row = ROWS.get(arch, arch)
+    plan = plan_of(case, *settings_of(row)[table_row(dim, dtype)]["tile"])
+    q, k, v, out, grad = (tensor(plan.seqlen_q, dim, dtype) for _ in range(5))
+    lse, delta = torch.empty(2, 1, plan.seqlen_q, HEADS)
+    mask = torch.ones(1, plan.seqlen_k, dtype=torch.bool) if masked else None
+    forward = forward_arguments(q, k, v, out, lse, plan, None, mask, arch=row)
+    yield "forward", forward_kernel.forward_kernel, forward
+    yield "persistent", forward_kernel.forward_kernel, forward | {"PERSISTENT": True}
+    yield "dq", backward_kernel.dq_kernel, dq_arguments(q, k, v, grad, lse, delta, out, plan, None, mask, arch=row)
+    yield "dkv", backward_kernel.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, mask, arch=row)
+    if dtype != torch.float32:
+        whole = tensor(plan.seqlen_q, dim, torch.int8), torch.empty(1, HEADS, len(plan.query_tiles))
+        yield "int8", forward_kernel.forward_kernel, int8_arguments(whole, whole, v, out, lse, plan, None, mask, arch=row)
+    if case == "runs" and arch in ("sm_90", "sm_100") and dtype != torch.float32:
         yield "full", full_tiles_kernel.full_tiles_kernel, full_tiles_arguments(q, k, v, out, lse, plan, None)
-    pattern = NeighborhoodPattern((4, 8, 8), stride=1 if partial else (4, 8, 8))
-    boxes = halo_plan(pattern, TokenLayout.from_grid((8, 16, 16)))
-    yield "halo", halo_kernel.halo_kernel, halo_arguments(q, k, v, out, lse, boxes, None, None, arch=arch)[0]
+    if isinstance(real_plans()[case][0], NeighborhoodPattern):
+        pattern, layout = real_plans()[case]
+        boxes = halo_plan(pattern, layout)
+        yield "halo", halo_kernel.halo_kernel, halo_arguments(q, k, v, out, lse, boxes, None, mask, arch=row)[0]
 
 
 def with_setting(arguments, setting):
@@ -125,11 +183,21 @@ def with_setting(arguments, setting):
     return arguments | dict(zip(names, map(int, setting.split(","))))
 
 
-def report(kernel, arguments, target, arch, row):
+def report(kernel, arguments, target, arch, row, keep=None):
+    if arguments.get("PRECISION") == "ieee" and row["dtype"] == "fp32" and arch != "hip":
+        arguments["PRECISION"] = "tf32x3"  # what a GPU would be asked for; the tensors here are on a CPU
     made, options = source(kernel, arguments)
-    compiled = triton.compile(made, target=target, options=options)
-    taken = {name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_K", "SPECIALISED") if name in arguments}
-    row = {"arch": arch, "triton": triton.__version__, **row, **options, **taken}
+    row = {"arch": arch, "triton": triton.__version__, **row, **options}
+    row |= {name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_Q", "BLOCK_K", "RULE", "HOLES") if name in arguments}
+    try:
+        compiled = triton.compile(made, target=target, options=options)
+    except Exception as error:  # a setting that a chip cannot take is a finding, not the end
+        while error.__cause__ is not None:
+            error = error.__cause__
+        print(json.dumps(row | {"error": f"{type(error).__name__}: {error}"[-300:]}), flush=True)
+        return
+    if keep:
+        Path(keep).write_text(compiled.asm["ttgir"])
     print(json.dumps(row | facts(compiled, arch)), flush=True)
 
 
@@ -138,24 +206,26 @@ def main():
     parser.add_argument("--arch", action="append", choices=[*TARGETS, "hip"])
     parser.add_argument("--dim", action="append", type=int)
     parser.add_argument("--kernel", action="append")
+    parser.add_argument("--case", action="append")
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--masked", action="store_true")
     parser.add_argument("--set", action="append", help="warps,stages,split,fine instead of the shipped settings")
-    parser.add_argument("--full-only", action="store_true")
+    parser.add_argument("--tile", help="block_q,block_k instead of the shipped tile")
+    parser.add_argument("--keep", help="a file for the compiler's middle form of the last kernel")
     chosen = parser.parse_args()
     for arch in chosen.arch or ["sm_90"]:
         target = GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", TARGETS[arch], 32)
-        for dim in chosen.dim or [128]:
-            for partial in (False,) if chosen.full_only else (False, True):
-                for name, kernel, arguments in launches(arch, dim, torch.bfloat16, partial):
-                    if chosen.kernel and name not in chosen.kernel:
-                        continue
-                    for setting in chosen.set or [None]:
-                        report(
-                            kernel,
-                            with_setting(arguments, setting),
-                            target,
-                            arch,
-                            {"dim": dim, "kernel": name, "partial": partial},
-                        )
+        for dim, dtype, case in (
+            (d, t, c) for d in chosen.dim or [128] for t in chosen.dtype or ["bf16"] for c in chosen.case or ["radial", "sliding"]
+        ):
+            if chosen.tile:
+                settings_of(ROWS.get(arch, arch))[table_row(dim, DTYPES[dtype])]["tile"] = [int(n) for n in chosen.tile.split(",")]
+            for name, kernel, arguments in launches(arch, dim, DTYPES[dtype], case, chosen.masked):
+                if chosen.kernel and name not in chosen.kernel:
+                    continue
+                for setting in chosen.set or [None]:
+                    row = {"dim": dim, "dtype": dtype, "kernel": name, "case": case, "masked": chosen.masked}
+                    report(kernel, with_setting(arguments, setting), target, arch, row, chosen.keep)
 
 
 if __name__ == "__main__":
