@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Who may import whom, room by room. A new arrow is a decision: it needs a word here, and one that is gone leaves.
 MAY_IMPORT = {
     "kernels": "kernels/cpu kernels/peers kernels/plan kernels/reference kernels/triton",
-    "kernels/cpu": "kernels/plan",
+    "kernels/cpu": "kernels/plan kernels/reference",
     "kernels/peers": "kernels/plan kernels/reference kernels/triton",
     "kernels/plan": "",
     "kernels/reference": "kernels/plan",
@@ -33,10 +33,13 @@ MAY_IMPORT = {
     "genattn/functional": "genattn genattn/geometry genattn/patterns kernels kernels/peers kernels/plan kernels/triton",
     "genattn/geometry": "genattn kernels/plan",
     "genattn/layouts": "genattn genattn/geometry",
-    "genattn/patterns": "genattn genattn/geometry kernels/peers kernels/plan",
-    "genattn/planning": "genattn genattn/geometry genattn/patterns kernels/plan",
-    "genattn/profiling": "genattn genattn/layouts genattn/patterns genattn/seam",
-    "genattn/seam": "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns kernels/plan",
+    "genattn/patterns": "genattn genattn/geometry genattn/selection kernels/peers kernels/plan",
+    "genattn/planning": "genattn genattn/geometry genattn/patterns genattn/selection kernels/plan",
+    "genattn/profiling": "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam genattn/selection",
+    "genattn/seam": (
+        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning kernels/cpu kernels/plan"
+    ),
+    "genattn/selection": "genattn genattn/geometry",
     "guidance/broadway": (
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam guidance/passes kernels kernels/plan"
     ),
@@ -75,7 +78,7 @@ MAY_IMPORT = {
     ),
     "apps/cli": (
         "apps/bench apps/comfyui apps/sampling apps/webui apps/webui/verbs "
-        "genattn genattn/geometry genattn/planning "
+        "genattn genattn/geometry genattn/patterns genattn/planning "
         "guidance/headhunter "
         "pipelines/finetune pipelines/long_video pipelines/long_video/ouroboros pipelines/long_video/quality "
         "pipelines/tiny pipelines/training"
@@ -90,8 +93,9 @@ MAY_IMPORT = {
     "apps/laboratory": (
         "apps/bench apps/sampling "
         "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
+        "genattn/selection "
         "guidance/broadway guidance/softpag "
-        "kernels/reference "
+        "kernels kernels/plan kernels/reference "
         "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
         "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"
     ),

@@ -1,4 +1,4 @@
-"""Run in a process of its own by test_compile.py: compiles the kernels for chips that are not there, on the plans that users run.
+"""Run in a process of its own by test_compile.py: compiles the kernels for chips that are not there, on plans that users run.
 
 Every launch takes its arguments from the host code that a GPU would run, on plans of the benchmark's own cases: Radial (tiles
 with unused lanes), strided and sliding windows (partial tiles), a union (packed masks), a key mask. Prints one JSON line per
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -95,12 +95,16 @@ def facts(compiled, arch):
 
 def layout_facts(ttgir):
     """From the compiler's own middle form: operands' widths, how warps stand, buffers of the copies, what waits leave open."""
-    buffers = [int(n) for n in re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32)", ttgir)]
+    buffers = [
+        int(n) for n in re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32)", ttgir)
+    ]
     loops = re.findall(r"scf\.for.*?\n(?:.*\n)*?\s+\} ", ttgir)
     waits = [int(n) for loop in loops for n in re.findall(r"ttg\.async_wait .*?num = (\d+)", loop)]
     return {
         "k_width": sorted({int(n) for n in re.findall(r"kWidth = (\d+)", ttgir)}),
-        "warps_per_cta": sorted({tuple(map(int, w.split(","))) for w in re.findall(r"_mma<.*?warpsPerCTA = \[([\d, ]+)\]", ttgir)}),
+        "warps_per_cta": sorted(
+            {tuple(map(int, w.split(","))) for w in re.findall(r"_mma<.*?warpsPerCTA = \[([\d, ]+)\]", ttgir)}
+        ),
         "buffers": sorted(buffers),
         "waits": sorted(waits),
     }
@@ -139,7 +143,7 @@ def real_plans():
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def plan_of(name, block_q, block_k):
     pattern, layout = real_plans()[name]
     if pattern is None:
@@ -188,7 +192,9 @@ def report(kernel, arguments, target, arch, row, keep=None):
         arguments["PRECISION"] = "tf32x3"  # what a GPU would be asked for; the tensors here are on a CPU
     made, options = source(kernel, arguments)
     row = {"arch": arch, "triton": triton.__version__, **row, **options}
-    row |= {name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_Q", "BLOCK_K", "RULE", "HOLES") if name in arguments}
+    row |= {
+        name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_Q", "BLOCK_K", "RULE", "HOLES") if name in arguments
+    }
     try:
         compiled = triton.compile(made, target=target, options=options)
     except Exception as error:  # a setting that a chip cannot take is a finding, not the end
@@ -216,10 +222,15 @@ def main():
     for arch in chosen.arch or ["sm_90"]:
         target = GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", TARGETS[arch], 32)
         for dim, dtype, case in (
-            (d, t, c) for d in chosen.dim or [128] for t in chosen.dtype or ["bf16"] for c in chosen.case or ["radial", "sliding"]
+            (d, t, c)
+            for d in chosen.dim or [128]
+            for t in chosen.dtype or ["bf16"]
+            for c in chosen.case or ["radial", "sliding"]
         ):
             if chosen.tile:
-                settings_of(ROWS.get(arch, arch))[table_row(dim, DTYPES[dtype])]["tile"] = [int(n) for n in chosen.tile.split(",")]
+                settings_of(ROWS.get(arch, arch))[table_row(dim, DTYPES[dtype])]["tile"] = [
+                    int(n) for n in chosen.tile.split(",")
+                ]
             for name, kernel, arguments in launches(arch, dim, DTYPES[dtype], case, chosen.masked):
                 if chosen.kernel and name not in chosen.kernel:
                     continue
