@@ -14,6 +14,8 @@ import torch
 
 _stock_empty = torch.empty
 _stock_empty_like = torch.empty_like
+with torch.device("meta"):  # torch remembers once which functions make tensors; it must see the stock ones
+    torch.empty(0)
 
 
 def _called_from_genattn() -> bool:

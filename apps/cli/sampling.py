@@ -105,10 +105,11 @@ def explain_command(
     Example: genattn explain --attention radial --dense-steps 0.25
     """
     import genattn
-    from genattn.apps.sampling.run import call_arguments, open_pipeline
+    from genattn.apps.sampling.run import call_arguments, open_pipeline, refuse_early
 
     if attention.pattern is None:
         raise GenAttnError("explain needs a pattern, and dense attention has none; name another --attention")
+    refuse_early(settings)
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
     kept: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}

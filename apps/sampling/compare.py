@@ -23,6 +23,7 @@ from genattn.apps.sampling.run import (
     SamplingSettings,
     call_arguments,
     open_pipeline,
+    refuse_early,
     run_once,
     warm_up,
 )
@@ -63,6 +64,7 @@ def compare(
     """
     if not prompts:
         raise GenAttnError("compare needs at least one prompt, got none; give --prompt or a --prompts file")
+    refuse_early(settings)
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
     for attention in attentions:

@@ -23,10 +23,11 @@ from genattn.apps.sampling.run import (
     RunResult,
     SamplingSettings,
     call_arguments,
-    makes_video,
+    check_suffix,
     open_pipeline,
     own_defaults,
     prompt_warnings,
+    refuse_early,
     run_once,
     versions,
     warm_up,
@@ -62,10 +63,9 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     Raises:
         GenAttnError: anything the request, the model or the machine cannot serve; nothing is written then.
     """
+    refuse_early(request.settings, request.out)
     pipe = open_pipeline(request.settings)
-    suffixes = VIDEO_SUFFIXES if makes_video(pipe) else IMAGE_SUFFIXES
-    if request.out.suffix.lower() not in suffixes:
-        raise GenAttnError(f"{type(pipe).__name__} needs --out ending in {', '.join(suffixes)}, got {str(request.out)!r}")
+    check_suffix(pipe, request.out)
     call = call_arguments(pipe, request.settings)
     warnings = prompt_warnings(pipe, request.prompt)
     if request.compare_dense:

@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 import genattn
 from genattn.apps.sampling import legal_sizes
-from genattn.apps.sampling.load_pipeline import load_pipeline
+from genattn.apps.sampling.load_pipeline import load_pipeline, shipped_model
+from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from genattn.apps.sampling.pipeline_shell import pipeline_shell
 from genattn.apps.sampling.preview import StepPreview
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
@@ -100,6 +102,29 @@ def open_pipeline(settings: SamplingSettings) -> Any:
     Raises GenAttnError as `load_pipeline` does.
     """
     return load_pipeline(settings.model, settings.dtype, settings.device, settings.cpu_offload)
+
+
+def refuse_early(settings: SamplingSettings, out: Path | None = None) -> None:
+    """Refuse from the folder's configs alone, before its weights are read, what `call_arguments` would refuse after.
+
+    A hub id, or a folder that cannot be read so, is let through: the opened pipeline is asked again in any case.
+
+    Raises GenAttnError as `call_arguments` and `check_suffix` do.
+    """
+    folder = shipped_model() if settings.model is None else Path(settings.model)
+    shell = pipeline_shell(folder) if (folder / "model_index.json").is_file() else None
+    if shell is None:
+        return
+    if out is not None:
+        check_suffix(shell, out)
+    call_arguments(shell, settings)
+
+
+def check_suffix(pipe: Any, out: Path) -> None:
+    """Raise GenAttnError when a video pipeline is to write a picture, or a picture pipeline a video."""
+    suffixes = VIDEO_SUFFIXES if makes_video(pipe) else IMAGE_SUFFIXES
+    if out.suffix.lower() not in suffixes:
+        raise GenAttnError(f"{type(pipe).__name__} needs --out ending in {', '.join(suffixes)}, got {str(out)!r}")
 
 
 def call_arguments(pipe: Any, settings: SamplingSettings) -> dict[str, Any]:
