@@ -15,7 +15,7 @@ from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
 from genattn.planning.planner import plan_settings
 from genattn.planning.presets import preset
-from genattn.profiling.measure import Measurement, measure_patterns, sparsest_above
+from genattn.profiling.measure import Measurement, measure_patterns, sparsest_above, with_and_without_tail
 
 DENSITIES = (0.25, 0.4, 0.6)
 
@@ -79,10 +79,13 @@ def measured_plan(
 
 
 def candidates(model: str, call: dict[str, Any], device: str, most: int = 4) -> list[Pattern]:
-    """The planner's fastest patterns at a few densities, for the tiles this sequence will run with, and two of Radial."""
+    """The planner's fastest patterns at a few densities, for the tiles this sequence will run with, and two of Radial.
+
+    Each without and with its tail, so that what is chosen has it where it helps.
+    """
     size, frames = (call["height"], call["width"]), call["num_frames"]
     block = tile_size(preset(model).layout(size, frames).seqlen, device)
     found: list[Pattern] = [RadialPattern(), RadialPattern(decay=0.2, floor=0)]
     for density in DENSITIES:
         found += [s.pattern for s in plan_settings(model, size, frames, density, block=block).settings[:most]]
-    return list(dict.fromkeys(found))
+    return with_and_without_tail(found)

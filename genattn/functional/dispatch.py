@@ -8,10 +8,12 @@ import torch
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
+from genattn.kernels.operators import OP_IMPLS
 from genattn.kernels.peers.optional import GridWindows, natten_attention, why_not_natten
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.halo_plan import HaloPlan, check_halo_inputs, halo_attention
 from genattn.kernels.plan.head_tiles import HeadTiles, check_head_tiles
+from genattn.kernels.triton.block_sparse import SERVES_TAIL
 from genattn.kernels.triton.config import tile_sizes
 from genattn.kernels.triton.halo import triton_halo_attention, why_not_triton_halo
 from genattn.patterns.halo import halo_plan
@@ -162,6 +164,15 @@ def block_plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, lay
     if not isinstance(plan, BlockPlan):
         raise GenAttnError("this needs a plan with the same tiles for all heads, got clusters; use tiles='boxes'")
     return plan
+
+
+def why_no_tail(impl: str, device: torch.device) -> str | None:
+    """The reason why `impl` does not serve plans with a tail on a device at its usual speed, or None."""
+    if impl not in ("auto", *OP_IMPLS, "flex", "sdpa", "reference"):
+        return f"impl={impl!r} has no stand-in for skipped tiles"
+    if device.type == "cuda" and not SERVES_TAIL:
+        return "the Triton kernels have no stand-in for skipped tiles yet"
+    return None
 
 
 def tile_size(seqlen: int, device: str) -> int:

@@ -24,7 +24,7 @@ from genattn.kernels.plan.element_rule import PADDING
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.content import ContentPattern, Listing, check_tensors, keep_plan, kept_plan
 from genattn.patterns.listed_plans import clustered_plan, plan_of_listed, static_codes
-from genattn.patterns.pattern import Pattern, SiteMemory
+from genattn.patterns.pattern import Pattern, SiteMemory, TailName
 from genattn.selection.budget import Budget
 from genattn.selection.estimate import Estimate, PooledScore, estimate, mass_of
 from genattn.selection.guards import Similarity, beside, holds, shares_tokens
@@ -73,6 +73,12 @@ class AdaptivePattern(ContentPattern):
                 raise GenAttnError(f"{name} must be a pattern of geometry alone, such as RadialPattern(), got {prior!r}")
             if prior is not None and isinstance(self.tiles, Clusters):
                 raise GenAttnError(f"{name} needs tiles that are places, got clusters, whose tokens stand anywhere")
+        super().__post_init__()
+
+    @property
+    def measured_tail(self) -> TailName:
+        """Means halved the error at every share tried."""
+        return "mean"
 
     # ---- where in the model and the run
 
@@ -148,6 +154,7 @@ class AdaptivePattern(ContentPattern):
         else:
             found = self.listing(query, key, layout, block_q, block_k)
             plan = plan_of_listed(found.listed, found.query_tiles, found.key_tiles, layout.seqlen)
+        plan = self.stand_in(plan)
         keep_plan(memory, slot, plan, self.share_passes)
         return plan
 

@@ -15,7 +15,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.content import ContentPattern, Listing
-from genattn.patterns.pattern import SiteMemory
+from genattn.patterns.pattern import SiteMemory, TailName
 from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
 from genattn.selection.rules import TopK
@@ -40,6 +40,12 @@ class BlockTopK(ContentPattern):
             raise GenAttnError(f"min_similarity must be in [0, 1], got {self.min_similarity}; 0 turns it off")
         if self.levels < 0 or self.levels > 8:
             raise GenAttnError(f"levels must be between 0 and 8, got {self.levels}")
+        super().__post_init__()
+
+    @property
+    def measured_tail(self) -> TailName:
+        """Means halved the error at every share tried."""
+        return "mean"
 
     @property
     def choice(self) -> AdaptivePattern:
@@ -60,7 +66,7 @@ class BlockTopK(ContentPattern):
 
         Raises GenAttnError if the tensors do not fit the layout.
         """
-        return self.choice.plan_for(query, key, layout, block_q, block_k, memory)
+        return self.stand_in(self.choice.plan_for(query, key, layout, block_q, block_k, memory))
 
     def listing(self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int) -> Listing:
         """See ContentPattern.listing."""

@@ -21,7 +21,7 @@ from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.content import ContentPattern, check_tensors
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.listed_plans import combined_codes, plan_of_codes, static_codes, visible_codes
-from genattn.patterns.pattern import Pattern, SiteMemory
+from genattn.patterns.pattern import Pattern, SiteMemory, TailName
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class _Parts(Pattern):
         object.__setattr__(self, "patterns", tuple(self.patterns))
         if not self.patterns or not all(isinstance(p, Pattern) for p in self.patterns):
             raise GenAttnError(f"{type(self).__name__} needs at least one pattern, got {self.patterns!r}")
+        super().__post_init__()
+
+    @property
+    def hides_on_purpose(self) -> bool:
+        """Whether any part does."""
+        return any(p.hides_on_purpose for p in self.patterns)
 
     def check(self, layout: TokenLayout) -> None:
         """Every part must serve the layout."""
@@ -83,8 +89,9 @@ class _Parts(Pattern):
     def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
         """The exact plan on the tiles of the part whose tiles cost least."""
         rule = self.rule(layout)
-        proposals = {p: p.plan(layout, block_q, block_k) for p in dict.fromkeys(self.patterns)}
-        if len(proposals) == 1 and rule.num_heads == 1:
+        # the parts' own tails are not the combination's
+        proposals = {p: p.plan(layout, block_q, block_k) for p in dict.fromkeys(p.with_tail(None) for p in self.patterns)}
+        if len(proposals) == 1 and rule.num_heads == 1 and self.patterns[0].tail_of_heads() is None:
             return next(iter(proposals.values()))
         plans = [plan_from_rule(rule, p.query_tiles, p.key_tiles, layout.seqlen) for p in _distinct(proposals.values())]
         return min(plans, key=lambda plan: plan.columns.numel())
@@ -106,20 +113,38 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 class _Combined(_Parts):
     op: ClassVar[str]
 
-    def __init__(self, *patterns: Pattern) -> None:
+    def __init__(self, *patterns: Pattern, tail: TailName = "auto") -> None:
         object.__setattr__(self, "patterns", patterns)
+        object.__setattr__(self, "tail", tail)
         self.__post_init__()
+
+    @property
+    def measured_tail(self) -> TailName:
+        """The first part's own, or the one that measured best for it; none where a part is causal."""
+        first = self.patterns[0]
+        found = first.measured_tail if first.tail == "auto" else first.tail
+        return None if self.hides_on_purpose else found
+
+    def with_tail(self, tail: TailName) -> Pattern:
+        """This combination with another tail."""
+        return type(self)(*self.patterns, tail=tail)
+
+    def tail_of_heads(self) -> TailName | tuple[TailName, ...]:
+        """The first part's where nothing else is asked for; none where a part is causal."""
+        if self.tail != "auto":
+            return self.tail
+        return None if self.hides_on_purpose else self.patterns[0].tail_of_heads()
 
     def for_layer(self, layer: int, num_layers: int) -> Pattern:
         """The combination of the parts' patterns for one layer."""
-        return type(self)(*(p.for_layer(layer, num_layers) for p in self.patterns))
+        return type(self)(*(p.for_layer(layer, num_layers) for p in self.patterns), tail=self.tail)
 
     def for_heads(self, first: int, count: int) -> Pattern:
         """The combination of the parts' patterns for some heads."""
-        return type(self)(*(p.for_heads(first, count) for p in self.patterns))
+        return type(self)(*(p.for_heads(first, count) for p in self.patterns), tail=self.tail)
 
     def _with_parts(self, parts: tuple[Pattern, ...]) -> Pattern:
-        return type(self)(*parts)
+        return type(self)(*parts, tail=self.tail)
 
     def plan_for(
         self,
@@ -138,12 +163,12 @@ class _Combined(_Parts):
         # a pair that the content parts settle is all or nothing; what is left open is up to the static parts alone
         rule = _combined(static, layout, self.op)
         plan = plan_of_codes(combined_codes(codes, self.op), query_tiles, key_tiles, rule, layout.seqlen)
-        return plan.to(query.device)
+        return self.stand_in(plan.to(query.device))
 
 
 @dataclass(frozen=True, init=False)
 class Union(_Combined):
-    """A query sees what any of the patterns shows it: `Union(a, b, ...)`."""
+    """A query sees what any of the patterns shows it: `Union(a, b, ...)`. tail: "auto" takes the first part's."""
 
     op: ClassVar[str] = "any"
 
@@ -154,7 +179,7 @@ class Union(_Combined):
 
 @dataclass(frozen=True, init=False)
 class Intersection(_Combined):
-    """A query sees what all of the patterns show it: `Intersection(a, b, ...)`."""
+    """A query sees what all of the patterns show it: `Intersection(a, b, ...)`. tail: "auto" takes the first part's."""
 
     op: ClassVar[str] = "all"
 
@@ -173,7 +198,10 @@ def _combined(patterns: Sequence[Pattern], layout: TokenLayout, op: str) -> Elem
 
 @dataclass(frozen=True)
 class PerHead(_Parts):
-    """Head h follows `patterns[choice[h]]`; without `choice` there is one pattern per head."""
+    """Head h follows `patterns[choice[h]]`; without `choice` there is one pattern per head.
+
+    tail: "auto" leaves each its own.
+    """
 
     choice: tuple[int, ...] | None = None
 
@@ -183,12 +211,27 @@ class PerHead(_Parts):
 
     def for_layer(self, layer: int, num_layers: int) -> Pattern:
         """The same heads with the parts' patterns for one layer."""
-        return PerHead(tuple(p.for_layer(layer, num_layers) for p in self.patterns), self.choice)
+        return PerHead(tuple(p.for_layer(layer, num_layers) for p in self.patterns), self.choice, tail=self.tail)
+
+    def with_measured_tail(self) -> Pattern:
+        """The parts with their measured tails in the place of "auto"."""
+        if self.tail != "auto":
+            return self
+        return replace(self, patterns=tuple(p.with_measured_tail() for p in self.patterns))
+
+    def tail_of_heads(self) -> TailName | tuple[TailName, ...]:
+        """Each head's part's, where nothing else is asked for."""
+        assert self.choice is not None
+        if self.tail != "auto":
+            return self.tail
+        kinds = [p.tail_of_heads() for p in self.patterns]
+        # parts are the same for all heads: `rule` refuses others
+        return tuple(None if isinstance(kinds[c], tuple) else kinds[c] for c in self.choice)  # type: ignore[misc]
 
     def for_heads(self, first: int, count: int) -> Pattern:
         """The same patterns, chosen for some of the heads."""
         assert self.choice is not None
-        return PerHead(self.patterns, self.choice[first : first + count])
+        return PerHead(self.patterns, self.choice[first : first + count], tail=self.tail)
 
     def rule(self, layout: TokenLayout) -> ElementRule:
         """One rule per head. Raises GenAttnError if a part already differs by head."""
@@ -217,12 +260,15 @@ class PerHead(_Parts):
         rows = torch.stack([codes[part][head if len(codes[part]) > 1 else 0] for head, part in enumerate(choice)])
         static = tuple(DensePattern() if p.needs_tensors else p for p in self.patterns)
         rule = PerHead(static, choice).rule(layout)
-        return plan_of_codes(rows, query_tiles, key_tiles, rule, layout.seqlen).to(query.device)
+        return self.stand_in(plan_of_codes(rows, query_tiles, key_tiles, rule, layout.seqlen).to(query.device))
 
 
 @dataclass(frozen=True)
 class PerLayer(_Parts):
-    """Layer n (in execution order) follows `patterns[choice[n]]`; without `choice` there is one pattern per layer."""
+    """Layer n (in execution order) follows `patterns[choice[n]]`; without `choice` there is one pattern per layer.
+
+    tail: "auto" leaves each layer its own.
+    """
 
     choice: tuple[int, ...] | None = None
 
@@ -237,7 +283,14 @@ class PerLayer(_Parts):
             raise GenAttnError(
                 f"PerLayer needs one entry per layer, got {len(self.choice)} entries for layer {layer} of {num_layers}"
             )
-        return self.patterns[self.choice[layer]].for_layer(layer, num_layers)
+        pattern = self.patterns[self.choice[layer]].for_layer(layer, num_layers)
+        return pattern if self.tail == "auto" else pattern.with_tail(self.tail)
+
+    def with_measured_tail(self) -> Pattern:
+        """The parts with their measured tails in the place of "auto"."""
+        if self.tail != "auto":
+            return self
+        return replace(self, patterns=tuple(p.with_measured_tail() for p in self.patterns))
 
     def check(self, layout: TokenLayout) -> None:
         """A pattern that differs by layer has no single mask."""

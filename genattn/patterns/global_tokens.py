@@ -17,12 +17,15 @@ from genattn.geometry.tiles import run_raster
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule
-from genattn.patterns.pattern import Pattern
+from genattn.patterns.pattern import Pattern, TailName
 
 
 @dataclass(frozen=True)
 class GlobalTokens(Pattern):
-    """`pattern` plus global tokens. frames: indices, negative from the end. every: a step per (frames, height, width)."""
+    """`pattern` plus global tokens. frames: indices, negative from the end. every: a step per (frames, height, width).
+
+    tail: "auto" takes the inner pattern's.
+    """
 
     pattern: Pattern
     frames: tuple[int, ...] = ()
@@ -36,6 +39,21 @@ class GlobalTokens(Pattern):
                 raise GenAttnError(f"every must give a step >= 1 for frames, height and width, got {self.every}")
         if not self.frames and self.every is None:
             raise GenAttnError("GlobalTokens needs frames or every, got neither; e.g. frames=(0,) or every=(1, 8, 8)")
+        super().__post_init__()
+
+    @property
+    def hides_on_purpose(self) -> bool:
+        """Whether the inner pattern does."""
+        return self.pattern.hides_on_purpose
+
+    @property
+    def measured_tail(self) -> TailName:
+        """The inner pattern's own, or the one that measured best for it."""
+        return self.pattern.measured_tail if self.pattern.tail == "auto" else self.pattern.tail
+
+    def tail_of_heads(self) -> TailName | tuple[TailName, ...]:
+        """The inner pattern's where nothing else is asked for."""
+        return self.pattern.tail_of_heads() if self.tail == "auto" else self.tail
 
     def for_layer(self, layer: int, num_layers: int) -> "GlobalTokens":
         """With the inner pattern of one layer."""
@@ -69,7 +87,7 @@ class GlobalTokens(Pattern):
 
     def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
         """The inner pattern's tiles without the chosen tokens, and tiles for those."""
-        inner, tokens = self.pattern.plan(layout, block_q, block_k), self.tokens(layout)
+        inner, tokens = self.pattern.with_tail(None).plan(layout, block_q, block_k), self.tokens(layout)
         query, key = (_set_apart(tiles, tokens) for tiles in (inner.query_tiles, inner.key_tiles))
         return plan_from_rule(self.rule(layout), query, key, layout.seqlen)
 

@@ -45,6 +45,8 @@ def why_not_halo(pattern: Pattern, layout: TokenLayout) -> str | None:
     """The reason why boxes that follow the query tile cannot serve this pattern on this layout, or None."""
     if not isinstance(pattern, NeighborhoodPattern):
         return f"a halo plan is for NeighborhoodPattern, got {type(pattern).__name__}"
+    if pattern.tail_of_heads() is not None:
+        return f"boxes that follow the query tile skip no tiles that tail={pattern.tail!r} could stand in for; use tail=None"
     if layout.grid is None:
         return f"a halo plan needs a grid, got the layout {layout.describe()!r}"
     if any(axis.circular for axis in pattern.axes(layout)):

@@ -14,6 +14,8 @@ def natten_windows(pattern: Pattern, layout: TokenLayout) -> GridWindows:
     """
     if not isinstance(pattern, NeighborhoodPattern):
         raise GenAttnError(f"impl='natten' serves NeighborhoodPattern, got {type(pattern).__name__}")
+    if pattern.tail_of_heads() is not None:
+        raise GenAttnError(f"impl='natten' has no stand-in for what it skips, got tail={pattern.tail!r}; use tail=None")
     if layout.grid is None or len(layout.segments) > 1:
         raise GenAttnError(f"impl='natten' serves a grid without text, got the layout {layout.describe()!r}")
     axes = pattern.axes(layout)[3 - len(layout.grid) :]

@@ -1,14 +1,16 @@
 """What every pattern is: frozen settings that say, from geometry alone, which query may see which key.
 
-Each pattern gives an element rule (the definition), a block plan (analytic, no S x S tensor) and a picture of both.
+Each pattern gives an element rule (the definition), a block plan (analytic, no S x S tensor) and a picture of both. It has a
+`tail`: what stands in for the key tiles that it skips.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,8 +19,13 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule
 from genattn.kernels.plan.head_tiles import HeadTiles
+from genattn.kernels.plan.tail import TAILS
 
 MASK_LIMIT = 16_384
+_LOG = logging.getLogger("genattn")
+_SAID: set[str] = set()
+TailName = str | None
+Plan = TypeVar("Plan", BlockPlan, HeadTiles)
 
 
 class PlanCache:
@@ -55,6 +62,8 @@ class PlanCache:
 
 def _list_bytes(plan: BlockPlan) -> int:
     lists = (plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full)
+    if plan.tail is not None:
+        lists = (*lists, plan.tail.tokens, plan.tail.skipped)
     return sum(x.numel() * x.element_size() for x in lists)
 
 
@@ -73,8 +82,26 @@ class SiteMemory:
     kept: dict[Hashable, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Pattern(ABC):
-    """Base of the patterns. Subclasses are frozen, hashable dataclasses: equal settings are equal patterns."""
+    """Base of the patterns. Subclasses are frozen, hashable dataclasses: equal settings are equal patterns.
+
+    tail: what stands in for skipped key tiles: None (nothing), "mean", "mean2" or "mean4" (the mean of each tile, of its
+        halves or quarters, as pseudo-keys weighed by their number of keys). A tile that is visited is then seen whole.
+        "auto": on a model, which was trained with dense attention, what measured best for the pattern
+        (`with_measured_tail`); in a plain call of `attention`, where the pattern's mask is the definition, nothing.
+    """
+
+    tail: TailName = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.tail not in (None, "auto", *TAILS):
+            raise GenAttnError(f"tail must be None or one of auto, {', '.join(TAILS)}, got {self.tail!r}")
+        if self.tail in TAILS and self.hides_on_purpose:
+            raise GenAttnError(
+                f"tail={self.tail!r} stands in for keys that dense attention sees, but a causal axis hides them on purpose; "
+                "use tail=None"
+            )
 
     @abstractmethod
     def rule(self, layout: TokenLayout) -> ElementRule:
@@ -100,6 +127,53 @@ class Pattern(ABC):
     def needs_tensors(self) -> bool:
         """Whether the plan depends on queries and keys: `plan_for` then, not `plan`."""
         return False
+
+    @property
+    def hides_on_purpose(self) -> bool:
+        """Whether skipped keys must stay unseen, because the pattern is causal."""
+        return False
+
+    @property
+    def measured_tail(self) -> TailName:
+        """The tail that measured best for this pattern on a model trained dense; None where none helped."""
+        return None
+
+    def with_tail(self, tail: TailName) -> "Pattern":
+        """This pattern with another tail."""
+        return replace(self, tail=tail)
+
+    def with_measured_tail(self) -> "Pattern":
+        """This pattern with its measured tail in the place of "auto"."""
+        return self if self.tail != "auto" else self.with_tail(self.measured_tail)
+
+    def tail_of_heads(self) -> TailName | tuple[TailName, ...]:
+        """The kind of stand-in, None for none; one per head where heads differ."""
+        return None if self.tail == "auto" else self.tail
+
+    def stand_in(self, plan: Plan) -> Plan:
+        """`plan` with this pattern's tail. Says once where a tail was asked for and the plan skips nothing.
+
+        Raises GenAttnError where heads ask for different kinds.
+        """
+        kinds = self.tail_of_heads()
+        each = kinds if isinstance(kinds, tuple) else (kinds,)
+        found = sorted({kind for kind in each if kind is not None})
+        if len(found) > 1:
+            raise GenAttnError(f"heads must share one kind of tail or have None, got {', '.join(found)}; choose one of them")
+        if not found:
+            return plan.with_tail(None)
+        tailed = plan.with_tail(found[0], [kind is not None for kind in each] if isinstance(kinds, tuple) else None)
+        if tailed.tail is not None:
+            return tailed.seen_whole([kind is not None for kind in each] * (plan.num_heads // len(each)))
+        if self.tail not in ("auto", None):
+            self._say_no_effect()
+        return tailed
+
+    def _say_no_effect(self) -> None:
+        name = type(self).__name__
+        if name not in _SAID:
+            _SAID.add(name)
+            _LOG.warning("tail=%r has no effect: %s visits every key tile here, nothing is skipped", self.tail, name)
 
     def plan_for(
         self,
@@ -147,6 +221,6 @@ class Pattern(ABC):
         plan = _CACHE.get(key)
         if plan is None:
             self.check(layout)
-            plan = self.build_plan(layout, block_q, block_k)
+            plan = self.stand_in(self.build_plan(layout, block_q, block_k))
             _CACHE.put(key, plan)
         return plan

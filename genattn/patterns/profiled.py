@@ -17,7 +17,7 @@ from genattn.geometry.tiles import best_box, cell_tiles
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import BlockRule, ElementRule
-from genattn.patterns.pattern import Pattern
+from genattn.patterns.pattern import Pattern, TailName
 from genattn.patterns.profile_map import ProfileMap, read_map
 from genattn.selection.relative_map import predict
 from genattn.selection.tiling import Boxes
@@ -48,6 +48,12 @@ class ProfiledPattern(Pattern):
         if self.block is not None and (isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1):
             raise GenAttnError(f"block must be a number of tokens per cell >= 1, got {self.block!r}; None suits most")
         read_map(self.path)
+        super().__post_init__()
+
+    @property
+    def measured_tail(self) -> TailName:
+        """A map is ranked by what standing in would lose, where something stands in."""
+        return "mean"
 
     @property
     def map(self) -> ProfileMap:
@@ -120,7 +126,7 @@ class ProfiledPattern(Pattern):
 
     @property
     def _value(self) -> str:
-        return "loss" if getattr(self, "tail", None) not in (None, "auto") else "mass"
+        return "loss" if self.tail not in (None, "auto") else "mass"
 
 
 def usual_cell(layout: TokenLayout) -> int:

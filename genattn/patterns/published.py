@@ -39,7 +39,7 @@ def sol(tau: float = 1.0, variance: str = "diag", **settings: Any) -> AdaptivePa
         PooledScore(levels=0),
         Runs((64, 64)),
         neighbours=1,
-        **settings,
+        **{"tail": "mean", **settings},
     )
 
 

@@ -94,6 +94,15 @@ class Measurement:
         }
 
 
+def with_and_without_tail(candidates: Sequence[Pattern]) -> list[Pattern]:
+    """Each pattern that leaves its tail open ("auto") twice: without one, and with the one that measured best for it.
+
+    So `choose` switches the tail on or off by layer and head.
+    """
+    pairs = ((p,) if p.tail != "auto" else (p.with_tail(None), p.with_measured_tail()) for p in candidates)
+    return list(dict.fromkeys(pattern for pair in pairs for pattern in pair))
+
+
 def measure_patterns(
     target: Any,
     run: Callable[[], Any],

@@ -77,10 +77,14 @@ class CallRecord:
     density: float = 1.0
     reason: str = ""
     edited: bool = False
+    tail: str | None = None
 
-    def ran_sparse(self, density: float) -> None:
-        """The call was answered under a pattern that computed `density` of the scores, in (0, 1]."""
-        self.sparse, self.density = True, density
+    def ran_sparse(self, density: float, tail: str | None = None) -> None:
+        """The call was answered under a pattern that computed `density` of the scores, in (0, 1].
+
+        tail: what stood in for the others.
+        """
+        self.sparse, self.density, self.tail = True, density, tail
 
     def stayed_dense(self, reason: str) -> None:
         """The call went to the dense backend, for this reason."""

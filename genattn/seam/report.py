@@ -29,6 +29,7 @@ class SiteStats:
     flops_dense: float = 0.0
     flops: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
+    tails: Counter[str] = field(default_factory=Counter)
     _events: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     def add(self, query: torch.Tensor, keys: int, record: CallRecord, seconds: float, events: tuple[Any, Any] | None) -> None:
@@ -43,6 +44,7 @@ class SiteStats:
         if record.sparse:
             self.sparse += 1
             self.density += record.density
+            self.tails[record.tail or "none"] += 1
         elif record.reason:
             self.reasons[record.reason] += 1
         if events is None:
@@ -70,6 +72,7 @@ class SiteStats:
             "sparse": self.sparse,
             "dense": self.calls - self.sparse,
             "density": self.density / self.sparse if self.sparse else None,
+            "tail": "/".join(sorted(self.tails)) if self.tails else None,
             "seconds": self.seconds,
             "dense_reasons": dict(self.reasons),
         }
@@ -156,12 +159,12 @@ class Report:
         lines += [f"  {plugin['preset']}" for plugin in self.plugins if plugin.get("preset")]
         lines += [f"  dense {count:4} x  {reason}" for reason, count in self.dense_reasons.items()]
         width = max((len(_place(row)) for row in self.sites), default=4)
-        lines.append(f"{'site':{width}}  kind      tokens  calls  sparse  density  seconds")
+        lines.append(f"{'site':{width}}  kind      tokens  calls  sparse  density  tail   seconds")
         for row in self.sites:
             density = "-" if row["density"] is None else f"{row['density']:.3f}"
             lines.append(
                 f"{_place(row):{width}}  {row['kind']:8} {row['tokens']:7} {row['calls']:6} {row['sparse']:7}  {density:>7}"
-                f"  {row['seconds']:7.3f}"
+                f"  {row['tail'] or '-':5}  {row['seconds']:7.3f}"
             )
         return "\n".join(lines)
 

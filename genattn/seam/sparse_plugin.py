@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.functional.dispatch import plan_for, planned_attention, why_no_tail
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
@@ -37,6 +38,7 @@ class SparsePlugin(Plugin):
             raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
         self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
         self.origin = ""  # which name and preset it comes from, for the report
+        self._tailed = pattern.with_measured_tail()
         self._blocks: dict[int, int] = {}
         self._mask: tuple[Any, Any] | None = None
         self._said: set[str] = set()
@@ -102,9 +104,10 @@ class SparsePlugin(Plugin):
             return _dense(call, inner, reason)
         impl = options.get("impl", self.impl)
         assert call.layout is not None
-        plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, impl, self._memory_at(call))
+        plan = plan_for(call.query, call.key, self._pattern_at(call, impl), call.layout, impl, self._memory_at(call))
         out = planned_attention(call.query, call.key, call.value, plan, impl=impl, scale=call.scale, key_mask=keys)
-        call.record.ran_sparse(plan.density)
+        tail = plan.tail if isinstance(plan, BlockPlan | HeadTiles) else None
+        call.record.ran_sparse(plan.density, None if tail is None else tail.kind)
         return out  # type: ignore[return-value]
 
     def _say_once(self, call: AttentionCall, reason: str) -> None:
@@ -132,8 +135,10 @@ class SparsePlugin(Plugin):
         found.step, found.pass_name = call.run.step, call.run.pass_name
         return found
 
-    def _pattern_at(self, call: AttentionCall) -> Pattern:
-        pattern = self.pattern.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
+    def _pattern_at(self, call: AttentionCall, impl: str = "auto") -> Pattern:
+        # tail="auto" is on where the backend has it: none that was named is refused for a default
+        acting = self.pattern if why_no_tail(impl, call.query.device) else self._tailed
+        pattern = acting.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
         pattern = pattern.for_step(call.run.fraction)
         heads = call.query.shape[2]  # fewer than the site has, where processes share them
         return pattern.for_heads(call.head_offset, heads) if 0 < heads < call.site.heads else pattern
@@ -184,7 +189,7 @@ class SparsePlugin(Plugin):
 
     def describe(self) -> dict[str, Any]:
         """Pattern, schedule, backend."""
-        settings: dict[str, Any] = asdict(self.pattern) if is_dataclass(self.pattern) else {}
+        settings: dict[str, Any] = asdict(self._tailed) if is_dataclass(self._tailed) else {}
         return {
             "plugin": type(self).__name__,
             "pattern": {"type": type(self.pattern).__name__, **settings},

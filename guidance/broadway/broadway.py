@@ -311,7 +311,7 @@ class BroadWay(Plugin):
         near = neighbours_inside(call, self)
         plan = sparse_plan(call, near.pattern)
         if plan is not None:
-            call.record.ran_sparse(plan.density)
+            call.record.ran_sparse(plan.density, None if plan.tail is None else plan.tail.kind)
         base = inner(call) if near.others else None
         return edited_attention(*tensors, plan=plan, base=base, **shared)
 

@@ -177,7 +177,9 @@ def restrict_keys(plan: BlockPlan, tokens: torch.Tensor) -> BlockPlan:
     num_full = torch.bincount(row[stay & full], minlength=heads * rows).view(heads, rows).to(torch.int32)
     ends = lengths.cumsum(0).view(heads, rows)
     ptr = torch.cat([(ends - lengths.view(heads, rows))[:, :1], ends], 1).to(torch.int32)
-    return BlockPlan(plan.query_tiles, tiles, ptr, plan.columns[stay], num_full, plan.rule, plan.seqlen_q, plan.seqlen_k)
+    # pseudo-keys stay what they are and weigh as many tokens as they have among these
+    tail = None if plan.tail is None else plan.tail.only(member)
+    return BlockPlan(plan.query_tiles, tiles, ptr, plan.columns[stay], num_full, plan.rule, plan.seqlen_q, plan.seqlen_k, tail)
 
 
 class _DenseFrames:

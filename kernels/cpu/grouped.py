@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from genattn.kernels.cpu.groups import LINE, Group, groups_with_tail
+from genattn.kernels.cpu.groups import LINE, Group, groups_with_tail, tile_of_query
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.reference.tail import TailKeys, tail_keys
 
@@ -70,7 +70,8 @@ def grouped_attention(
             with_lse=with_lse or bias is not None or any(part.again for part in parts),
             scratch=scratch,
             tail=() if pseudo is None else _tail_weights(plan, pseudo, heads, key_mask is not None),
-            tile_of_query=_tile_of_query(plan),
+            tile_of_query=tile_of_query(plan),
+            first_pseudo=plan.seqlen_k,
         )
         for part in parts:
             _serve(part, _bias_of(part, plan, compute), call)
@@ -126,20 +127,11 @@ class _Call(NamedTuple):
     scratch: _Scratch
     tail: tuple[torch.Tensor, ...]
     tile_of_query: torch.Tensor
+    first_pseudo: int
 
 
 def _whole_lines(count: int) -> int:
     return -(-count // LINE) * LINE
-
-
-def _tile_of_query(plan: BlockPlan) -> torch.Tensor:
-    """Int64 [Sq]: the query tile of each token, 0 for those without; kept in the plan."""
-    if "tile of query" not in plan.cache:
-        tile = torch.zeros(plan.seqlen_q, dtype=torch.int64)
-        used = plan.query_tiles >= 0
-        tile[plan.query_tiles[used].long()] = torch.nonzero(used)[:, 0]
-        plan.cache["tile of query"] = tile
-    return plan.cache["tile of query"]  # type: ignore[return-value]
 
 
 def _tail_weights(plan: BlockPlan, pseudo: TailKeys, heads: slice, by_sample: bool) -> tuple[torch.Tensor, ...]:
@@ -147,9 +139,8 @@ def _tail_weights(plan: BlockPlan, pseudo: TailKeys, heads: slice, by_sample: bo
 
     One for all heads of the call, or one for each where they differ by sample.
     """
-    if "stands in" not in plan.cache:
-        plan.cache["stands in"] = plan.tail.stands_in()  # type: ignore[union-attr]
-    seen: torch.Tensor = plan.cache["stands in"][heads.start if plan.num_heads > 1 else 0]  # type: ignore[index]
+    assert plan.tail is not None
+    seen = plan.tail.stands_in(slice(heads.start, heads.start + 1) if plan.num_heads > 1 else slice(1))[0]
     more = _whole_lines(seen.shape[1]) - seen.shape[1]
     samples = pseudo.log_count.clamp_min(_UNSEEN) if by_sample else pseudo.log_count[:1].clamp_min(_UNSEEN)
     tables = [torch.nn.functional.pad(row.where(seen, _UNSEEN), (0, more), value=_UNSEEN) for row in samples]
@@ -242,7 +233,7 @@ def _serve(part: Group, bias: torch.Tensor | None, call: _Call) -> None:
             if end > part.whole and spans:
                 _hide(by_run[..., : listed - begin], part.whole - begin, spans)
             if end > listed:
-                _weigh(by_run, listed - begin, rows, call)
+                _weigh(by_run, listed - begin, rows, keys[:, max(listed, begin) : end] - call.first_pseudo, call)
             for seen, key_bias in zip(by_run, call.key_bias):
                 seen.add_(key_bias[chosen].view(runs, 1, -1))
             probs = _softmax(scores, (ends[0][place], ends[1][place]) if with_lse else None)
@@ -307,11 +298,13 @@ def _hide(scores: torch.Tensor, whole: int, spans: list[tuple[int, int, torch.Te
         scores[:, first:last, :, begin:].add_(bias[:, begin - whole : scores.shape[3] - whole])
 
 
-def _weigh(scores: torch.Tensor, first: int, rows: torch.Tensor, call: _Call) -> None:
-    """Add the weights of pseudo-keys, which stand from `first` on in scores [N, G, Lq, n], for queries `rows` [G, Lq]."""
+def _weigh(scores: torch.Tensor, first: int, rows: torch.Tensor, places: torch.Tensor, call: _Call) -> None:
+    """Add the weights of pseudo-keys `places` [G, p], from `first` on in scores [N, G, Lq, n], for queries `rows` [G, Lq]."""
     begin, tiles = max(0, first), call.tile_of_query[rows]
+    in_order = len(places) == 1 or bool((places[1:] == places[:1]).all())
     for seen, weights in zip(scores if len(call.tail) > 1 else (scores,), call.tail):
-        seen[..., begin:].add_(weights[:, begin - first : seen.shape[-1] - first][tiles])
+        some = weights[:, places[0]][tiles] if in_order else weights[tiles[:, :, None], places[:, None, :]]
+        seen[..., begin:].add_(some)
 
 
 def _softmax(scores: torch.Tensor, ends: Parts | None) -> torch.Tensor:

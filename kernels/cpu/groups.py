@@ -26,6 +26,7 @@ _MASKED = 0.04  # what adding a mask costs, in scores
 _JOIN = 60  # what joining two answers of a query costs, in scores
 _CALL = 6000.0  # scores that could be computed in the time of a call's overhead
 _CHAIN_SCORES = 1 << 26
+_FEW = 0.7  # share of the pseudo-keys below which runs take only those that they see
 LINE = 16  # rows of so many scores, or multiples, begin on a cache line each: products of others take 5 to 10 % longer
 
 
@@ -94,29 +95,47 @@ def groups_with_tail(plan: BlockPlan) -> list[list[Group]]:
     if plan.tail is None:
         return groups_of_plan(plan)
     if "groups with tail" not in plan.cache:
-        places = plan.seqlen_k + torch.arange(-(-plan.tail.pseudo_keys // LINE) * LINE)
-        plan.cache["groups with tail"] = [_with_tail(plan, groups, places) for groups in groups_of_plan(plan)]
+        plan.cache["groups with tail"] = [_with_tail(plan, head, some) for head, some in enumerate(groups_of_plan(plan))]
     return plan.cache["groups with tail"]  # type: ignore[return-value]
 
 
-def _with_tail(plan: BlockPlan, groups: list[Group], places: torch.Tensor) -> list[Group]:
+def _with_tail(plan: BlockPlan, head: int, groups: list[Group]) -> list[Group]:
     """Groups whose runs see the pseudo-keys too, and one more for queries that see no other key."""
-    found = [
-        group if group.again else replace(group, tail=len(places), keys=torch.cat([group.keys, _rows(places, group)], 1))
-        for group in groups
-    ]
+    assert plan.tail is not None
+    seen = plan.tail.stands_in(slice(head, head + 1) if plan.num_heads > 1 else slice(1))[0]
+    found = [group if group.again else _tailed(plan, group, seen) for group in groups]
     alone = torch.zeros(plan.seqlen_q, dtype=torch.bool)
     alone[plan.query_tiles[plan.query_tiles >= 0].long()] = True
     for group in groups:
         alone[group.queries.flatten()] = False
     if alone.any():
-        none = torch.empty(0, 0, 0, dtype=torch.bool)
-        found.append(Group(alone.nonzero().T, places[None], 0, none, (), again=False, tail=len(places)))
+        nothing = torch.empty(1, 0, dtype=torch.int64), 0, torch.empty(0, 0, 0, dtype=torch.bool), ()
+        found.append(_tailed(plan, Group(alone.nonzero().T, *nothing, again=False), seen))
     return found
 
 
-def _rows(places: torch.Tensor, group: Group) -> torch.Tensor:
-    return places.expand(len(group.keys), -1)
+def _tailed(plan: BlockPlan, group: Group, seen: torch.Tensor) -> Group:
+    """The group with pseudo-keys behind its keys: all of them, or those that each run sees, if they are much fewer."""
+    count = len(seen[0])
+    wanted = torch.stack([seen[tile_of_query(plan)[row].unique()].any(0) for row in group.queries])
+    most = -(-int(wanted.sum(1).max()) // LINE) * LINE
+    if not most and group.keys.shape[1]:
+        return group
+    places = torch.arange(-(-count // LINE) * LINE).expand(len(wanted), -1)
+    if most < _FEW * count:
+        # in order, then some that nobody sees
+        places = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)[:, : max(most, LINE)]
+    return replace(group, tail=places.shape[1], keys=torch.cat([group.keys, plan.seqlen_k + places], 1))
+
+
+def tile_of_query(plan: BlockPlan) -> torch.Tensor:
+    """Int64 [Sq]: the query tile of each token, 0 for those without; kept in the plan."""
+    if "tile of query" not in plan.cache:
+        tile = torch.zeros(plan.seqlen_q, dtype=torch.int64)
+        used = plan.query_tiles >= 0
+        tile[plan.query_tiles[used].long()] = torch.nonzero(used)[:, 0]
+        plan.cache["tile of query"] = tile
+    return plan.cache["tile of query"]  # type: ignore[return-value]
 
 
 def _groups_of(plan: BlockPlan, head: int) -> list[Group]:

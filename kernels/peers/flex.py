@@ -1,8 +1,8 @@
 """flex_attention from the same plan: the peer to measure against, and a route on devices where it compiles.
 
 Flex knows only runs of the sequence: for other tiles the tokens are put in their order before and back after, lanes without a
-token hidden. Full tiles skip the mask, partial ones look it up. Compiled, it is a real block-sparse kernel; torch on the CPU
-gives it no log-sum-exp and no gradient.
+token hidden. Full tiles skip the mask, partial ones look it up. Pseudo-keys of a tail are appended as more key tiles, and their
+weights added to the scores. Compiled, it is a block-sparse kernel; torch on the CPU gives it no log-sum-exp and no gradient.
 """
 
 from functools import lru_cache
@@ -11,7 +11,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from genattn.kernels.plan.block_plan import BlockPlan
-from genattn.kernels.reference.attention import tile_states, visible_mask
+from genattn.kernels.reference.attention import pseudo_rows, tile_states, visible_mask
+from genattn.kernels.reference.tail import TailKeys, tail_keys
 from genattn.kernels.triton.tables import are_runs
 
 _MASK_TOKENS = 32_768
@@ -21,8 +22,6 @@ def why_not_flex(query: torch.Tensor, plan: BlockPlan, return_lse: bool, key_mas
     """The reason why flex_attention cannot serve this call, or None."""
     if key_mask:
         return "a key mask would need a new compiled mask for every call; use another impl"
-    if plan.tail is not None:
-        return f"its scores take no weights of pseudo-keys here, the plan asks for tail={plan.tail.kind!r}"
     if query.device.type == "cpu" and return_lse:
         return "flex_attention on the CPU returns no log-sum-exp"
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
@@ -37,13 +36,21 @@ def flex_block_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out [B, Sq, H, D], lse [B, Sq, H] or None on the CPU); compiles on the first call for a shape."""
     mask, orders = _block_mask(plan), _orders(plan)
+    pseudo = None if plan.tail is None else tail_keys(key, value, plan.tail)
     if orders is not None:
         query, key, value = (x[:, order.clamp_min(0)] for x, order in zip((query, key, value), (orders[0], *2 * orders[1:])))
+    if pseudo is not None:
+        more = -pseudo.key.shape[1] % plan.block_k
+        key, value = (
+            torch.cat([x, torch.nn.functional.pad(tail, (0, 0, 0, 0, 0, more)).to(x.dtype)], 1)
+            for x, tail in ((key, pseudo.key), (value, pseudo.value))
+        )
     on_cpu = query.device.type == "cpu"
     result = _compiled()(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
+        score_mod=None if pseudo is None else _weigh(plan, pseudo),
         block_mask=mask,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
@@ -54,9 +61,9 @@ def flex_block_attention(
 
 
 def _orders(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(queries, keys) in the order of the tiles, int64, -1 in unused lanes; None where the tiles are runs of the sequence."""
+    """(queries, keys) in the order of the tiles, int64, -1 in unused lanes; None where they are the sequence as it is."""
     if "orders" not in plan.cache:
-        runs = are_runs(plan.query_tiles, plan.seqlen_q) and are_runs(plan.key_tiles, plan.seqlen_k)
+        runs = plan.tail is None and are_runs(plan.query_tiles, plan.seqlen_q) and are_runs(plan.key_tiles, plan.seqlen_k)
         plan.cache["orders"] = None if runs else tuple(tiles.flatten().long() for tiles in (plan.query_tiles, plan.key_tiles))
     return plan.cache["orders"]  # type: ignore[return-value]
 
@@ -82,13 +89,17 @@ def _block_mask(plan: BlockPlan) -> BlockMask:
         if orders is not None:
             # flex would let a full tile's unused lanes be seen
             states = states.clamp_max(torch.where((plan.key_tiles < 0).any(1), 1, 2).to(states.dtype))
+        if plan.tail is not None:
+            seen = plan.tail.stands_in()
+            groups = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % plan.block_k)).unflatten(-1, (-1, plan.block_k))
+            states = torch.cat([states, groups.any(-1)[None].to(states.dtype)], -1)
         partial, full = (_dense_lists(states == kind) for kind in (1, 2))
         plan.cache["flex"] = BlockMask.from_kv_blocks(
             *partial,
             *full,
             BLOCK_SIZE=(plan.block_q, plan.block_k),
             mask_mod=_mask_mod(plan, orders),
-            seq_lengths=(plan.seqlen_q, plan.seqlen_k) if orders is None else (len(orders[0]), len(orders[1])),
+            seq_lengths=(plan.seqlen_q, plan.seqlen_k) if orders is None else (len(orders[0]), states.shape[-1] * plan.block_k),
         )
     return plan.cache["flex"]  # type: ignore[return-value]
 
@@ -105,9 +116,25 @@ def _mask_mod(plan: BlockPlan, orders: tuple[torch.Tensor, torch.Tensor] | None)
     table = visible_mask(plan)
     if orders is not None:
         table = table[:, orders[0].clamp_min(0)][:, :, orders[1].clamp_min(0)] & (orders[1] >= 0)
+    if plan.tail is not None and orders is not None:
+        seen = pseudo_rows(plan, orders[0].clamp_min(0))
+        seen = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % plan.block_k))
+        heads = max(len(table), len(seen))
+        table = torch.cat([table.expand(heads, -1, -1), seen.expand(heads, -1, -1)], -1)
     heads = table.shape[0]
 
     def visible(batch, head, query_index, key_index):  # type: ignore[no-untyped-def]
         return table[head if heads > 1 else 0, query_index, key_index]
 
     return visible
+
+
+def _weigh(plan: BlockPlan, pseudo: TailKeys):  # type: ignore[no-untyped-def]
+    """Adds the log of the number of keys that a pseudo-key stands for; they follow the lanes of all key tiles."""
+    first = plan.key_tiles.numel()
+    weights = torch.nn.functional.pad(pseudo.log_count.nan_to_num(neginf=-1e30), (first, -pseudo.key.shape[1] % plan.block_k))
+
+    def weighed(score, batch, head, query_index, key_index):  # type: ignore[no-untyped-def]
+        return score + weights[batch, key_index]
+
+    return weighed

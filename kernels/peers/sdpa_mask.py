@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from genattn.kernels.plan.block_plan import BlockPlan
-from genattn.kernels.reference.attention import visible_mask
+from genattn.kernels.reference.attention import pseudo_rows, visible_mask
+from genattn.kernels.reference.tail import TailKeys, tail_keys
 
 _MASK_BYTES = 1 << 30
 
@@ -16,9 +17,10 @@ def why_not_sdpa_mask(query: torch.Tensor, plan: BlockPlan, return_lse: bool) ->
     """The reason why masked SDPA cannot serve this call, or None."""
     if return_lse:
         return "scaled_dot_product_attention returns no log-sum-exp; use return_lse=False or another impl"
-    if plan.tail is not None:
-        return f"its mask has no weights for pseudo-keys, the plan asks for tail={plan.tail.kind!r}"
     size = plan.mask_heads * plan.seqlen_q * plan.seqlen_k
+    if plan.tail is not None:
+        # weights of pseudo-keys make it a float mask
+        size = 4 * plan.mask_heads * plan.seqlen_q * (plan.seqlen_k + plan.tail.pseudo_keys)
     if size > _MASK_BYTES:
         return f"its mask must stay under {_MASK_BYTES >> 20} MiB, this plan needs {size >> 20} MiB"
     return None
@@ -35,17 +37,28 @@ def sdpa_mask_attention(
 ) -> torch.Tensor:
     """Attention by `scaled_dot_product_attention` with the plan's mask; [B, Sq, H, D], differentiable."""
     visible = _mask_on(plan, query.device)[None]
+    pseudo = None if plan.tail is None else tail_keys(key, value, plan.tail, key_mask)
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
         key = key.masked_fill(~key_mask[:, :, None, None], 0.0)
         value = value.masked_fill(~key_mask[:, :, None, None], 0.0)
+    if pseudo is not None:
+        weights = _weights(plan, pseudo)
+        visible = _side_by_side(visible, torch.isfinite(weights))
+        key, value = (torch.cat([x, more.to(x.dtype)], 1) for x, more in ((key, pseudo.key), (value, pseudo.value)))
     empty = ~visible.any(-1, keepdim=True)
+    mask = visible | empty
+    if pseudo is not None:
+        listed = mask.shape[-1] - weights.shape[-1]
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+        bias[..., listed:].add_(weights.nan_to_num(neginf=0.0))
+        mask = bias  # type: ignore[assignment]
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         # a fully hidden row would be NaN in some backends: let it see everything, then clear it
-        attn_mask=visible | empty,
+        attn_mask=mask,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
@@ -56,3 +69,14 @@ def _mask_on(plan: BlockPlan, device: torch.device) -> torch.Tensor:
     if ("mask", device) not in plan.cache:
         plan.cache["mask", device] = visible_mask(plan.to(device))
     return plan.cache["mask", device]  # type: ignore[return-value]
+
+
+def _weights(plan: BlockPlan, pseudo: TailKeys) -> torch.Tensor:
+    """[B, N, Sq, P]: log of the number of keys that a pseudo-key stands for, -inf where a query does not see it."""
+    seen = pseudo_rows(plan, torch.arange(plan.seqlen_q, device=pseudo.key.device))[None]
+    return pseudo.log_count[:, None, None, :].masked_fill(~seen, float("-inf"))
+
+
+def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    shape = torch.broadcast_shapes(left.shape[:3], right.shape[:3])
+    return torch.cat([left.expand(*shape, -1), right.expand(*shape, -1)], -1)

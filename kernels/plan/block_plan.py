@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from genattn.kernels.plan.element_rule import ElementRule
-from genattn.kernels.plan.tail import Tail, tail_of_plan
+from genattn.kernels.plan.tail import Tail, tail_of_plan, without_padding
 
 _HANDLES: "weakref.WeakValueDictionary[int, BlockPlan]" = weakref.WeakValueDictionary()
 _NEXT_HANDLE = itertools.count(1)
@@ -149,6 +149,18 @@ class BlockPlan:
         """
         found = tail_of_plan(self, tail, heads) if isinstance(tail, str) else tail
         return self if found is self.tail else replace(self, tail=found)
+
+    def seen_whole(self, heads: Sequence[bool]) -> "BlockPlan":
+        """The same lists for some heads without the element rule: every key of a listed tile is seen, but never padding.
+
+        heads: one entry per list. For plans that stand for dense attention: what a tile hides costs as much as what it shows.
+        """
+        if self.rule is None:
+            return self
+        whole = torch.tensor(heads, device=self.device)[:, None]
+        num_full = torch.where(whole, self.row_lengths.to(torch.int32), self.num_full)
+        rule = None if int(num_full.sum()) == self.columns.numel() else self.rule
+        return replace(self, key_tiles=without_padding(self.key_tiles, self.rule), num_full=num_full, rule=rule)
 
     def to(self, device: torch.device | str) -> "BlockPlan":
         """The plan with its lists on `device`; the copy is kept."""

@@ -7,12 +7,14 @@ A tile then holds tokens of one head, a list only names tiles of its own head, a
 tensors are laid out like that already. Every kernel serves such a plan, with one head and a sequence H times as long.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.tail import Tail, tail_of_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,29 @@ class HeadTiles:
         """Multiply-adds times two of both products over the visited tiles, for `heads` heads at the mean density."""
         return 4.0 * batch * heads * head_dim * self.density * self.seqlen**2
 
+    @property
+    def tail(self) -> Tail | None:
+        """What stands in for the skipped tiles of each head."""
+        return self.folded.tail
+
+    def with_tail(self, tail: str | None, heads: Sequence[bool] | None = None) -> "HeadTiles":
+        """The same tiles with a stand-in for those of the own head that are skipped, None for none.
+
+        Raises ValueError for an unknown name, or for a choice of heads, which share the list.
+        """
+        if heads is not None:
+            raise ValueError(f"tiles of each head's own have a tail in all heads or in none, got {list(heads)}")
+        if tail is None:
+            folded = self.folded.with_tail(None)
+        else:
+            owners = tuple(_head_of(tiles, self.heads) for tiles in (self.folded.query_tiles, self.folded.key_tiles))
+            folded = self.folded.with_tail(tail_of_plan(self.folded, tail, among=owners))  # type: ignore[arg-type]
+        return self if folded is self.folded else replace(self, folded=folded)
+
+    def seen_whole(self, heads: Sequence[bool]) -> "HeadTiles":
+        """See BlockPlan.seen_whole; these tiles always are."""
+        return self
+
     def to(self, device: torch.device | str) -> "HeadTiles":
         """The plan with its lists on `device`."""
         moved = self.folded.to(device)
@@ -76,6 +101,12 @@ class HeadTiles:
     def unfold(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S H, 1, ...] as [B, S, H, ...]."""
         return x.reshape(x.shape[0], self.seqlen, self.heads, *x.shape[3:])
+
+
+def _head_of(tiles: torch.Tensor, heads: int) -> torch.Tensor:
+    """Int64 [N]: the head whose tokens a tile holds; -1 where it holds none."""
+    first = tiles.amax(1).long()
+    return torch.where(first >= 0, first % heads, -1)
 
 
 def check_head_tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: HeadTiles) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TAILS = {"mean": 1, "mean2": 2, "mean4": 4}
 WORD = 32
+_TILES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,30 +52,38 @@ class Tail:
         return replace(self, tokens=self.tokens.to(device), skipped=self.skipped.to(device), counted=counted)
 
     def only(self, keys: torch.Tensor) -> "Tail":
-        """The same pseudo-keys, weighed by their tokens among `keys`, bool [Sk]."""
-        return replace(self, counted=keys if self.counted is None else self.counted & keys)
+        """The same pseudo-keys, weighed by their tokens among `keys`, bool [Sk]; those without one are not seen any more."""
+        counted = keys if self.counted is None else self.counted & keys
+        weighs = (counted[self.tokens.long().clamp_min(0)] & (self.tokens >= 0)).view(self.pseudo_keys // self.parts, -1).any(1)
+        return replace(self, counted=counted, skipped=self.skipped & _packed(weighs))
 
-    def stands_in(self) -> torch.Tensor:
-        """Bool [N, NQ, P]: which pseudo-keys the queries of a tile see."""
+    def stands_in(self, lists: slice = slice(None)) -> torch.Tensor:
+        """Bool [N, NQ, P]: which pseudo-keys the queries of a tile see, for some of the lists."""
         tiles = self.pseudo_keys // self.parts
-        return unpack_words(self.skipped, tiles).repeat_interleave(self.parts, -1)
+        return unpack_words(self.skipped[lists], tiles).repeat_interleave(self.parts, -1)
 
 
-def tail_of_plan(plan: "BlockPlan", kind: str, heads: Sequence[bool] | None = None) -> Tail | None:
+def tail_of_plan(
+    plan: "BlockPlan", kind: str, heads: Sequence[bool] | None = None, among: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> Tail | None:
     """What stands in for the tiles that `plan` skips; None where it skips nothing that could be counted.
 
-    heads: which heads have it, where the plan has a list per head; None for all. Raises ValueError for an unknown kind, or
-    for heads that are not those of the plan.
+    heads: which heads have it, where the plan has a list per head; None for all. among: a number per query tile [NQ] and per
+    key tile [NK]; only key tiles of the query tile's own number belong to its sequence (heads laid side by side). Raises
+    ValueError for an unknown kind, or for heads that are not those of the plan.
     """
     if kind not in TAILS:
         raise ValueError(f"tail must be None or one of {', '.join(TAILS)}, got {kind!r}")
     if heads is not None and len(heads) != plan.num_heads:
         raise ValueError(f"a tail per head needs one entry for each of the plan's {plan.num_heads} lists, got {len(heads)}")
-    tokens = _parts_of_tiles(_without_padding(plan.key_tiles, plan.rule), TAILS[kind])
+    tokens = _parts_of_tiles(without_padding(plan.key_tiles, plan.rule), TAILS[kind])
     empty = (tokens.view(plan.key_tiles.shape[0], -1) < 0).all(1)
     has = [True] * plan.num_heads if heads is None else list(heads)
     words = [_skipped_words(plan, head, empty, has[head]) for head in range(plan.num_heads)]
     skipped = torch.stack(words)
+    if among is not None:
+        own = [_packed(among[0][rows, None] == among[1]) for rows in torch.arange(len(among[0])).split(_TILES_AT_ONCE)]
+        skipped = skipped & torch.cat(own).to(skipped.device)
     return Tail(kind, TAILS[kind], tokens, skipped) if bool(skipped.any()) else None
 
 
@@ -84,19 +93,23 @@ def unpack_words(words: torch.Tensor, count: int) -> torch.Tensor:
     return ((words[..., None] >> bits) & 1).bool().flatten(-2)[..., :count]
 
 
+def _packed(bits: torch.Tensor) -> torch.Tensor:
+    """Int32 [..., ceil(n / 32)] of bool [..., n]."""
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % WORD)).unflatten(-1, (-1, WORD))
+    # bit 31 of an int32 is its sign: the conversion wraps
+    return (bits * (1 << torch.arange(WORD, dtype=torch.int64, device=bits.device))).sum(-1).to(torch.int32)
+
+
 def _skipped_words(plan: "BlockPlan", head: int, empty: torch.Tensor, has: bool) -> torch.Tensor:
     """Int32 [NQ, W] of one list, all zero without a tail; tiles without a token that counts are never stood in for."""
     rows, tiles = plan.query_tiles.shape[0], plan.key_tiles.shape[0]
-    skipped = torch.full((rows, -(-tiles // WORD) * WORD), has, dtype=torch.bool, device=plan.device)
-    skipped[:, tiles:] = False
+    skipped = torch.full((rows, tiles), has, dtype=torch.bool, device=plan.device)
     ptr = plan.row_ptr[head].long()
     row = torch.repeat_interleave(torch.arange(rows, device=plan.device), ptr.diff())
     skipped[row, plan.columns[int(ptr[0]) : int(ptr[-1])].long()] = False
-    skipped[:, :tiles] &= ~empty
+    skipped &= ~empty
     skipped &= (plan.query_tiles >= 0).any(1)[:, None]
-    weights = 1 << torch.arange(WORD, dtype=torch.int64, device=plan.device)
-    # bit 31 of an int32 is its sign: the conversion wraps
-    return (skipped.view(rows, -1, WORD) * weights).sum(-1).to(torch.int32)
+    return _packed(skipped)
 
 
 def _parts_of_tiles(tiles: torch.Tensor, parts: int) -> torch.Tensor:
@@ -105,7 +118,7 @@ def _parts_of_tiles(tiles: torch.Tensor, parts: int) -> torch.Tensor:
     return torch.nn.functional.pad(tiles, (0, missing), value=-1).view(len(tiles) * parts, -1).contiguous()
 
 
-def _without_padding(tiles: torch.Tensor, rule: ElementRule | None) -> torch.Tensor:
+def without_padding(tiles: torch.Tensor, rule: ElementRule | None) -> torch.Tensor:
     """The tiles without tokens that no query may see."""
     hidden = None if rule is None else _padding(rule)
     if hidden is None:

@@ -14,6 +14,7 @@ from genattn.kernels.triton.config import Launch, arch_of, launch_of, most_lanes
 from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
 from genattn.kernels.triton.tables import inverse_tables, masked_keys, triton_tables, why_not_masks
 
+SERVES_TAIL = False  # whether plans with a tail run here; patterns leave theirs off on GPUs until they do
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)  # before it, 16-bit products on bfloat16 and asynchronous copies are not there
 
@@ -33,7 +34,7 @@ def why_not_triton(query: torch.Tensor, plan: BlockPlan, scale: float | None = N
         return f"tile sizes must be powers of two >= 16, got {plan.block_q} and {plan.block_k}"
     if scale is not None and scale <= 0:
         return f"scale must be > 0, got {scale}"
-    if plan.tail is not None:
+    if plan.tail is not None and not SERVES_TAIL:
         return f"its kernels do not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
     arch = arch_of(query.device)
     most_q, most_k = most_lanes(arch, dim, query.dtype)

@@ -190,3 +190,15 @@ def test_who_has_no_tail_says_so(impl, monkeypatch):
     monkeypatch.setattr("genattn.kernels.triton.block_sparse.interpreting", lambda: True)
     with pytest.raises(ValueError, match="tail='mean'"):
         block_sparse_attention(*inputs_of(plan, dtype=torch.float32), plan, impl=impl)
+
+
+def test_seen_whole_shows_every_lane_but_padding():
+    plan = random_plan(1, (2, 4, 4), globals_=3, padding=5, heads=2, keep=0.5, block_q=8, block_k=8)
+    whole = plan.seen_whole([True, False])
+    shown = visible_mask(whole)
+    assert not shown[:, :, plan.rule.coords[:, 0] == -2].any()
+    tile = torch.arange(plan.seqlen_k) // 8
+    listed = (tile_states(plan) > 0)[:, torch.arange(plan.seqlen_q) // 8][:, :, tile]
+    assert torch.equal(shown[0], listed[0] & (plan.rule.coords[:, 0] != -2))
+    assert torch.equal(shown[1], visible_mask(plan)[1])
+    assert plan.seen_whole([True, True]).rule is None

@@ -16,7 +16,7 @@ from genattn.patterns.global_tokens import GlobalTokens
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
-from genattn.profiling.measure import Measurement, measure_patterns, sparsest_above
+from genattn.profiling.measure import Measurement, measure_patterns, sparsest_above, with_and_without_tail
 
 CANDIDATES = [RadialPattern(block=4, decay=0.2, sink=False), NeighborhoodPattern((2, 2, 2)), NeighborhoodPattern((-1, 2, 4))]
 
@@ -158,3 +158,23 @@ def test_refusals(pipe: Any, found: Measurement, tmp_path: Path) -> None:
 
     with pytest.raises(GenAttnError, match="to be saved must be one of"):
         pattern_to_dict(Mine())
+
+
+def test_tails_are_switched_by_layer_and_head() -> None:
+    window = NeighborhoodPattern((2, 4, 4))
+    candidates = with_and_without_tail([window, window.with_tail("mean2"), RadialPattern(variant="official")])
+    tails = [p.tail for p in candidates]
+    assert tails == [None, "mean", "mean2", None]
+    errors = torch.full((2, 2, 5), 9.0, dtype=torch.float64)
+    errors[..., 0] = 0
+    for layer, head, best in ((0, 0, 2), (0, 1, 1), (1, 0, 2), (1, 1, 2)):
+        errors[layer, head, best] = 0.1
+    densities = torch.tensor([1.0, 0.3, 0.3, 0.3, 0.3], dtype=torch.float64)
+    found = Measurement((DensePattern(), *candidates), errors, densities, 1).choose(target_density=0.3)
+    layers = [found.for_layer(n, 2) for n in range(2)]
+    assert layers[0].tail_of_heads() == ("mean", None)
+    assert layers[1].tail_of_heads() == "mean"
+    plan = layers[0].plan(genattn.TokenLayout.from_grid((4, 8, 8)), 16, 16)
+    assert plan.tail is not None
+    assert plan.tail.skipped[0].any()
+    assert not plan.tail.skipped[1].any()

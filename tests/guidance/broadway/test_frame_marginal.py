@@ -240,6 +240,25 @@ def test_plans_that_differ_between_heads() -> None:
     torch.testing.assert_close(got.out.double(), want, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("keep_first", [False, True])
+@pytest.mark.parametrize("kind", ["mean", "mean2"])
+def test_with_a_tail_the_marginal_counts_what_is_stood_in_for(kind: str, keep_first: bool) -> None:
+    """Keys equal within a tile, tiles across frames: a pseudo-key's mass goes to the frames of its tokens."""
+    layout = TokenLayout.from_grid((5, 3, 2), 2, 1)
+    frames = key_frames(layout, keep_first)
+    query, key, value = draw(layout)
+    plan = window_plan(layout)[0].with_tail(kind)
+    assert plan.tail is not None
+    plan = plan.seen_whole([True])
+    owner = torch.arange(layout.seqlen) // 5 * 5
+    key, value = key[:, owner], value[:, owner]
+    anchor = anchor_for(frames)
+    got = edited_attention(query, key, value, frames, EDITS[0], anchor=anchor, plan=plan, chunk_bytes=1)
+    want, scalars = reference_edit(query, key, value, frames, EDITS[0], anchor=anchor)
+    torch.testing.assert_close(got.scalars.beta, scalars.beta, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(got.out.double(), want, atol=2e-5 * max(1.0, float(scalars.beta)), rtol=1e-3)
+
+
 def test_restricted_plan_sees_what_the_plan_sees_of_the_chosen_keys() -> None:
     layout = TokenLayout.from_grid((4, 3, 3), 2)
     plan, visible = window_plan(layout, 4)

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.plan.random_plan import random_plan
-from genattn.kernels.plan.tail import TAILS
+from genattn.kernels.cpu import groups as cpu_groups
+from genattn.kernels.plan.block_plan import run_tiles
+from genattn.kernels.plan.random_plan import plan_from_states, random_plan
+from genattn.kernels.plan.tail import TAILS, tail_of_plan
 from genattn.kernels.reference.attention import reference_attention
 
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
@@ -112,3 +114,63 @@ def test_grouped_gradients_in_float64(monkeypatch):
     assert torch.autograd.gradcheck(
         lambda q, k, v: block_sparse_attention(q, k, v, plan, key_mask=mask, impl="grouped"), inputs
     )
+
+
+def test_sdpa_matches_the_definition():
+    for lists, masked in ((1, False), (2, True)):
+        plan = random_plan(11, heads=lists, padding=2, keep=0.3).with_tail("mean2")
+        inputs = [x.requires_grad_() for x in _inputs(plan, 2, 1, 16, 2, torch.float32, 0)]
+        key_mask = torch.rand(2, plan.seqlen_k) < 0.6 if masked else None
+        if masked:
+            key_mask[1] = False
+        out = block_sparse_attention(*inputs, plan, impl="sdpa", key_mask=key_mask)
+        expected = reference_attention(*inputs, plan, key_mask=key_mask)[0]
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+        grads, wanted = (torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected))
+        for got, want in zip(grads, wanted):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+def test_sdpa_counts_the_weights_in_its_limit(monkeypatch):
+    plan = random_plan(11, keep=0.3).with_tail("mean")
+    monkeypatch.setattr("genattn.kernels.peers.sdpa_mask._MASK_BYTES", 2 * plan.seqlen_q * plan.seqlen_k)
+    with pytest.raises(ValueError, match="its mask must stay under"):
+        block_sparse_attention(*_inputs(plan, 1, 1, 16, 1, torch.float32, 0), plan, impl="sdpa")
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_flex_matches_the_definition(scattered):
+    """Uncompiled, flex computes the same on all pairs."""
+    from genattn.kernels.peers import flex
+
+    plan = random_plan(4, (2, 4, 6), heads=2, scattered=scattered, keep=0.4).with_tail("mean2")
+    inputs = _inputs(plan, 2, 1, 16, 2, torch.float32, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+        with pytest.warns(UserWarning, match="without torch.compile"):
+            out = block_sparse_attention(*inputs, plan, impl="flex")
+    torch.testing.assert_close(out, reference_attention(*inputs, plan)[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_side_by_side_stand_in_for_their_own_tiles(impl, masked):
+    """A plan whose tiles belong to one of three sequences each: nobody stands in for another's keys."""
+    tiles = run_tiles(3 * 96, 8)
+    owner = torch.arange(len(tiles)) // 12
+    states = 2 * (torch.rand(1, len(tiles), len(tiles), generator=torch.Generator().manual_seed(0)) < 0.3).int()
+    states = states * (owner[:, None] == owner)
+    plan = plan_from_states(states, tiles, tiles, None, 3 * 96, 3 * 96)
+    plan = plan.with_tail(tail_of_plan(plan, "mean2", among=(owner, owner)))
+    inputs = _inputs(plan, 1, 1, 16, 2, torch.float32, 0)
+    mask = torch.rand(2, 3 * 96) < 0.7 if masked else None
+    whole = block_sparse_attention(*inputs, plan, impl=impl, key_mask=mask, return_lse=True)
+    _assert_close(whole, inputs, plan, torch.float32, mask)
+    for first in range(0, 3 * 96, 96):
+        rows, own = slice(first, first + 96), slice(first // 8, first // 8 + 12)
+        alone = plan_from_states(states[:, own, own], run_tiles(96, 8), run_tiles(96, 8), None, 96, 96).with_tail("mean2")
+        some = [x[:, rows] for x in inputs]
+        out = block_sparse_attention(*some, alone, impl="reference", key_mask=None if mask is None else mask[:, rows])
+        torch.testing.assert_close(whole[0][:, rows], out, atol=1e-5, rtol=1e-4)
+    groups = cpu_groups.groups_with_tail(plan)[0]
+    assert any(0 < group.tail <= 24 for group in groups), "each run takes what it sees of 72 pseudo-keys"
