@@ -29,7 +29,11 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise; same seed, same vide
 GuidanceScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the model's.")]
 Attention = Annotated[
     str,
-    typer.Option(help="radial, radial-paper, radial-official, neighborhood (with --window) or dense.", show_default=True),
+    typer.Option(
+        help="radial, radial-paper, radial-official, neighborhood (with --window), adaptive, sol, sparge, svg2, dense, "
+        "or a map.safetensors of `genattn profile`.",
+        show_default=True,
+    ),
 ]
 PatternOptions = Annotated[
     str | None, typer.Option(help="Settings of the pattern: decay=0.3, or a JSON object.", metavar="KEY=VALUE|JSON")

@@ -15,6 +15,7 @@ from genattn.apps.cli import (
     kernels as commands_kernels,
     long as commands_long,
     patterns as commands_patterns,
+    profile as commands_profile,
     sampling as commands_sampling,
 )
 from genattn.errors import GenAttnError
@@ -49,6 +50,7 @@ app.command("compare")(commands_sampling.compare_command)
 app.command("explain")(commands_sampling.explain_command)
 app.command("measure")(commands_long.measure_command)
 app.command("long")(commands_long.long_command)
+app.command("profile")(commands_profile.profile_command)
 app.command("hunt")(commands_hunt.hunt_command)
 app.command("finetune")(commands_finetune.finetune_command)
 app.command("simulate")(commands_patterns.simulate_command)

@@ -2,6 +2,8 @@
 
 radial                              the pattern with its own settings
 neighborhood:18x24x24/16x8x8        a window and a stride per axis, in tokens: frames, height, width
+adaptive, sol, sparge, svg2         tiles chosen by content, by our rule or by a published one
+map.safetensors                     a map of `genattn profile`; also profile:PATH
 --pattern-options decay=0.3         or a JSON object: {"decay": 0.3}
 """
 
@@ -39,12 +41,52 @@ def _neighborhood(**options: Any) -> Pattern:
     return NeighborhoodPattern(**options)
 
 
+def _adaptive(**options: Any) -> Pattern:
+    """Amount and rule by name: rule=top-p, mass=0.8; the rest are settings of AdaptivePattern."""
+    from genattn.patterns.adaptive import AdaptivePattern
+    from genattn.patterns.as_json import from_plain
+    from genattn.selection.estimate import PooledScore
+    from genattn.selection.rules import RULES, rule_named
+
+    given = {key: from_plain(value) for key, value in options.items()}
+    rule = rule_named(str(given.pop("rule", "error-aware")))
+    if rule.amount_name in given:
+        rule = rule.with_amount(given.pop(rule.amount_name))
+    other = sorted(key for key in given if key in {r.amount_name for r in RULES.values()})
+    if other:
+        raise GenAttnError(f"the rule has the amount {rule.amount_name!r}, got {', '.join(other)}; name rule=... too")
+    if "levels" in given:
+        given["score"] = PooledScore(given.pop("levels"))
+    _check_names("adaptive", AdaptivePattern, given, fixed=("selection",))
+    return AdaptivePattern(rule, **({"tail": "mean"} | given))
+
+
+def _published(name: str) -> Callable[..., Pattern]:
+    def make(**options: Any) -> Pattern:
+        from genattn.patterns.published import published
+
+        return published(name, **options)
+
+    return make
+
+
+def _profiled(path: str, options: dict[str, Any]) -> Pattern:
+    from genattn.patterns.profiled import ProfiledPattern
+
+    _check_names("a map", ProfiledPattern, options, fixed=("path", "layer", "band", "heads"))
+    return ProfiledPattern(path, **({"tail": "mean"} | options))
+
+
 ATTENTIONS: dict[str, Callable[..., Pattern] | None] = {
     "dense": None,
     "radial": _radial("genattn"),
     "radial-paper": _radial("paper"),
     "radial-official": _radial("official"),
     WINDOWED: _neighborhood,
+    "adaptive": _adaptive,
+    "sol": _published("sol"),
+    "sparge": _published("sparge"),
+    "svg2": _published("svg2"),
 }
 
 
@@ -76,7 +118,7 @@ def pattern_from_name(
     """The pattern called `name`, None for dense.
 
     Args:
-        name: a key of ATTENTIONS, or `neighborhood:WINDOW` or `neighborhood:WINDOW/STRIDE`.
+        name: a key of ATTENTIONS, `neighborhood:WINDOW`, `neighborhood:WINDOW/STRIDE`, or the file of a map.
         options: settings of the pattern, as a JSON object or as KEY=VALUE, separated by commas.
         window, stride: of neighborhood attention, such as 18x24x24.
 
@@ -85,8 +127,13 @@ def pattern_from_name(
             for a pattern that has none.
     """
     base, _, spec = name.partition(":")
+    if base == "profile" or name.endswith(".safetensors"):
+        if window or stride:
+            raise GenAttnError(f"--window and --stride belong to {WINDOWED}, got the map {name}")
+        return _profiled(spec if base == "profile" else name, _settings(options))
     if base not in ATTENTIONS:
-        raise GenAttnError(f"--attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
+        known = f"{', '.join(ATTENTIONS)} or a map.safetensors"
+        raise GenAttnError(f"--attention must be one of {known}, got {name!r}")
     if spec:
         window, stride = _one_way(name, spec, window, stride)
     settings = _settings(options)

@@ -17,6 +17,7 @@ from genattn.patterns.dense import DensePattern
 from genattn.patterns.global_tokens import GlobalTokens
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
+from genattn.patterns.profiled import ProfiledPattern
 from genattn.patterns.radial import RadialPattern
 from genattn.selection.budget import Budget
 from genattn.selection.estimate import PooledScore
@@ -35,6 +36,7 @@ TYPES: dict[str, Callable[..., Pattern]] = {
         NeighborhoodPattern,
         PerHead,
         PerLayer,
+        ProfiledPattern,
         RadialPattern,
         Union,
     )
@@ -69,7 +71,7 @@ def pattern_from_dict(settings: Mapping[str, Any]) -> Pattern:
     name = given.pop("type", None)
     if name not in TYPES:
         raise GenAttnError(f"a pattern's type must be one of {', '.join(TYPES)}, got {name!r}")
-    arguments = {key: _rich(value) for key, value in given.items()}
+    arguments = {key: from_plain(value) for key, value in given.items()}
     try:
         if name in ("Union", "Intersection"):
             return TYPES[name](*arguments.pop("patterns", ()), **arguments)
@@ -111,16 +113,17 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _rich(value: Any) -> Any:
+def from_plain(value: Any) -> Any:
+    """What `plain` gave back to patterns, parts and tuples."""
     if isinstance(value, dict):
         return _part(value) if value.get("type") in PARTS else pattern_from_dict(value)
-    return tuple(_rich(v) for v in value) if isinstance(value, list) else value
+    return tuple(from_plain(v) for v in value) if isinstance(value, list) else value
 
 
 def _part(settings: Mapping[str, Any]) -> Any:
     given = dict(settings)
     name = given.pop("type")
     try:
-        return PARTS[name](**{key: _rich(value) for key, value in given.items()})
+        return PARTS[name](**{key: from_plain(value) for key, value in given.items()})
     except TypeError as error:
         raise GenAttnError(f"settings of {name}: {error}") from None

@@ -1,0 +1,284 @@
+"""The choice by content with each of its parts exchanged: what it keeps, what it costs, how it runs on every kind of tile."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import genattn
+from genattn.errors import GenAttnError
+from genattn.functional.dispatch import block_plan_for, explain_attention, plan_for, planned_attention
+from genattn.geometry.token_layout import Segment, TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.head_tiles import HeadTiles
+from genattn.kernels.reference.attention import visible_mask
+from genattn.patterns.adaptive import AdaptivePattern
+from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict
+from genattn.patterns.block_topk import BlockTopK
+from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
+from genattn.patterns.dense import DensePattern
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.pattern import SiteMemory
+from genattn.patterns.published import sol, sparge, svg2
+from genattn.patterns.radial import RadialPattern
+from genattn.selection.budget import Budget
+from genattn.selection.estimate import PooledScore
+from genattn.selection.guards import Similarity
+from genattn.selection.rules import ErrorAware, Threshold, TopK, TopP
+from genattn.selection.tiling import Boxes, Clusters, Runs
+
+LAYOUT = TokenLayout((Segment("text", (5,)), Segment("grid", (4, 6, 7)), Segment("padding", (6,))))
+GRID = LAYOUT.raster_index >= 0
+PATTERNS = [
+    AdaptivePattern(),
+    AdaptivePattern("top-p"),
+    AdaptivePattern(Threshold(0.5, "diag"), tiles=Runs((8, 8)), neighbours=1),
+    AdaptivePattern(ErrorAware(0.2), PooledScore(0), Runs((16, 8)), neighbours=1),
+    AdaptivePattern(TopK(0.2), guard=Similarity(0.1, of="pairs", queries=True, shut=True)),
+    AdaptivePattern(TopK(0.2), inside=RadialPattern(), always=NeighborhoodPattern((1, 3, 3))),
+    AdaptivePattern(TopK(0.3), tiles=Clusters(5, 6)),
+    AdaptivePattern(ErrorAware(0.3), tiles=Clusters(5, 6)),
+]
+
+
+def _qkv(heads: int = 4, groups: int = 2, batch: int = 2) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return [torch.randn(batch, LAYOUT.seqlen, n, 8, generator=draw) * 2 for n in (heads, groups, groups)]
+
+
+def _seen(plan: BlockPlan | HeadTiles) -> torch.Tensor:
+    """Bool [H, S, S]."""
+    if isinstance(plan, BlockPlan):
+        return visible_mask(plan)
+    whole = visible_mask(plan.folded)[0].view(plan.seqlen, plan.heads, plan.seqlen, plan.heads)
+    return torch.stack([whole[:, h, :, h] for h in range(plan.heads)])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{type(p.selection).__name__}-{type(p.tiles).__name__}")
+def test_always_kept_and_right(pattern: AdaptivePattern) -> None:
+    """Text both ways, no padding, lists per head, and attention over exactly what is seen, on every kind of tile."""
+    query, key, value = _qkv()
+    plan = plan_for(query, key, pattern, LAYOUT)
+    assert isinstance(plan, BlockPlan | HeadTiles)
+    seen = _seen(plan)
+    assert seen.shape[0] == plan.num_heads == 4
+    assert seen[:, :, :5].all()
+    assert seen[:, :5, :-6].all()
+    assert not seen[:, :, -6:].any()
+    assert plan.full_share == 1.0
+    assert 0.05 < plan.density < 1
+    mask = torch.zeros(2, LAYOUT.seqlen, dtype=torch.bool)
+    mask[0], mask[1, :-20] = True, True
+    out = planned_attention(query, key, value, plan, key_mask=mask)
+    k, v = (x.repeat_interleave(2, dim=2).transpose(1, 2) for x in (key, value))
+    shown = seen[None] & mask[:, None, None, :]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query.transpose(1, 2), k, v, shown).transpose(1, 2)
+    assert torch.allclose(out, wanted.nan_to_num(), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_every_query_of_the_grid_sees_its_own_place() -> None:
+    query, key, _ = _qkv()
+    for pattern in PATTERNS[:6]:
+        seen = _seen(plan_for(query, key, pattern, LAYOUT))  # type: ignore[arg-type]
+        assert seen.diagonal(dim1=1, dim2=2)[:, GRID].all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 7), st.integers(2, 7), st.integers(0, 9), st.integers(1, 6), st.integers(1, 6))
+def test_clusters_of_any_grid_cover_every_token_once(t: int, h: int, w: int, text: int, kq: int, kk: int) -> None:
+    layout = TokenLayout.from_grid((t, h, w), text_before=text)
+    draw = torch.Generator().manual_seed(t * 100 + h * 10 + w)
+    query, key = torch.randn(2, layout.seqlen, 3, 4, generator=draw), torch.randn(2, layout.seqlen, 1, 4, generator=draw)
+    tokens = t * h * w
+    pattern = AdaptivePattern(TopP(0.5), tiles=Clusters(min(kq, tokens), min(kk, tokens), 2))
+    plan = pattern.plan_for(query, key, layout, 8, 4)
+    assert isinstance(plan, HeadTiles)
+    places = torch.arange(layout.seqlen * 3)
+    for tiles in (plan.folded.query_tiles, plan.folded.key_tiles):
+        used = tiles[tiles >= 0].long()
+        assert torch.equal(used.sort().values, places)
+        heads = torch.where(tiles >= 0, tiles % 3, -1)
+        assert all(row[row >= 0].unique().numel() <= 1 for row in heads)
+    seen = visible_mask(plan.folded)[0]
+    assert not (seen & (places[:, None] % 3 != places % 3)).any()
+    assert plan.density == pytest.approx(float(_seen(plan).float().mean()))
+
+
+def test_head_tiles_with_all_mass_are_dense_attention_with_lse() -> None:
+    query, key, value = _qkv()
+    pattern = AdaptivePattern(TopP(1.0), tiles=Clusters(4, 4))
+    out, lse = genattn.attention(query, key, value, pattern, LAYOUT, return_lse=True)
+    wanted, right = genattn.attention(query, key, value, DensePattern(), LAYOUT, return_lse=True)
+    assert torch.allclose(out, wanted, atol=1e-5)
+    assert torch.allclose(lse, right, atol=1e-4)
+    assert explain_attention(query, key, value, pattern, LAYOUT)[0]
+    with pytest.raises(GenAttnError, match="the same tiles for all heads, got clusters"):
+        block_plan_for(query, key, pattern, LAYOUT)
+    plan = plan_for(query, key, pattern, LAYOUT)
+    with pytest.raises(GenAttnError, match=r"query must be \[B, 179, 4, D\]"):
+        planned_attention(query[:, :9], key, value, plan)
+    assert isinstance(plan, HeadTiles)
+    assert plan.to("cpu") is plan
+    assert plan.flops(8, 4) == pytest.approx(4 * 4 * 8 * plan.density * LAYOUT.seqlen**2)
+    with pytest.raises(ValueError, match="one list over 4 x 7 places"):
+        HeadTiles(plan.folded, 4, 7)
+
+
+def test_block_topk_is_a_case_of_it() -> None:
+    query, key, _ = _qkv()
+    case = BlockTopK(keep=0.3, levels=1, min_similarity=0.2)
+    general = AdaptivePattern(TopK(0.3), PooledScore(1, weighted=False), guard=Similarity(0.2))
+    one, two = case.plan_for(query, key, LAYOUT, 16, 8), general.plan_for(query, key, LAYOUT, 16, 8)
+    assert isinstance(one, BlockPlan)
+    assert isinstance(two, BlockPlan)
+    assert torch.equal(one.columns, two.columns)
+    assert torch.equal(one.row_ptr, two.row_ptr)
+
+
+def test_priors() -> None:
+    """Inside: no tile that the prior hides; always: all that the prior shows anything of."""
+    query, key, _ = _qkv()
+    prior = NeighborhoodPattern((4, 3, 7))
+    inside = _seen(AdaptivePattern(TopK(1.0), inside=prior).plan_for(query, key, LAYOUT, 8, 8))
+    reach = _seen(prior.plan(LAYOUT, 8, 8))[0]
+    tiles = AdaptivePattern(TopK(1.0)).plan_for(query, key, LAYOUT, 8, 8)
+    assert isinstance(tiles, BlockPlan)
+    home = torch.empty(LAYOUT.seqlen, dtype=torch.long)
+    for tile, row in enumerate(tiles.query_tiles):
+        home[row[row >= 0].long()] = tile
+    pair = torch.zeros(int(home.max()) + 1, int(home.max()) + 1)
+    pair.index_put_((home[:, None].expand_as(reach), home.expand_as(reach)), prior.mask(LAYOUT).float(), accumulate=True)
+    shown = (pair > 0)[home][:, home] & (LAYOUT.raster_index != -2)
+    assert torch.equal(inside[0], shown)
+    always = _seen(AdaptivePattern(TopK(0.01), always=prior).plan_for(query, key, LAYOUT, 8, 8))
+    assert (always | ~shown).all()
+
+
+def test_text_alone_is_dense() -> None:
+    layout = TokenLayout((Segment("text", (9,)),))
+    x = torch.randn(1, 9, 2, 4)
+    for pattern in (AdaptivePattern(), AdaptivePattern(tiles=Runs())):
+        assert plan_for(x, x, pattern, layout).density == 1.0  # type: ignore[union-attr]
+
+
+def test_budget_by_layer_step_and_head() -> None:
+    pattern = AdaptivePattern(TopK(0.5), budget=Budget((0.1, (0.2, 0.4)), ((0.5, 2.0), (1.0, 1.0))))
+    second = pattern.for_layer(1, 2)
+    assert second.selection == TopK((0.2, 0.4))
+    assert second.for_step(0.1).selection == TopK((0.4, 0.8))
+    assert second.for_step(0.8).for_heads(1, 1).selection == TopK((0.4,))
+    assert second.for_step(None).selection == TopK((0.2, 0.4))
+    assert pattern.for_layer(0, 2).selection == TopK(0.1)
+    with pytest.raises(GenAttnError, match="one amount per layer"):
+        pattern.for_layer(2, 3)
+    per_layer = RadialPattern(layer_decay=(0.2, 0.9))
+    assert AdaptivePattern(inside=per_layer).for_layer(1, 2).inside == RadialPattern(decay=0.9)
+    per_head = RadialPattern(decay=(0.2, 0.9))
+    assert AdaptivePattern(always=per_head).for_heads(1, 1).always == RadialPattern(decay=(0.9,))
+
+
+def test_plans_are_kept_over_steps_and_passes() -> None:
+    query, key, _ = _qkv()
+    pattern = AdaptivePattern(refresh_every=2, share_passes=True)
+    memory = SiteMemory(0, "cond")
+    first = pattern.plan_for(query, key, LAYOUT, memory=memory)
+    memory.pass_name = "uncond"
+    assert pattern.plan_for(-query, key, LAYOUT, memory=memory) is first
+    memory.step = 1
+    assert pattern.plan_for(-query, key, LAYOUT, memory=memory) is first
+    memory.step = 2
+    assert pattern.plan_for(-query, key, LAYOUT, memory=memory) is not first
+    alone, memory = AdaptivePattern(), SiteMemory(0, "cond")
+    first = alone.plan_for(query, key, LAYOUT, memory=memory)
+    assert alone.plan_for(query, key, LAYOUT, memory=memory) is first
+    memory.pass_name = "uncond"
+    assert alone.plan_for(query, key, LAYOUT, memory=memory) is not first
+    unknown = SiteMemory()
+    assert alone.plan_for(query, key, LAYOUT, memory=unknown) is not alone.plan_for(query, key, LAYOUT, memory=unknown)
+
+
+def test_centres_are_carried_to_the_next_step() -> None:
+    query, key, _ = _qkv()
+    pattern = AdaptivePattern(tiles=Clusters(4, 4, iterations=1, step_iterations=1))
+    memory = SiteMemory(0)
+    pattern.plan_for(query, key, LAYOUT, memory=memory)
+    first = memory.kept["key centres", None]
+    memory.step = 1
+    pattern.plan_for(query, key, LAYOUT, memory=memory)
+    second = memory.kept["key centres", None]
+    points = key[:, GRID].permute(2, 1, 0, 3).flatten(2)
+
+    def far(centres: torch.Tensor) -> float:
+        return float(torch.cdist(points, centres).amin(-1).square().sum())
+
+    assert far(second) < far(first)
+
+
+def test_union_intersection_and_per_head_take_it() -> None:
+    query, key, value = _qkv()
+    chosen, window = AdaptivePattern(TopK(0.2)), NeighborhoodPattern((2, 3, 3))
+    block = (16, 16)
+    alone = _seen(chosen.plan_for(query, key, LAYOUT, *block))
+    still = window.mask(LAYOUT)
+    for combined, wanted in ((Union(chosen, window), alone | still), (Intersection(window, chosen), alone & still)):
+        plan = combined.plan_for(query, key, LAYOUT, *block)
+        assert torch.equal(_seen(plan), wanted)
+        assert combined.needs_tensors
+    split = PerHead((chosen, window, DensePattern()), (0, 1, 0, 2))
+    found = _seen(split.plan_for(query, key, LAYOUT, *block))
+    whole = DensePattern().mask(LAYOUT)
+    assert torch.equal(found, torch.stack([alone[0], still, alone[2], whole]))
+    assert genattn.attention(query, key, value, split, LAYOUT).shape == query.shape
+    assert Union(window, RadialPattern()).plan_for(query, key, LAYOUT) is Union(window, RadialPattern()).plan(LAYOUT)
+    assert split.for_heads(0, 2).plan_for(query[:, :, :2], key[:, :, :1], LAYOUT).num_heads == 2
+    budget = AdaptivePattern(TopK(0.2), budget=Budget(steps=((1.0, 2.0),)))
+    assert Union(budget, window).for_step(0.5) == Union(AdaptivePattern(TopK(0.4), budget=Budget()), window)
+    assert PerLayer((budget,), (0, 0)).for_step(0.5).for_layer(1, 2).selection == TopK(0.4)  # type: ignore[attr-defined]
+
+
+def test_combinations_that_cannot_be() -> None:
+    query, key, _ = _qkv()
+    chosen, window = AdaptivePattern(), NeighborhoodPattern((2, 3, 3))
+    with pytest.raises(GenAttnError, match="cannot hold another combination with a pattern that looks at the tensors"):
+        Union(window, Intersection(chosen, window)).plan_for(query, key, LAYOUT)
+    with pytest.raises(GenAttnError, match="must have the same tiles"):
+        Union(chosen, AdaptivePattern(tiles=Runs((8, 8)))).plan_for(query, key, LAYOUT)
+    with pytest.raises(GenAttnError, match="clusters are tiles of each head's own"):
+        Union(window, svg2()).plan_for(query, key, LAYOUT)
+    with pytest.raises(GenAttnError, match="one entry per head, got 2 entries for 4 heads"):
+        PerHead((chosen, window)).plan_for(query, key, LAYOUT)
+
+
+def test_saved_and_read() -> None:
+    for pattern in [*PATTERNS, sol(), sparge(), svg2(), Union(AdaptivePattern("top-p"), RadialPattern())]:
+        assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
+    with pytest.raises(GenAttnError, match="settings of TopK: "):
+        pattern_from_dict({"type": "AdaptivePattern", "selection": {"type": "TopK", "shares": 0.3}})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: AdaptivePattern("best"), "rule must be one of top-k"),
+        (lambda: AdaptivePattern(0.3), "selection must be a rule such as TopK"),  # type: ignore[arg-type]
+        (lambda: AdaptivePattern(tiles=3), "tiles must be a tiling such as Boxes"),  # type: ignore[arg-type]
+        (lambda: AdaptivePattern(neighbours=-1), "neighbours must be a whole number >= 0, got -1"),
+        (lambda: AdaptivePattern(refresh_every=0), "refresh_every must be a whole number >= 1, got 0"),
+        (lambda: AdaptivePattern(inside=BlockTopK()), "inside must be a pattern of geometry alone"),
+        (lambda: AdaptivePattern(always=3), "always must be a pattern of geometry alone"),  # type: ignore[arg-type]
+        (lambda: AdaptivePattern(tiles="clusters", inside=RadialPattern()), "inside needs tiles that are places, got clusters"),
+        (lambda: AdaptivePattern(tiles=Clusters(9999)).check(LAYOUT), "must be at most the 168 tokens of the grid, got 9999"),
+        (lambda: AdaptivePattern().plan(LAYOUT), "AdaptivePattern looks at the queries and keys; call plan_for"),
+        (lambda: AdaptivePattern(inside=NeighborhoodPattern((9, 9, 9))).check(LAYOUT), "window_size"),
+        (lambda: AdaptivePattern().plan_for(torch.zeros(1, 9, 2, 8), torch.zeros(1, 9, 2, 8), LAYOUT), r"\[B, 179, H, D\]"),
+    ],
+)
+def test_refusals(make: object, says: str) -> None:
+    with pytest.raises(GenAttnError, match=says):
+        make()  # type: ignore[operator]
+
+
+def test_boxes_with_sides_of_their_own() -> None:
+    query, key, _ = _qkv()
+    plan = AdaptivePattern(tiles=Boxes((16, 8))).plan_for(query, key, LAYOUT, 128, 128)
+    assert isinstance(plan, BlockPlan)
+    assert (plan.block_q, plan.block_k) == (16, 8)
