@@ -78,7 +78,7 @@ MAY_IMPORT = {
     ),
     "apps/cli": (
         "apps/bench apps/comfyui apps/sampling apps/webui apps/webui/verbs "
-        "genattn genattn/geometry genattn/patterns genattn/planning "
+        "genattn genattn/geometry genattn/patterns genattn/planning genattn/profiling "
         "guidance/headhunter "
         "pipelines/finetune pipelines/long_video pipelines/long_video/ouroboros pipelines/long_video/quality "
         "pipelines/tiny pipelines/training"
@@ -106,7 +106,7 @@ MAY_IMPORT = {
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"
     ),
     "apps/sampling": (
-        "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling "
+        "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling genattn/selection "
         "pipelines/long_video/output pipelines/tiny"
     ),
     "apps/webui": "apps/webui/tabs apps/webui/verbs genattn",
