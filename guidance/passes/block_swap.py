@@ -89,31 +89,38 @@ class BlockOrder:
         if getattr(self.model, "_parallel_config", None) is not None:
             return "the model runs under context parallelism"
         for place in self.before(depth):
+            if isinstance(self.block(place), Stand):
+                return f"block {place[1]} of {place[0]} carries another plugin's state, which must see every pass"
             hooked = _hook_of(self.block(place))
             if hooked:
                 return f"block {place[1]} of {place[0]} carries a {hooked} hook, which must see every pass"
         return None
 
-    @contextlib.contextmanager
-    def swapped(self, replacements: Mapping[Place, nn.Module]) -> Iterator[None]:
+    def swapped(self, replacements: Mapping[Place, nn.Module]) -> "contextlib.AbstractContextManager[None]":
         """The model with some blocks replaced."""
-        stacks = {stack for stack, _ in replacements}
-        before: dict[str, tuple[nn.Module, str, Any]] = {}
-        for stack in stacks:
-            parent, _, name = stack.rpartition(".")
-            holder = self.model.get_submodule(parent)
-            blocks: Any = holder._modules[name]
-            before[stack] = (holder, name, blocks)
-            # bypassing setattr keeps hooks, compiled frames and parameter lists out of it
-            holder._modules[name] = nn.ModuleList([replacements.get((stack, i), block) for i, block in enumerate(blocks)])
-        try:
-            yield
-        finally:
-            for holder, name, blocks in before.values():
-                holder._modules[name] = blocks
+        return swapped(self.model, replacements)
 
 
-class _Stand(nn.Module):
+@contextlib.contextmanager
+def swapped(model: nn.Module, replacements: Mapping[Place, nn.Module]) -> Iterator[None]:
+    """`model` with some blocks replaced."""
+    stacks = {stack for stack, _ in replacements}
+    before: dict[str, tuple[nn.Module, str, Any]] = {}
+    for stack in stacks:
+        parent, _, name = stack.rpartition(".")
+        holder = model.get_submodule(parent)
+        blocks: Any = holder._modules[name]
+        before[stack] = (holder, name, blocks)
+        # bypassing setattr keeps hooks, compiled frames and parameter lists out of it
+        holder._modules[name] = nn.ModuleList([replacements.get((stack, i), block) for i, block in enumerate(blocks)])
+    try:
+        yield
+    finally:
+        for holder, name, blocks in before.values():
+            holder._modules[name] = blocks
+
+
+class Stand(nn.Module):
     """Takes the place of a block; whatever else is asked of it, the block answers."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -127,7 +134,7 @@ class _Stand(nn.Module):
             return getattr(self.__dict__["block"], name)
 
 
-class Recorder(_Stand):
+class Recorder(Stand):
     """Runs the block and remembers its first answer."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -143,7 +150,7 @@ class Recorder(_Stand):
         return answer
 
 
-class Repeater(_Stand):
+class Repeater(Stand):
     """Gives a remembered answer, or part of it, without running the block."""
 
     def __init__(self, block: nn.Module, answer: Any) -> None:
@@ -155,7 +162,7 @@ class Repeater(_Stand):
         return self.__dict__["answer"]
 
 
-class Bypass(_Stand):
+class Bypass(Stand):
     """Leaves the block out: its hidden states pass unchanged, or mixed with what the block gives.
 
     Args:

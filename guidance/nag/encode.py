@@ -1,0 +1,200 @@
+"""The negative text as a denoiser is told of it: encoded once by the pipeline's own `encode_prompt`.
+
+Every pipeline returns its embeddings in an order of its own; `RETURNS` says which denoiser input each is. The settings that
+shape the text (how many tokens it is filled up to) follow the positive text that the denoiser was just given.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from genattn.errors import GenAttnError
+from genattn.guidance.nag.streams import TextWay
+
+Texts = dict[str, Any]
+_TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
+
+# per denoiser class: the inputs that encode_prompt's results are, in order; None for what a negative text does not need
+RETURNS: dict[str, tuple[str | None, ...]] = {
+    "FluxTransformer2DModel": (_TEXT, None, "txt_ids"),
+    "Flux2Transformer2DModel": (_TEXT, "txt_ids"),
+    "ChromaTransformer2DModel": (_TEXT, "txt_ids", "attention_mask"),
+    "QwenImageTransformer2DModel": (_TEXT, "encoder_hidden_states_mask"),
+    "ZImageTransformer2DModel": ("cap_feats",),
+    "HiDreamImageTransformer2DModel": ("encoder_hidden_states_t5", None, "encoder_hidden_states_llama3"),
+    "HunyuanVideoTransformer3DModel": (_TEXT, None, _MASK),
+    "HunyuanVideoFramepackTransformer3DModel": (_TEXT, None, _MASK),
+    "HunyuanVideo15Transformer3DModel": (_TEXT, _MASK, "encoder_hidden_states_2", "encoder_attention_mask_2"),
+    "AuraFlowTransformer2DModel": (_TEXT,),
+    **dict.fromkeys(
+        (
+            "PixArtTransformer2DModel",
+            "SanaTransformer2DModel",
+            "Lumina2Transformer2DModel",
+            "MochiTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+        ),
+        (_TEXT, _MASK),
+    ),
+}
+# tokens that CLIP adds to what T5 gives, so that both lengths can be told apart
+_CLIP_TOKENS = {"SD3Transformer2DModel": 77}
+_PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
+BATCH_AXIS = {"encoder_hidden_states_llama3": 1}
+SHARED = frozenset({"txt_ids"})
+
+
+def encode(pipe: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any], settings: Mapping[str, Any]) -> Texts:
+    """Denoiser inputs, by name, for negative prompts.
+
+    Args:
+        pipe: the pipeline.
+        model: its denoiser.
+        prompts: one text or several.
+        told: the inputs of the positive forward, by name.
+        settings: further arguments of `encode_prompt`, such as a template or `clip_skip`.
+
+    Raises:
+        GenAttnError: if the pipeline has no `encode_prompt`, or no text encoder to run.
+    """
+    name = _name_of(model)
+    function = getattr(pipe, "encode_prompt", None)
+    if pipe is None or function is None:
+        raise GenAttnError(
+            f"negative_prompt needs a pipeline with encode_prompt, got {type(pipe).__name__}; "
+            "hand in the encoded text, NAG(negative_embeds={'encoder_hidden_states': ...})"
+        )
+    arguments = _arguments(function, prompts, told, name, pipe)
+    strange = sorted(set(settings) - set(inspect.signature(function).parameters))
+    if strange:
+        raise GenAttnError(f"encode settings must be arguments of {type(pipe).__name__}.encode_prompt, got {strange}; drop them")
+    try:
+        with torch.no_grad():
+            results = function(**{**arguments, **settings})
+    except (AttributeError, TypeError) as error:
+        if all(getattr(pipe, part, None) is None for part in ("text_encoder", "text_encoder_2", "text_encoder_3")):
+            raise GenAttnError(
+                f"negative_prompt needs the text encoder, got a {type(pipe).__name__} without one; "
+                "hand in the encoded text, NAG(negative_embeds={'encoder_hidden_states': ...})"
+            ) from error
+        raise
+    if name == "LTX2VideoTransformer3DModel":
+        return _through_connectors(pipe, results)
+    names = RETURNS.get(name, (_TEXT,))
+    found = {key: value for key, value in zip(names, results) if key is not None}
+    return {key: value for key, value in found.items() if value is not None or key in told}
+
+
+def _name_of(model: Any) -> str:
+    known = {*RETURNS, *_CLIP_TOKENS, "LTX2VideoTransformer3DModel"}
+    return next((base.__name__ for base in type(model).__mro__ if base.__name__ in known), type(model).__name__)
+
+
+def _arguments(function: Any, prompts: Sequence[str], told: Mapping[str, Any], name: str, pipe: Any) -> dict[str, Any]:
+    """What encode_prompt is called with, of what it takes."""
+    known = inspect.signature(function).parameters
+    wanted: dict[str, Any] = {
+        **dict.fromkeys(_PROMPTS, list(prompts)),
+        "device": getattr(pipe, "_execution_device", None),
+        "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
+        "batch_size": len(prompts),
+        "do_classifier_free_guidance": False,
+        "clean_caption": False,
+        "clip_skip": getattr(pipe, "clip_skip", None),
+    }
+    tokens = told.get(_TEXT, told.get("encoder_hidden_states_t5"))
+    pads = "max_sequence_length" in known and isinstance(tokens, torch.Tensor)
+    if pads and name not in ("QwenImageTransformer2DModel", "ZImageTransformer2DModel"):
+        length = tokens.shape[1] - _CLIP_TOKENS.get(name, 0)  # type: ignore[union-attr]
+        wanted["max_sequence_length"] = max(1, length)
+    return {key: value for key, value in wanted.items() if key in known}
+
+
+def _through_connectors(pipe: Any, results: Sequence[Any]) -> Texts:
+    """LTX-2: one text for the video and one for the audio come out of the connectors."""
+    side = getattr(pipe.tokenizer, "padding_side", "left")
+    video, audio, mask = pipe.connectors(results[0], results[1], padding_side=side)
+    return {
+        _TEXT: video,
+        "audio_encoder_hidden_states": audio,
+        _MASK: mask,
+        "audio_encoder_attention_mask": mask,
+    }
+
+
+def count_of(texts: Texts, way: TextWay) -> int:
+    """Number of negative texts."""
+    first = next(iter(texts))
+    value = texts[way.inputs[0]] if way.inputs[0] in texts else texts[first]
+    return len(value) if isinstance(value, list) else int(value.shape[BATCH_AXIS.get(way.inputs[0], 0)])
+
+
+def for_samples(texts: Texts, samples: torch.Tensor, told: Mapping[str, Any], way: TextWay) -> Texts:
+    """The denoiser inputs of a forward that differ for the negative text.
+
+    Args:
+        texts: from `encode`, or what the user handed in; a mask or token positions that are missing are made.
+        samples: int64 [B], which negative text each sample of the forward has.
+        told: the positive inputs; they give dtype, device and repeats (AnimateDiff has each text once per frame).
+        way: the text's way through the denoiser.
+    """
+    found = {name: _one(name, value, samples, told.get(name)) for name, value in texts.items()}
+    tokens, mine = found.get(way.inputs[0]), told.get(way.inputs[0])
+    if not isinstance(tokens, torch.Tensor) or not isinstance(mine, torch.Tensor):
+        return found
+    length, before = tokens.shape[1], mine.shape[1]
+    for name in way.inputs[1:]:
+        like, text = told.get(name), _text_of(name)
+        if name in found or not isinstance(like, torch.Tensor):
+            continue
+        if name in SHARED:
+            found[name] = _ids(like, length)
+        elif "mask" in name and text in found and like.ndim == 2:
+            over_image = like.shape[-1] - told[text].shape[1]
+            found[name] = like.new_ones(len(like), found[text].shape[1] + over_image)
+    mask = found.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] == length and told["attention_mask"].shape[-1] > before:
+        # Chroma's mask goes on over the tokens of the image, which are all there
+        image = told["attention_mask"].shape[-1] - before
+        found["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), image)], 1)
+    return found
+
+
+def _text_of(mask: str) -> str:
+    """The input that a mask belongs to."""
+    if mask.endswith("_mask") and mask[: -len("_mask")].endswith("hidden_states"):
+        return mask[: -len("_mask")]
+    return mask.replace("attention_mask", "hidden_states") if mask != "attention_mask" else _TEXT
+
+
+def _ids(like: torch.Tensor, length: int) -> torch.Tensor:
+    """Positions of `length` tokens that go on as those of the positive text do."""
+    axis = like.ndim - 2
+    count = like.shape[axis]
+    if length <= count:
+        return like.narrow(axis, 0, length)
+    last, step = like.narrow(axis, count - 1, 1), like.narrow(axis, count - 1, 1) - like.narrow(axis, max(count - 2, 0), 1)
+    more = torch.arange(1, length - count + 1, device=like.device, dtype=like.dtype)[:, None]
+    return torch.cat([like, last + step * more], axis)
+
+
+def _one(name: str, value: Any, samples: torch.Tensor, like: Any) -> Any:
+    if isinstance(value, list):
+        near = like[0] if isinstance(like, list) and like else None
+        return [_as(value[int(i)], near) for i in samples]
+    if not isinstance(value, torch.Tensor) or name in SHARED:
+        return _as(value, like)
+    chosen = value.index_select(BATCH_AXIS.get(name, 0), samples.to(value.device))
+    if isinstance(like, tuple | list):
+        return type(like)((_as(chosen, like[0]), *like[1:]))
+    copies = len(like) // len(samples) if isinstance(like, torch.Tensor) and name == _TEXT and like.ndim == 3 else 1
+    return _as(chosen.repeat_interleave(copies, 0) if copies > 1 else chosen, like)
+
+
+def _as(value: Any, like: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not isinstance(like, torch.Tensor):
+        return value
+    return value.to(device=like.device, dtype=like.dtype)
