@@ -41,6 +41,9 @@ def hunt_command(
     probe_keep: Annotated[
         int | None, typer.Option(help="Heads that the cheap probe leaves to the full check; 0 trusts it.")
     ] = None,
+    returned: Annotated[
+        str, typer.Option(help="best: the set of the best round; all: the heads of all rounds, as published.")
+    ] = "best",
     batch: Annotated[int, typer.Option(help="Candidates per forward.")] = 4,
     call: Annotated[str, typer.Option(help="More arguments of the pipeline's call, as JSON.")] = "{}",
     log: Annotated[Path, typer.Option(help="Remembers every score; the same command goes on after a kill.")] = Path(
@@ -89,6 +92,7 @@ def hunt_command(
             target=target,
             halving=halving,
             probe_keep=probe_keep,
+            returned=returned,
             batch=batch,
             call={**_understood(pipe, settings), **more},
             accelerator=state,

@@ -56,7 +56,7 @@ class HeadHunter:
         call: further arguments of the pipeline's call; num_inference_steps is needed.
         accelerator: of accelerate, to share the work between processes.
         progress: called after each chunk of trials with (done, of, seconds).
-        search: rounds, top_k, floors, halving, probe_keep, u_grid, patience; see `SearchSettings`.
+        search: rounds, top_k, floors, halving, probe_keep, u_grid, patience, returned; see `SearchSettings`.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class HeadHunter:
             "seeds": self.seeds,
             "call": {name: _plain(value) for name, value in sorted(self.call.items())},
             "objectives": sorted(self.objectives),
-            "search": {**self.search.to_dict(), "rounds": None, "patience": None},
+            "search": {**self.search.to_dict(), "rounds": None, "patience": None, "returned": None},
             "pool": [head_name(head) for head in self.pool],
             "model": fingerprint(self.pipe),
             "probe_steps": self.probe.steps if self.probe else None,

@@ -70,6 +70,8 @@ class SearchSettings:
         probe_keep: heads that the probe leaves to the full check, 0 to trust the probe alone; None for no probe.
         u_grid: weights to try on the final set, each in [0, 1]; none to keep the search's own.
         patience: end after this many rounds in a row whose set did not beat the best one, 0 to do all rounds.
+        returned: "best", the set of the round that scored best, or "all", the heads of all rounds as algorithm 1 of the
+            paper returns them, also where the later ones cost score.
     """
 
     objectives: Mapping[str, float]
@@ -82,6 +84,7 @@ class SearchSettings:
     probe_keep: int | None = None
     u_grid: tuple[float, ...] = ()
     patience: int = 0
+    returned: str = "best"
 
     def __post_init__(self) -> None:
         if not self.objectives or not all(math.isfinite(w) and w for w in self.objectives.values()):
@@ -102,6 +105,8 @@ class SearchSettings:
             )
         for u in self.u_grid:
             check_weight("u_grid", u)
+        if self.returned not in ("best", "all"):
+            raise GenAttnError(f"returned must be 'best' or 'all', got {self.returned!r}; choose one of those")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; two searches with the same dict may share scores."""
@@ -173,7 +178,7 @@ class HeldOut:
 class SearchResult:
     """The heads found, in the order of discovery, and how.
 
-    `heads` is the best set of all rounds. `u` is the tuned weight, None when it was not tuned. `stopped` says why the
+    `heads` is the best set of all rounds, or with `returned="all"` that of all rounds together. `u` is the tuned weight, None when it was not tuned. `stopped` says why the
     search ended.
     """
 
@@ -221,7 +226,8 @@ class HeadSearch:
             if settings.patience and without_gain >= settings.patience:
                 stopped = f"{without_gain} rounds without gain"
                 break
-        heads = tuple(head for done in rounds[: best + 1] for head in done.added)
+        kept = rounds if settings.returned == "all" else rounds[: best + 1]
+        heads = tuple(head for done in kept for head in done.added)
         u = self._tune(heads) if heads and settings.u_grid else None
         baseline = self._means((), range(settings.prompts), "full")
         return SearchResult(heads, tuple(rounds), baseline, u, self._held_out(heads, u), stopped)

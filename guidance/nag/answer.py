@@ -131,4 +131,3 @@ def one_by_one(call: AttentionCall, inner: Inner, carried: Carried, sample: int,
     out.index_copy_(1, text.to(out.device), above[:, cut.image :])
     out.index_copy_(1, extra.to(out.device), below[:, cut.image :])
     return out
-

@@ -69,7 +69,9 @@ def encode(pipe: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any
     arguments = _arguments(function, prompts, told, name, pipe)
     strange = sorted(set(settings) - set(inspect.signature(function).parameters))
     if strange:
-        raise GenAttnError(f"encode settings must be arguments of {type(pipe).__name__}.encode_prompt, got {strange}; drop them")
+        raise GenAttnError(
+            f"encode settings must be arguments of {type(pipe).__name__}.encode_prompt, got {strange}; drop them"
+        )
     try:
         with torch.no_grad():
             results = function(**{**arguments, **settings})

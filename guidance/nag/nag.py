@@ -125,7 +125,9 @@ class NAG(Plugin):
         texts = text_sites(sites)
         if way is None or not texts:
             has = "its attention sees no text" if not texts else "where its text goes is not known"
-            raise GenAttnError(f"NAG needs a model whose image looks at text, got {name}: {has}; see docs/nag.md for the families")
+            raise GenAttnError(
+                f"NAG needs a model whose image looks at text, got {name}: {has}; see docs/nag.md for the families"
+            )
         hidden = [site for site in texts if site.unreachable]
         if len(hidden) == len(texts):
             raise GenAttnError(f"NAG cannot reach the text of {name}: {hidden[0].unreachable}")
@@ -141,7 +143,11 @@ class NAG(Plugin):
             RootInputs(stock_class(model), family_of(model)),
             PassReader(self.layout),
             heads,
-            any(getattr(model.get_submodule(site.name), "add_k_proj", None) is not None for site in texts if site.kind == "cross"),
+            any(
+                getattr(model.get_submodule(site.name), "add_k_proj", None) is not None
+                for site in texts
+                if site.kind == "cross"
+            ),
         )
         self._used[name] = vars(strength_for(name, self.given))
         # in joint attention the negative text needs every layer to go on; heads that are not meant keep their answer
@@ -442,5 +448,3 @@ def _total(call: AttentionCall) -> Total | None:
         return summed
 
     return total
-
-

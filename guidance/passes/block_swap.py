@@ -181,11 +181,11 @@ class Bypass(Stand):
         block = self.__dict__["block"]
         bound = inspect.signature(block.forward).bind(*args, **kwargs).arguments
         self.hits += 1
-        inputs = [bound[name] for name in self.order[0](bound)]
+        inputs = [None if name is None else bound[name] for name in self.order[0](bound)]
         if self.u < 1:
             answer = block(*args, **kwargs)
             parts = [answer] if isinstance(answer, torch.Tensor) else list(answer)
-            inputs = [torch.lerp(a, b, self.u) for a, b in zip(parts, inputs, strict=True)]
+            inputs = [None if b is None else torch.lerp(a, b, self.u) for a, b in zip(parts, inputs, strict=True)]
         return inputs[0] if self.order[1] else tuple(inputs)
 
 
@@ -240,17 +240,24 @@ def _hook_of(block: nn.Module) -> str | None:
 
 
 def _result_order(block: nn.Module, answer: Any) -> tuple[Any, bool]:
-    """(which arguments a block's results replace, whether there is only one), read from a clean answer's shapes."""
+    """(which arguments a block's results replace, whether there is only one), read from a clean answer's shapes.
+
+    A result that is None, as the text of SD3's last block, stays None.
+    """
     if isinstance(answer, torch.Tensor):
         return (lambda bound: [next(iter(bound))]), True
-    shapes = [tuple(part.shape) for part in answer]
+    shapes = [None if part is None else tuple(part.shape[1:]) for part in answer]
 
-    def order(bound: Mapping[str, Any]) -> list[str]:
-        hidden, text = "hidden_states", "encoder_hidden_states"
-        if len(shapes) != 2 or not {hidden, text} <= set(bound) or bound[hidden].shape[1:] == bound[text].shape[1:]:
+    def order(bound: Mapping[str, Any]) -> list[str | None]:
+        # LTX-2 hands on video and audio, and only looks at the text
+        second = "audio_hidden_states" if "audio_hidden_states" in bound else "encoder_hidden_states"
+        names = ("hidden_states", second)
+        known = len(shapes) == 2 and "control_hidden_states" not in bound and all(bound.get(name) is not None for name in names)
+        expected = {tuple(bound[name].shape[1:]): name for name in names} if known else {}
+        if len(expected) < 2 or any(shape is not None and shape not in expected for shape in shapes):
             raise GenAttnError(
                 f"target 'skip' must know which result is which, got {shapes} from {type(block).__name__}; use 'identity'"
             )
-        return [hidden, text] if shapes[0][1:] == tuple(bound[hidden].shape[1:]) else [text, hidden]
+        return [None if shape is None else expected[shape] for shape in shapes]
 
     return order, False

@@ -107,6 +107,19 @@ def test_keeps_the_best_round_and_stops_when_nothing_is_gained() -> None:
     assert result.stopped == "only 0 heads left in the pool"
 
 
+def test_returns_all_rounds_as_published_when_asked() -> None:
+    """Algorithm 1 returns what R rounds added, also where the last of them cost score."""
+    worth = dict.fromkeys(POOL, -1.0) | {(0, 0): 5.0, (0, 1): 4.0}
+    _, best = search(World(worth), rounds=3)
+    _, everything = search(World(worth), rounds=3, returned="all")
+    assert [r.added for r in best.rounds] == [r.added for r in everything.rounds]
+    assert best.heads == ((0, 0), (0, 1))
+    assert everything.heads == tuple(head for r in everything.rounds for head in r.added)
+    assert len(everything.heads) == 6
+    with pytest.raises(GenAttnError, match="returned must be 'best' or 'all', got 'prefix'"):
+        search(World(worth), returned="prefix")
+
+
 def test_tunes_u_and_checks_held_out_prompts() -> None:
     world = World({(0, 0): 5.0}, noise=0.05)
     _, result = search(world, u_grid=(0.1, 0.5, 1.0), held_out=6, rounds=1, top_k=1)

@@ -241,7 +241,9 @@ def guided(
                 names = [name for name, _ in model.named_modules() if is_text_cross(name)]
                 seen = recorded(model, [model.get_submodule(name) for name in names], theirs)
                 pairs = [
-                    (name, args) for name, args in zip(names, seen, strict=True) if args.get("encoder_hidden_states") is not None
+                    (name, args)
+                    for name, args in zip(names, seen, strict=True)
+                    if args.get("encoder_hidden_states") is not None
                 ]
                 stand = {}
                 for name, args in pairs:
@@ -255,9 +257,7 @@ def guided(
             world = World(family in TEXT_FIRST, score, fresh, image)
             with replaced(model, {name: Counting(model.get_submodule(name), score) for name in joint}):
                 stand = {
-                    name: TwiceJoint(
-                        model.get_submodule(name), args, world, args.get("encoder_hidden_states") is None
-                    )
+                    name: TwiceJoint(model.get_submodule(name), args, world, args.get("encoder_hidden_states") is None)
                     for name, args in zip(names, seen, strict=True)
                 }
                 with replaced(model, stand):

@@ -20,7 +20,8 @@ from genattn.seam.sites import find_sites
 FIXED = {"cogvideox", "wan-i2v"}
 # these models' own code demands float32 inside
 SINGLE = {"mochi", "cosmos"}
-LOOSE: dict[str, float] = {}
+# its rotary embedding is computed in float32
+LOOSE = {"z-image": 1e-6}
 STRENGTH = Strength(scale=4.0, tau=1.3, alpha=0.6)
 PER_LAYER = {"encoder_hidden_states_llama3"}  # layers before samples
 pytestmark = [pytest.mark.filterwarnings("ignore:In CPU autocast"), pytest.mark.filterwarnings("ignore:CPU Autocast")]
@@ -61,7 +62,9 @@ def stock_inputs(family: str, model: nn.Module, inputs: dict[str, Any], negative
             continue
         axis = int(name in PER_LAYER)
         told[name] = value.repeat_interleave(before.shape[axis], axis)
-        mask = {"encoder_hidden_states": ["encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask"]}.get(name, [])
+        mask = {"encoder_hidden_states": ["encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask"]}.get(
+            name, []
+        )
         mask += [name.replace("hidden_states", "attention_mask")] if "_2" in name or "audio" in name else []
         for other in mask:
             if isinstance(inputs.get(other), torch.Tensor):
@@ -97,7 +100,9 @@ def test_equals_the_long_way(family: str) -> None:
             answer = leaves(model(**inputs))
         after = leaves(model(**inputs))
     assert max((e - s).abs().max() for e, s in zip(expected, stock, strict=True)) > 1e-5
-    assert max((e - a).abs().max() for e, a in zip(expected, answer, strict=True)) <= (1e-5 if family in SINGLE else LOOSE.get(family, 1e-10))
+    assert max((e - a).abs().max() for e, a in zip(expected, answer, strict=True)) <= (
+        1e-5 if family in SINGLE else LOOSE.get(family, 1e-10)
+    )
     assert all(torch.equal(a, s) for a, s in zip(after, stock, strict=True))
 
 
