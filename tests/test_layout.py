@@ -45,8 +45,11 @@ MAY_IMPORT = {
     ),
     "guidance/headhunter": "genattn genattn/seam guidance/heads guidance/passes guidance/softpag",
     "guidance/heads": "genattn",
+    "guidance/nag": "genattn genattn/geometry genattn/layouts genattn/seam guidance/heads guidance/passes",
     "guidance/passes": "genattn genattn/layouts genattn/seam guidance/heads",
+    "guidance/s2": "genattn genattn/seam guidance/heads guidance/softpag",
     "guidance/softpag": "genattn genattn/layouts genattn/seam guidance/heads guidance/passes",
+    "guidance/tag": "genattn genattn/seam guidance/passes",
     "pipelines/finetune": (
         "genattn genattn/patterns genattn/seam "
         "pipelines/long_video/bases pipelines/long_video/output pipelines/long_video/solvers pipelines/training"
@@ -66,7 +69,7 @@ MAY_IMPORT = {
     "pipelines/tiny/random": "genattn",
     "pipelines/tiny/studies": (
         "genattn genattn/layouts genattn/patterns genattn/seam "
-        "guidance/broadway guidance/headhunter guidance/heads guidance/softpag "
+        "guidance/broadway guidance/headhunter guidance/heads guidance/nag guidance/softpag "
         "pipelines/finetune pipelines/long_video/output pipelines/long_video/quality pipelines/tiny "
         "pipelines/training"
     ),
@@ -107,6 +110,7 @@ MAY_IMPORT = {
     ),
     "apps/sampling": (
         "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling genattn/selection "
+        "guidance/nag "
         "pipelines/long_video/output pipelines/tiny"
     ),
     "apps/webui": "apps/webui/tabs apps/webui/verbs genattn",

@@ -20,7 +20,7 @@ Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or hub id of a diffusers pipeline; default: the shipped tiny-wan.")
 ]
 Prompt = Annotated[str, typer.Option(help="What to show.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid (classifier-free guidance).")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid: by guidance, or by NAG at guidance scale 1.")]
 FrameCount = Annotated[int | None, typer.Option("--frames", help="Frames; default: what the model was made for.")]
 Height = Annotated[int | None, typer.Option(help="Pixels; default: what the model was made for.")]
 Width = Annotated[int | None, typer.Option(help="Pixels; default: what the model was made for.")]

@@ -15,7 +15,7 @@ _CATEGORY = "GenAttn/diffusers"
 _PIPE = Field("pipe", "GENATTN_PIPE", "A diffusers pipeline from Load Pipeline.")
 _PIPE_OUT = Out("PIPE", "GENATTN_PIPE", "The pipeline with its settings; the model itself is untouched between samplings.")
 _PROMPT = Field("prompt", "STRING", "What to show.", "a red circle moves right on a dark background", multiline=True)
-_NEGATIVE = Field("negative", "STRING", "What to avoid (classifier-free guidance); empty for none.", "", multiline=True)
+_NEGATIVE = Field("negative", "STRING", "What to avoid (by NAG at guidance scale 1); empty for none.", "", multiline=True)
 _SIZES = (
     Field("height", "INT", "Pixels; 0 for what the model was made for.", 0, 0, 8192, 8),
     Field("width", "INT", "Pixels; 0 for what the model was made for.", 0, 0, 8192, 8),

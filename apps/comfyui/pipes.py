@@ -11,6 +11,7 @@ import torch
 
 import genattn
 from genattn.apps.sampling.load_pipeline import load_pipeline
+from genattn.apps.sampling.negative import split_negative
 from genattn.apps.sampling.preview import clean_estimate, first_frame
 from genattn.apps.sampling.run import SamplingSettings, call_arguments, makes_video, own_defaults
 from genattn.errors import GenAttnError
@@ -134,7 +135,8 @@ def sample(holder: Pipe, prompt: str, negative: str, seed: int, video: bool, **s
     make_room(pipe)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    with holder.applied() as handle:
+    call, instead = split_negative(pipe, call)
+    with holder.applied() as handle, contextlib.nullcontext() if instead is None else genattn.apply(pipe, instead):
         steps = Steps(call["num_inference_steps"])
         output = pipe(**call, prompt=prompt, generator=generator, output_type="np", callback_on_step_end=steps)
         told = "no plugins: stock" if handle is None else handle.report().table()

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import genattn
 from genattn.apps.sampling import legal_sizes
 from genattn.apps.sampling.load_pipeline import load_pipeline, shipped_model
+from genattn.apps.sampling.negative import split_negative
 from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from genattn.apps.sampling.pipeline_shell import pipeline_shell
 from genattn.apps.sampling.preview import StepPreview
@@ -146,7 +147,7 @@ def call_arguments(pipe: Any, settings: SamplingSettings) -> dict[str, Any]:
         guidance_scale=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
     )
-    unknown = sorted(set(call) - set(accepted))
+    unknown = sorted(set(call) - set(accepted) - {"negative_prompt"})  # where the call has no place for it, NAG has
     if unknown:
         raise GenAttnError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
     return call
@@ -213,7 +214,7 @@ def run_once(
     """Sample one clip or picture; the pipeline is left as it was.
 
     Args:
-        call: from `call_arguments`.
+        call: from `call_arguments`. A negative prompt acts by NAG where the call runs no classifier-free guidance.
         seed: of the noise, drawn on the CPU so that every device gives the same.
         title: shown on the progress bar.
         preview: keeps a picture of the first frame while the steps go on; its own time is not counted.
@@ -228,9 +229,12 @@ def run_once(
         call = {**call, "callback_on_step_end": preview}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    call, negative = split_negative(pipe, call)
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         handle = None
+        if negative is not None:
+            stack.enter_context(genattn.apply(pipe, negative))
         if attention.pattern is not None:
             settings: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
             handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **settings))

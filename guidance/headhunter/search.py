@@ -178,8 +178,8 @@ class HeldOut:
 class SearchResult:
     """The heads found, in the order of discovery, and how.
 
-    `heads` is the best set of all rounds, or with `returned="all"` that of all rounds together. `u` is the tuned weight, None when it was not tuned. `stopped` says why the
-    search ended.
+    `heads` is the best set of all rounds, or with `returned="all"` that of all rounds together. `u` is the tuned weight,
+    None when it was not tuned. `stopped` says why the search ended.
     """
 
     heads: tuple[Head, ...]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from genattn.guidance.nag.carriers import Carried
-from genattn.guidance.nag.cut import Cut, pick, pick_mask
+from genattn.guidance.nag.cut import pick, pick_mask
 from genattn.guidance.nag.formula import Strength, Total, guide
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import gathered
@@ -30,7 +30,8 @@ def world_of(call: AttentionCall) -> int:
 def is_carried(call: AttentionCall, carried: Carried) -> bool:
     """Whether this call's keys are the text's; other attention of the same block is not touched."""
     cut, stream = carried.cut, carried.here
-    assert cut is not None and stream is not None
+    assert cut is not None
+    assert stream is not None
     keys, world = call.key.shape[1], world_of(call)
     if stream.cross and carried.doubled:
         return len(call.key) == 2 * len(call.query) and keys == min(cut.length, WAN_TEXT)
@@ -117,7 +118,8 @@ def _part(call: AttentionCall, places: torch.Tensor, layout: "object", world: in
 
 def one_by_one(call: AttentionCall, inner: Inner, carried: Carried, sample: int, blend: Blend) -> torch.Tensor:
     """Mochi's call for one sample, [1, S, H, D]: only the valid tokens of either text are attended; others give zero."""
-    assert carried.cut is not None and carried.keeps is not None
+    assert carried.cut is not None
+    assert carried.keeps is not None
     cut = carried.cut
     keep, own = (mask[sample].cpu() for mask in carried.keeps)
     image = torch.arange(cut.image)

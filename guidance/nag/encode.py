@@ -98,7 +98,7 @@ def _arguments(function: Any, prompts: Sequence[str], told: Mapping[str, Any], n
     """What encode_prompt is called with, of what it takes."""
     known = inspect.signature(function).parameters
     wanted: dict[str, Any] = {
-        **dict.fromkeys(_PROMPTS, list(prompts)),
+        **{key: list(prompts) for key in _PROMPTS},
         "device": getattr(pipe, "_execution_device", None),
         "num_images_per_prompt": 1,
         "num_videos_per_prompt": 1,

@@ -17,15 +17,14 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.heads.names import HeadsLike, plain_heads, resolve_heads
 from genattn.guidance.nag import answer
-from genattn.guidance.nag.carriers import HERE, Carried, Carrier, Passer, carrying, real_block
+from genattn.guidance.nag.carriers import HERE, Carried, Carrier, Passer, carrying
 from genattn.guidance.nag.cut import Cut
 from genattn.guidance.nag.defaults import strength_for
 from genattn.guidance.nag.encode import Texts, count_of, encode, for_samples
 from genattn.guidance.nag.formula import Total
-from genattn.guidance.nag.streams import Stream, TextWay, way_of
+from genattn.guidance.nag.streams import TextWay, way_of
 from genattn.guidance.passes.block_swap import Place, swapped
 from genattn.guidance.passes.delta import Window
 from genattn.guidance.passes.pass_role import PassReader, PassRole

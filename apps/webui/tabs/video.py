@@ -74,7 +74,7 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     seed, fresh = seed_fields()
     with gr.Accordion("More", open=False):
         options = gr.Textbox("", label="Pattern settings (JSON)", placeholder='{"decay": 0.5}', lines=1)
-        negative = prompt_box("", label="Negative prompt", lines=1)
+        negative = prompt_box("", label="Negative prompt (at guidance scale 1 by NAG)", lines=1)
         sizes = size_fields(session, names[0], "frames", "steps")
     fields = {"prompt": prompt, "attention": attention, "pattern_options": options}
     fields |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "seed": seed, "randomize_seed": fresh}

@@ -48,7 +48,7 @@ def test_norms_are_summed_where_heads_are_shared() -> None:
     whole = guide(positive, negative, strength)
     pushed = torch.lerp(negative, positive, strength.scale)
     sums = {t.abs().sum((2, 3), keepdim=True)[:, :, :1].sum().item(): t for t in (pushed[:, :, :2], positive[:, :, :2])}
-    other = {value: rest for value, rest in zip(sums, (pushed[:, :, 2:], positive[:, :, 2:]))}
+    other = dict(zip(sums, (pushed[:, :, 2:], positive[:, :, 2:])))
 
     def total(norms: torch.Tensor) -> torch.Tensor:
         rest = other[min(other, key=lambda value: abs(value - norms.sum().item()))]

@@ -1,0 +1,34 @@
+"""Which way a negative prompt goes: classifier-free guidance where the call runs it, NAG inside the attention where not."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from genattn.guidance.nag import NAG
+
+
+def runs_guidance(pipe: Any, call: Mapping[str, Any]) -> bool:
+    """Whether this call runs an unconditional pass, in which a negative prompt has its place."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "negative_prompt" not in accepted:
+        return False
+    # pipelines of guidance-distilled models keep `guidance_scale` for the model's own input
+    for name in ("true_cfg_scale", "guidance_scale"):
+        if name in accepted:
+            value = call.get(name, accepted[name].default)
+            return isinstance(value, int | float) and value > 1
+    return False
+
+
+def split_negative(pipe: Any, call: Mapping[str, Any]) -> tuple[dict[str, Any], NAG | None]:
+    """(the call, None), or the call without its negative prompt and the plugin that stands for it.
+
+    Raises:
+        GenAttnError: for a negative prompt that says nothing.
+    """
+    rest = dict(call)
+    negative = rest.get("negative_prompt")
+    if negative is None or runs_guidance(pipe, call):
+        return rest, None
+    del rest["negative_prompt"]
+    return rest, NAG(negative)

@@ -1,0 +1,102 @@
+"""TAG: the formula, the published step on a whole pipeline, every family, and what it may not touch."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import genattn
+from genattn.errors import GenAttnError
+from genattn.guidance.passes.prediction import leaves
+from genattn.guidance.tag import TAG
+from genattn.guidance.tag.tangential import amplified, amplify, amplify_reference
+from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline, families
+
+pytestmark = [pytest.mark.filterwarnings("ignore:In CPU autocast"), pytest.mark.filterwarnings("ignore:CPU Autocast")]
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 2.0), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_equals_the_definition(seed: int, eta: float, nothing: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prediction = torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64)
+    latents = torch.zeros_like(prediction) if nothing else torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(amplify(prediction, latents, eta), amplify_reference(prediction, latents, eta))
+    radial = (prediction * latents).flatten(1).sum(1)
+    kept = (amplify(prediction, latents, eta) * latents).flatten(1).sum(1)
+    torch.testing.assert_close(kept, radial)
+
+
+@pytest.mark.parametrize(("family", "guidance_scale"), [("sd3", 1.0), ("sd3", 5.0), ("wan", 6.0), ("unet", 7.5), ("flux", 3.5)])
+def test_equals_the_published_step(family: str, guidance_scale: float) -> None:
+    """The update of every step, split at the latents, its tangential part amplified: as in algorithm 1 of the paper."""
+    pipe, call = build_pipeline(family)
+    call = {**call, "guidance_scale": guidance_scale, "output_type": "latent"}
+    eta, stock = 1.3, pipe.scheduler.step
+
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        moved = stock(model_output, timestep, sample, *args, **kwargs)[0]
+        update, x = (moved - sample).double(), sample.double()
+        dims = tuple(range(1, x.ndim))
+        unit = x / torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        radial = (update * unit).sum(dims, keepdim=True) * unit
+        return ((x + radial + eta * (update - radial)).to(sample.dtype),)
+
+    pipe.scheduler.step = step
+    expected = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+    del pipe.scheduler.step
+    plain = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+    with genattn.apply(pipe, TAG(eta)) as handle:
+        found = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+        assert handle.report().plugins[0]["amplified_forwards"] >= call["num_inference_steps"]
+    torch.testing.assert_close(found, expected, atol=5e-4, rtol=1e-4)
+    assert (expected - plain).abs().max() > 1e-2
+    assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0))[0], plain)
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_family(family: str) -> None:
+    model, inputs = build_model(family), build_inputs(family)
+    with torch.no_grad():
+        stock = leaves(model(**inputs))
+        with genattn.apply(model, TAG(1.0)):
+            assert all(torch.equal(a, b) for a, b in zip(leaves(model(**inputs)), stock, strict=True))
+        latents = next(inputs[name] for name in ("hidden_states", "sample", "x") if name in inputs)
+        bases = [latents, inputs.get("audio_hidden_states")][: len(stock)]
+        with genattn.apply(model, TAG(1.2)):
+            found = leaves(model(**inputs))
+    expected = []
+    for p, x in zip(stock, bases, strict=True):
+        x = torch.stack(x) if isinstance(x, list) else x
+        last = x.ndim == 3  # packed tokens have their channels at the end
+        p, x = (t.movedim(-1, 1) if last else t for t in (p, x))
+        count = min(p.shape[1], x.shape[1])
+        whole = torch.cat([amplify_reference(p[:, :count], x[:, :count], 1.2), p[:, count:].double()], 1)
+        expected.append(whole.movedim(1, -1) if last else whole)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f.double(), e, atol=1e-5, rtol=1e-4)
+
+
+def test_window_and_option() -> None:
+    pipe, call = build_pipeline("sd3")
+    call = {**call, "output_type": "latent"}
+    with genattn.apply(pipe, TAG(1.2, start=0.5)) as handle:
+        pipe(**call)
+        assert handle.report().plugins[0]["amplified_forwards"] == 1
+        with pytest.raises(GenAttnError, match="eta must be a finite number"):
+            handle.set(tag_eta=float("nan"))
+    assert TAG.from_settings(TAG(1.1, stop=0.5).settings()).settings() == {"eta": 1.1, "start": 0.0, "stop": 0.5}
+
+
+@pytest.mark.parametrize("eta", [-0.1, float("inf"), float("nan"), "1", True])
+def test_refuses(eta: Any) -> None:
+    with pytest.raises(GenAttnError, match="eta must be a finite number >= 0"):
+        TAG(eta)
+
+
+def test_refuses_other_shapes() -> None:
+    with pytest.raises(GenAttnError, match="TAG needs predictions of the latents' shape"):
+        amplified(torch.zeros(1, 4, 8, 6), torch.zeros(1, 4, 8, 8), 1.2)
+    with pytest.raises(GenAttnError, match="TAG needs predictions of the latents' shape"):
+        amplified(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8, 8), 1.2)
