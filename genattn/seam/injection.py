@@ -298,9 +298,18 @@ def _wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _may_tell(call: AttentionCall) -> bool:
+    """Whether the log-sum-exp of a dense answer is asked for and means what it says."""
+    return call.record.wants_lse and not call.is_causal
+
+
 def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: StockCore) -> torch.Tensor:
     """The call through the plugins from `place` on, then to the user's own backend."""
     if place == len(chain):
+        told = core.with_lse(call.query, call.key, call.value, call.mask, call.scale) if _may_tell(call) else None
+        if told is not None:
+            call.record.lse = told[1]
+            return told[0]
         return core(call.query, call.key, call.value, call.mask, call.scale, call.is_causal, call.enable_gqa)
     plugin = chain[place][0]
     if _is_off(plugin, call.run):

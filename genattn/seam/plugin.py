@@ -71,13 +71,18 @@ class Run:
 
 @dataclass
 class CallRecord:
-    """What became of one attention call; plugins write it, `report()` adds it up."""
+    """What became of one attention call; plugins write it, `report()` adds it up.
+
+    wants_lse: a plugin further out would like to know the log-sum-exp. lse: [B, Sq, H], where whoever answered could tell it.
+    """
 
     sparse: bool = False
     density: float = 1.0
     reason: str = ""
     edited: bool = False
     tail: str | None = None
+    wants_lse: bool = False
+    lse: torch.Tensor | None = None
 
     def ran_sparse(self, density: float, tail: str | None = None) -> None:
         """The call was answered under a pattern that computed `density` of the scores, in (0, 1].

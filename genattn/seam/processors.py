@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from genattn.layouts.site import AttentionSite
+from genattn.seam.log_sum_exp import dense_with_lse, is_native
 
 MARK = "_genattn_mark"
 SDPA = -1
@@ -308,6 +309,14 @@ class StockCore:
             return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, **flags).transpose(1, 2)
         rest = {} if self.parallel_config is None else {"parallel_config": self.parallel_config}
         return _CORES[self.number](q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, backend=self.backend, **rest)
+
+    def with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(answer, log-sum-exp [B, Sq, H]) by the kernels behind PyTorch's own backend; None for any other."""
+        if self.number != SDPA and (self.parallel_config is not None or not is_native(_CORES[self.number], self.backend)):
+            return None
+        return dense_with_lse(q, k, v, mask, scale)
 
 
 # a decision taken while a CUDA graph is recorded would be frozen into it

@@ -1,5 +1,6 @@
 """A pattern on the seam: sparse where schedule, mask and layout allow it, else the user's own backend, the reason noted."""
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -105,10 +106,14 @@ class SparsePlugin(Plugin):
         impl = options.get("impl", self.impl)
         assert call.layout is not None
         plan = plan_for(call.query, call.key, self._pattern_at(call, impl), call.layout, impl, self._memory_at(call))
-        out = planned_attention(call.query, call.key, call.value, plan, impl=impl, scale=call.scale, key_mask=keys)
+        flags: dict[str, Any] = {"impl": impl, "scale": call.scale, "key_mask": keys}
         tail = plan.tail if isinstance(plan, BlockPlan | HeadTiles) else None
         call.record.ran_sparse(plan.density, None if tail is None else tail.kind)
-        return out  # type: ignore[return-value]
+        if call.record.wants_lse:
+            with contextlib.suppress(GenAttnError):  # some backends do not tell it
+                out, call.record.lse = planned_attention(call.query, call.key, call.value, plan, return_lse=True, **flags)
+                return out
+        return planned_attention(call.query, call.key, call.value, plan, **flags)  # type: ignore[return-value]
 
     def _say_once(self, call: AttentionCall, reason: str) -> None:
         """What the schedule did not ask for is told when it first happens; `report()` counts all of it."""

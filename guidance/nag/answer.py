@@ -12,6 +12,7 @@ import torch
 from genattn.guidance.nag.carriers import Carried
 from genattn.guidance.nag.cut import pick, pick_mask
 from genattn.guidance.nag.formula import Strength, Total, guide
+from genattn.guidance.nag.shared import shared_answers
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import gathered
 from genattn.seam.plugin import AttentionCall, Inner
@@ -90,13 +91,22 @@ def _asking(call: AttentionCall, places: torch.Tensor) -> AttentionCall:
     return call.with_tensors(key=pick(call.key, places, 1), value=pick(call.value, places, 1), mask=mask)
 
 
-def joint(call: AttentionCall, inner: Inner, carried: Carried, blend: Blend) -> torch.Tensor:
-    """The answer for image, text and negative text, [B, S, H, D], each row where it came."""
+def joint(call: AttentionCall, inner: Inner, carried: Carried, blend: Blend, share: bool) -> torch.Tensor:
+    """The answer for image, text and negative text, [B, S, H, D], each row where it came.
+
+    share: let the image look at itself once for both texts, where its log-sum-exp is told.
+    """
     assert carried.cut is not None
     cut, world = carried.cut, world_of(call)
     stock, negative = cut.stock(world), cut.negative(world)
-    above = inner(_part(call, stock, call.run.layout, world))
-    below = inner(_part(call, negative, carried.layout, world))
+    both = shared_answers(call, inner, cut) if share and world == 1 else None
+    if both is None:
+        carried.twice.add(call.site.name)
+        both = (
+            inner(_part(call, stock, call.run.layout, world)),
+            inner(_part(call, negative, carried.layout, world)),
+        )
+    above, below = both
     image, image_below = (places.to(above.device) for places in cut.image_rows(world))
     blended = blend(above.index_select(1, image), below.index_select(1, image_below))
     out = above.new_zeros(*call.query.shape[:3], above.shape[-1])

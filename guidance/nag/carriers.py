@@ -43,6 +43,7 @@ class Carried:
         cut, here: places in the sequence of the block that runs, and its stream.
         keeps: which tokens of either text are valid, bool [B, T] each, where samples go one by one.
         hits: attention calls guided.
+        twice: sites at which the image had to be asked for both texts.
         calls: attention calls so far, by site, where samples go one by one.
     """
 
@@ -60,6 +61,7 @@ class Carried:
     here: Stream | None = None
     keeps: tuple[torch.Tensor, torch.Tensor] | None = None
     hits: int = 0
+    twice: set[str] = field(default_factory=set)
     calls: dict[str, int] = field(default_factory=dict)
 
 

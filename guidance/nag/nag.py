@@ -70,6 +70,8 @@ class NAG(Plugin):
         negative_embeds: instead of a prompt, the encoded text: [n, T, C], or denoiser inputs by name, n texts each.
         encode: further arguments of the pipeline's `encode_prompt`, such as its template.
         layout: which samples are conditional, "auto" or one of `genattn.guidance.passes.pass_role.LAYOUTS`.
+        share: in joint attention let the image look at itself once for both texts, where the backend tells its log-sum-exp;
+            False asks twice, the definition word for word.
     """
 
     option_names: ClassVar[frozenset[str]] = frozenset(("nag_scale",))
@@ -87,6 +89,7 @@ class NAG(Plugin):
         negative_embeds: torch.Tensor | Mapping[str, Any] | None = None,
         encode: Mapping[str, Any] | None = None,
         layout: str = "auto",
+        share: bool = True,
     ) -> None:
         self.prompts = _checked_prompts(negative_prompt, negative_embeds)
         self.given = {"scale": scale, "tau": tau, "alpha": alpha}
@@ -94,6 +97,7 @@ class NAG(Plugin):
         self.window = Window(start, stop)
         self.heads, self.embeds, self.encode, self.layout = heads, negative_embeds, dict(encode or {}), layout
         PassReader(layout)
+        self.share, self._alone = bool(share), set[tuple[str, str]]()
         self.counts: Counter[str] = Counter()
         self._models: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
         self._texts: dict[Any, Texts] = {}
@@ -110,7 +114,7 @@ class NAG(Plugin):
         prompts: Any = self.prompts[0] if len(self.prompts) == 1 else list(self.prompts)
         window = {"start": self.window.start, "stop": self.window.stop}
         heads = None if self.heads is None else plain_heads(self.heads)
-        rest = {"heads": heads, "encode": self.encode or None, "layout": self.layout}
+        rest = {"heads": heads, "encode": self.encode or None, "layout": self.layout, "share": self.share}
         return {"negative_prompt": prompts, **self.given, **window, **rest}
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -163,6 +167,7 @@ class NAG(Plugin):
     def begin_run(self, run: Run) -> None:
         """Forget the last run's texts and passes."""
         self._texts.clear()
+        self._alone.clear()
         for known in self._models.values():
             known.reader, known.verified = PassReader(self.layout), False
 
@@ -193,7 +198,11 @@ class NAG(Plugin):
             return answer.cross(call, inner, carried, blend)
         if carried.here.one_by_one:
             return answer.one_by_one(call, inner, carried, sample, blend)
-        return answer.joint(call, inner, carried, blend)
+        place = (call.site.model, call.site.name)
+        out = answer.joint(call, inner, carried, blend, self.share and place not in self._alone)
+        if call.site.name in carried.twice:
+            self._alone.add(place)  # nobody tells the log-sum-exp here: do not ask again in this run
+        return out
 
     def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
         """The pipeline's forward, with the negative text carried along in the conditional samples."""
@@ -338,6 +347,7 @@ class NAG(Plugin):
             "strength": self._used,
             "window": self.window.describe(),
             "heads": None if self.heads is None else plain_heads(self.heads),
+            "image_asked_twice_at": sorted(name for _, name in self._alone),
             "counts": dict(self.counts),
         }
 

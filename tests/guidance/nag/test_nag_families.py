@@ -82,8 +82,9 @@ def image_tokens(family: str) -> int | None:
     return {"z-image": 64, "lumina2": 48}.get(family)
 
 
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "asked twice"])
 @pytest.mark.parametrize("family", families())
-def test_equals_the_long_way(family: str) -> None:
+def test_equals_the_long_way(family: str, share: bool) -> None:
     model, inputs = build_model(family), build_inputs(family)
     negative = negative_of(family, model, inputs)
     if family not in SINGLE:
@@ -95,15 +96,18 @@ def test_equals_the_long_way(family: str) -> None:
     expected = leaves(explicit_nag.guided(model, inputs, theirs, STRENGTH, family, joint, fresh, image_tokens(family)))
     with torch.no_grad():
         stock = leaves(model(**inputs))
-        plugin = NAG(negative_embeds=negative, **vars(STRENGTH), layout="single")
+        plugin = NAG(negative_embeds=negative, **vars(STRENGTH), layout="single", share=share)
         with genattn.apply(model, plugin):
             answer = leaves(model(**inputs))
+            asked_twice = plugin.describe()["image_asked_twice_at"]
         after = leaves(model(**inputs))
     assert max((e - s).abs().max() for e, s in zip(expected, stock, strict=True)) > 1e-5
     assert max((e - a).abs().max() for e, a in zip(expected, answer, strict=True)) <= (
         1e-5 if family in SINGLE else LOOSE.get(family, 1e-10)
     )
     assert all(torch.equal(a, s) for a, s in zip(after, stock, strict=True))
+    if joint and family != "mochi":
+        assert sorted(asked_twice) == ([] if share else sorted(joint))
 
 
 @pytest.mark.parametrize("off", [{"scale": 1.0}, {"alpha": 0.0}], ids=str)

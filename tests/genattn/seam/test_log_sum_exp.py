@@ -1,0 +1,70 @@
+"""The log-sum-exp that is told is that of the scores, and merging by it is attention over all keys."""
+
+import pytest
+import torch
+
+from genattn.seam.log_sum_exp import attention_with_lse, dense_with_lse, is_native, merged
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float | None):  # type: ignore
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2).double() for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).nan_to_num(0.0), v), scores.logsumexp(-1).transpose(1, 2)
+
+
+MASKS = {
+    "none": lambda: None,
+    "keys": lambda: torch.rand(2, 9) > 0.4,
+    "broadcast": lambda: torch.rand(2, 1, 1, 9) > 0.4,
+    "rows": lambda: torch.rand(2, 1, 7, 9) > 0.4,
+    "additive": lambda: torch.randn(2, 4, 7, 9, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("kind", MASKS)
+def test_tells_the_log_sum_exp(
+    kind: str, scale: float | None, heads: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        monkeypatch.setattr("genattn.seam.log_sum_exp._fused", lambda *_: None)
+        monkeypatch.setattr("genattn.seam.log_sum_exp._ROWS", 2 * 4 * 9 * 3)
+    q, k, v = (torch.randn(2, n, h, 8, dtype=torch.float64) for n, h in ((7, 4), (9, heads), (9, heads)))
+    mask = MASKS[kind]()
+    whole = mask if mask is None or mask.ndim == 4 else mask[:, None, None, :]
+    bias = whole
+    if mask is not None and mask.dtype == torch.bool:
+        bias = torch.zeros(whole.shape, dtype=torch.float64).masked_fill(~whole, -torch.inf)
+    out, lse = attention_with_lse(q, k, v, mask, scale)
+    expected, sums = explicit(q, k, v, bias, scale)
+    seen = sums.isfinite()
+    torch.testing.assert_close(lse[seen], sums[seen])
+    torch.testing.assert_close(out[seen], expected[seen])
+    assert (dense_with_lse(q, k, v, mask, scale) is not None) == fused
+
+
+def test_merging_is_attention_over_all_keys() -> None:
+    q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.float64) for n in (7, 11, 11))
+    parts = [attention_with_lse(q, k[:, part], v[:, part], None, None) for part in (slice(0, 4), slice(4, 11))]
+    torch.testing.assert_close(merged(*parts), explicit(q, k, v, None, None)[0])
+    nothing = (torch.full_like(parts[0][0], torch.nan), torch.full_like(parts[0][1], -torch.inf))
+    torch.testing.assert_close(merged(nothing, parts[1]), parts[1][0])
+    assert torch.equal(merged(nothing, nothing), torch.zeros_like(q))
+
+
+def test_no_gradient_is_lost() -> None:
+    q = torch.randn(1, 3, 1, 8, requires_grad=True)
+    assert dense_with_lse(q, q, q, None, None) is None
+    attention_with_lse(q, q, q, None, None)[0].sum().backward()
+    assert q.grad is not None
+
+
+def test_only_pytorchs_own_backend_counts() -> None:
+    dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+    assert is_native(dispatch.dispatch_attention_fn, None)
+    assert is_native(dispatch.dispatch_attention_fn, "native")
+    assert not is_native(dispatch.dispatch_attention_fn, "flash")
+    assert not is_native(lambda: None, None)
