@@ -26,6 +26,9 @@ FORMAT_VERSION = 1
 _MODULES = {
     "SparsePlugin": "genattn.seam.sparse_plugin",
     "SoftPAG": "genattn.guidance.softpag.softpag",
+    "NAG": "genattn.guidance.nag.nag",
+    "S2Guidance": "genattn.guidance.s2.s2_guidance",
+    "TAG": "genattn.guidance.tag.tag",
     "BroadWay": "genattn.guidance.broadway.broadway",
     "EnhanceAVideo": "genattn.guidance.broadway.enhance_a_video",
 }
