@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "genattn genattn/patterns genattn/seam "
         "pipelines/long_video/bases pipelines/long_video/output pipelines/long_video/solvers pipelines/training"
     ),
+    "pipelines/long_clip": "genattn genattn/geometry genattn/layouts genattn/seam",
     "pipelines/long_video": (
         "genattn genattn/seam "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
@@ -70,8 +71,8 @@ MAY_IMPORT = {
     "pipelines/tiny/studies": (
         "genattn genattn/layouts genattn/patterns genattn/seam "
         "guidance/broadway guidance/headhunter guidance/heads guidance/nag guidance/softpag "
-        "pipelines/finetune pipelines/long_video/output pipelines/long_video/quality pipelines/tiny "
-        "pipelines/training"
+        "pipelines/finetune pipelines/long_clip pipelines/long_video/output pipelines/long_video/quality "
+        "pipelines/tiny pipelines/training"
     ),
     "pipelines/training": "genattn",
     "apps/bench": (

@@ -100,7 +100,7 @@ class _Errors(Plugin):
         out = inner(call)
         if call.run.step in STEPS and call.run.pass_name != "uncond" and call.layout is not None:
             for name, pattern in self.patterns.items():
-                there = pattern.for_layer(call.site.depth, self.layers).for_step(call.run.fraction)
+                there = pattern.for_layer(call.site.depth, self.layers).for_step(call.run.step, call.run.fraction)
                 plan = plan_for(call.query, call.key, there, call.layout)
                 sparse = planned_attention(call.query, call.key, call.value, plan, scale=call.scale)
                 assert isinstance(sparse, torch.Tensor)

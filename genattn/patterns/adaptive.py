@@ -96,7 +96,7 @@ class AdaptivePattern(ContentPattern):
         assert self.budget is not None
         return replace(found, selection=self.chosen_by.with_amount(amount), budget=Budget(steps=self.budget.steps))
 
-    def for_step(self, fraction: float | None) -> "AdaptivePattern":
+    def for_step(self, step: int = -1, fraction: float | None = None) -> "AdaptivePattern":
         """The choice with the factor of this part of the run on its amount."""
         if self.budget is None or not self.budget.steps:
             return self

@@ -19,6 +19,7 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.patterns.radial import RadialPattern
+from genattn.patterns.rotating_anchors import RotatingAnchors
 from genattn.selection.budget import Budget
 from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
@@ -38,6 +39,7 @@ TYPES: dict[str, Callable[..., Pattern]] = {
         PerLayer,
         ProfiledPattern,
         RadialPattern,
+        RotatingAnchors,
         Union,
     )
 }

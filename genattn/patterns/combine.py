@@ -49,9 +49,9 @@ class _Parts(Pattern):
         """Whether any part does."""
         return any(p.needs_tensors for p in self.patterns)
 
-    def for_step(self, fraction: float | None) -> Pattern:
-        """The parts' patterns at one part of the run."""
-        parts = tuple(p.for_step(fraction) for p in self.patterns)
+    def for_step(self, step: int = -1, fraction: float | None = None) -> Pattern:
+        """The parts' patterns at one step of the run."""
+        parts = tuple(p.for_step(step, fraction) for p in self.patterns)
         return self if parts == self.patterns else self._with_parts(parts)
 
     def _with_parts(self, parts: tuple[Pattern, ...]) -> Pattern:

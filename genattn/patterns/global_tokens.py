@@ -59,6 +59,10 @@ class GlobalTokens(Pattern):
         """With the inner pattern of one layer."""
         return replace(self, pattern=self.pattern.for_layer(layer, num_layers))
 
+    def for_step(self, step: int = -1, fraction: float | None = None) -> "GlobalTokens":
+        """With the inner pattern of one step."""
+        return replace(self, pattern=self.pattern.for_step(step, fraction))
+
     def for_heads(self, first: int, count: int) -> "GlobalTokens":
         """With the inner pattern of some heads."""
         return replace(self, pattern=self.pattern.for_heads(first, count))

@@ -115,8 +115,11 @@ class Pattern(ABC):
         """The pattern of one layer, 0 <= layer < num_layers in execution order; itself unless layers differ."""
         return self
 
-    def for_step(self, fraction: float | None) -> "Pattern":
-        """The pattern at `fraction` of the sampling run, in [0, 1), None when unknown; itself unless steps differ."""
+    def for_step(self, step: int = -1, fraction: float | None = None) -> "Pattern":
+        """The pattern of one sampling step; itself unless steps differ.
+
+        step: 0 at pure noise, -1 when unknown. fraction: of the run, in [0, 1), None when unknown.
+        """
         return self
 
     def for_heads(self, first: int, count: int) -> "Pattern":

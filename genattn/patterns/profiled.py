@@ -77,7 +77,7 @@ class ProfiledPattern(Pattern):
             raise GenAttnError(f"the map {self.path} has {made} layers, got layer {layer} of {num_layers}; profile this model")
         return replace(self, layer=layer)
 
-    def for_step(self, fraction: float | None) -> "ProfiledPattern":
+    def for_step(self, step: int = -1, fraction: float | None = None) -> "ProfiledPattern":
         """The map of one part of the run; the mean of all parts where it is unknown."""
         return replace(self, band=self.map.header.band(fraction))
 

@@ -144,7 +144,7 @@ class SparsePlugin(Plugin):
         # tail="auto" is on where the backend has it: none that was named is refused for a default
         acting = self.pattern if why_no_tail(impl, call.query.device) else self._tailed
         pattern = acting.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
-        pattern = pattern.for_step(call.run.fraction)
+        pattern = pattern.for_step(call.run.step, call.run.fraction)
         heads = call.query.shape[2]  # fewer than the site has, where processes share them
         return pattern.for_heads(call.head_offset, heads) if 0 < heads < call.site.heads else pattern
 

@@ -164,9 +164,9 @@ def test_budget_by_layer_step_and_head() -> None:
     pattern = AdaptivePattern(TopK(0.5), budget=Budget((0.1, (0.2, 0.4)), ((0.5, 2.0), (1.0, 1.0))))
     second = pattern.for_layer(1, 2)
     assert second.selection == TopK((0.2, 0.4))
-    assert second.for_step(0.1).selection == TopK((0.4, 0.8))
-    assert second.for_step(0.8).for_heads(1, 1).selection == TopK((0.4,))
-    assert second.for_step(None).selection == TopK((0.2, 0.4))
+    assert second.for_step(fraction=0.1).selection == TopK((0.4, 0.8))
+    assert second.for_step(fraction=0.8).for_heads(1, 1).selection == TopK((0.4,))
+    assert second.for_step(fraction=None).selection == TopK((0.2, 0.4))
     assert pattern.for_layer(0, 2).selection == TopK(0.1)
     with pytest.raises(GenAttnError, match="one amount per layer"):
         pattern.for_layer(2, 3)
@@ -231,8 +231,8 @@ def test_union_intersection_and_per_head_take_it() -> None:
     assert Union(window, RadialPattern()).plan_for(query, key, LAYOUT) is Union(window, RadialPattern()).plan(LAYOUT)
     assert split.for_heads(0, 2).plan_for(query[:, :, :2], key[:, :, :1], LAYOUT).num_heads == 2
     budget = AdaptivePattern(TopK(0.2), budget=Budget(steps=((1.0, 2.0),)))
-    assert Union(budget, window).for_step(0.5) == Union(AdaptivePattern(TopK(0.4), budget=Budget()), window)
-    assert PerLayer((budget,), (0, 0)).for_step(0.5).for_layer(1, 2).selection == TopK(0.4)  # type: ignore[attr-defined]
+    assert Union(budget, window).for_step(fraction=0.5) == Union(AdaptivePattern(TopK(0.4), budget=Budget()), window)
+    assert PerLayer((budget,), (0, 0)).for_step(fraction=0.5).for_layer(1, 2).selection == TopK(0.4)  # type: ignore[attr-defined]
 
 
 def test_combinations_that_cannot_be() -> None:

@@ -51,7 +51,7 @@ def test_density_is_met_at_any_size(path: str, density: float | None, grid: tupl
     found = []
     for layer in range(2):
         for fraction in (0.1, 0.9):
-            there = pattern.for_layer(layer, 2).for_step(fraction)
+            there = pattern.for_layer(layer, 2).for_step(fraction=fraction)
             plan = there.plan(layout, 16, 16)
             assert plan.num_heads == 3
             found.append(plan.density)
@@ -61,7 +61,7 @@ def test_density_is_met_at_any_size(path: str, density: float | None, grid: tupl
 
 def test_plan_is_the_rule_and_text_is_whole(path: str) -> None:
     layout = TokenLayout((Segment("text", (5,)), Segment("grid", (6, 8, 8)), Segment("padding", (3,))))
-    pattern = ProfiledPattern(path, block=16).for_layer(1, 2).for_step(0.2)
+    pattern = ProfiledPattern(path, block=16).for_layer(1, 2).for_step(fraction=0.2)
     mask = pattern.mask(layout)
     for block in ((16, 16), (32, 8), (128, 128)):
         assert torch.equal(visible_mask(pattern.plan(layout, *block)), mask)
@@ -77,11 +77,13 @@ def test_plan_is_the_rule_and_text_is_whole(path: str) -> None:
 
 def test_layers_bands_and_heads_differ(path: str) -> None:
     pattern = ProfiledPattern(path)
-    plans = [pattern.for_layer(n, 2).for_step(f).plan(LAYOUT, 16, 16).columns.tolist() for n in (0, 1) for f in (0.0, 0.6)]
+    plans = [
+        pattern.for_layer(n, 2).for_step(fraction=f).plan(LAYOUT, 16, 16).columns.tolist() for n in (0, 1) for f in (0.0, 0.6)
+    ]
     assert len({tuple(p) for p in plans}) == 4
-    unknown = pattern.for_layer(0, 2).for_step(None)
+    unknown = pattern.for_layer(0, 2).for_step(fraction=None)
     assert isinstance(unknown.plan(LAYOUT, 16, 16), BlockPlan)
-    whole = pattern.for_layer(0, 2).for_step(0.0)
+    whole = pattern.for_layer(0, 2).for_step(fraction=0.0)
     mine = whole.for_heads(1, 2).mask(LAYOUT)
     assert torch.equal(mine, whole.mask(LAYOUT)[1:])
     assert pattern.map.header.band(0.49) == 0

@@ -1,0 +1,1 @@
+"""One clip longer than its model was trained for, by plugins on the stock pipeline."""
