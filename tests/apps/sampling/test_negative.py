@@ -1,4 +1,4 @@
-"""Where a negative prompt goes: to guidance where the call runs it, else to NAG, through the function that all commands share."""
+"""Where a negative prompt goes: to guidance where the call runs it, else to NAG; all commands share the function."""
 
 from typing import Any
 
