@@ -1,21 +1,21 @@
-"""The outermost point of a denoiser: its class is swapped for one whose call runs the plugins' wrappers around stock.
+"""The outermost point of a denoiser: its call runs the plugins' wrappers around stock, while its class stays stock's own.
 
-Both `__call__` and `_call_impl` are overridden, because `torch.compile(model)` made before `apply` has bound the one and
-`model.compile()` the other; whichever comes first does the work. Neither is traced: the compiled frame is the stock `forward`.
+`nn.Module.__call__` asks the instance for `_call_impl`, or for `_compiled_call_impl` after `model.compile()`, so attributes of the
+instance are enough: `type(model)` is what diffusers, FSDP2 and parametrizations expect, and hooks and a `forward` that offloading
+puts on the instance run inside of ours. None of it is traced: the compiled frame is the stock `forward`.
 """
 
 import contextlib
-import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from genattn.seam.plugin import Run
-from genattn.seam.processors import MARK, swapped_class
+from genattn.seam.processors import MARK
 
 INJECTION = "_genattn_injection"
 
@@ -55,31 +55,62 @@ def current_run(run: Run) -> Iterator[Run]:
         HERE.run = before
 
 
-@functools.cache
-def denoiser_class(stock: Any) -> type:
-    """The class that an injected `stock` gets."""
-    skip = functools.partial(torch.compiler.disable, recursive=False)
-    members: dict[str, Any] = {
-        "__call__": skip(_around(stock.__call__)),
-        "_call_impl": skip(_around(stock._call_impl)),  # type: ignore[attr-defined]
-        "__deepcopy__": _deepcopy(stock),
-    }
-    if hasattr(stock, "cache_context"):
-        members["cache_context"] = _noting_cache_context(stock.cache_context)
-    return swapped_class(stock, members)
+_ROOT = ("_call_impl", "_compiled_call_impl", "cache_context", "_replicate_for_data_parallel", "__getstate__")
 
 
-def _around(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def around(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        injection = self.__dict__.get(INJECTION)
-        if injection is None or (HERE.run is not None and HERE.run.model is self):
-            return stock(self, *args, **kwargs)
+class RootCalls:
+    """Our attributes on one denoiser, and what stood there before. `remove` leaves what others have put over them since."""
+
+    def __init__(self, model: nn.Module, injection: Any) -> None:
+        self.model = model
+        self.before = {name: model.__dict__[name] for name in _ROOT if name in model.__dict__}
+        model.__dict__[INJECTION] = injection
+        self.ours = _root_calls(model, self.before)
+        model.__dict__.update(self.ours)
+
+    def remove(self) -> None:
+        """Give every attribute back to whoever had it."""
+        self.model.__dict__.pop(INJECTION, None)
+        for name, ours in self.ours.items():
+            if self.model.__dict__.get(name) is ours:
+                del self.model.__dict__[name]
+                if name in self.before:
+                    self.model.__dict__[name] = self.before[name]
+
+
+def _root_calls(model: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
+    def below(name: str) -> Any:
+        return before.get(name) or functools.partial(getattr(type(model), name), model)
+
+    calls: dict[str, Any] = {"_call_impl": _Entry(model, lambda: below("_call_impl"))._call_impl}
+    if before.get("_compiled_call_impl") is not None:
+        calls["_compiled_call_impl"] = _Entry(model, lambda: before["_compiled_call_impl"])._call_impl
+    if hasattr(type(model), "cache_context"):
+        calls["cache_context"] = _noting_cache_context(model, lambda: below("cache_context"))
+    calls["_replicate_for_data_parallel"] = functools.partial(_replica, model, before)
+    calls["__getstate__"] = functools.partial(stock_state, model, before, calls)
+    return calls
+
+
+class _Entry:
+    """One way into the forward of `model`: through its injection where there is one, to `below()` where it runs already."""
+
+    def __init__(self, model: nn.Module, below: Callable[[], Callable[..., Any]]) -> None:
+        self.model, self.below = model, below
+
+    # torch.compile puts a frame of its own around what it may not trace, except under this name; and it looks through a function
+    # that is not traced, but not through a method
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        injection, stock = self.model.__dict__.get(INJECTION), self.below()
+        if injection is None or (HERE.run is not None and HERE.run.model is injection.model):
+            return stock(*args, **kwargs)
         compiler = _set_eval_frame(None)
 
         def under(*given: Any, **named: Any) -> Any:
             _set_eval_frame(compiler)
             try:
-                return stock(self, *given, **named)
+                return stock(*given, **named)
             finally:
                 _set_eval_frame(None)
 
@@ -88,34 +119,40 @@ def _around(stock: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _set_eval_frame(compiler)
 
-    return functools.wraps(stock)(around)
+
+def _replica(model: nn.Module, before: dict[str, Any]) -> nn.Module:
+    """nn.DataParallel copies the attributes of the instance; a replica's must call the replica."""
+    replica: nn.Module = type(model)._replicate_for_data_parallel(model)
+    replica.__dict__.update(_root_calls(replica, before))
+    return replica
 
 
-def _deepcopy(stock: type) -> Callable[[nn.Module, dict[int, Any]], nn.Module]:
-    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        copied: nn.Module = object.__new__(stock)
-        memo[id(self)] = copied
-        state = {k: v for k, v in self.__dict__.items() if k != INJECTION}
-        copied.__dict__.update(copy.deepcopy(state, memo))
-        for module in copied.modules():
-            module.__dict__.pop(MARK, None)
-        return copied
+def stock_state(module: nn.Module, before: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What copying and pickling takes of a module: nothing of ours, so that the copy is a plain stock one."""
+    getstate = getattr(type(module), "__getstate__", None)  # object has none before Python 3.11
+    state = dict(getstate(module) if getstate is not None else module.__dict__)
+    for name in ours:
+        if state.get(name) is ours[name]:
+            del state[name]
+            if name in before and name != "_compiled_call_impl":
+                state[name] = before[name]
+    getstate = state.get("__getstate__")
+    if getattr(getstate, "func", None) is stock_state:
+        del state["__getstate__"]
+    return {name: value for name, value in state.items() if name not in (INJECTION, MARK)}
 
-    return __deepcopy__
 
-
-def _noting_cache_context(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _noting_cache_context(model: nn.Module, below: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """The model's own cache_context, whose name tells which pass runs."""
 
-    @functools.wraps(stock)
     @contextlib.contextmanager
-    def cache_context(self: nn.Module, name: str, **told: Any) -> Iterator[None]:
-        injection = self.__dict__.get(INJECTION)
+    def cache_context(name: str, **told: Any) -> Iterator[None]:
+        injection = model.__dict__.get(INJECTION)
         noted: list[Any] = [name, told]
         if injection is not None:
             injection.cache.append(noted)
         try:
-            with stock(self, name, **told):
+            with below()(name, **told):
                 yield
         finally:
             if injection is not None:

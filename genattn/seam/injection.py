@@ -1,6 +1,7 @@
 """One denoiser with plugins on it: its marks, its chain, the run that is going on, and the way back to stock."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -12,9 +13,9 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import gathered, ulysses, why_not_ulysses
-from genattn.seam.denoiser import HERE, INJECTION, checkpoints_carry, current_run, denoiser_class, other_cache_context, run_of
+from genattn.seam.denoiser import HERE, RootCalls, checkpoints_carry, current_run, other_cache_context, run_of, stock_state
 from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
-from genattn.seam.processors import MARK, Mark, StockCore, acquire_processor, release_processor, set_class, stock_class
+from genattn.seam.processors import MARK, Mark, StockCore, acquire_processor, release_processor
 from genattn.seam.report import event_pair
 from genattn.seam.root_inputs import RootInputs
 from genattn.seam.sites import find_sites, layout_at
@@ -33,12 +34,13 @@ class Injection:
     def __init__(self, model: nn.Module, name: str, tracker: StepTracker) -> None:
         self.model, self.name, self.tracker = model, name, tracker
         self.family = family_of(model)
-        self.inputs = RootInputs(stock_class(model), self.family)
+        self.inputs = RootInputs(type(model), self.family)
         self.handles: list[Handle] = []
         self.cache: list[list[Any]] = []
         self.found = find_sites(model, name, self.family)
         self.blocks = 1 + max((site.depth for _, site in self.found), default=-1)
         self.marks: list[Mark] = []
+        self.root: RootCalls | None = None
         self._plugins: list[Plugin] = []
         self._wrappers: list[Plugin] = []
         self._processors: dict[int, tuple[Any, list[str]]] = {}
@@ -62,17 +64,17 @@ class Injection:
         for module, site in self.found:
             mark = Mark(site, self)
             module.__dict__[MARK] = mark
+            module.__dict__["__getstate__"] = functools.partial(stock_state, module, {}, {})
             self.marks.append(mark)
-        self.model.__dict__[INJECTION] = self
-        stock: Any = type(self.model)
-        set_class(self.model, denoiser_class(stock))
+        self.root = RootCalls(self.model, self)
         self.sync()
 
     def _uninstall(self) -> None:
-        set_class(self.model, stock_class(self.model))
-        del self.model.__dict__[INJECTION]
+        assert self.root is not None
+        self.root.remove()
         for module, _ in self.found:
             module.__dict__.pop(MARK, None)
+            module.__dict__.pop("__getstate__", None)
         for processor, opened in self._processors.values():
             release_processor(processor, opened)
         self._processors.clear()
@@ -181,7 +183,7 @@ class Injection:
         extra = replace(run, pass_name=f"{run.pass_name or 'pass'}+{name}", extra=name)
         with contextlib.ExitStack() as stack:
             if self.cache:
-                stack.enter_context(other_cache_context(self.model, stock_class(self.model), self.cache[-1], name))
+                stack.enter_context(other_cache_context(self.model, type(self.model), self.cache[-1], name))
             yield stack.enter_context(current_run(extra))
 
     def attend(
