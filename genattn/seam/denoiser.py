@@ -1,8 +1,8 @@
 """The outermost point of a denoiser: its call runs the plugins' wrappers around stock, while its class stays stock's own.
 
-`nn.Module.__call__` asks the instance for `_call_impl`, or for `_compiled_call_impl` after `model.compile()`, so attributes of the
-instance are enough: `type(model)` is what diffusers, FSDP2 and parametrizations expect, and hooks and a `forward` that offloading
-puts on the instance run inside of ours. None of it is traced: the compiled frame is the stock `forward`.
+`nn.Module.__call__` asks the instance for `_call_impl`, or for `_compiled_call_impl` after `model.compile()`, so attributes of
+the instance are enough: `type(model)` is what diffusers, FSDP2 and parametrizations expect, and hooks and a `forward` that
+offloading puts on the instance run inside of ours. None of it is traced: the compiled frame is the stock `forward`.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from genattn.seam.cores import MARK
 from genattn.seam.plugin import Run
-from genattn.seam.processors import MARK
+from genattn.seam.processors import FunctionProcessor
 
 INJECTION = "_genattn_injection"
 
@@ -98,8 +99,8 @@ class _Entry:
     def __init__(self, model: nn.Module, below: Callable[[], Callable[..., Any]]) -> None:
         self.model, self.below = model, below
 
-    # torch.compile puts a frame of its own around what it may not trace, except under this name; and it looks through a function
-    # that is not traced, but not through a method
+    # torch.compile puts a frame of its own around what it may not trace, except under this name; and it looks through a
+    # function that is not traced, but not through a method
     @functools.partial(torch.compiler.disable, recursive=False)
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         injection, stock = self.model.__dict__.get(INJECTION), self.below()
@@ -136,6 +137,8 @@ def stock_state(module: nn.Module, before: Mapping[str, Any], ours: Mapping[str,
             del state[name]
             if name in before and name != "_compiled_call_impl":
                 state[name] = before[name]
+    if isinstance(state.get("processor"), FunctionProcessor):
+        state["processor"] = state["processor"].function
     getstate = state.get("__getstate__")
     if getattr(getstate, "func", None) is stock_state:
         del state["__getstate__"]

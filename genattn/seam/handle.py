@@ -241,17 +241,17 @@ class Handle:
         if plugin is None or not self._active:
             raise GenAttnError("explain needs an active handle with a pattern on it; apply(pipe, RadialPattern()) gives one")
         self._stop_first = True
-        trackers = {id(i.tracker): (i.tracker, dict(vars(i.tracker))) for i in self._injections}
         try:
-            self.target(**call)
+            with contextlib.ExitStack() as forgotten:
+                for tracker in {id(i.tracker): i.tracker for i in self._injections}.values():
+                    forgotten.enter_context(tracker.untouched())
+                self.target(**call)
         except FirstForward as stop:
             injection = next(i for i in self._injections if i.model is stop.run.model)
             sites = [site for _, site in injection.found if plugin.wants(site)]
             return explain_run(stop, sites, plugin, head_dims(injection.found))
         finally:
             self._stop_first = False
-            for tracker, before in trackers.values():
-                vars(tracker).update(before)
         raise GenAttnError(f"{type(self.target).__name__} returned without a forward of its denoiser; nothing to explain")
 
     def report(self) -> Report:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,17 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import gathered, ulysses, why_not_ulysses
+from genattn.seam.cores import MARK, Mark, StockCore
 from genattn.seam.denoiser import HERE, RootCalls, checkpoints_carry, current_run, other_cache_context, run_of, stock_state
 from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
-from genattn.seam.processors import MARK, Mark, StockCore, acquire_processor, release_processor
+from genattn.seam.processors import (
+    Claim,
+    FunctionProcessor,
+    abandon_processors,
+    acquire_processor,
+    refresh_processor,
+    release_processors,
+)
 from genattn.seam.report import event_pair
 from genattn.seam.root_inputs import RootInputs
 from genattn.seam.sites import find_sites, layout_at
@@ -43,14 +52,20 @@ class Injection:
         self.root: RootCalls | None = None
         self._plugins: list[Plugin] = []
         self._wrappers: list[Plugin] = []
-        self._processors: dict[int, tuple[Any, list[str]]] = {}
+        self._claims: dict[int, Claim] = {}
+        # a model that is dropped with its plugins on leaves nothing open
+        weakref.finalize(self, abandon_processors, self._claims).atexit = False
 
     def join(self, handle: "Handle") -> None:
-        """Add a handle; the first one changes the model."""
+        """Add a handle; the first one changes the model, or leaves it as it was."""
         self.handles.append(handle)
-        if len(self.handles) == 1:
-            self._install()
-        self._chain_up()
+        try:
+            if len(self.handles) == 1:
+                self._install()
+            self._chain_up()
+        except BaseException:
+            self.leave(handle)
+            raise
 
     def leave(self, handle: "Handle") -> None:
         """Take a handle away; the last one restores the model."""
@@ -61,23 +76,24 @@ class Injection:
             self._uninstall()
 
     def _install(self) -> None:
+        self.root = RootCalls(self.model, self)
         for module, site in self.found:
             mark = Mark(site, self)
             module.__dict__[MARK] = mark
             module.__dict__["__getstate__"] = functools.partial(stock_state, module, {}, {})
             self.marks.append(mark)
-        self.root = RootCalls(self.model, self)
         self.sync()
 
     def _uninstall(self) -> None:
-        assert self.root is not None
-        self.root.remove()
+        if self.root is not None:
+            self.root.remove()
         for module, _ in self.found:
             module.__dict__.pop(MARK, None)
             module.__dict__.pop("__getstate__", None)
-        for processor, opened in self._processors.values():
-            release_processor(processor, opened)
-        self._processors.clear()
+            processor: Any = module.__dict__.get("processor")
+            if isinstance(processor, FunctionProcessor):
+                module.__dict__["processor"] = processor.function
+        release_processors(self._claims)
         self.marks.clear()
 
     def refuse_split(self, plugins: Iterable[Plugin], config: Any = None) -> None:
@@ -95,11 +111,33 @@ class Injection:
             raise GenAttnError(f"{', '.join(names)} on {self.model.__class__.__name__} must see whole sequences, but {reason}")
 
     def sync(self) -> None:
-        """Mark processors that came after us: fused projections, IP-Adapter, set_attn_processor."""
+        """Mark processors that came after us (fused projections, IP-Adapter, set_attn_processor), let go of those that went,
+        and follow those whose class was patched."""
+        gone = dict(self._claims)
         for module, _ in self.found:
             processor = module.processor
-            if id(processor) not in self._processors:
-                self._processors[id(processor)] = (processor, acquire_processor(processor))
+            claim = self._claims.get(id(processor))
+            if claim is None or claim.processor() is not processor:
+                claim = self._claim(module, processor)
+            else:
+                refresh_processor(claim)
+            gone.pop(claim.key, None)
+        for key in gone:
+            del self._claims[key]
+        release_processors(gone)
+
+    def _claim(self, module: Any, processor: Any) -> Claim:
+        stale = self._claims.pop(id(processor), None)
+        if stale is not None:  # its place in memory has a new owner
+            release_processors({stale.key: stale})
+        claim = acquire_processor(processor)
+        if claim is None:
+            processor = FunctionProcessor(processor)
+            module.__dict__["processor"] = processor
+            claim = acquire_processor(processor)
+        assert claim is not None
+        self._claims[claim.key] = claim
+        return claim
 
     def _chain_up(self) -> None:
         pairs = [(plugin, handle) for handle in self.handles for plugin in handle.plugins]
@@ -140,7 +178,7 @@ class Injection:
         pass_name, cache_told = (self.cache[-1][0], self.cache[-1][1]) if self.cache else (None, {})
         timestep = self.inputs.timestep(bound)
         rising = self.family is not None and self.family.rising
-        position = self.tracker.observe(timestep, cache_told, merged.get("num_steps"), rising)
+        position = self.tracker.observe(timestep, cache_told, merged.get("num_steps"), rising, self.model)
         layout, why = self.inputs.layout(self.model, bound)
         run = Run(
             step=position.step,

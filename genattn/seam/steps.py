@@ -1,16 +1,25 @@
 """Where the sampling loop stands: step, number of steps, noise level, and the start of a new run, read at the denoiser's root.
 
 A step is a change of the timestep, so that two guidance passes share one and a second-order sampler's two evaluations at one
-noise level share one. The number of steps is the number of distinct timesteps the scheduler will visit. A run starts when the
-scheduler was given new timesteps, or when the timestep jumps back. Block caches skip layers, never the root, so nothing is
-counted there.
+noise level share one. The number of steps is the number of distinct timesteps that the running pipeline will visit: a part of
+the scheduler's list where it starts in the middle (`visits.py`). A run starts when the scheduler was given new timesteps, or
+when the timestep jumps back. Block caches skip layers, never the root, so nothing is counted there.
+
+The progress belongs to the pipeline that runs, not to the one that was applied: denoisers are shared between pipelines with a
+scheduler each, and one pipeline has several denoisers.
 """
 
+import contextlib
+import dataclasses
+import sys
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import nn
+
+from genattn.seam.visits import visits
 
 
 @dataclass(frozen=True)
@@ -23,88 +32,127 @@ class Position:
     is_new_run: bool
 
 
+@dataclass
+class _Progress:
+    """One pipeline's run. repeats: forwards at this timestep before this one."""
+
+    plan: Any = None
+    timestep: float | None = None
+    step: int = -1
+    repeats: int = 0
+    visits: list[tuple[float, float | None]] = field(default_factory=list)
+
+    def advance(self, timestep: float | None, pipe: Any, rising: bool) -> bool:
+        """One more forward; whether it is the first of a run."""
+        plan = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        is_new = self.step < 0 or plan is not self.plan or self._jumped_back(timestep, rising)
+        if is_new:
+            self.visits, first = visits(pipe, timestep, rising)
+            self.plan, self.step, self.timestep = plan, first - 1, None
+        self.repeats += 1
+        if timestep is None or timestep != self.timestep:
+            self.step += 1
+            self.repeats = 0
+        self.timestep = timestep
+        return is_new
+
+    def _jumped_back(self, timestep: float | None, rising: bool) -> bool:
+        if timestep is None or self.timestep is None:
+            return False
+        return timestep < self.timestep if rising else timestep > self.timestep
+
+
+_RUNNING: "weakref.WeakKeyDictionary[Any, _Progress]" = weakref.WeakKeyDictionary()
+
+
 class StepTracker:
-    """Shared by all denoisers of one pipeline, so that two experts count as one run."""
+    """Reads for one denoiser, or for all of one pipeline. pipe: the one that was applied, asked where none is seen running."""
 
     def __init__(self, pipe: Any = None) -> None:
-        self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
-        self._plan: Any = None
-        self._timestep: float | None = None
-        self._step = -1
-        self._repeats = 0
-        self._visits: list[tuple[float, float | None]] = []
+        self._applied = weakref.ref(pipe) if pipe is not None else lambda: None
+        self._running: Any = self._applied
+        self._bare = _Progress()
 
     @property
     def pipe(self) -> Any:
-        """The pipeline, None for a bare model."""
-        return self._pipe()
+        """The pipeline that ran last, None for a bare model."""
+        return self._running()
 
     @property
     def has_pipe(self) -> bool:
         """Whether a scheduler can be asked."""
-        return self._pipe() is not None
+        return self._applied() is not None
 
-    def observe(self, timestep: float | None, told: dict[str, Any], num_steps: int | None, rising: bool = False) -> Position:
-        """One forward of a denoiser at `timestep`; `told` is what the pipeline put into its cache context."""
-        plan = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
-        is_new = self._is_new_run(timestep, plan, rising)
-        if is_new:
-            self._plan, self._step, self._timestep = plan, -1, None
-            self._visits = _visits(getattr(self._pipe(), "scheduler", None))
-        self._repeats += 1
-        if timestep is None or timestep != self._timestep:
-            self._step += 1
-            self._repeats = 0
-        self._timestep = timestep
-        total = told.get("num_inference_steps") or num_steps or len(self._visits) or None
-        step = self._step
+    def observe(
+        self,
+        timestep: float | None,
+        told: dict[str, Any],
+        num_steps: int | None,
+        rising: bool = False,
+        model: nn.Module | None = None,
+    ) -> Position:
+        """One forward of `model` at `timestep`; `told` is what the pipeline put into its cache context."""
+        found = running_pipeline(model) if model is not None else None
+        self._running = weakref.ref(found) if found is not None else self._applied
+        progress = self._progress
+        is_new = progress.advance(timestep, self.pipe, rising)
+        total = told.get("num_inference_steps") or num_steps or len(progress.visits) or None
+        step = progress.step
         if told.get("step_index") is not None and (total is None or told["step_index"] < total):
             step = told["step_index"]
         if total is not None and step >= total:  # more forwards than were announced: the announcement was wrong
             total = None
         sigma = told.get("sigma")
-        if sigma is None and step < len(self._visits):
-            sigma = self._visits[step][1]
+        if sigma is None and step < len(progress.visits):
+            sigma = progress.visits[step][1]
         return Position(step, total, None if sigma is None else float(sigma), is_new)
+
+    @property
+    def _progress(self) -> _Progress:
+        pipe = self.pipe
+        return self._bare if pipe is None else _RUNNING.setdefault(pipe, _Progress())
 
     def guess_pass(self, cfg: str | None) -> str | None:
         """Name of the pass for pipelines without cache contexts; cfg: "batched", "two_pass" or None when it is not known."""
-        guided = getattr(self._pipe(), "do_classifier_free_guidance", None)
+        guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if cfg is None or not isinstance(guided, bool):
             return None
         if not guided:
             return "cond"
-        return "cond_uncond" if cfg == "batched" else ("cond", "uncond")[self._repeats % 2]
+        repeats = self._progress.repeats
+        if cfg == "batched":
+            return "cond_uncond"
+        return ("cond", "uncond")[repeats] if repeats < 2 else None  # a third pass is something else
 
-    def _is_new_run(self, timestep: float | None, plan: Any, rising: bool) -> bool:
-        if self._step < 0 or plan is not self._plan:
-            return True
-        if timestep is None or self._timestep is None:
-            return False
-        return timestep < self._timestep if rising else timestep > self._timestep
-
-
-def _visits(scheduler: Any) -> list[tuple[float, float | None]]:
-    """(timestep, sigma) of every distinct timestep in the order in which the loop visits them; empty when unknown."""
-    timesteps = getattr(scheduler, "timesteps", None)
-    if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
-        return []
-    start = getattr(scheduler, "begin_index", None) or 0
-    values = timesteps[start:].tolist()
-    sigmas = _sigmas(scheduler, timesteps)[start:]
-    kept: list[tuple[float, float | None]] = []
-    for index, value in enumerate(values):
-        if not kept or kept[-1][0] != value:
-            kept.append((value, sigmas[index] if index < len(sigmas) else None))
-    return kept
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """What is observed inside is forgotten."""
+        running, bare = self._running, dataclasses.replace(self._bare)
+        before = {pipe: dataclasses.replace(progress) for pipe, progress in _RUNNING.items()}
+        try:
+            yield
+        finally:
+            self._running, self._bare = running, bare
+            _RUNNING.clear()
+            _RUNNING.update(before)
 
 
-def _sigmas(scheduler: Any, timesteps: torch.Tensor) -> list[float]:
-    sigmas = getattr(scheduler, "sigmas", None)
-    if isinstance(sigmas, torch.Tensor) and sigmas.numel() >= timesteps.numel():
-        return sigmas.flatten().tolist()
-    products = getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(products, torch.Tensor) and not timesteps.is_floating_point():
-        kept = products[timesteps.long().cpu().clamp(0, products.numel() - 1)]
-        return ((1 - kept) / kept).sqrt().tolist()
-    return []
+def running_pipeline(model: nn.Module) -> Any:
+    """The pipeline whose call this is: the innermost `self` of a `__call__` on the stack that has `model` and a scheduler."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            parts = getattr(owner, "__dict__", {})
+            if "scheduler" in parts and any(_holds(part, model) for part in parts.values()):
+                return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _holds(part: Any, model: nn.Module) -> bool:
+    """Whether a component is the model, or torch.compile's or a data-parallel wrapper around it."""
+    while isinstance(part, nn.Module) and part is not model:
+        part = part.__dict__.get("_modules", {}).get("_orig_mod", part._modules.get("module"))
+    return part is model

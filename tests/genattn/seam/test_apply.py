@@ -13,9 +13,9 @@ import genattn
 from genattn import DensePattern, GenAttnError, RadialPattern, Schedule
 from genattn.layouts.site import AttentionSite
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam.cores import MARK
 from genattn.seam.handle import Handle, apply
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
-from genattn.seam.processors import MARK
 from genattn.seam.report import GenAttnWarning
 from genattn.seam.sparse_plugin import SparsePlugin
 
@@ -389,8 +389,8 @@ def test_an_exception_in_mid_step_leaves_nothing() -> None:
     handle = apply(pipe, Breaks())
     with pytest.raises(RuntimeError, match="on purpose"):
         sample(pipe, kwargs)
+    from genattn.seam.cores import CURRENT
     from genattn.seam.denoiser import HERE
-    from genattn.seam.processors import CURRENT
 
     assert HERE.run is None
     assert CURRENT.mark is None

@@ -9,9 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from genattn import DensePattern, RadialPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam.cores import attention_op
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin, Run
-from genattn.seam.processors import attention_op
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

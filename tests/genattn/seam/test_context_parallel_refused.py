@@ -9,8 +9,8 @@ from diffusers.models.transformers import transformer_wan
 
 from genattn import DensePattern, GenAttnError, RadialPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
+from genattn.seam.cores import MARK
 from genattn.seam.handle import apply
-from genattn.seam.processors import MARK
 
 
 def parallel(**changes: Any) -> Any:
