@@ -52,6 +52,20 @@ DenseLayers = Annotated[int, typer.Option(help="First layers kept dense.", show_
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.", show_default=True)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
 CpuOffload = Annotated[str | None, typer.Option(help="model or group: keep weights on the CPU between uses.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="LoRA file or hub id, with :WEIGHT behind it; several times for several.", metavar="FILE[:W]"),
+]
+StartImage = Annotated[Path | None, typer.Option("--image", help="Picture to start from (image-to-video and the like).")]
+SoftPagHeads = Annotated[
+    str | None, typer.Option("--softpag", help="Guide by disturbing heads: L3H1,L5 or a head set's .json.", metavar="HEADS")
+]
+SoftPagU = Annotated[float, typer.Option(help="How far the heads are disturbed, 0 to 1.", show_default=True)]
+SoftPagScale = Annotated[float, typer.Option(help="How strongly to move away from the disturbed result.", show_default=True)]
+BroadWayAlpha = Annotated[
+    str | None, typer.Option("--broadway", help="More motion: a strength (0.3) or a preset (animatediff).", metavar="ALPHA")
+]
+Enhance = Annotated[float | None, typer.Option(help="Enhance-A-Video: its weight, e.g. 1.0.")]
 Fps = Annotated[float | None, typer.Option(help="Frames a second of the written video; default: the model's or 16.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write; its folder is made.", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, nothing else.")]
@@ -68,6 +82,8 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
     "dtype": (Dtype, "auto"),
     "device": (Device, None),
     "cpu_offload": (CpuOffload, None),
+    "lora": (Lora, None),
+    "image": (StartImage, None),
 }
 ATTENTION: dict[str, tuple[Any, Any]] = {
     "attention": (Attention, "radial"),
@@ -77,6 +93,13 @@ ATTENTION: dict[str, tuple[Any, Any]] = {
     "pattern_file": (PatternFile, None),
     "dense_steps": (DenseSteps, 0.25),
     "dense_layers": (DenseLayers, 1),
+}
+GUIDANCE: dict[str, tuple[Any, Any]] = {
+    "softpag": (SoftPagHeads, None),
+    "softpag_u": (SoftPagU, 0.5),
+    "softpag_scale": (SoftPagScale, 3.0),
+    "broadway": (BroadWayAlpha, None),
+    "enhance": (Enhance, None),
 }
 
 
@@ -94,9 +117,21 @@ def attention_options() -> Callable[[Command], Command]:
     return functools.partial(_offer, "attention", ATTENTION, _attention_settings)
 
 
+def guidance_options() -> Callable[[Command], Command]:
+    """In place of a command's parameter `guidance`: the options of GUIDANCE, gathered as GuidanceSettings."""
+    return functools.partial(_offer, "guidance", GUIDANCE, _guidance_settings)
+
+
+def _guidance_settings(**given: Any) -> Any:
+    from genattn.apps.sampling.guidance_options import GuidanceSettings
+
+    return GuidanceSettings(**given)
+
+
 def _sampling_settings(**given: Any) -> Any:
     from genattn.apps.sampling.run import SamplingSettings
 
+    given["lora"] = tuple(given.get("lora") or ())
     return SamplingSettings(**given)
 
 

@@ -1,5 +1,6 @@
 """Commands that sample, or tell what sampling would do: generate, compare, explain."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,16 +11,21 @@ from genattn.apps.cli.printing import print_clips, print_json, print_lines, prin
 from genattn.errors import GenAttnError
 
 if TYPE_CHECKING:
+    from genattn.apps.sampling.guidance_options import GuidanceSettings
     from genattn.apps.sampling.run import AttentionSettings, SamplingSettings
 
 
 @options.sampling_options()
 @options.attention_options()
+@options.guidance_options()
 def generate_command(
-    prompt: options.Prompt,
     settings: "SamplingSettings",
     attention: "AttentionSettings",
+    guidance: "GuidanceSettings",
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show; several times for several clips.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     seed: options.Seed = 0,
+    count: Annotated[int, typer.Option(help="Clips per prompt, with seeds SEED, SEED + 1, ...", min=1)] = 1,
     compare_dense: Annotated[bool, typer.Option(help="Run dense attention too, same seed, and compare.")] = False,
     fps: options.Fps = None,
     out: options.Out = Path("out/video.mp4"),
@@ -27,17 +33,29 @@ def generate_command(
 ) -> None:
     """Make a video (or picture) from a prompt, with sparse attention.
 
-    On long runs a preview of the first frame grows beside --out while the steps go on.
+    Several prompts or seeds are written as NAME-1, NAME-2 and so on. On long runs a preview of the first frame grows beside
+    --out while the steps go on.
 
     Example: genattn generate --prompt "a red circle moves right on a dark background" --compare-dense --out out.mp4
     """
-    from genattn.apps.sampling.generate import GenerateRequest, generate
+    from genattn.apps.sampling.generate import GenerateRequest, generate_all, numbered
+    from genattn.apps.sampling.prompt_file import read_prompts
 
-    report = generate(GenerateRequest(prompt, out, attention, settings, seed, compare_dense, fps))
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise GenAttnError("generate needs something to show; give --prompt or a --prompts file")
+    wanted = [(text, seed + i) for text in texts for i in range(count)]
+    guided = replace(attention, guidance=guidance)
+    requests = [
+        GenerateRequest(text, path, guided, settings, each, compare_dense, fps)
+        for (text, each), path in zip(wanted, numbered(out, len(wanted)))
+    ]
+    reports = generate_all(requests)
     if as_json:
-        print_json(report)
+        print_json(reports[0] if len(reports) == 1 else reports)
     else:
-        print_clips(report)
+        for report in reports:
+            print_clips(report)
 
 
 @options.sampling_options()

@@ -5,7 +5,8 @@
 Nothing is written before every frame of the run is there and finite.
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -63,19 +64,41 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     Raises:
         GenAttnError: anything the request, the model or the machine cannot serve; nothing is written then.
     """
-    refuse_early(request.settings, request.out)
-    pipe = open_pipeline(request.settings)
-    check_suffix(pipe, request.out)
-    call = call_arguments(pipe, request.settings)
+    return generate_all([request])[0]
+
+
+def generate_all(requests: Sequence[GenerateRequest]) -> list[dict[str, Any]]:
+    """Run requests that share their settings, one after the other, on a pipeline that is opened once; a report each.
+
+    Raises GenAttnError as `generate` does; files of requests that were done before stay.
+    """
+    settings, attention = requests[0].settings, requests[0].attention
+    for request in requests:
+        refuse_early(settings, request.out)
+    pipe = open_pipeline(settings)
+    call = call_arguments(pipe, settings)
+    for request in requests:
+        check_suffix(pipe, request.out)
+    if requests[0].compare_dense:
+        warm_up(pipe, call, requests[0].prompt, attention)
+    return [_generate_one(pipe, call, request) for request in requests]
+
+
+def _generate_one(pipe: Any, call: dict[str, Any], request: GenerateRequest) -> dict[str, Any]:
     warnings = prompt_warnings(pipe, request.prompt)
-    if request.compare_dense:
-        warm_up(pipe, call, request.prompt, request.attention)
-    wanted = [request.attention] + ([DENSE] if request.compare_dense else [])
+    dense = replace(DENSE, guidance=request.attention.guidance)
+    wanted = [request.attention] + ([dense] if request.compare_dense else [])
     results = [_sample(request, pipe, call, attention) for attention in wanted]
     report = _report(request, pipe, call, results, warnings)
     _write_clips(request, report, results)
     write_json(request.out.with_suffix(".json"), report)
     return report
+
+
+def numbered(out: Path, count: int) -> list[Path]:
+    """`out` alone, or video-1.mp4, video-2.mp4, ... for several."""
+    digits = len(str(count))
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1:0{digits}d}") for i in range(count)]
 
 
 def _sample(request: GenerateRequest, pipe: Any, call: dict[str, Any], attention: AttentionSettings) -> RunResult:
@@ -97,11 +120,12 @@ def _report(
         "pattern": None if attention.pattern is None else repr(attention.pattern),
         "dense_steps": attention.dense_steps,
         "dense_layers": attention.dense_layers,
-        "settings": asdict(request.settings),
+        "guidance": {k: v for k, v in asdict(attention.guidance).items() if v is not None} if attention.guidance.name else {},
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(request.settings).items()},
         "pipeline": type(pipe).__name__,
-        **call,
+        **{name: value for name, value in call.items() if name != "image"},
         "fps": request.fps or own_defaults(pipe).get("fps", 16),
-        "device": str(pipe.device),
+        "device": str(getattr(pipe, "_execution_device", pipe.device)),
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "warnings": warnings,

@@ -10,7 +10,7 @@ import platform
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 import genattn
 from genattn.apps.sampling import legal_sizes
+from genattn.apps.sampling.guidance_options import GuidanceSettings
+from genattn.apps.sampling.inputs import add_loras, lora_of, read_picture
 from genattn.apps.sampling.load_pipeline import load_pipeline, shipped_model
 from genattn.apps.sampling.negative import split_negative
 from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -50,7 +52,11 @@ class RunResult:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Which model, and what every run of a command has in common. None means what the model was made for."""
+    """Which model, and what every run of a command has in common. None means what the model was made for.
+
+    lora: files or hub ids, each with `:WEIGHT` behind it where it is not 1. image: picture that the video starts from, or that
+    the picture is made from.
+    """
 
     model: str | None = None
     negative_prompt: str | None = None
@@ -62,6 +68,8 @@ class SamplingSettings:
     dtype: str = "auto"
     device: str | None = None
     cpu_offload: str | None = None
+    lora: tuple[str, ...] = ()
+    image: Path | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -70,16 +78,21 @@ class SamplingSettings:
             raise GenAttnError(f"--guidance-scale must be a finite number, got {self.guidance_scale}")
         if self.cpu_offload not in (None, "model", "group"):
             raise GenAttnError(f"--cpu-offload must be model or group, got {self.cpu_offload!r}")
+        if self.image is not None and not self.image.is_file():
+            raise GenAttnError(f"--image must be a picture, and there is no file {str(self.image)!r}")
+        for text in self.lora:
+            lora_of(text)
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """One attention to sample with: its name, the pattern behind it (None: dense) and what stays dense."""
+    """One attention to sample with: its name, the pattern behind it (None: dense), what stays dense, and guidance inside it."""
 
     name: str
     pattern: Pattern | None
     dense_steps: float = 0.25
     dense_layers: int = 1
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
 
     def __post_init__(self) -> None:
         if self.dense_steps < 0 or (self.dense_steps >= 1 and self.dense_steps != int(self.dense_steps)):
@@ -102,7 +115,9 @@ def open_pipeline(settings: SamplingSettings) -> Any:
 
     Raises GenAttnError as `load_pipeline` does.
     """
-    return load_pipeline(settings.model, settings.dtype, settings.device, settings.cpu_offload)
+    pipe = load_pipeline(settings.model, settings.dtype, settings.device, settings.cpu_offload)
+    add_loras(pipe, settings.lora)
+    return pipe
 
 
 def refuse_early(settings: SamplingSettings, out: Path | None = None) -> None:
@@ -146,6 +161,7 @@ def call_arguments(pipe: Any, settings: SamplingSettings) -> dict[str, Any]:
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
+        image=None if settings.image is None else read_picture(settings.image),
     )
     unknown = sorted(set(call) - set(accepted) - {"negative_prompt"})  # where the call has no place for it, NAG has
     if unknown:
@@ -235,6 +251,9 @@ def run_once(
         handle = None
         if negative is not None:
             stack.enter_context(genattn.apply(pipe, negative))
+        guidance = attention.guidance.plugins()
+        if guidance:
+            stack.enter_context(genattn.apply(pipe, *guidance))
         if attention.pattern is not None:
             settings: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
             handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **settings))
@@ -269,7 +288,7 @@ def _why_nothing_skipped(pipe: Any, attention: AttentionSettings) -> str:
 
 def warm_up(pipe: Any, call: Mapping[str, Any], prompt: str, attention: AttentionSettings) -> None:
     """One step dense and one sparse: the first pass through a model, a plan and a kernel pays for its set-up."""
-    for each in (DENSE, replace(attention, dense_steps=0, dense_layers=0)):
+    for each in (replace(DENSE, guidance=attention.guidance), replace(attention, dense_steps=0, dense_layers=0)):
         run_once(pipe, {**call, "num_inference_steps": 1}, prompt, 0, each, "warm-up")
 
 
