@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.cpu import groups as cpu_groups
+from genattn.kernels.peers import flex
 from genattn.kernels.plan.block_plan import run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states, random_plan
 from genattn.kernels.plan.tail import TAILS, tail_of_plan
@@ -138,17 +139,14 @@ def test_sdpa_counts_the_weights_in_its_limit(monkeypatch):
         block_sparse_attention(*_inputs(plan, 1, 1, 16, 1, torch.float32, 0), plan, impl="sdpa")
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("scattered", [False, True])
-def test_flex_matches_the_definition(scattered):
+def test_flex_matches_the_definition(monkeypatch, scattered):
     """Uncompiled, flex computes the same on all pairs."""
-    from genattn.kernels.peers import flex
-
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     plan = random_plan(4, (2, 4, 6), heads=2, scattered=scattered, keep=0.4).with_tail("mean2")
     inputs = _inputs(plan, 2, 1, 16, 2, torch.float32, 0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "_compiled", lambda: flex.flex_attention)
-        with pytest.warns(UserWarning, match="without torch.compile"):
-            out = block_sparse_attention(*inputs, plan, impl="flex")
+    out = block_sparse_attention(*inputs, plan, impl="flex")
     torch.testing.assert_close(out, reference_attention(*inputs, plan)[0], atol=1e-5, rtol=1e-4)
 
 
