@@ -6,7 +6,7 @@ Stock's values, then what each variant changes, with the interval over clips; th
 import csv
 from pathlib import Path
 
-from genattn.apps.pages.readme_parts import Row, markdown_table
+from genattn.apps.pages.tables import Row, markdown_table
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.studies.broadway import verdict
 

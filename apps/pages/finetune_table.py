@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from genattn.apps.pages.readme_parts import Row, markdown_table
+from genattn.apps.pages.tables import Row, markdown_table
 from genattn.errors import GenAttnError
 
 ARMS = ("untuned", "dense LoRA", "radial LoRA")

@@ -7,7 +7,6 @@
 """
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from genattn.apps.pages import rooms
+from genattn.apps.pages.adaptive_table import adaptive_table, break_even_table, selection_table
+from genattn.apps.pages.tables import Row, markdown_table, read_rows
 from genattn.errors import GenAttnError
 
 ROOT = Path(__file__).resolve().parents[2]
-Row = dict[str, str]
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
@@ -37,15 +37,9 @@ def fill(page: str, parts: dict[str, str]) -> str:
     return page
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table; the first column is left-aligned, the others right."""
-    lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1)), *(" | ".join(r) for r in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def quality_table(file: Path) -> str:
     """Dense against sparse on the shipped model: the newest comparison in `file`."""
-    rows = _newest(_read(file))
+    rows = _newest(read_rows(file))
     names = {
         "attention": "attention",
         "density": "scores computed",
@@ -89,13 +83,6 @@ def _tokens(row: Row) -> int:
     return frames * (int(row["height"]) // 8) * (int(row["width"]) // 8)
 
 
-def _read(file: Path) -> list[Row]:
-    if not file.is_file():
-        raise GenAttnError(f"{file} is not there; measure first (make bench)")
-    with file.open(newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
 def _newest(rows: Sequence[Row]) -> list[Row]:
     """The last block of rows that begins with the dense one."""
     start = max(i for i, r in enumerate(rows) if r["attention"] == "dense")
@@ -104,7 +91,7 @@ def _newest(rows: Sequence[Row]) -> list[Row]:
 
 def speed_table(file: Path) -> str:
     """Block-sparse attention against the fastest dense backend of the same machine: the newest measurement in `file`."""
-    rows = _read(file)
+    rows = read_rows(file)
     newest = [r for r in rows if (r["date"], r["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
     kept = [r for r in newest if r["correct"] == "True"]
     body = [
@@ -189,6 +176,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "families": families_table,
         "speed": lambda: speed_table(ROOT / "assets" / "bench" / "attention.csv"),
         "quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv"),
+    },
+    "docs/adaptive.md": {
+        "shares": lambda: adaptive_table(ROOT / "assets" / "bench" / "adaptive.csv"),
+        "selection": lambda: selection_table(ROOT / "assets" / "bench" / "selection.csv"),
+        "break-even": lambda: break_even_table(ROOT / "assets" / "bench" / "break_even.csv"),
     },
     "docs/architecture.md": {"picture": _rooms(rooms.picture), "rooms": _rooms(rooms.table)},
     "docs/command-line.md": {"commands": commands_table},

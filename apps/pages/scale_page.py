@@ -205,6 +205,6 @@ def _measured(tables: Tables) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    from genattn.apps.pages.readme_parts import markdown_table
+    from genattn.apps.pages.tables import markdown_table
 
     return markdown_table(head, rows)
