@@ -93,13 +93,14 @@ def test_layers_bands_and_heads_differ(path: str) -> None:
 def test_the_worst_heads_get_more(path: str) -> None:
     """Shares follow the errors: the head that gains most gets most, and the sum of what is expected falls."""
     found = read_map(path)
-    shares = found.spread("mass", 0.3)
+    shares = found.spread("mass", 0.2)
     gain = found.tensors["error.mass"][..., 0]
-    assert float(shares.flatten()[gain.flatten().argmax()]) >= float(shares.flatten()[gain.flatten().argmin()])
-    assert float(shares.mean()) == pytest.approx(0.3)
-    flat = found.tensors["error.mass"][..., 1].sum()
-    assert float(found.expected_error("mass", 0.3).sum()) <= float(flat) + 1e-6
-    assert found.spread("mass", 0.3) is shares
+    assert float(shares.flatten()[gain.flatten().argmax()]) == pytest.approx(0.3)
+    assert float(shares.flatten()[gain.flatten().argmin()]) == pytest.approx(0.1)
+    assert float(shares.mean()) == pytest.approx(0.2)
+    even = found.tensors["error.mass"][..., :2].mean(-1).sum()  # halfway between shares of 0.1 and 0.3
+    assert float(found.expected_error("mass", 0.2).sum()) < float(even) - 1e-3
+    assert found.spread("mass", 0.2) is shares
 
 
 def test_rows_share_what_rounding_leaves() -> None:
@@ -109,7 +110,7 @@ def test_rows_share_what_rounding_leaves() -> None:
     assert kept.float().mean((1, 2)).tolist() == [pytest.approx(0.25, abs=0.011), pytest.approx(0.33, abs=0.011)]
     assert kept.diagonal(dim1=1, dim2=2).all()
     counts = kept.sum(-1)
-    assert int(counts.max() - counts.min()) <= 1
+    assert (counts.amax(1) - counts.amin(1)).tolist() == [1, 1]
     for head in range(2):
         for row in range(10):
             others = [j for j in range(10) if j != row]

@@ -1,0 +1,82 @@
+"""The laboratory of adaptive sparsity: samples go on where they were, and the table is what the samples say."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from genattn.apps.laboratory import adaptive
+from genattn.apps.laboratory.adaptive import SHARES, interval, read_samples, rivals, run_samples, summary
+from genattn.apps.laboratory.break_even import fastest, thresholds
+from genattn.apps.sampling.load_pipeline import shipped_model
+from genattn.geometry.token_layout import TokenLayout
+
+MAP = shipped_model().parent / "maps" / "tiny-wan.safetensors"
+
+
+def _sample(caption: int, pattern: str, tail: str | None, psnr: float, errors: list[float]) -> dict[str, object]:
+    return {
+        **{"model": "tiny-wan", "caption": caption, "share": 0.25, "pattern": pattern, "tail": tail, "density": 0.25},
+        **{"seconds": 2.0, "dense_seconds": 3.0, "psnr": psnr, "ssim": 0.9, "oracle": 1.0, "errors": errors},
+    }
+
+
+def test_rows_are_paired_with_todays_radial() -> None:
+    samples = [_sample(n, "radial", None, 20.0 + n, [0.04]) for n in range(4)]
+    samples += [_sample(n, "top-k", "mean", 27.0 + n, [0.01, 0.03]) for n in range(3)]
+    rows = {row["pattern"]: row for row in summary(samples)}
+    assert rows["top-k"]["captions"] == 3
+    assert rows["top-k"]["error"] == pytest.approx(math.sqrt(0.02), abs=1e-4)
+    assert rows["top-k"]["psnr_gain"] == pytest.approx(7.0)
+    assert rows["top-k"]["psnr_gain_low"] == rows["top-k"]["psnr_gain_high"] == pytest.approx(7.0)
+    assert rows["top-k"]["psnr_low"] < rows["top-k"]["psnr"] < rows["top-k"]["psnr_high"]
+    assert rows["top-k"]["speedup"] == pytest.approx(1.5)
+    assert rows["radial"]["psnr_gain"] == 0
+    assert interval("x", [1.0]) == {"x": 1.0, "x_low": 1.0, "x_high": 1.0}
+
+
+def test_static_rivals_are_at_the_share_they_stand_for() -> None:
+    layout = TokenLayout.from_grid((8, 8, 8))
+    for share in SHARES:
+        found = rivals("tiny-wan", share, MAP)
+        assert list(found) == ["window", "radial", "top-k", "top-p", "error-aware", "clusters", "profiled"]
+        for name in ("window", "radial"):
+            assert found[name].plan(layout, 16, 16).density == pytest.approx(share, abs=0.04)
+        layers = [found["profiled"].for_layer(n, 5).for_step(f) for n in range(5) for f in (0.1, 0.5, 0.9)]
+        density = sum(p.plan(layout, 16, 16).density for p in layers) / len(layers)
+        assert density == pytest.approx(share, abs=0.02)
+
+
+def test_a_run_adds_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "samples.jsonl"
+    one = {"window": rivals("tiny-wan", 0.25, MAP)["window"], "profiled": rivals("tiny-wan", 0.25, MAP)["profiled"]}
+    monkeypatch.setattr(adaptive, "rivals", lambda model, share, profile: one)
+    monkeypatch.setattr(adaptive, "PROBED", 1)
+    out.write_text(json.dumps(_sample(0, "window", None, 1.0, [])) + "\n")
+    run_samples("tiny-wan", 1, (0.25,), MAP, out)
+    samples = read_samples(out)
+    assert [(s["pattern"], s["tail"]) for s in samples] == [
+        ("window", None),
+        ("window", "mean"),
+        ("profiled", None),
+        ("profiled", "mean"),
+    ]
+    assert all(len(s["errors"]) == 3 * 5 for s in samples[1:])
+    assert samples[3]["psnr"] > samples[1]["psnr"]
+    assert all(s["density"] == pytest.approx(0.25, abs=0.03) for s in samples[1:])
+    run_samples("tiny-wan", 1, (0.25,), MAP, out)
+    assert len(read_samples(out)) == 4
+
+
+def test_break_even_is_the_length_from_which_all_are_faster() -> None:
+    rows = [
+        {"backend": "cpu", "share": 0.5, "tokens": n, "speedup": s}
+        for n, s in ((256, 1.2), (512, 0.9), (1024, 1.1), (2048, 1.4))
+    ]
+    rows += [{"backend": "cpu", "share": 0.75, "tokens": n, "speedup": 0.8} for n in (256, 2048)]
+    assert thresholds(rows, most=4096) == {("cpu", "cpu"): ((0.5, 1024), (0.75, 4096))}
+    calls: list[str] = []
+    found = fastest({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert set(found) == {"a", "b"}
