@@ -110,8 +110,9 @@ MAY_IMPORT = {
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"
     ),
     "apps/sampling": (
-        "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling genattn/selection "
-        "guidance/nag "
+        "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling genattn/seam "
+        "genattn/selection "
+        "guidance/broadway guidance/heads guidance/nag guidance/softpag "
         "pipelines/long_video/output pipelines/tiny"
     ),
     "apps/webui": "apps/webui/tabs apps/webui/verbs genattn",

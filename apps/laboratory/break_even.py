@@ -43,7 +43,7 @@ def _case(tokens: int, share: float, rounds: int) -> list[dict[str, Any]]:
     listed = torch.rand(HEADS, len(tiles), len(tiles), generator=draw) < share
     plan = plan_of_listed(listed | torch.eye(len(tiles), dtype=torch.bool), tiles, tiles, tokens)
     calls: dict[str, Callable[[], Any]] = {name: partial(block_sparse_attention, q, k, v, plan, impl=name) for name in BACKENDS}
-    calls["dense"] = partial(F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v)))
+    calls["dense"] = partial(F.scaled_dot_product_attention, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     found = fastest(calls, rounds)
     return [
         {

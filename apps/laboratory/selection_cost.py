@@ -47,7 +47,7 @@ def measure(rounds: int = 2, heads: int = 2, dim: int = 64, grid: tuple[int, int
     q, k, v = (torch.randn(1, layout.seqlen, heads, dim, generator=draw) for _ in range(3))
     plans = {name: plan_for(q, k, pattern, layout) for name, pattern in PATTERNS.items()}
     calls: dict[str, Callable[[], Any]] = {
-        "dense": partial(F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v)))
+        "dense": partial(F.scaled_dot_product_attention, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     }
     for name, pattern in PATTERNS.items():
         calls[f"choice {name}"] = partial(plan_for, q, k, pattern, layout)

@@ -26,7 +26,7 @@ from genattn.apps.sampling.compare import compare
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.apps.sampling.run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for
+from genattn.functional.dispatch import block_plan_for
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states
@@ -111,7 +111,7 @@ class StandInError(Plugin):
             raise GenAttnError(f"this needs a model whose token grid is known, got none at {call.site.name}")
         if call.run.step in LOOKED_AT:
             for name, pattern in PATTERNS.items():
-                plan = plan_for(call.query, call.key, pattern.with_tail(None), call.layout)
+                plan = block_plan_for(call.query, call.key, pattern.with_tail(None), call.layout)
                 self.share[name], self.tile = plan.density, plan.block_k
                 for kind in STAND_INS:
                     self.found[name, kind].append((call.site.depth, *_errors(stand_in(call, plan, kind), out)))

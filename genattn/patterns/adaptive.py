@@ -150,11 +150,10 @@ class AdaptivePattern(ContentPattern):
         if plan is not None:
             return plan
         if isinstance(self.tiles, Clusters):
-            plan = self._clustered(query, key, layout, (block_q, block_k), memory)
+            plan = self.stand_in(self._clustered(query, key, layout, (block_q, block_k), memory))
         else:
             found = self.listing(query, key, layout, block_q, block_k)
-            plan = plan_of_listed(found.listed, found.query_tiles, found.key_tiles, layout.seqlen)
-        plan = self.stand_in(plan)
+            plan = self.stand_in(plan_of_listed(found.listed, found.query_tiles, found.key_tiles, layout.seqlen))
         keep_plan(memory, slot, plan, self.share_passes)
         return plan
 

@@ -51,7 +51,7 @@ class BlockTopK(ContentPattern):
     def choice(self) -> AdaptivePattern:
         """The same choice in the general form."""
         guard = Similarity(self.min_similarity) if self.min_similarity else None
-        return AdaptivePattern(TopK(self.keep), PooledScore(self.levels, weighted=False), guard=guard)
+        return AdaptivePattern(TopK(self.keep), PooledScore(self.levels, weighted=False), guard=guard, tail=self.tail)
 
     def plan_for(
         self,
@@ -66,7 +66,7 @@ class BlockTopK(ContentPattern):
 
         Raises GenAttnError if the tensors do not fit the layout.
         """
-        return self.stand_in(self.choice.plan_for(query, key, layout, block_q, block_k, memory))
+        return self.choice.plan_for(query, key, layout, block_q, block_k, memory)
 
     def listing(self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int) -> Listing:
         """See ContentPattern.listing."""

@@ -61,7 +61,7 @@ class PlanCache:
 
 
 def _list_bytes(plan: BlockPlan) -> int:
-    lists = (plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full)
+    lists: tuple[torch.Tensor, ...] = (plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full)
     if plan.tail is not None:
         lists = (*lists, plan.tail.tokens, plan.tail.skipped)
     return sum(x.numel() * x.element_size() for x in lists)

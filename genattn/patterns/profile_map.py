@@ -56,7 +56,7 @@ class ProfileMap:
 
     header: ProfileHeader
     tensors: dict[str, torch.Tensor]
-    _spread: dict[tuple[str, float], torch.Tensor] = field(default_factory=dict, repr=False)
+    _spread: dict[tuple[str, float, float], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def cells(self) -> CellGrid:
@@ -68,21 +68,30 @@ class ProfileMap:
         found = [self.tensors[f"{part}.{value}"][layer].float() for part in ("relative", "key", "query")]
         return tuple(t.mean(1) if band is None else t[:, band] for t in found)  # type: ignore[return-value]
 
-    def spread(self, value: str, density: float) -> torch.Tensor:
-        """Float64 [layers, heads, bands]: share per head such that the mean is `density` and the summed error least."""
-        slot = value, density
+    def spread(self, value: str, density: float, least: float = 0.0) -> torch.Tensor:
+        """Float64 [layers, heads, bands]: share per head such that the mean is `density` and the summed error least.
+
+        least: what a head takes in any case, one cell of however few the layout has.
+        """
+        slot = value, density, least
         if slot not in self._spread:
-            errors = self.tensors[f"error.{value}"].double()
-            flat = errors.permute(0, 2, 1, 3).flatten(0, 1)
-            least = self.header.shares[0]
-            found = spread_shares(flat, self.header.shares, max(density, least))
-            self._spread[slot] = found.unflatten(0, (errors.shape[0], -1)).permute(0, 2, 1)
+            known = self.header.shares
+            shares = (*([least] if least > known[0] else []), *(s for s in known if s > least))
+            columns = [self._error_at(value, torch.tensor(s, dtype=torch.float64)) for s in shares]
+            flat = torch.stack(columns, -1).permute(0, 2, 1, 3)
+            found = spread_shares(flat.flatten(0, 1), shares, max(density, shares[0]))
+            self._spread[slot] = found.unflatten(0, flat.shape[:2]).permute(0, 2, 1)
         return self._spread[slot]
 
     def expected_error(self, value: str, density: float) -> torch.Tensor:
         """Float64 [layers, heads, bands]: squared error at the spread shares, over the layer's squared output."""
+        return self._error_at(value, self.spread(value, density))
+
+    def _error_at(self, value: str, share: torch.Tensor) -> torch.Tensor:
+        """The measured errors [layers, heads, bands] at a share, one or per head, straight between the measured ones."""
         known = torch.tensor(self.header.shares, dtype=torch.float64)
-        errors, share = self.tensors[f"error.{value}"].double(), self.spread(value, density)
+        errors = self.tensors[f"error.{value}"].double()
+        share = share.expand(errors.shape[:-1])
         right = torch.searchsorted(known, share.contiguous()).clamp(1, len(known) - 1)
         low, high = known[right - 1], known[right]
         part = ((share - low) / (high - low)).clamp(0, 1)
@@ -151,7 +160,8 @@ def _header(path: Path, about: dict[str, str]) -> ProfileHeader:
         unknown = set(given) - {f.name for f in fields(ProfileHeader)}
         if unknown:
             raise ValueError(f"unknown entries {sorted(unknown)}")
-        header = ProfileHeader(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        entries: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        header = ProfileHeader(**entries)
     except (KeyError, TypeError, ValueError) as error:
         raise GenAttnError(f"{path} has a damaged header ({error}); copy or profile it again") from None
     return header
@@ -160,7 +170,9 @@ def _header(path: Path, about: dict[str, str]) -> ProfileHeader:
 def _check_tensors(path: Path, header: ProfileHeader, tensors: dict[str, torch.Tensor]) -> None:
     first = (header.layers, header.heads, len(header.bands))
     grid = CellGrid(*header.grid)
-    wanted = {name: (*first, *(grid.offset_shape if name.startswith("relative") else grid.shape)) for name in _TABLES}
+    wanted: dict[str, tuple[int, ...]] = {
+        name: (*first, *(grid.offset_shape if name.startswith("relative") else grid.shape)) for name in _TABLES
+    }
     wanted |= {f"error.{value}": (*first, len(header.shares)) for value in VALUES}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != wanted:

@@ -115,14 +115,16 @@ class ProfiledPattern(Pattern):
         found, layer = self.map, self._layer
         assert layer is not None
         tables = found.at(self._value, layer, self.band)
-        spread = found.spread(self._value, self.density or found.header.target_density)[layer]
+        tokens = torch.from_numpy((cells >= 0).sum(1))
+        least = 1 / len(cells)  # every query sees its own cell
+        spread = found.spread(self._value, self.density or found.header.target_density, least)[layer]
         shares = spread.mean(1) if self.band is None else spread[:, self.band]
         if self.heads is not None:
             first, count = self.heads
             tables = tuple(t[first : first + count] for t in tables)  # type: ignore[assignment]
             shares = shares[first : first + count]
         values = predict(*tables, found.cells, cell_places(layout, cells), layout.grid3[0])
-        return keep_rows(values, shares, torch.from_numpy((cells >= 0).sum(1)))
+        return keep_rows(values, shares, tokens)
 
     @property
     def _value(self) -> str:
@@ -175,7 +177,7 @@ def keep_rows(values: torch.Tensor, shares: torch.Tensor, tokens: torch.Tensor) 
     debt = torch.zeros(heads, dtype=torch.float64)
     for row in range(cells):
         due = wanted[:, 0] + debt / tokens[row]
-        count = (total[:, row] <= due[:, None] + 1e-9).sum(-1).clamp_min(1)
+        count = (total[:, row] - tokens.double()[order[:, row]] / 2 <= due[:, None] + 1e-9).sum(-1).clamp_min(1)
         spent = total[:, row].gather(-1, count[:, None] - 1)[:, 0]
         debt = (due - spent) * tokens[row]
         kept[:, row] = torch.zeros(heads, cells, dtype=torch.bool).scatter_(

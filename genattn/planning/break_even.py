@@ -42,9 +42,8 @@ def break_even(device: str, backend: str, density: float, heads: int = 12, head_
         return BreakEven(1 << 62, "a pattern that computes nearly all scores saves nothing")
     known = MEASURED.get((device, backend))
     if known is not None:
-        measured = next((n for share, n in known if density <= share), None)
-        source = f"measured on {device}, backend {backend}"
-        return BreakEven(measured if measured is not None else 2 * known[-1][1], source)
+        least = next((n for share, n in known if density <= share), 2 * known[-1][1])
+        return BreakEven(least, f"measured on {device}, backend {backend}")
     added, peak = ADDED_SECONDS.get(device, 2e-4), PEAK.get(device, 1e14)
     tokens = math.sqrt(added * peak / (4 * heads * head_dim * (1 - density)))
     return BreakEven(-(-math.ceil(tokens) // 64) * 64, f"cost model for {device}, not measured")

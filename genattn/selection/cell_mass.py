@@ -48,7 +48,7 @@ def _by_cell(scores: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, t
     """Softmax mass per cell and standard deviation of its visible scores, [B, H, R, N] each, of scores [B, H, R, S]."""
     lanes = cells.long().clamp_min(0).flatten()
     inside = scores[..., lanes].unflatten(-1, cells.shape)
-    used = (cells >= 0) & torch.isfinite(inside)
+    used = (cells >= 0) & (inside != -torch.inf)  # NaN stays, so that it is seen
     norm = scores.logsumexp(-1)[..., None, None]
     given = (inside - norm).exp().masked_fill(~used, 0.0).sum(-1)
     number = used.sum(-1).clamp_min(1)
