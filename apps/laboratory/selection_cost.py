@@ -34,6 +34,8 @@ PATTERNS: dict[str, Pattern] = {
     "error-aware": AdaptivePattern(ErrorAware(0.25)),
     "clusters, first": AdaptivePattern(TopK(0.25), PooledScore(0), Clusters(iterations=10)),
     "clusters, later": AdaptivePattern(TopK(0.25), PooledScore(0), Clusters(iterations=2)),
+    "top-k, mean": AdaptivePattern(TopK(0.25), tail="mean"),
+    "clusters, later, mean": AdaptivePattern(TopK(0.25), PooledScore(0), Clusters(iterations=2), tail="mean"),
     "sol": sol(),
     "sparge": sparge(),
     "svg2, later": svg2(query_clusters=64, key_clusters=64, iterations=2),

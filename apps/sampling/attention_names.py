@@ -3,7 +3,7 @@
 radial                              the pattern with its own settings
 neighborhood:18x24x24/16x8x8        a window and a stride per axis, in tokens: frames, height, width
 adaptive, sol, sparge, svg2         tiles chosen by content, by our rule or by a published one
-map.safetensors                     a map of `genattn profile`; also profile:PATH
+map.safetensors                     a map of `genattn profile`; also profile:PATH, or profile with path=PATH as an option
 --pattern-options decay=0.3         or a JSON object: {"decay": 0.3}
 """
 
@@ -42,14 +42,19 @@ def _neighborhood(**options: Any) -> Pattern:
 
 
 def _adaptive(**options: Any) -> Pattern:
-    """Amount and rule by name: rule=top-p, mass=0.8; the rest are settings of AdaptivePattern."""
+    """Amount and rule by name: rule=top-p, mass=0.8; the rest are settings of AdaptivePattern.
+
+    Without settings the pattern of `genattn.apply(pipe, "adaptive")`; a prior, or looking closer, takes boxes of a frame.
+    """
     from genattn.patterns.adaptive import AdaptivePattern
     from genattn.patterns.as_json import from_plain
+    from genattn.planning.ladder import ADAPTIVE
     from genattn.selection.estimate import PooledScore
     from genattn.selection.rules import RULES, rule_named
 
     given = {key: from_plain(value) for key, value in options.items()}
-    rule = rule_named(str(given.pop("rule", "error-aware")))
+    own = {"tiles": ADAPTIVE.tiles, "score": ADAPTIVE.score} if not {"inside", "always", "levels"} & set(given) else {}
+    rule = rule_named(str(given.pop("rule"))) if "rule" in given else ADAPTIVE.chosen_by
     if rule.amount_name in given:
         rule = rule.with_amount(given.pop(rule.amount_name))
     other = sorted(key for key in given if key in {r.amount_name for r in RULES.values()})
@@ -58,7 +63,7 @@ def _adaptive(**options: Any) -> Pattern:
     if "levels" in given:
         given["score"] = PooledScore(given.pop("levels"))
     _check_names("adaptive", AdaptivePattern, given, fixed=("selection",))
-    return AdaptivePattern(rule, **({"tail": "mean"} | given))
+    return AdaptivePattern(rule, **({"tail": ADAPTIVE.tail} | own | given))
 
 
 def _published(name: str) -> Callable[..., Pattern]:
@@ -70,11 +75,15 @@ def _published(name: str) -> Callable[..., Pattern]:
     return make
 
 
-def _profiled(path: str, options: dict[str, Any]) -> Pattern:
+def _profile(**options: Any) -> Pattern:
     from genattn.patterns.profiled import ProfiledPattern
 
-    _check_names("a map", ProfiledPattern, options, fixed=("path", "layer", "band", "heads"))
-    return ProfiledPattern(path, **({"tail": "mean"} | options))
+    _check_names("a map", ProfiledPattern, options, fixed=("layer", "band", "heads"))
+    if "path" not in options:
+        raise GenAttnError(
+            "--attention profile needs the file of a map; give profile:map.safetensors, or path=... as an option"
+        )
+    return ProfiledPattern(**({"tail": "mean"} | options))
 
 
 ATTENTIONS: dict[str, Callable[..., Pattern] | None] = {
@@ -87,6 +96,7 @@ ATTENTIONS: dict[str, Callable[..., Pattern] | None] = {
     "sol": _published("sol"),
     "sparge": _published("sparge"),
     "svg2": _published("svg2"),
+    "profile": _profile,
 }
 
 
@@ -127,10 +137,10 @@ def pattern_from_name(
             for a pattern that has none.
     """
     base, _, spec = name.partition(":")
-    if base == "profile" or name.endswith(".safetensors"):
+    if name.endswith(".safetensors"):
         if window or stride:
             raise GenAttnError(f"--window and --stride belong to {WINDOWED}, got the map {name}")
-        return _profiled(spec if base == "profile" else name, _settings(options))
+        return _profile(**_settings(options), path=name.removeprefix("profile:"))
     if base not in ATTENTIONS:
         known = f"{', '.join(ATTENTIONS)} or a map.safetensors"
         raise GenAttnError(f"--attention must be one of {known}, got {name!r}")

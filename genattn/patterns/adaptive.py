@@ -209,7 +209,7 @@ class AdaptivePattern(ContentPattern):
     ) -> HeadTiles:
         """Clusters of the grid's queries and keys, the rule between their centres, tiles of each head's own."""
         places = layout.grid_positions.to(query.device)
-        count = self._tiling.counts(places.numel())
+        count = self._tiling.counts(places.numel(), *block)
         labels_q, centres_q = self._labels(query[:, places], count[0], memory, "query centres")
         labels_k, centres_k = self._labels(key[:, places], count[1], memory, "key centres")
         repeats = query.shape[2] // key.shape[2]

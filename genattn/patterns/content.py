@@ -71,6 +71,8 @@ def kept_plan(memory: SiteMemory | None, key: Hashable, refresh_every: int, shar
     """
     if memory is None or memory.step < 0:
         return None
+    if memory.pass_name is None and not share_passes and refresh_every == 1:
+        return None  # which pass this is nobody tells: another one may have come before it in this step
     found = memory.kept.get(_slot(key, memory, share_passes))
     if found is None:
         return None

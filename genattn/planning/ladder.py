@@ -2,7 +2,7 @@
 
     apply(pipe, "radial")         the model's own Radial preset
     apply(pipe, "gna")            windows of whole tiles, made for the size that comes
-    apply(pipe, "adaptive")       tiles by content, error-aware, means standing in for the rest
+    apply(pipe, "adaptive")       clusters of like tokens, chosen in every call, means standing in for the rest
     apply(pipe, "profile:PATH")   a map written by `genattn profile`
     apply(pipe, "auto")           the model's preset, and dense where a sparse call would not be faster
 
@@ -21,10 +21,14 @@ from genattn.planning.break_even import break_even
 from genattn.planning.fitted import FittedNeighborhood
 from genattn.planning.presets import ModelPreset
 from genattn.planning.recognise import recognise
-from genattn.selection.rules import ErrorAware
+from genattn.selection.estimate import PooledScore
+from genattn.selection.rules import TopK
+from genattn.selection.tiling import Clusters
 
 LADDER = ("radial", "gna", "adaptive", "profile:PATH", "auto")
-GNA_DENSITY, ADAPTIVE_SHARE = 0.4, 0.25
+GNA_DENSITY, ADAPTIVE_DENSITY = 0.4, 0.3
+# the least error and the highest PSNR of all choices at a like share, see docs/adaptive.md
+ADAPTIVE = AdaptivePattern(TopK(0.2), PooledScore(0), Clusters(), tail="mean")
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,11 @@ def _gna(model: Model, preset: ModelPreset | None) -> Rung:
 
 
 def _adaptive(model: Model, preset: ModelPreset | None) -> Rung:
-    pattern = AdaptivePattern(ErrorAware(ADAPTIVE_SHARE), share_passes=False).with_tail("mean")
     schedule: dict[str, Any] = {}
     if preset is not None and preset.radial:
         schedule = {"dense_steps": preset.radial[0].dense_steps, "dense_layers": preset.radial[0].dense_layers}
-    why = f"{ADAPTIVE_SHARE:.0%} of the tiles by content, means standing in for the rest: measured best on the tiny models"
-    return Rung(pattern, schedule, why if preset is not None else _unknown(model, why), preset is not None)
+    why = "a fifth of the clusters, means standing in for the rest: measured best of all choices, on the tiny models"
+    return Rung(ADAPTIVE, schedule, why if preset is not None else _unknown(model, why), preset is not None)
 
 
 def _auto(model: Model, preset: ModelPreset | None) -> Rung:
@@ -102,7 +105,7 @@ def _auto(model: Model, preset: ModelPreset | None) -> Rung:
     if preset is not None and preset.radial:
         found, density = _radial(model, preset), 0.5
     else:
-        found, density = _adaptive(model, preset), ADAPTIVE_SHARE
+        found, density = _adaptive(model, preset), ADAPTIVE_DENSITY
     least = break_even(model.device, model.backend, density, model.heads, model.head_dim)
     why = f"auto: {found.why}; sparse from {least.tokens} tokens on ({least.source})"
     return Rung(found.pattern, found.schedule | {"min_tokens": least.tokens}, why, found.known)

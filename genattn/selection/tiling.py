@@ -50,8 +50,8 @@ class Runs:
 class Clusters:
     """K-means clusters per head over the grid's queries and, apart, over its keys.
 
-    query, key: clusters; None takes one per tile of 64 tokens. iterations: of the first clustering; step_iterations: of later
-    ones in the same run, which start from the centres of the step before (SVG2).
+    query, key: clusters; None takes as many as there would be tiles. iterations: of the first clustering; step_iterations: of
+    later ones in the same run, which start from the centres of the step before (SVG2).
     """
 
     query: int | None = None
@@ -69,13 +69,15 @@ class Clusters:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise GenAttnError(f"{name} must be a whole number >= 1, got {value!r}; 10 and 2 are usual")
 
-    def counts(self, tokens: int) -> tuple[int, int]:
-        """(query clusters, key clusters) for a grid of `tokens`. Raises GenAttnError for more clusters than tokens."""
-        usual = max(1, tokens // 64)
+    def counts(self, tokens: int, block_q: int = 128, block_k: int = 128) -> tuple[int, int]:
+        """(query clusters, key clusters) for a grid of `tokens`. Raises GenAttnError for more clusters than tokens.
+
+        block_q, block_k: tokens per tile, for settings that name no number.
+        """
         for name, wanted in (("query", self.query), ("key", self.key)):
             if wanted is not None and wanted > tokens:
                 raise GenAttnError(f"clusters of {name} must be at most the {tokens} tokens of the grid, got {wanted}")
-        return self.query or usual, self.key or usual
+        return self.query or max(1, tokens // block_q), self.key or max(1, tokens // block_k)
 
 
 Tiling = Boxes | Runs | Clusters

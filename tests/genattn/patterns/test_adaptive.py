@@ -192,6 +192,8 @@ def test_plans_are_kept_over_steps_and_passes() -> None:
     assert alone.plan_for(query, key, LAYOUT, memory=memory) is first
     memory.pass_name = "uncond"
     assert alone.plan_for(query, key, LAYOUT, memory=memory) is not first
+    nameless = SiteMemory(0, None)
+    assert alone.plan_for(query, key, LAYOUT, memory=nameless) is not alone.plan_for(query, key, LAYOUT, memory=nameless)
     unknown = SiteMemory()
     assert alone.plan_for(query, key, LAYOUT, memory=unknown) is not alone.plan_for(query, key, LAYOUT, memory=unknown)
 

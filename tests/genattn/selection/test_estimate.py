@@ -75,6 +75,12 @@ def test_shut_and_empty_tiles_have_no_mass() -> None:
         _ = found.spread
 
 
+def test_as_many_clusters_as_tiles() -> None:
+    assert Clusters().counts(512, 16, 32) == (32, 16)
+    assert Clusters().counts(5, 16, 16) == (1, 1)
+    assert Clusters(3, 4).counts(512, 16, 16) == (3, 4)
+
+
 def test_guards() -> None:
     assert Similarity(1.0).unlike(X, TILES[:3], True).all()
     assert not Similarity(-1.0).unlike(X, TILES[:3], True).any()
@@ -100,7 +106,7 @@ def test_guards() -> None:
         (lambda: Runs((1, 2, 3)), "block must be tokens per tile >= 1"),  # type: ignore[arg-type]
         (lambda: Clusters(query=0), "clusters of query must be a whole number >= 1 or None, got 0"),
         (lambda: Clusters(iterations=0), "iterations must be a whole number >= 1, got 0"),
-        (lambda: Clusters(key=99).counts(64), "clusters of key must be at most the 64 tokens of the grid, got 99"),
+        (lambda: Clusters(2, 99).counts(64), "clusters of key must be at most the 64 tokens of the grid, got 99"),
         (lambda: tiling_named("squares"), "tiles must be one of boxes, runs, clusters or a tiling object, got 'squares'"),
     ],
 )
