@@ -19,6 +19,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.layouts.site import AttentionSite
+from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.combine import PerHead, PerLayer
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
@@ -26,6 +27,7 @@ from genattn.seam.handle import apply
 from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
+from genattn.selection.budget import Budget, spread_shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,3 +221,23 @@ def sparsest_above(
         if psnr >= min_psnr:
             return pattern, density, psnr
     return DensePattern(), 1.0, math.inf
+
+
+def measured_budget(measurement: Measurement, target: float) -> Budget:
+    """The budget that spreads a share of `target` over layers and heads where it lowers the measured error most.
+
+    measurement: of one `AdaptivePattern` at several shares: `measure_patterns(pipe, run, [AdaptivePattern(TopK(s)), ...])`.
+    Hand the result to the same pattern as `budget=`. Raises GenAttnError for other candidates, or a target below the shares.
+    """
+    patterns = measurement.candidates[1:]
+    if not all(isinstance(p, AdaptivePattern) and isinstance(p.chosen_by.amount, float) for p in patterns):
+        raise GenAttnError(f"a budget needs AdaptivePatterns of one share each, got {[type(p).__name__ for p in patterns]}")
+    amounts = [p.chosen_by.amount for p in patterns]  # type: ignore[attr-defined]
+    order = sorted(range(len(amounts)), key=lambda i: amounts[i])
+    errors = measurement.errors[..., [i + 1 for i in order]]
+    shares = [amounts[i] for i in order]
+    if shares[-1] < 1:  # the first candidate is dense
+        errors, shares = torch.cat([errors, measurement.errors[..., :1]], dim=-1), [*shares, 1.0]
+    # a layer that was never looked at must not draw the share to itself
+    errors = torch.where(torch.isfinite(errors), errors, 0.0)
+    return Budget(layers=tuple(tuple(row) for row in spread_shares(errors, shares, target).tolist()))

@@ -8,6 +8,7 @@ import torch
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.as_json import load_pattern, pattern_from_dict, pattern_to_dict, save_pattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
@@ -16,7 +17,8 @@ from genattn.patterns.global_tokens import GlobalTokens
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
-from genattn.profiling.measure import Measurement, measure_patterns, sparsest_above, with_and_without_tail
+from genattn.profiling.measure import Measurement, measure_patterns, measured_budget, sparsest_above
+from genattn.selection.rules import TopK, with_and_without_tail
 
 CANDIDATES = [RadialPattern(block=4, decay=0.2, sink=False), NeighborhoodPattern((2, 2, 2)), NeighborhoodPattern((-1, 2, 4))]
 
@@ -178,3 +180,22 @@ def test_tails_are_switched_by_layer_and_head() -> None:
     assert plan.tail is not None
     assert plan.tail.skipped[0].any()
     assert not plan.tail.skipped[1].any()
+
+
+def test_a_budget_from_measured_curves(pipe: Any) -> None:
+    """A head that gains more gets more, the mean is what was asked for, and the pattern runs with it."""
+    rule = [AdaptivePattern(TopK(share), tail=None) for share in (0.6, 0.2)]
+    found = measure_patterns(pipe, lambda: _run(pipe), rule)
+    budget = measured_budget(found, 0.5)
+    shares = torch.tensor(budget.layers)
+    assert shares.shape == found.errors.shape[:2]
+    assert float(shares.mean()) == pytest.approx(0.5)
+    with genattn.apply(pipe, AdaptivePattern(budget=budget, tail=None), dense_steps=0, dense_layers=0) as handle:
+        _run(pipe)
+        assert handle.report().sparse_calls > 0
+    with pytest.raises(GenAttnError, match="a budget needs AdaptivePatterns of one share each, got .'NeighborhoodPattern'"):
+        measured_budget(
+            Measurement((DensePattern(), NeighborhoodPattern(3)), found.errors[..., :2], found.densities[:2], 1), 0.5
+        )
+    with pytest.raises(GenAttnError, match="target must be between the smallest share 0.2"):
+        measured_budget(found, 0.1)
