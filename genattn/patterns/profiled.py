@@ -18,7 +18,7 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import BlockRule, ElementRule
 from genattn.patterns.pattern import Pattern, TailName
-from genattn.patterns.profile_map import ProfileMap, read_map
+from genattn.selection.profile_map import ProfileMap, read_map
 from genattn.selection.relative_map import predict
 from genattn.selection.tiling import Boxes
 

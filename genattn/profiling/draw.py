@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.patterns.profile_map import ProfileMap
+from genattn.selection.profile_map import ProfileMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
-from genattn.patterns.profile_map import ProfileMap, write_map
 from genattn.profiling.recorder import Recorder
 from genattn.seam.handle import apply
+from genattn.selection.profile_map import ProfileMap, write_map
 
 LEAST_PROMPTS = CHECKS = 2
 

@@ -13,11 +13,11 @@ from genattn.errors import GenAttnError
 from genattn.geometry.tiles import best_box
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.site import AttentionSite
-from genattn.patterns.profile_map import VALUES, ProfileHeader, ProfileMap
 from genattn.patterns.profiled import cells_of, usual_cell
 from genattn.seam.masks import key_mask
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.selection.cell_mass import cell_mass, share_errors
+from genattn.selection.profile_map import VALUES, ProfileHeader, ProfileMap
 from genattn.selection.relative_map import CellGrid, Margins, fit, margins
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

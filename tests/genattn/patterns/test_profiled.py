@@ -16,8 +16,8 @@ from genattn.kernels.reference.attention import visible_mask
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict
 from genattn.patterns.combine import Union
 from genattn.patterns.neighborhood import NeighborhoodPattern
-from genattn.patterns.profile_map import FORMAT, ProfileHeader, ProfileMap, read_map, write_map
 from genattn.patterns.profiled import ProfiledPattern, keep_rows
+from genattn.selection.profile_map import FORMAT, ProfileHeader, ProfileMap, read_map, write_map
 from genattn.selection.relative_map import CellGrid
 
 LAYOUT = TokenLayout.from_grid((6, 8, 8))

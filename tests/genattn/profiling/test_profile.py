@@ -10,12 +10,12 @@ from safetensors import safe_open
 
 import genattn
 from genattn.errors import GenAttnError
-from genattn.patterns.profile_map import read_map
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.pipelines.tiny.random.build import build_pipeline
 from genattn.profiling.draw import draw_profile, worst_heads
 from genattn.profiling.profile import profile
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
+from genattn.selection.profile_map import read_map
 
 WIDE = {"num_frames": 17, "height": 128, "width": 128, "num_inference_steps": 4, "output_type": "latent"}
 PROMPTS = ["a cat", "a dog", "a red circle"]
