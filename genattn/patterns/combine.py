@@ -20,7 +20,7 @@ from genattn.kernels.plan.element_rule import CombinedRule, ElementRule, PerHead
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.content import ContentPattern, check_tensors
 from genattn.patterns.dense import DensePattern
-from genattn.patterns.listed_plans import combined_codes, plan_of_codes, static_codes, visible_codes
+from genattn.patterns.listed_plans import combined_codes, combined_head_tiles, plan_of_codes, static_codes, visible_codes
 from genattn.patterns.pattern import Pattern, SiteMemory, TailName
 
 
@@ -158,8 +158,13 @@ class _Combined(_Parts):
         """The plan for these queries and keys, on the tiles of the parts that look at them."""
         if not self.needs_tensors:
             return self.plan(layout, block_q, block_k)
-        codes, query_tiles, key_tiles = self._codes(query, key, layout, block_q, block_k)
         static = [p for p in self.patterns if not p.needs_tensors] or [DensePattern()]
+        content = [p for p in self.patterns if p.needs_tensors]
+        if len(content) == 1 and isinstance(content[0], ContentPattern):
+            alone = content[0].with_tail(None).plan_for(query, key, layout, block_q, block_k, memory)
+            if isinstance(alone, HeadTiles):
+                return self.stand_in(combined_head_tiles(alone, _combined(static, layout, self.op), self.op))
+        codes, query_tiles, key_tiles = self._codes(query, key, layout, block_q, block_k)
         # a pair that the content parts settle is all or nothing; what is left open is up to the static parts alone
         rule = _combined(static, layout, self.op)
         plan = plan_of_codes(combined_codes(codes, self.op), query_tiles, key_tiles, rule, layout.seqlen)

@@ -8,7 +8,7 @@ import torch
 from genattn.geometry.plan_build import plan_from_codes, tile_codes
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule
-from genattn.kernels.plan.head_tiles import HeadTiles
+from genattn.kernels.plan.head_tiles import HeadTileRule, HeadTiles
 
 
 def plan_of_listed(listed: torch.Tensor, query_tiles: torch.Tensor, key_tiles: torch.Tensor, seqlen: int) -> BlockPlan:
@@ -124,3 +124,34 @@ def combined_codes(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
     heads = max(part.shape[0] for part in parts)
     stacked = torch.stack([part.expand(heads, -1, -1) for part in parts])
     return stacked.amax(0) if op == "any" else stacked.amin(0)
+
+
+def combined_head_tiles(plan: HeadTiles, rule: ElementRule, op: str) -> HeadTiles:
+    """The tiles of `plan` under "any" or "all" with what `rule`, one for all heads or one per head, shows of tokens.
+
+    Slower than on boxes: tokens of a cluster stand anywhere, so each is a piece of its own when the rule is asked.
+    """
+    folded, heads = plan.folded.to("cpu"), plan.heads
+    owners = [torch.where(t[:, 0] >= 0, t[:, 0] % heads, -1) for t in (folded.query_tiles, folded.key_tiles)]
+    count, full, columns = torch.zeros(len(owners[0]), dtype=torch.int64), torch.zeros(len(owners[0]), dtype=torch.int64), []
+    for head in range(heads):
+        rows, cols = ((owner == head).nonzero().flatten() for owner in owners)
+        tiles = [_tokens(t[at], heads) for t, at in ((folded.query_tiles, rows), (folded.key_tiles, cols))]
+        codes = tile_codes(rule, *tiles).rows(head if rule.num_heads > 1 else 0, 0, len(rows))
+        listed = torch.zeros(len(rows), len(owners[1]), dtype=torch.bool)
+        for place, row in enumerate(rows.tolist()):
+            listed[place, folded.columns[int(folded.row_ptr[0, row]) : int(folded.row_ptr[0, row + 1])].long()] = True
+        both = combined_codes([visible_codes(listed[:, cols])[None], torch.from_numpy(codes)[None]], op)[0]
+        count[rows], full[rows] = (both > 0).sum(1), (both == 2).sum(1)
+        # in each list the full ones come first
+        columns += [cols[torch.cat([(row == 2).nonzero(), (row == 1).nonzero()]).flatten()] for row in both]
+    ptr = torch.nn.functional.pad(count.cumsum(0), (1, 0))[None].to(torch.int32)
+    lists = torch.cat(columns).to(torch.int32), full[None].to(torch.int32)
+    total = folded.seqlen_q
+    made = BlockPlan(folded.query_tiles, folded.key_tiles, ptr, *lists, HeadTileRule(rule, heads), total, total)
+    return HeadTiles(made, heads, plan.seqlen).to(plan.device)
+
+
+def _tokens(tiles: torch.Tensor, heads: int) -> torch.Tensor:
+    """Places of a folded sequence as tokens."""
+    return torch.where(tiles >= 0, torch.div(tiles, heads, rounding_mode="floor"), -1)

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.element_rule import ElementRule
 from genattn.kernels.plan.tail import Tail, tail_of_plan
 
 
@@ -80,8 +81,8 @@ class HeadTiles:
         return self if folded is self.folded else replace(self, folded=folded)
 
     def seen_whole(self, heads: Sequence[bool]) -> "HeadTiles":
-        """See BlockPlan.seen_whole; these tiles always are."""
-        return self
+        """See BlockPlan.seen_whole; these plans have a tail in all heads or in none."""
+        return replace(self, folded=self.folded.seen_whole([any(heads)]))
 
     def to(self, device: torch.device | str) -> "HeadTiles":
         """The plan with its lists on `device`."""
@@ -101,6 +102,31 @@ class HeadTiles:
     def unfold(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S H, 1, ...] as [B, S, H, ...]."""
         return x.reshape(x.shape[0], self.seqlen, self.heads, *x.shape[3:])
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTileRule:
+    """`rule`, which speaks of tokens and heads, for places of a folded sequence of `heads` heads."""
+
+    rule: ElementRule
+    heads: int
+
+    @property
+    def num_heads(self) -> int:
+        """One: the place says which head it is."""
+        return 1
+
+    def __call__(self, query_index: torch.Tensor, key_index: torch.Tensor) -> torch.Tensor:
+        """Bool [1, ...]; the two places are of one head."""
+        seen = self.rule(query_index // self.heads, key_index // self.heads)
+        if seen.shape[0] == 1:
+            return seen
+        head = (query_index % self.heads).expand(seen.shape[1:])
+        return seen.gather(0, head[None])
+
+    def to(self, device: torch.device | str) -> "HeadTileRule":
+        """The same on `device`."""
+        return replace(self, rule=self.rule.to(device))
 
 
 def _head_of(tiles: torch.Tensor, heads: int) -> torch.Tensor:

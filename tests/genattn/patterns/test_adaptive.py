@@ -17,7 +17,7 @@ from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
-from genattn.patterns.pattern import SiteMemory
+from genattn.patterns.pattern import Pattern, SiteMemory
 from genattn.patterns.published import sol, sparge, svg2
 from genattn.patterns.radial import RadialPattern
 from genattn.selection.budget import Budget
@@ -237,6 +237,26 @@ def test_union_intersection_and_per_head_take_it() -> None:
     assert PerLayer((budget,), (0, 0)).for_step(fraction=0.5).for_layer(1, 2).selection == TopK(0.4)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("other", [NeighborhoodPattern((2, 3, 3)), RadialPattern(decay=(0.2, 0.4, 0.8, 2.0), block=8)])
+def test_clusters_in_a_union_and_an_intersection(other: Pattern) -> None:
+    """With one rule for all heads and with one per head; what is computed is what is seen."""
+    query, key, value = _qkv()
+    chosen = svg2(0.4, 0.0, 5, 6, iterations=3, tail=None)
+    alone, still = _seen(chosen.plan_for(query, key, LAYOUT, 16, 8)), other.mask(LAYOUT)  # type: ignore[arg-type]
+    for combined, wanted in ((Union(chosen, other), alone | still), (Intersection(other, chosen), alone & still)):
+        plan = combined.with_tail(None).plan_for(query, key, LAYOUT, 16, 8)
+        assert isinstance(plan, HeadTiles)
+        assert torch.equal(_seen(plan), wanted)
+        out = planned_attention(query, key, value, plan)
+        k, v = (x.repeat_interleave(2, dim=2).transpose(1, 2) for x in (key, value))
+        right = torch.nn.functional.scaled_dot_product_attention(query.transpose(1, 2), k, v, wanted).transpose(1, 2)
+        assert torch.allclose(out, right.nan_to_num(), atol=1e-5)  # type: ignore[arg-type]
+        tailed = combined.with_tail("mean").plan_for(query, key, LAYOUT, 16, 8)
+        assert tailed.tail is not None
+        assert tailed.full_share == 1.0  # what is visited is then seen whole
+        assert (_seen(tailed) | ~wanted).all()
+
+
 def test_combinations_that_cannot_be() -> None:
     query, key, _ = _qkv()
     chosen, window = AdaptivePattern(), NeighborhoodPattern((2, 3, 3))
@@ -245,7 +265,7 @@ def test_combinations_that_cannot_be() -> None:
     with pytest.raises(GenAttnError, match="must have the same tiles"):
         Union(chosen, AdaptivePattern(tiles=Runs((8, 8)))).plan_for(query, key, LAYOUT)
     with pytest.raises(GenAttnError, match="clusters are tiles of each head's own"):
-        Union(window, svg2()).plan_for(query, key, LAYOUT)
+        Union(chosen, AdaptivePattern(tiles=Clusters(3, 3))).plan_for(query, key, LAYOUT)
     with pytest.raises(GenAttnError, match="one entry per head, got 2 entries for 4 heads"):
         PerHead((chosen, window)).plan_for(query, key, LAYOUT)
 
