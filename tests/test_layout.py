@@ -98,7 +98,7 @@ MAY_IMPORT = {
         "apps/bench apps/sampling "
         "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
         "genattn/selection "
-        "guidance/broadway guidance/softpag "
+        "guidance/broadway guidance/nag guidance/softpag "
         "kernels kernels/plan kernels/reference "
         "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
         "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"

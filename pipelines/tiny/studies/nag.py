@@ -70,11 +70,7 @@ class StudySettings:
 
 
 def open_caption(scene: Scene, attribute: str) -> str:
-    """The scene's caption without the words for one attribute.
-
-    >>> open_caption(scene, "colour")
-    "a circle moves right on a dark background"
-    """
+    """The scene's caption without the words for one attribute, e.g. "a circle moves right on a dark background"."""
     thing = scene.objects[0]
     word = {"colour": thing.colour, "shape": thing.shape, "motion": MOTIONS[thing.motion]}[attribute]
     return " ".join(caption(scene).replace(word, "", 1).split())
