@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.guidance.nag.streams import TextWay
+from genattn.guidance.nag.streams import TextWay, way_of
 
 Texts = dict[str, Any]
 _TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
@@ -41,6 +41,8 @@ RETURNS: dict[str, tuple[str | None, ...]] = {
 }
 # tokens that CLIP adds to what T5 gives, so that both lengths can be told apart
 _CLIP_TOKENS = {"SD3Transformer2DModel": 77}
+# these fill up nothing, or to a length of their own
+_AS_LONG_AS_THE_TEXT = frozenset({"QwenImageTransformer2DModel", "ZImageTransformer2DModel"})
 _PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
 BATCH_AXIS = {"encoder_hidden_states_llama3": 1}
 SHARED = frozenset({"txt_ids"})
@@ -61,6 +63,9 @@ def encode(pipe: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any
     """
     name = _name_of(model)
     function = getattr(pipe, "encode_prompt", None)
+    step = _text_step(pipe) if function is None else None
+    if step is not None:
+        return _by_step(pipe, step, model, prompts, told, settings)
     if pipe is None or function is None:
         raise GenAttnError(
             f"negative_prompt needs a pipeline with encode_prompt, got {type(pipe).__name__}; "
@@ -89,6 +94,37 @@ def encode(pipe: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any
     return {key: value for key, value in found.items() if value is not None or key in told}
 
 
+def _text_step(pipe: Any) -> Any:
+    """The step of a Modular pipeline that encodes its text, None where there is none."""
+    blocks = getattr(getattr(pipe, "blocks", None), "sub_blocks", None)
+    return blocks.get("text_encoder") if blocks is not None else None
+
+
+def _by_step(
+    pipe: Any, step: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Texts:
+    """Modular Diffusers: the text step alone, on the pipeline's own components."""
+    way = way_of(model)
+    assert way is not None
+    known = {given.name for given in step.inputs}
+    strange = sorted(set(settings) - known)
+    if strange:
+        raise GenAttnError(
+            f"encode settings must be inputs of the text step of {type(pipe).__name__}, got {strange}; drop them"
+        )
+    alone = step.init_pipeline()
+    parts = {part.name: getattr(pipe, part.name, None) for part in step.expected_components}
+    alone.update_components(**{name: part for name, part in parts.items() if part is not None})
+    asked = {**_wanted(prompts, told, _name_of(model), pipe), **settings}
+    with torch.no_grad():
+        # the text step knows no device of its own: it runs where its text encoder is
+        state = alone(**{name: value for name, value in asked.items() if name in known})
+    mask = next((name for name in way.inputs if "mask" in name), None)
+    names = {"prompt_embeds": way.inputs[0], "prompt_embeds_mask": mask, "prompt_attention_mask": mask}
+    found = {key: state.get(name) for name, key in names.items() if key is not None}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _name_of(model: Any) -> str:
     known = {*RETURNS, *_CLIP_TOKENS, "LTX2VideoTransformer3DModel"}
     return next((base.__name__ for base in type(model).__mro__ if base.__name__ in known), type(model).__name__)
@@ -97,6 +133,11 @@ def _name_of(model: Any) -> str:
 def _arguments(function: Any, prompts: Sequence[str], told: Mapping[str, Any], name: str, pipe: Any) -> dict[str, Any]:
     """What encode_prompt is called with, of what it takes."""
     known = inspect.signature(function).parameters
+    return {key: value for key, value in _wanted(prompts, told, name, pipe).items() if key in known}
+
+
+def _wanted(prompts: Sequence[str], told: Mapping[str, Any], name: str, pipe: Any) -> dict[str, Any]:
+    """Everything that an encoder of texts may want to know; as long as the positive text, where texts are filled up."""
     wanted: dict[str, Any] = {
         **{key: list(prompts) for key in _PROMPTS},
         "device": getattr(pipe, "_execution_device", None),
@@ -108,11 +149,9 @@ def _arguments(function: Any, prompts: Sequence[str], told: Mapping[str, Any], n
         "clip_skip": getattr(pipe, "clip_skip", None),
     }
     tokens = told.get(_TEXT, told.get("encoder_hidden_states_t5"))
-    pads = "max_sequence_length" in known and isinstance(tokens, torch.Tensor)
-    if pads and name not in ("QwenImageTransformer2DModel", "ZImageTransformer2DModel"):
-        length = tokens.shape[1] - _CLIP_TOKENS.get(name, 0)  # type: ignore[union-attr]
-        wanted["max_sequence_length"] = max(1, length)
-    return {key: value for key, value in wanted.items() if key in known}
+    if isinstance(tokens, torch.Tensor) and name not in _AS_LONG_AS_THE_TEXT:
+        wanted["max_sequence_length"] = max(1, tokens.shape[1] - _CLIP_TOKENS.get(name, 0))
+    return wanted
 
 
 def _through_connectors(pipe: Any, results: Sequence[Any]) -> Texts:

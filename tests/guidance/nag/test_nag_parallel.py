@@ -1,5 +1,6 @@
 """NAG under diffusers' context parallelism: two gloo processes on the CPU give what one gives."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,5 +55,6 @@ def _rank(rank: int, folder: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["wan", "flux"])
 def test_two_processes(family: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers", minversion="0.37", reason="context parallelism came later")
+    sys.path.insert(0, str(Path(__file__).parent))
     mp.spawn(_rank, args=(str(tmp_path), family), nprocs=2, join=True)
     assert sorted(p.name for p in tmp_path.glob("done*")) == ["done0", "done1"]

@@ -392,3 +392,24 @@ def test_released_strengths() -> None:
     assert vars(strength_for("WanTransformer3DModel", given)) == {"scale": 9.0, "tau": 2.5, "alpha": 0.25}
     assert vars(strength_for("FluxTransformer2DModel", given)) == {"scale": 5.0, "tau": 2.5, "alpha": 0.25}
     assert vars(strength_for("UNet2DConditionModel", {**given, "tau": 2.0})) == {"scale": 3.0, "tau": 2.0, "alpha": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_modular_pipelines(guidance_scale: float) -> None:
+    """The text step of the modular pipeline encodes the negative; its loop runs as the classic one."""
+    from diffusers import ClassifierFreeGuidance
+    from test_guider import modular
+
+    pipe, classic, call = modular("sd3")
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
+    names = ("prompt", "height", "width", "num_inference_steps", "max_sequence_length")
+    asked = {name: call[name] for name in names}
+    with genattn.apply(classic, nag("sd3")):
+        expected = sampled(classic, {**call, "guidance_scale": guidance_scale})
+    with genattn.apply(pipe, nag("sd3")) as handle:
+        found = pipe(**asked, negative_prompt="", generator=torch.Generator().manual_seed(0), output="latents")
+        assert handle.report().plugins[0]["counts"]["guided_forwards"] == call["num_inference_steps"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    stock = pipe(**asked, negative_prompt="", generator=torch.Generator().manual_seed(0), output="latents")
+    assert (found - stock).abs().max() > 1e-4
