@@ -109,9 +109,7 @@ def _by_step(
     known = {given.name for given in step.inputs}
     strange = sorted(set(settings) - known)
     if strange:
-        raise GenAttnError(
-            f"encode settings must be inputs of the text step of {type(pipe).__name__}, got {strange}; drop them"
-        )
+        raise GenAttnError(f"encode settings must be inputs of the text step ({sorted(known)}), got {strange}")
     alone = step.init_pipeline()
     parts = {part.name: getattr(pipe, part.name, None) for part in step.expected_components}
     alone.update_components(**{name: part for name, part in parts.items() if part is not None})

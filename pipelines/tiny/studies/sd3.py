@@ -29,6 +29,7 @@ from genattn.pipelines.tiny.oracle_objective import caption_match, still_marks
 from genattn.pipelines.tiny.sd3_card import write_sd3_card
 from genattn.pipelines.tiny.world import caption
 from genattn.seam.handle import apply
+from genattn.seam.plugin import Plugin
 
 Scores = np.ndarray
 MARKS = ("colour", "shape", "size")
@@ -106,7 +107,7 @@ class HeadStudy:
             **{**base, **changes},
         )
 
-    def scores(self, texts: Sequence[str], guidance_scale: float, plugin: SoftPAG | None) -> Scores:
+    def scores(self, texts: Sequence[str], guidance_scale: float, plugin: Plugin | None) -> Scores:
         """The oracle's marks of one picture per caption, float64 [N, 4]: the caption's match, colour, shape, size."""
         found: list[list[float]] = []
         for first in range(0, len(texts), self.settings.batch):
@@ -115,7 +116,7 @@ class HeadStudy:
             found += still_marks(list(self._pictures(part, seeds, guidance_scale, plugin)), part)
         return np.array(found)
 
-    def _pictures(self, texts: list[str], seeds: Sequence[int], guidance_scale: float, plugin: SoftPAG | None) -> torch.Tensor:
+    def _pictures(self, texts: list[str], seeds: Sequence[int], guidance_scale: float, plugin: Plugin | None) -> torch.Tensor:
         def generate() -> torch.Tensor:
             out = self.pipe(
                 prompt=texts,
