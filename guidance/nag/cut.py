@@ -53,7 +53,8 @@ class Cut:
 
     def image_rows(self, world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """int64: places of the image's tokens in the positive sequence, and in the negative one."""
-        return _places(self, world)[2:4]
+        _, _, above, below, _ = _places(self, world)
+        return above, below
 
     def negative_rows(self, world: int = 1) -> torch.Tensor:
         """int64: places of the negative text in the negative sequence."""

@@ -48,7 +48,7 @@ class TAG(Plugin):
         if eta == 1 or not self.window.contains(run):
             return out
         found = leaves(out)
-        bases = [batch_of(args, kwargs)[0], kwargs.get("audio_hidden_states")][: len(found)]
+        bases: list[Any] = [batch_of(args, kwargs)[0], kwargs.get("audio_hidden_states")][: len(found)]
         self.count += 1
         return with_leaves(out, [amplified(p, x, eta) for p, x in zip(found, bases, strict=True)])
 

@@ -123,9 +123,9 @@ class NegativeStudy:
     def _sample(self, prompts: list[str], seeds: Sequence[int], negatives: list[str] | None) -> npt.NDArray[np.uint8]:
         settings, size = self.settings, self.size
         frames = {"num_frames": size.frames} if size.frames > 1 else {}
-        strength = {"scale": settings.scale, "tau": settings.tau, "alpha": settings.alpha}
-        plugin = contextlib.nullcontext() if negatives is None else apply(self.pipe, NAG(negatives, **strength))
-        with plugin:
+        strength = (settings.scale, settings.tau, settings.alpha)
+        plugin = None if negatives is None else NAG(negatives, *strength)
+        with contextlib.nullcontext() if plugin is None else apply(self.pipe, plugin):
             out = self.pipe(
                 prompt=prompts,
                 height=size.height,
