@@ -126,6 +126,8 @@ class Stand(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["block"] = block
+        # a LoRA's scale is set on every module that the model lists during a forward: the block must be among them
+        self._modules["block"] = block
 
     def __getattr__(self, name: str) -> Any:
         try:
