@@ -39,8 +39,8 @@ RETURNS: dict[str, tuple[str | None, ...]] = {
         (_TEXT, _MASK),
     ),
 }
-# tokens that CLIP adds to what T5 gives, so that both lengths can be told apart
-_CLIP_TOKENS = {"SD3Transformer2DModel": 77}
+# CLIP's tokens stand before T5's here, so that a text is longer than it was filled up to
+_CLIP_FIRST = frozenset({"SD3Transformer2DModel"})
 # these fill up nothing, or to a length of their own
 _AS_LONG_AS_THE_TEXT = frozenset({"QwenImageTransformer2DModel", "ZImageTransformer2DModel"})
 _PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
@@ -124,7 +124,7 @@ def _by_step(
 
 
 def _name_of(model: Any) -> str:
-    known = {*RETURNS, *_CLIP_TOKENS, "LTX2VideoTransformer3DModel"}
+    known = {*RETURNS, *_CLIP_FIRST, "LTX2VideoTransformer3DModel"}
     return next((base.__name__ for base in type(model).__mro__ if base.__name__ in known), type(model).__name__)
 
 
@@ -148,7 +148,8 @@ def _wanted(prompts: Sequence[str], told: Mapping[str, Any], name: str, pipe: An
     }
     tokens = told.get(_TEXT, told.get("encoder_hidden_states_t5"))
     if isinstance(tokens, torch.Tensor) and name not in _AS_LONG_AS_THE_TEXT:
-        wanted["max_sequence_length"] = max(1, tokens.shape[1] - _CLIP_TOKENS.get(name, 0))
+        clip = int(pipe.tokenizer.model_max_length) if name in _CLIP_FIRST else 0
+        wanted["max_sequence_length"] = max(1, tokens.shape[1] - clip)
     return wanted
 
 

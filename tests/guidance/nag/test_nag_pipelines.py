@@ -426,3 +426,12 @@ def test_modular_pipelines(guidance_scale: float) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     stock = pipe(**asked, negative_prompt="", generator=torch.Generator().manual_seed(0), output="latents")
     assert (found - stock).abs().max() > 1e-4
+
+
+def test_the_length_of_clip_is_the_pipelines_own() -> None:
+    """SD3's text is CLIP's tokens and then T5's; a tokenizer of another length must not shorten the negative's T5 part."""
+    pipe, call = unguided("sd3")
+    pipe.tokenizer.model_max_length = pipe.tokenizer_2.model_max_length = pipe.tokenizer_max_length = 24
+    positive = told(pipe, call)
+    found = encode(pipe, pipe.transformer, ["red dog"], positive, {})
+    assert found["encoder_hidden_states"].shape[1] == positive["encoder_hidden_states"].shape[1] == 24 + 16
