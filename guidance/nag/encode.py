@@ -148,7 +148,8 @@ def _wanted(prompts: Sequence[str], told: Mapping[str, Any], name: str, pipe: An
     }
     tokens = told.get(_TEXT, told.get("encoder_hidden_states_t5"))
     if isinstance(tokens, torch.Tensor) and name not in _AS_LONG_AS_THE_TEXT:
-        clip = int(pipe.tokenizer.model_max_length) if name in _CLIP_FIRST else 0
+        tokenizer = getattr(pipe, "tokenizer", None)
+        clip = int(getattr(tokenizer, "model_max_length", 77)) if name in _CLIP_FIRST else 0
         wanted["max_sequence_length"] = max(1, tokens.shape[1] - clip)
     return wanted
 
