@@ -70,8 +70,8 @@ MAY_IMPORT = {
     "pipelines/tiny/random": "genattn",
     "pipelines/tiny/studies": (
         "genattn genattn/layouts genattn/patterns genattn/seam "
-        "guidance/broadway guidance/headhunter guidance/heads guidance/nag guidance/softpag "
-        "pipelines/finetune pipelines/long_clip pipelines/long_video/output pipelines/long_video/quality "
+        "guidance/broadway guidance/headhunter guidance/heads guidance/nag guidance/s2 "
+        "guidance/softpag guidance/tag pipelines/finetune pipelines/long_clip pipelines/long_video/output pipelines/long_video/quality "
         "pipelines/tiny pipelines/training"
     ),
     "pipelines/training": "genattn",
