@@ -71,7 +71,8 @@ MAY_IMPORT = {
     "pipelines/tiny/studies": (
         "genattn genattn/layouts genattn/patterns genattn/seam "
         "guidance/broadway guidance/headhunter guidance/heads guidance/nag guidance/s2 "
-        "guidance/softpag guidance/tag pipelines/finetune pipelines/long_clip pipelines/long_video/output pipelines/long_video/quality "
+        "guidance/softpag guidance/tag "
+        "pipelines/finetune pipelines/long_clip pipelines/long_video/output pipelines/long_video/quality "
         "pipelines/tiny pipelines/training"
     ),
     "pipelines/training": "genattn",

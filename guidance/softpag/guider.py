@@ -11,8 +11,8 @@ first perturbed pass and taken off after the last step.
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import torch
+from diffusers import guiders
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
 from torch import nn
@@ -245,7 +245,7 @@ def _inner(given: "BaseGuidance | Mapping[str, Any] | None") -> BaseGuidance | N
         return None
     if isinstance(given, Mapping):
         settings = {name: value for name, value in given.items() if not name.startswith("_")}
-        kind = getattr(diffusers, str(given.get("_class_name")), None)
+        kind = getattr(guiders, str(given.get("_class_name")), None)
         if not isinstance(kind, type) or not issubclass(kind, BaseGuidance):
             raise GenAttnError(
                 f"inner must name a guider of diffusers, got {given.get('_class_name')!r}; e.g. ClassifierFreeGuidance"
