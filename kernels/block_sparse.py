@@ -8,7 +8,8 @@ error; "auto" goes on to the next, and `choose_impl` tells what it took and why 
 
 import torch
 
-from genattn.kernels.operators import NAMED_IMPLS, OP_IMPLS, block_sparse_forward, why_not_op
+from genattn.kernels.failures import KernelFailure, failed_before, remember_failure
+from genattn.kernels.operators import NAMED_IMPLS, OP_IMPLS, block_sparse_forward, by_auto, why_not_op
 from genattn.kernels.peers.optional import PEERS, peer_attention, why_not_peer
 from genattn.kernels.peers.sdpa_mask import sdpa_mask_attention, why_not_sdpa_mask
 from genattn.kernels.plan.block_plan import BlockPlan
@@ -38,30 +39,70 @@ def block_sparse_attention(
 
     Raises ValueError for shapes that do not fit together, and with the reason when the named `impl` cannot serve.
     """
+    query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value, plan, key_mask)
-    compiling = torch.compiler.is_compiling() and impl == "auto"
-    # inside a compiled graph the op itself settles which kernel serves
-    chosen = (
-        impl
-        if compiling
-        else choose_impl(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, masked=key_mask is not None)[0]
-    )
-    if chosen == "sdpa":
+    if torch.compiler.is_compiling() and impl == "auto":
+        # inside a compiled graph the op itself settles which kernel serves
+        return _run("auto", query, key, value, plan, scale, key_mask, return_lse)
+    while True:
+        chosen, _ = choose_impl(
+            query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, masked=key_mask is not None
+        )
+        automatic = impl == "auto" and chosen in OP_IMPLS
+        try:
+            name = by_auto(chosen) if automatic else chosen
+            return _run(name, query, key, value, plan, scale, key_mask, return_lse)
+        except KernelFailure as failure:
+            if not automatic:
+                raise
+            remember_failure(failure, query, plan, "another backend serves")
+
+
+def _run(
+    name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: BlockPlan,
+    scale: float | None,
+    key_mask: torch.Tensor | None,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if name == "sdpa":
         return sdpa_mask_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
-    if chosen in PEERS:
-        return peer_attention(chosen, query, key, value, plan.to(query.device), scale)
-    if chosen == "flex":
+    if name in PEERS:
+        return peer_attention(name, query, key, value, plan.to(query.device), scale)
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    if name == "flex":
         from genattn.kernels.peers.flex import flex_block_attention
 
         out, lse = flex_block_attention(query, key, value, plan.to(query.device), scale=scale)
-        return (out, lse) if return_lse else out  # type: ignore[return-value]
-    if chosen == "reference":
+    elif name == "reference":
         out, lse = reference_attention(query, key, value, plan.to(query.device), scale=scale, key_mask=key_mask)
     else:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         with_lse = return_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
-        out, lse = block_sparse_forward(query, key, value, key_mask, plan.handle, factor, chosen, with_lse)
-    return (out, lse) if return_lse else out
+        out, lse = block_sparse_forward(query, key, value, key_mask, plan.handle, factor, name, with_lse)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def as_autocast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three tensors as scaled_dot_product_attention would take them: under autocast in its type, float64 left alone.
+
+    Norms give float32 there, so without this a model whose queries are normalised would bring two types.
+    """
+    first, second, third = (x.to(working_dtype(x)) for x in (query, key, value))
+    return first, second, third
+
+
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type in which a tensor enters attention: its own, or autocast's where that is on."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    casts = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else tensor.dtype
 
 
 def choose_impl(
@@ -80,7 +121,8 @@ def choose_impl(
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     reasons: dict[str, str] = {}
     for name in _AUTO if impl == "auto" else (impl,):
-        reason = _why_not(name, query, plan, return_lse, scale, masked)
+        reason = failed_before(name, query, plan) if impl == "auto" else None
+        reason = reason or _why_not(name, query, plan, return_lse, scale, masked)
         if reason is None:
             return name, reasons
         reasons[name] = reason

@@ -9,12 +9,14 @@ import torch
 from genattn.kernels.cpu.backward import grouped_backward
 from genattn.kernels.cpu.grouped import grouped_attention, why_not_grouped
 from genattn.kernels.cpu.native import native_attention, why_not_native
+from genattn.kernels.failures import failed_before, failure_of, remember_failure
 from genattn.kernels.plan.block_plan import BlockPlan, plan_of_handle
 from genattn.kernels.triton.block_sparse import triton_backward, triton_forward, why_not_triton
 from genattn.kernels.triton.full_tiles import full_tiles_forward, why_not_full_tiles
 from genattn.kernels.triton.int8_scores import triton_int8_forward, why_not_int8
 
 OP_IMPLS = ("triton", "cpu", "grouped")
+_ON_THE_CPU = "on the CPU"
 NAMED_IMPLS = ("triton-int8", "triton-full")  # never taken unless named
 _FORWARD = {
     "triton": triton_forward,
@@ -33,8 +35,21 @@ def why_not_op(impl: str, query: torch.Tensor, plan: BlockPlan, scale: float | N
     return why_not_native(query, plan) if impl == "cpu" else why_not_grouped(query, plan)
 
 
+def by_auto(impl: str) -> str:
+    """The name under which an op runs what "auto" has chosen already: a failing backward is then made up for."""
+    return f"auto:{impl}"
+
+
 def _settle(impl: str, query: torch.Tensor, plan: BlockPlan, scale: float) -> str:
-    reasons = {name: why_not_op(name, query, plan, scale) for name in (OP_IMPLS if impl == "auto" else (impl,))}
+    """The kernel that serves. Raises ValueError when none can."""
+    if impl.startswith("auto:"):
+        return impl.removeprefix("auto:")
+    reasons = {}
+    for name in OP_IMPLS if impl == "auto" else (impl,):
+        before = failed_before(name, query, plan) if impl == "auto" else None
+        reasons[name] = before or why_not_op(name, query, plan, scale)
+        if impl == "auto" and before is not None and query.device.type != "cpu":
+            return _ON_THE_CPU
     for name, reason in reasons.items():
         if reason is None:
             return name
@@ -55,11 +70,39 @@ def block_sparse_forward(
     """(out [B, Sq, H, D], lse [B, Sq, H]) of the plan behind `handle`; lse is [0], and no gradient, without `with_lse`."""
     plan = plan_of_handle(handle).to(query.device)
     name = _settle(impl, query, plan, scale)
-    if name == "grouped":
-        out, lse = grouped_attention(query, key, value, plan, scale=scale, key_mask=key_mask, with_lse=with_lse)
-    else:
-        out, lse = _FORWARD[name](query, key, value, plan, scale=scale, key_mask=key_mask)  # type: ignore[operator]
+    try:
+        out, lse = _forward(name, query, key, value, key_mask, plan, handle, scale, with_lse)
+    except Exception as error:
+        failure = failure_of(name, error) if name.startswith("triton") else None
+        if failure is None:
+            raise
+        if impl != "auto":
+            raise failure from error
+        # inside a compiled graph nothing else can be asked
+        remember_failure(failure, query, plan, "the CPU computes")
+        out, lse = _forward(_ON_THE_CPU, query, key, value, key_mask, plan, handle, scale, with_lse)
     return out.contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
+
+
+def _forward(
+    name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    plan: BlockPlan,
+    handle: torch.Tensor,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if name == _ON_THE_CPU:
+        plan = plan_of_handle(handle).to("cpu")
+        parts = [None if x is None else x.cpu() for x in (query, key, value, key_mask)]
+        out, lse = grouped_attention(*parts[:3], plan, scale=scale, key_mask=parts[3])  # type: ignore[arg-type]
+        return out.to(query.device), lse.to(query.device)
+    if name == "grouped":
+        return grouped_attention(query, key, value, plan, scale=scale, key_mask=key_mask, with_lse=with_lse)
+    return _FORWARD[name](query, key, value, plan, scale=scale, key_mask=key_mask)  # type: ignore[no-any-return, operator]
 
 
 @block_sparse_forward.register_fake
@@ -86,9 +129,26 @@ def block_sparse_backward(
     if impl in NAMED_IMPLS:
         raise ValueError(f"impl={impl!r} has no backward; use impl='triton' where gradients are wanted")
     plan = plan_of_handle(handle).to(query.device)
-    run = triton_backward if _settle(impl, query, plan, scale) == "triton" else grouped_backward
-    grads = run(grad_out, grad_lse, query, key, value, out, lse, plan, scale=scale, key_mask=key_mask)
-    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
+    inputs = grad_out, grad_lse, query, key, value, out, lse
+    automatic = impl.startswith("auto")
+    if _settle(impl, query, plan, scale) == "triton" and not (automatic and failed_before("triton", query, plan, True)):
+        try:
+            return _contiguous(triton_backward(*inputs, plan, scale=scale, key_mask=key_mask))
+        except Exception as error:
+            failure = failure_of("triton", error)
+            if failure is None:
+                raise
+            if not automatic:
+                raise failure from error
+            remember_failure(failure, query, plan, "the CPU computes gradients", backward=True)
+    plan = plan_of_handle(handle).to("cpu")
+    mask = None if key_mask is None else key_mask.cpu()
+    grads = grouped_backward(*(x.cpu() for x in inputs), plan, scale=scale, key_mask=mask)
+    return _contiguous(tuple(g.to(query.device) for g in grads))  # type: ignore[arg-type]
+
+
+def _contiguous(grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @block_sparse_backward.register_fake

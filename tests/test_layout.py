@@ -41,7 +41,9 @@ MAY_IMPORT = {
     ),
     "genattn/selection": "genattn genattn/geometry",
     "guidance/broadway": (
-        "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam guidance/passes kernels kernels/plan"
+        "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam "
+        "guidance/passes "
+        "kernels kernels/plan kernels/triton"
     ),
     "guidance/headhunter": "genattn genattn/seam guidance/heads guidance/passes guidance/softpag",
     "guidance/heads": "genattn",
@@ -70,8 +72,7 @@ MAY_IMPORT = {
     "pipelines/tiny/random": "genattn",
     "pipelines/tiny/studies": (
         "genattn genattn/layouts genattn/patterns genattn/seam "
-        "guidance/broadway guidance/headhunter guidance/heads guidance/nag guidance/s2 "
-        "guidance/softpag guidance/tag "
+        "guidance/broadway guidance/headhunter guidance/heads guidance/nag guidance/s2 guidance/softpag guidance/tag "
         "pipelines/finetune pipelines/long_clip pipelines/long_video/output pipelines/long_video/quality "
         "pipelines/tiny pipelines/training"
     ),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
+from genattn.apps.bench.timing import interleaved
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.functional.dispatch import block_plan_for
 from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
@@ -30,6 +31,7 @@ TABLE = Path("assets/bench/attention.csv")
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _INT8_BOUND = 4e-2
 _SAMPLED_QUERIES = 64
+_MANY_FLOPS = 1e13
 _PEERS = ("flex",)
 MEASURABLE = (*IMPLS, "natten")
 
@@ -42,27 +44,41 @@ def bench_attention(
     cases: Sequence[AttentionCase] | None = None,
     impls: Sequence[str] | None = None,
     progress: Callable[[str], None] = print,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """Measure, append the rows to `table` (None: nowhere) and return them.
 
     device: default a GPU when there is one. impls: backends beside "auto"'s choice; default every one that can serve, flex
-    only when not quick (it compiles for each case).
+    only when not quick (it compiles for each case). seconds: start no case after this long; default 150 on a GPU, where the
+    cases come in an order in which the first tell the most, and no limit on a CPU.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = list(cases or (gpu_cases() if device == "cuda" else cpu_cases(quick)))
     facts = provenance(device)
     peaks: dict[torch.dtype, float] = {}
+    known: dict[Any, dict[str, list[float]]] | None = {} if device.startswith("cuda") else None
     rows: list[dict[str, Any]] = []
+    limit = seconds if seconds is not None else 150.0 if device.startswith("cuda") else float("inf")
+    started = time.monotonic()
     for case in chosen:
-        peak = peaks.setdefault(case.dtype, matmul_flops(case.dtype, device))
-        for row in _bench_case(case, device, rounds or (3 if quick else 7), impls, quick, peak):
+        if time.monotonic() - started > limit:
+            progress(f"{case.name:32} skipped, {limit:.0f} s are over; --seconds gives it more")
+            continue
+        try:
+            peak = peaks.setdefault(case.dtype, matmul_flops(case.dtype, device))
+            found = bench_case(case, device, rounds or (3 if quick else 7), impls or _default_impls(device, quick), peak, known)
+        except torch.OutOfMemoryError as error:
+            # a smaller card measures what it can hold
+            progress(f"{case.name:32} skipped, it does not fit this device: {str(error).splitlines()[0]}")
+            continue
+        for row in found:
             rows.append({**row, **facts})
+            if table is not None:
+                append_rows(table, [rows[-1]])
             progress(describe_row(row))
     for name in impls or ():
         if all(row["impl"] != name for row in rows):
             progress(f"{name} can serve none of these cases here; `genattn doctor` says what it lacks")
-    if table is not None:
-        append_rows(table, rows)
     return rows
 
 
@@ -75,24 +91,46 @@ def describe_row(row: dict[str, Any]) -> str:
     """One line for the screen."""
     head = f"{row['case']:32} {row['dtype']:8} D{row['head_dim']:<4} density {row['density']:.3f}  {row['impl']:10}"
     if not row["correct"]:
-        return f"{head} WRONG (error {row['error']:.1e}), no speed given"
+        reason = row["error"] if isinstance(row["error"], str) else f"WRONG (error {row['error']:.1e}), no speed given"
+        return f"{head} {reason}"
     return f"{head} {row['seconds'] * 1e3:9.2f} ms  ratio {row['ratio']:.2f}  {row['speedup']:.2f}x over {row['dense']}"
 
 
-def _bench_case(
-    case: AttentionCase, device: str, rounds: int, impls: Sequence[str] | None, quick: bool, peak: float
+def bench_case(
+    case: AttentionCase,
+    device: str,
+    rounds: int,
+    impls: Sequence[str],
+    peak: float,
+    known: dict[Any, dict[str, list[float]]] | None = None,
 ) -> list[dict[str, Any]]:
+    """Rows of one case, one per backend of `impls` that can serve it.
+
+    peak: operations a second of a matrix product. known: dense times by shape, to be used again and added to; None measures
+    them in turns with the others, which is fairer where a machine is busy. A masked case is held against dense attention
+    without a mask.
+    """
     draw = torch.Generator(device).manual_seed(0)
     shape = (1, case.layout.seqlen, case.heads, case.head_dim)
     inputs = [torch.randn(shape, generator=draw, device=device, dtype=case.dtype) for _ in range(3)]
+    mask = case.key_mask(device)
     started = time.perf_counter()
     plan = block_plan_for(inputs[0], inputs[1], case.pattern, case.layout)
     planned = time.perf_counter() - started
-    sparse = _sparse_calls(impls or _default_impls(device, quick), case, inputs, plan)
-    dense = {name: _dense_call(call, inputs) for name, call in dense_backends(inputs[0])[0].items() if name != "sdpa:math"}
-    errors = {name: sampled_error(call(), inputs, plan) for name, call in sparse.items()}
-    right = {name: call for name, call in sparse.items() if errors[name] <= bound_of(name, case.dtype)}
-    times = interleaved({**dense, **right}, rounds, device)
+    sparse = _sparse_calls(impls, case, inputs, plan, mask)
+    if not sparse:
+        return []
+    errors = {name: _error_or_reason(call, inputs, plan, mask) for name, call in sparse.items()}
+    right = {name: call for name, call in sparse.items() if _is_right(errors[name], name, case.dtype)}
+    key = shape, case.dtype
+    if known is not None and key in known:
+        times = {**known[key], **interleaved(right, rounds, device)}
+        dense = list(known[key])
+    else:
+        calls = _dense_calls(inputs, plan.seqlen_q**2 * case.heads * case.head_dim * 4.0)
+        times, dense = interleaved({**calls, **right}, rounds, device), list(calls)
+        if known is not None:
+            known[key] = {name: times[name] for name in dense}
     fastest = min(dense, key=lambda name: min(times[name]))
     common = {
         **{"case": case.name, "layout": case.layout.describe(), "seqlen": shape[1], "heads": case.heads},
@@ -109,6 +147,58 @@ def _bench_case(
             row["peak_bytes"] = peak_memory(call, device)
         rows.append(row)
     return rows
+
+
+def _dense_calls(inputs: list[torch.Tensor], flops: float) -> dict[str, Callable[[], torch.Tensor]]:
+    """The dense backends that run on these tensors; on a GPU, where a call takes long, only those that can be the fastest."""
+    left_out = {"sdpa:math"} | ({"sdpa", "sdpa:efficient"} if inputs[0].is_cuda and flops > _MANY_FLOPS else set())
+    found = {}
+    for name, call in dense_backends(inputs[0])[0].items():
+        if name not in left_out and _runs(_dense_call(call, inputs)):
+            found[name] = _dense_call(call, inputs)
+    return found or {"sdpa": _dense_call(dense_backends(inputs[0])[0]["sdpa"], inputs)}
+
+
+def _runs(call: Callable[[], torch.Tensor]) -> bool:
+    """Whether a backend that took a short sequence takes this one too."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _error_or_reason(
+    call: Callable[[], torch.Tensor], inputs: list[torch.Tensor], plan: BlockPlan, mask: torch.Tensor | None
+) -> float | str:
+    """Error of a backend against the definition, or why it could not run: one that fails must not cost the others' rows."""
+    try:
+        return sampled_error(call(), inputs, plan, mask)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+def _is_right(error: float | str, name: str, dtype: torch.dtype) -> bool:
+    return not isinstance(error, str) and error <= bound_of(name, dtype)
+
+
+def rows_to_share(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table that can be put into an issue."""
+    right = [row for row in rows if row["correct"]]
+    if not right:
+        return "nothing was measured"
+    facts = right[0]
+    versions = ", ".join(f"{name.removesuffix('_version')} {facts[name]}" for name in facts if name.endswith("_version"))
+    lines = [f"to share: {facts['device']}, {versions}, commit {facts['commit']}", ""]
+    lines += ["| case | head dim | impl | ms | time / (density x dense) | over |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['case']} | {r['head_dim']} {r['dtype']} | {r['impl']} | {r['seconds'] * 1e3:.2f} | {r['ratio']:.2f} | "
+        f"{r['dense']} |"
+        for r in right
+    ]
+    return "\n".join(lines)
 
 
 def _speed(times: list[float], dense: list[float], plan: BlockPlan, case: AttentionCase, peak: float) -> dict[str, float]:
@@ -138,11 +228,15 @@ def _default_impls(device: str, quick: bool) -> list[str]:
 
 
 def _sparse_calls(
-    names: Sequence[str], case: AttentionCase, inputs: list[torch.Tensor], plan: BlockPlan
+    names: Sequence[str], case: AttentionCase, inputs: list[torch.Tensor], plan: BlockPlan, mask: torch.Tensor | None
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """The named backends that can serve the case; NATTEN from the pattern, the others from the plan."""
-    calls = {name: _call(name, inputs, plan) for name in names if name != "natten" and _serves(name, inputs, plan)}
-    if "natten" in names and isinstance(case.pattern, NeighborhoodPattern) and len(case.layout.segments) == 1:
+    calls = {
+        name: _call(name, inputs, plan, mask)
+        for name in names
+        if name != "natten" and _serves(name, inputs, plan, mask is not None)
+    }
+    if mask is None and "natten" in names and isinstance(case.pattern, NeighborhoodPattern) and len(case.layout.segments) == 1:
         windows = natten_windows(case.pattern, case.layout)
         if why_not_natten(inputs[0], windows) is None:
             query, key, value = inputs
@@ -150,53 +244,35 @@ def _sparse_calls(
     return calls
 
 
-def _call(name: str, inputs: list[torch.Tensor], plan: BlockPlan) -> Callable[[], torch.Tensor]:
+def _call(name: str, inputs: list[torch.Tensor], plan: BlockPlan, mask: torch.Tensor | None) -> Callable[[], torch.Tensor]:
     query, key, value = inputs
-    return lambda: block_sparse_attention(query, key, value, plan, impl=name)  # type: ignore[return-value]
+    return lambda: block_sparse_attention(query, key, value, plan, impl=name, key_mask=mask)  # type: ignore[return-value]
 
 
 def _dense_call(call: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
     return lambda: call(*inputs)
 
 
-def _serves(name: str, inputs: list[torch.Tensor], plan: BlockPlan) -> bool:
+def _serves(name: str, inputs: list[torch.Tensor], plan: BlockPlan, masked: bool) -> bool:
     query, key, value = inputs
     try:
-        choose_impl(query, key, value, plan, impl=name)
+        choose_impl(query, key, value, plan, impl=name, masked=masked)
     except ValueError:
         return False
     return True
 
 
-def sampled_error(out: torch.Tensor, inputs: list[torch.Tensor], plan: BlockPlan) -> float:
+def sampled_error(out: torch.Tensor, inputs: list[torch.Tensor], plan: BlockPlan, mask: torch.Tensor | None = None) -> float:
     """Relative error against the float64 definition on some queries, spread over the sequence."""
     query, key, value = (x.double() for x in inputs)
     index = torch.linspace(0, plan.seqlen_q - 1, _SAMPLED_QUERIES, device=query.device).long()
     visible = visible_rows(plan, index)[None]
+    if mask is not None:
+        visible = visible & mask[:, None, None, :]
     scores = torch.einsum("bqhd,bkhd->bhqk", query[:, index], key) * query.shape[-1] ** -0.5
     probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     want = torch.einsum("bhqk,bkhd->bqhd", probs.nan_to_num(), value)
     return float((out[:, index].double() - want).norm() / want.norm())
-
-
-def interleaved(calls: dict[str, Callable[[], torch.Tensor]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds per round of each call, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            _settle(device)
-            started = time.perf_counter()
-            call()
-            _settle(device)
-            times[name].append(time.perf_counter() - started)
-    return times
-
-
-def _settle(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def matmul_flops(dtype: torch.dtype, device: str) -> float:

@@ -1,23 +1,29 @@
 """`genattn bench autotune`: launch settings of the Triton kernels, measured on this GPU and kept beside the shipped table.
 
 Each kernel starts from its shipped setting and walks to the fastest neighbour, one setting changed at a time, until none is
-faster; what the chip cannot hold, or what computes something else, is passed over. The winners go to `tune-<arch>.json` in the
-cache folder, in the form of `kernels/triton/configs.json`, and are used from then on.
+faster or its share of the time is spent; what the chip cannot hold, or what computes something else, is passed over. Timed is
+the sum over Radial, whose tiles have unused lanes, and a sliding window, most of whose tiles are partial. The winners go to
+`tune-<chip>.json` in the cache folder, in the form of `kernels/triton/configs.json`, and are used from then on.
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from genattn.apps.bench.attention import interleaved
-from genattn.apps.bench.cases import AttentionCase, gpu_cases
+from genattn.apps.bench.cases import AttentionCase
+from genattn.apps.bench.timing import interleaved, timed
+from genattn.apps.sampling.measured_rows import provenance
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import block_plan_for
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, forward_grid
-from genattn.kernels.triton.config import arch_of, measured_table, settings_of, table_row
+from genattn.kernels.triton.config import arch_of, chip_of, measured_table, settings_of, table_row
+from genattn.kernels.triton.launch import launch
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.radial import RadialPattern
 
 KERNELS = ("forward", "dq", "dkv")
 Setting = tuple[int, ...]
@@ -28,33 +34,43 @@ _GAIN = 0.98  # less than this is noise
 
 
 def autotune(
-    arch: str, head_dim: int, timer: Timer, kernels: Sequence[str] = KERNELS, tell: Callable[[str], None] = print
+    arch: str,
+    head_dim: int,
+    timer: Timer,
+    kernels: Sequence[str] = KERNELS,
+    tell: Callable[[str], None] = print,
+    until: float = float("inf"),
 ) -> dict[str, list[int]]:
     """The settings that beat the shipped ones by 2 % or more, {kernel: [warps, stages, split, fine]}; for the forward kernel
     a fifth number where a few programs per processor that share out the tiles are faster than one a tile.
 
-    timer(kernel, setting) gives seconds, and raises RuntimeError for a setting that cannot run or is wrong. Raises GenAttnError
-    when a shipped setting itself cannot run.
+    timer(kernel, setting) gives seconds, and raises RuntimeError for a setting that cannot run or is wrong. until: on
+    `time.monotonic`, shared out among the kernels. Where the shipped setting itself cannot run, its neighbours are tried all
+    the same. Raises GenAttnError when none of them can.
     """
     entry: dict[str, list[int]] = {}
-    for kernel in kernels:
+    for place, kernel in enumerate(kernels):
+        now = time.monotonic()
+        end = now + (until - now) / (len(kernels) - place)
         start: Setting = tuple(settings_of(arch)[table_row(head_dim)][kernel])
         if kernel == "forward" and len(start) < len(_CHOICES):
             start = (*start, 0)
         times: dict[Setting, float] = {}
         _measure(times, kernel, start, timer, tell)
-        if times[start] == float("inf"):
-            raise GenAttnError(
-                f"the {kernel} kernel must run with its shipped setting {list(start)} on {arch}, and it does not"
-            )
         best = start
-        while True:
+        while time.monotonic() < end:
             for setting in _neighbours(best):
-                _measure(times, kernel, setting, timer, tell)
+                if time.monotonic() < end:
+                    _measure(times, kernel, setting, timer, tell)
             fastest = min(times, key=lambda setting: times[setting])
-            if times[fastest] >= _GAIN * times[best]:
+            if times[fastest] == float("inf") or times[fastest] >= _GAIN * times[best]:
                 break
             best = fastest
+        if times[best] == float("inf"):
+            raise GenAttnError(
+                f"the {kernel} kernel must run with its shipped setting {list(start)} or a neighbour of it on {arch}, and none "
+                "does; please report what `genattn doctor` says"
+            )
         if best != start:
             entry[kernel] = list(best if best[4:] != (0,) else best[:4])
         tell(f"{kernel}: {list(best)}, {times[start] / times[best]:.2f} times as fast as shipped")
@@ -69,7 +85,7 @@ def _measure(times: dict[Setting, float], kernel: str, setting: Setting, timer: 
         tell(f"  {kernel} {list(setting)}: {times[setting] * 1e3:.3f} ms")
     except RuntimeError as error:
         times[setting] = float("inf")
-        tell(f"  {kernel} {list(setting)}: {str(error).splitlines()[0]}")
+        tell(f"  {kernel} {list(setting)}: {(str(error).strip() or 'no message').splitlines()[0]}")
 
 
 def _neighbours(setting: Setting) -> list[Setting]:
@@ -97,15 +113,15 @@ def keep(arch: str, head_dim: int, entry: Mapping[str, list[int]]) -> Path:
     return path
 
 
-def gpu_timer(case: AttentionCase, rounds: int = 5) -> Timer:
+def gpu_timer(case: AttentionCase, rounds: int = 5, device: str = "cuda") -> Timer:
     """Times the kernels of one case on the GPU; the shipped settings' results are what every other must give."""
     from genattn.kernels.triton import backward_kernel as backward
     from genattn.kernels.triton.forward_kernel import forward_kernel
 
     shape = (1, case.layout.seqlen, case.heads, case.head_dim)
-    query, key, value, grad = (torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(4))
+    query, key, value, grad = (torch.randn(shape, device=device, dtype=case.dtype) for _ in range(4))
     out, dq, dk, dv = (torch.empty_like(query) for _ in range(4))
-    lse = torch.empty(shape[:3], device="cuda")
+    lse = torch.empty(shape[:3], device=device)
     plan = block_plan_for(query, key, case.pattern, case.layout)
     delta = torch.randn_like(lse)
     inputs, tiles = (query, key, value, grad, lse, delta), (plan.query_tiles.shape[0], plan.key_tiles.shape[0])
@@ -125,24 +141,31 @@ def gpu_timer(case: AttentionCase, rounds: int = 5) -> Timer:
             call["PERSISTENT"], grid = programs > 0, forward_grid(query, plan, programs)
 
         def run() -> torch.Tensor:
-            jitted[grid](**call)
+            launch(jitted, grid, call, query)
             return results[0]
 
         try:
-            run()
-            torch.cuda.synchronize()
+            timed(run, device)
         except Exception as error:  # triton raises kinds of its own for what a chip cannot hold
             raise RuntimeError(str(error) or type(error).__name__) from error
         wanted = right.setdefault(kernel, [x.clone() for x in results])
         if any(float((a - b).float().norm() / b.float().norm()) > 1e-2 for a, b in zip(results, wanted)):
             raise RuntimeError("another result than the shipped setting's")
-        return min(interleaved({"run": run}, rounds, "cuda")["run"])
+        return min(interleaved({"run": run}, rounds, device)["run"])
 
     return timer
 
 
-def autotune_here(head_dims: Sequence[int] = (64, 128), rounds: int = 5, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure on this machine's GPU and keep what is faster: {"arch", "file", "settings": {row: {kernel: setting}}}.
+def summed(timers: Sequence[Timer]) -> Timer:
+    """The sum of several timers; a setting that one of them refuses is refused."""
+    return lambda kernel, setting: sum(timer(kernel, setting) for timer in timers)
+
+
+def autotune_here(
+    head_dims: Sequence[int] = (64, 128), rounds: int = 5, tell: Callable[[str], None] = print, seconds: float = 540.0
+) -> dict[str, Any]:
+    """Measure on this machine's GPU and keep what is faster: {"arch", "file", "settings": {row: {kernel: setting}}, "device",
+    "row"}, the last a line to put into an issue. What is found is kept after each head dim, within `seconds`.
 
     Raises GenAttnError where there is no GPU.
     """
@@ -150,9 +173,23 @@ def autotune_here(head_dims: Sequence[int] = (64, 128), rounds: int = 5, tell: C
         raise GenAttnError("autotune needs a GPU, and torch.cuda.is_available() is False; the shipped settings stay in use")
     arch, found = arch_of(torch.device("cuda")), {}
     path = measured_table(arch)
-    base = next(case for case in gpu_cases() if "strided" in case.name)
-    for head_dim in head_dims:
-        case = AttentionCase(base.name, base.grid, base.pattern, base.text, 4, head_dim)
-        found[table_row(head_dim)] = entry = autotune(arch, head_dim, gpu_timer(case, rounds), tell=tell)
+    end = time.monotonic() + seconds
+    for place, head_dim in enumerate(head_dims):
+        timers = [gpu_timer(case, rounds) for case in tuning_cases(head_dim)]
+        now = time.monotonic()
+        share = now + (end - now) / (len(head_dims) - place)
+        found[table_row(head_dim)] = entry = autotune(arch, head_dim, summed(timers), tell=tell, until=share)
         path = keep(arch, head_dim, entry)
-    return {"arch": arch, "file": str(path), "settings": found}
+        del timers
+    facts = provenance("cuda")
+    row = json.dumps({"chip": chip_of(torch.device("cuda")), **facts, "settings": found})
+    return {"arch": arch, "file": str(path), "settings": found, "device": facts["device"], "row": row}
+
+
+def tuning_cases(head_dim: int) -> list[AttentionCase]:
+    """Tiles with unused lanes, and partial tiles: sizes that a card of 8 GB holds."""
+    grid = (13, 45, 80)
+    return [
+        AttentionCase("radial", grid, RadialPattern(), 256, 4, head_dim),
+        AttentionCase("sliding", grid, NeighborhoodPattern((9, 24, 24)), 0, 4, head_dim),
+    ]

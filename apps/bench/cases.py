@@ -12,7 +12,7 @@ from genattn.patterns.radial import RadialPattern
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One measured call: a pattern on a grid with text after it."""
+    """One measured call: a pattern on a grid with text after it; the last `hidden` tokens are masked, as a short prompt's."""
 
     name: str
     grid: tuple[int, ...]
@@ -21,11 +21,18 @@ class AttentionCase:
     heads: int = 2
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    hidden: int = 0
 
     @property
     def layout(self) -> TokenLayout:
         """The token sequence."""
         return TokenLayout.from_grid(self.grid, text_after=self.text)
+
+    def key_mask(self, device: str) -> torch.Tensor | None:
+        """Bool [1, S], False for the hidden tokens; None where there are none."""
+        if not self.hidden:
+            return None
+        return (torch.arange(self.layout.seqlen, device=device) < self.layout.seqlen - self.hidden)[None]
 
 
 def cpu_cases(quick: bool = False) -> list[AttentionCase]:
@@ -62,3 +69,25 @@ def gpu_cases() -> list[AttentionCase]:
         cases.append(AttentionCase(f"gna flux {side}^2 s16", (side, side), NeighborhoodPattern(window, stride=16), 512, 24))
         cases.append(AttentionCase(f"gna flux {side}^2 sliding", (side, side), NeighborhoodPattern(window), 512, 24))
     return cases + [AttentionCase(c.name, c.grid, c.pattern, c.text, c.heads, 64) for c in cases[:2]]
+
+
+def lease_cases() -> list[AttentionCase]:
+    """What decides: HunyuanVideo and Wan at 720p under Radial, strided and sliding windows, without and with a key mask."""
+    windows = NeighborhoodPattern((18, 24, 24), stride=(2, 8, 8)), NeighborhoodPattern((18, 24, 24))
+    patterns = {"radial": RadialPattern(), "gna strided": windows[0], "gna sliding": windows[1]}
+    models = {"hunyuan 720p": ((33, 45, 80), 256, 24), "wan 720p": ((21, 45, 80), 0, 40)}
+    cases = []
+    for hidden in (0, 160):
+        for model, (grid, text, heads) in models.items():
+            for name, pattern in patterns.items():
+                title = f"{name} {model}{' masked' if hidden else ''}"
+                cases.append(AttentionCase(title, grid, pattern, text, heads, hidden=hidden))
+    return cases
+
+
+def toy_cases() -> list[AttentionCase]:
+    """The same kinds at sizes that an interpreter can run: for trying the benchmark out where no GPU is."""
+    windows = NeighborhoodPattern((2, 4, 4), stride=(1, 2, 2)), NeighborhoodPattern((2, 4, 4))
+    patterns = {"radial": RadialPattern(), "gna strided": windows[0], "gna sliding": windows[1]}
+    named = {f"{name} toy{' masked' if n else ''}": (p, n) for n in (0, 3) for name, p in patterns.items()}
+    return [AttentionCase(name, (2, 8, 8), p, 5, 2, 16, torch.float32, n) for name, (p, n) in named.items()]

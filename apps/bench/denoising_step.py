@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genattn.apps.bench.attention import interleaved
+from genattn.apps.bench.timing import interleaved
 from genattn.functional.dispatch import plan_for, planned_attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.peers.dense import dense_backends

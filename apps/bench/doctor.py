@@ -1,5 +1,6 @@
 """`genattn doctor`: what this machine can run, and why not the rest."""
 
+import json
 import platform
 from typing import Any
 
@@ -9,7 +10,17 @@ from genattn.kernels.block_sparse import IMPLS, choose_impl
 from genattn.kernels.cpu.native_build import cache_folder, native_library
 from genattn.kernels.peers.dense import dense_backends, missing_peers
 from genattn.kernels.plan.block_plan import dense_plan
-from genattn.kernels.triton.config import arch_of, tile_sizes
+from genattn.kernels.triton.config import arch_of, chip_of, measured_table, settings_of, table_row, tile_sizes
+
+# time / (density x dense time) of the forward at head dim 128 in 16 bits, from instruction counts: docs/kernels.md says how
+PREDICTED = {
+    "sm_80": "1.0 to 1.2, not measured",
+    "sm_86": "1.0 to 1.3, not measured",
+    "sm_90": "1.0 to 1.2, not measured",
+    "sm_100": "2 to 2.5, not measured",
+    "sm_120": "1.0 to 1.3, not measured",
+    "hip": "about 1.6, not measured",
+}
 
 
 def doctor(head_dim: int = 128) -> dict[str, Any]:
@@ -29,6 +40,7 @@ def doctor(head_dim: int = 128) -> dict[str, Any]:
         "triton": _version("triton"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "arch": arch_of(device),
+        **_settings(device, head_dim),
         "threads": torch.get_num_threads(),
         "native_kernel": library if isinstance(library, str) else f"{library.genattn_vector_lanes()} lanes",
         "cache": str(cache_folder()),
@@ -36,6 +48,23 @@ def doctor(head_dim: int = 128) -> dict[str, Any]:
         "backends": {name: _why_not(name, probe, plan) for name in IMPLS if name != "auto"},
         "dense": {**dict.fromkeys(served), **refused},
         "peers": missing_peers(),
+    }
+
+
+def _settings(device: torch.device, head_dim: int) -> dict[str, Any]:
+    """The launch settings that a GPU's kernels take, whether they were measured on it, and what they are predicted to reach."""
+    arch = arch_of(device)
+    if arch == "cpu":
+        return {}
+    row, measured = table_row(head_dim), measured_table(arch)
+    tuned = json.loads(measured.read_text()).get(row, {}) if measured.is_file() else {}
+    told = {kernel: settings_of(arch)[row][kernel] for kernel in ("tile", "forward", "dq", "dkv")}
+    shipped = "shipped settings, not measured on this chip; `genattn bench autotune` does"
+    return {
+        "chip": chip_of(device),
+        "settings": ", ".join(f"{kernel} {told[kernel]}" for kernel in told),
+        "measured": f"{', '.join(tuned)} by autotune, {measured}" if tuned else shipped,
+        "predicted": PREDICTED.get(arch, "nothing"),
     }
 
 

@@ -22,6 +22,7 @@ def bench_attention_command(
     quick: Annotated[bool, typer.Option(help="A few shapes; under three minutes on a CPU.")] = False,
     impl: Annotated[list[str] | None, typer.Option(help="A backend to measure; several times for several.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Interleaved rounds.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Start no case after this long; default 150 on a GPU.")] = None,
     device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of ratio against density.")] = None,
@@ -31,7 +32,7 @@ def bench_attention_command(
 
     Example: genattn bench attention --quick --out out/attention.csv
     """
-    from genattn.apps.bench.attention import MEASURABLE, bench_attention, plot_attention
+    from genattn.apps.bench.attention import MEASURABLE, bench_attention, plot_attention, rows_to_share
     from genattn.apps.sampling.load_pipeline import pick_device
     from genattn.apps.sampling.output_files import check_out
 
@@ -44,11 +45,14 @@ def bench_attention_command(
     if rounds is not None and rounds < 1:
         raise GenAttnError(f"--rounds must be >= 1, got {rounds}")
     quiet = (lambda line: None) if as_json else print_lines
-    rows = bench_attention(quick, None if device is None else pick_device(device), out, rounds, impls=impl, progress=quiet)
+    where = None if device is None else pick_device(device)
+    rows = bench_attention(quick, where, out, rounds, impls=impl, progress=quiet, seconds=seconds)
     if plot is not None:
         plot_attention(rows, plot)
     if as_json:
         print_json(rows)
+    else:
+        print_lines(rows_to_share(rows))
 
 
 @bench_app.command("autotune")
@@ -71,6 +75,7 @@ def autotune_command(
         print_json(found)
     else:
         print_lines(f"kept in {found['file']}")
+        print_lines(f"to share it, put this line into an issue: {found['row']}")
 
 
 def doctor_command(

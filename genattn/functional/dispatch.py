@@ -7,7 +7,8 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
-from genattn.kernels.block_sparse import block_sparse_attention, choose_impl
+from genattn.kernels.block_sparse import as_autocast, block_sparse_attention, choose_impl, working_dtype
+from genattn.kernels.failures import failure_of
 from genattn.kernels.operators import OP_IMPLS
 from genattn.kernels.peers.optional import GridWindows, natten_attention, why_not_natten
 from genattn.kernels.plan.block_plan import BlockPlan
@@ -15,7 +16,7 @@ from genattn.kernels.plan.halo_plan import HaloPlan, check_halo_inputs, halo_att
 from genattn.kernels.plan.head_tiles import HeadTiles, check_head_tiles
 from genattn.kernels.triton.block_sparse import SERVES_TAIL
 from genattn.kernels.triton.config import tile_sizes
-from genattn.kernels.triton.halo import triton_halo_attention, why_not_triton_halo
+from genattn.kernels.triton.halo import refuse_from_now_on, triton_halo_attention, why_not_triton_halo
 from genattn.patterns.halo import halo_plan
 from genattn.patterns.natten_windows import natten_windows
 from genattn.patterns.pattern import Pattern, SiteMemory
@@ -48,6 +49,7 @@ def attention(
             f"query must be [B, S, H, D] with S = {layout.seqlen} for the layout {layout.describe()!r}, "
             f"got {tuple(query.shape)}"
         )
+    query, key, value = as_autocast(query, key, value)
     plan = plan_for(query, key, pattern, layout, impl)
     return planned_attention(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, key_mask=key_mask)
 
@@ -63,6 +65,7 @@ def planned_attention(
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` for a plan that is there already, from `plan_for`."""
+    query, key, value = as_autocast(query, key, value)
     if isinstance(plan, HaloPlan):
         return _halo(query, key, value, plan, return_lse, scale, key_mask)
     if isinstance(plan, GridWindows) and return_lse:
@@ -114,8 +117,15 @@ def _halo(
     reason = why_not_triton_halo(query, plan.to(query.device), wants_gradient)
     if reason is None and not torch.compiler.is_compiling():
         check_halo_inputs(query, key, plan)
-        out, lse = triton_halo_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
-        return (out, lse) if return_lse else out
+        try:
+            out, lse = triton_halo_attention(query, key, value, plan, scale=scale, key_mask=key_mask)
+            return (out, lse) if return_lse else out
+        except Exception as error:
+            failure = failure_of("halo", error)
+            if failure is None:
+                raise
+            reason = failure.reason
+            refuse_from_now_on(plan.to(query.device), reason)
     if return_lse:
         raise GenAttnError(f"impl='halo' returns no log-sum-exp here: {reason}; use return_lse=False or another impl")
     return halo_attention(query, key, value, plan, scale, key_mask)
@@ -151,7 +161,7 @@ def plan_for(
     if impl == "natten":
         return natten_windows(pattern, layout)
     block = tile_size(layout.seqlen, query.device.type)
-    most_q, most_k = tile_sizes(query.device, query.shape[-1], query.dtype)
+    most_q, most_k = tile_sizes(query.device, query.shape[-1], working_dtype(query))
     sides = min(block, most_q), min(block, most_k)
     if not pattern.needs_tensors:
         return pattern.plan_for(query, key, layout, *sides).to(query.device)

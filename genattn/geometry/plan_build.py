@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from genattn.geometry.axis_codes import box_codes
+from genattn.geometry.pair_kinds import pair_kinds
 from genattn.kernels.plan.block_plan import BlockPlan
-from genattn.kernels.plan.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule
+from genattn.kernels.plan.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule, rule_of_head
 
 _CHUNK = 4_000_000
+_LOOKED_UP = 1_000_000  # elements at a time: a few of them fit the cache
 EXACT_ELEMENTS = 100_000_000
 NONE, SOME, ALL = 0, 1, 2
 
@@ -73,38 +75,78 @@ def split_into_pieces(coords: np.ndarray, tiles: np.ndarray) -> Pieces:
     return Pieces(owner[start], frame[start], box, first)
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The tokens of a tile in one frame, in tile order, and the distinct sets of places that such tokens have.
+
+    tile, frame, first: as in `Pieces`. kind: int64 [L], which set. box: int64 [B, 4], the boxes of the sets; set i has boxes
+    start[i]..start[i + 1]. A frame cut alike in every frame has few sets, however many tiles there are.
+    """
+
+    tile: np.ndarray
+    frame: np.ndarray
+    kind: np.ndarray
+    first: np.ndarray
+    box: np.ndarray
+    start: np.ndarray
+
+    @property
+    def one_each(self) -> bool:
+        return self.tile.size == self.first.size - 1
+
+
+def join_into_layers(pieces: Pieces) -> Layers:
+    """Put together the boxes of a tile that lie in one frame."""
+    head = np.flatnonzero(np.r_[True, (np.diff(pieces.tile) != 0) | (np.diff(pieces.frame) != 0)])
+    counts = np.diff(np.r_[head, pieces.tile.size])
+    padded = np.full((head.size, int(counts.max()), 4), -1, dtype=np.int64)
+    within = np.arange(pieces.tile.size) - np.repeat(head, counts)
+    padded[np.repeat(np.arange(head.size), counts), within] = pieces.box
+    sets, kind = np.unique(padded.reshape(head.size, -1), axis=0, return_inverse=True)
+    box = sets.reshape(-1, 4)
+    used = box[:, 0] >= 0
+    start = np.r_[0, np.cumsum(used.reshape(len(sets), -1).sum(1))]
+    tile = pieces.tile[head]
+    first = np.searchsorted(tile, np.arange(pieces.first.size))
+    return Layers(tile, pieces.frame[head], kind.reshape(-1), first, box[used], start)
+
+
 class GridCodes:
     """Codes of a `GridRule`."""
 
     def __init__(self, rule: GridRule, query_tiles: torch.Tensor, key_tiles: torch.Tensor) -> None:
         coords = rule.coords.numpy()
         self.rule, self.num_heads = rule, rule.num_heads
-        self.query = split_into_pieces(coords, query_tiles.numpy())
-        self.key = self.query if key_tiles is query_tiles else split_into_pieces(coords, key_tiles.numpy())
-        self.key_box, self.key_kind = np.unique(self.key.box, axis=0, return_inverse=True)
-        self.key_kind = self.key_kind.reshape(-1)
+        self.query = join_into_layers(split_into_pieces(coords, query_tiles.numpy()))
+        same = key_tiles is query_tiles
+        self.key = self.query if same else join_into_layers(split_into_pieces(coords, key_tiles.numpy()))
         self.classes = rule.low.shape[1]
         self.pairs = _pair_classes(rule.frame_class.numpy(), self.classes)
 
     def rows(self, head: int, start: int, stop: int) -> np.ndarray:
         first, last = int(self.query.first[start]), int(self.query.first[stop])
-        boxes, kind = np.unique(self.query.box[first:last], axis=0, return_inverse=True)
-        table = self._table(head, boxes)
+        kinds, kind = np.unique(self.query.kind[first:last], return_inverse=True)
+        table = self._table(head, kinds)
         frames = self.query.frame[first:last]
         codes = np.empty((last - first, self.key.tile.size), dtype=np.uint8)
         for frame in np.unique(frames):
             rows = np.flatnonzero(frames == frame)
-            column = self.pairs[head, frame, self.key.frame] * len(self.key_box) + self.key_kind
+            column = self.pairs[head, frame, self.key.frame] * (self.key.start.size - 1) + self.key.kind
             codes[rows] = np.take(table[kind.reshape(-1)[rows]], column, axis=1, mode="clip")
         return _merge(_merge(codes, self.key, 1), self.query, 0, start, stop)
 
-    def _table(self, head: int, boxes: np.ndarray) -> np.ndarray:
-        """Uint8 [boxes, (classes + 2) * key boxes]; the two extra classes are everything and nothing."""
-        table = np.empty((len(boxes), self.classes + 2, len(self.key_box)), dtype=np.uint8)
+    def _table(self, head: int, kinds: np.ndarray) -> np.ndarray:
+        """Uint8 [kinds, (classes + 2) * key sets]; the two extra classes are everything and nothing."""
+        sets_k = self.key.start.size - 1
+        sizes = self.query.start[kinds + 1] - self.query.start[kinds]
+        begin = np.cumsum(sizes) - sizes
+        boxes = self.query.box[np.repeat(self.query.start[kinds] - begin, sizes) + np.arange(int(sizes.sum()))]
+        table = np.empty((len(kinds), self.classes + 2, sets_k), dtype=np.uint8)
         table[:, -2], table[:, -1] = ALL, NONE
         for cls in range(self.classes):
-            table[:, cls] = box_codes(self.rule, head, cls, boxes, self.key_box)
-        return table.reshape(len(boxes), -1)
+            codes = box_codes(self.rule, head, cls, boxes, self.key.box)
+            table[:, cls] = _reduced(_reduced(codes, self.key.start[:-1], 1), begin, 0)
+        return table.reshape(len(kinds), -1)
 
 
 def _pair_classes(frame_class: np.ndarray, classes: int) -> np.ndarray:
@@ -149,11 +191,18 @@ def _same_block_pieces(coords: np.ndarray, tiles: np.ndarray) -> Pieces:
     return Pieces(owner[start], block[start], np.zeros((start.size, 4), dtype=np.int64), first)
 
 
-def _merge(codes: np.ndarray, pieces: Pieces, axis: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+def _merge(codes: np.ndarray, pieces: Pieces | Layers, axis: int, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Codes of pieces to codes of tiles along `axis`."""
     if pieces.one_each:
         return codes
     first = pieces.first[start : pieces.first.size - 1 if stop is None else stop] - pieces.first[start]
+    return _reduced(codes, first, axis)
+
+
+def _reduced(codes: np.ndarray, first: np.ndarray, axis: int) -> np.ndarray:
+    """One code for each run of `axis` that begins at `first`."""
+    if first.size == codes.shape[axis]:
+        return codes
     most = np.maximum.reduceat(codes, first, axis=axis)
     least = np.minimum.reduceat(codes, first, axis=axis)
     return np.where(least == ALL, ALL, np.minimum(most, SOME)).astype(np.uint8)
@@ -258,8 +307,9 @@ class StackedCodes:
 class CombinedCodes:
     """Codes of a union or an intersection.
 
-    Where all parts see something but none everything, the parts do not tell; those tile pairs are looked up element by element,
-    up to `EXACT_ELEMENTS` per plan. Beyond that they count as partly visible, which is safe: the rule decides inside.
+    Where all parts see something but none everything, the parts do not tell; those tile pairs are looked up element by
+    element, each kind of pair once (see `PairKinds`), up to `EXACT_ELEMENTS` per plan. Beyond that they count as partly
+    visible, which is safe: the rule decides inside.
     """
 
     def __init__(self, rule: CombinedRule, query_tiles: torch.Tensor, key_tiles: torch.Tensor) -> None:
@@ -267,25 +317,39 @@ class CombinedCodes:
         self.parts = [tile_codes(r, query_tiles, key_tiles) for r in rule.rules]
         self.tiles = query_tiles, key_tiles
         self.budget = EXACT_ELEMENTS
+        self.kinds = [pair_kinds(rule_of_head(rule, h), query_tiles, key_tiles) for h in range(rule.num_heads)]
+        self.known: list[dict[int, int]] = [{} for _ in range(rule.num_heads)]
 
     def rows(self, head: int, start: int, stop: int) -> np.ndarray:
         parts = [p.rows(head if p.num_heads > 1 else 0, start, stop) for p in self.parts]
         codes = np.maximum.reduce(parts) if self.rule.op == "any" else np.minimum.reduce(parts)
-        open_parts = np.sum([part == SOME for part in parts], axis=0)
-        unclear = np.flatnonzero((codes == SOME) & (open_parts > 1))
+        open_parts = np.sum([part == SOME for part in parts], axis=0, dtype=np.uint8)
+        row, column = np.nonzero((codes == SOME) & (open_parts > 1))
+        if row.size:
+            codes[row, column] = self._settled(head, row + start, column)
+        return codes
+
+    def _settled(self, head: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """Codes of tile pairs that the parts leave open."""
+        kinds, known = self.kinds[head], self.known[head]
+        names = np.arange(row.size) if kinds is None else kinds.of(row, column)
+        each, first, which = np.unique(names, return_index=True, return_inverse=True)
+        new = np.array([i for i, name in enumerate(each.tolist()) if kinds is None or name not in known], dtype=np.int64)
+        found = np.full(each.size, SOME, dtype=np.uint8)
         lanes = self.tiles[0].shape[1] * self.tiles[1].shape[1]
-        for first in range(0, unclear.size, max(1, _CHUNK // lanes)):
-            some = unclear[first : first + max(1, _CHUNK // lanes)]
+        for some in np.split(new, range(max(1, _LOOKED_UP // lanes), new.size, max(1, _LOOKED_UP // lanes))):
             self.budget -= some.size * lanes
             if self.budget < 0:
                 break
-            row, column = np.divmod(some, codes.shape[1])
-            codes[row, column] = self._look(head, row + start, column)
-        return codes
+            found[some] = self._look(head, row[first[some]], column[first[some]])
+        if kinds is not None:
+            known.update(zip(each[new].tolist(), found[new].tolist()))
+            found = np.array([known[name] for name in each.tolist()], dtype=np.uint8)
+        return found[which.reshape(-1)]
 
     def _look(self, head: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         query, key = self.tiles[0][row].long()[:, :, None], self.tiles[1][column].long()[:, None, :]
         used = (query >= 0) & (key >= 0)
-        seen = self.rule(query.clamp_min(0), key.clamp_min(0))[head]
+        seen = rule_of_head(self.rule, head)(query.clamp_min(0), key.clamp_min(0))[0]
         some, every = (seen & used).flatten(1).any(1), (seen | ~used).flatten(1).all(1)
         return (some.to(torch.uint8) + every.to(torch.uint8)).numpy()

@@ -7,8 +7,8 @@ Each pattern gives an element rule (the definition), a block plan (analytic, no 
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -29,12 +29,12 @@ Plan = TypeVar("Plan", BlockPlan, HeadTiles)
 
 
 class PlanCache:
-    """The plans used last, by everything they depend on. Bounded by the bytes of their lists, so that a model with settings of
-    its own in every layer keeps them all, and a few huge plans do not pile up.
+    """The plans used last, by everything they depend on. Bounded by the bytes of their lists and of what was derived from
+    them, so that a model with settings of its own in every layer keeps them all, and a few huge plans do not pile up.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self._bytes = max_bytes, 0
+        self.max_bytes = max_bytes
         self._plans: OrderedDict[Hashable, BlockPlan] = OrderedDict()
         self._lock = Lock()
 
@@ -52,22 +52,35 @@ class PlanCache:
     def put(self, key: Hashable, plan: BlockPlan) -> None:
         """Keep `plan`, and drop the ones unused for longest where there is too much; the newest always stays."""
         with self._lock:
-            if key in self._plans:
-                self._bytes -= _list_bytes(self._plans.pop(key))
+            self._plans.pop(key, None)
             self._plans[key] = plan
-            self._bytes += _list_bytes(plan)
-            while self._bytes > self.max_bytes and len(self._plans) > 1:
-                self._bytes -= _list_bytes(self._plans.popitem(last=False)[1])
+            # counted anew: plans that were used since have copies on devices and tables of backends by now
+            kept = {name: kept_bytes(each) for name, each in self._plans.items()}
+            total = sum(kept.values())
+            while total > self.max_bytes and len(self._plans) > 1:
+                total -= kept[self._plans.popitem(last=False)[0]]
 
 
-def _list_bytes(plan: BlockPlan) -> int:
-    lists: tuple[torch.Tensor, ...] = (plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full)
-    if plan.tail is not None:
-        lists = (*lists, plan.tail.tokens, plan.tail.skipped)
-    return sum(x.numel() * x.element_size() for x in lists)
+def kept_bytes(plan: BlockPlan) -> int:
+    """Bytes of the lists of a plan, of its copies on other devices, and of what backends derived from it."""
+    return _bytes_in([plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full, plan.tail, plan.cache])
 
 
-_CACHE = PlanCache(2**31)
+def _bytes_in(held: object) -> int:
+    if isinstance(held, torch.Tensor):
+        return held.numel() * held.element_size()
+    if isinstance(held, BlockPlan):
+        return kept_bytes(held)
+    if isinstance(held, Mapping):
+        return sum(map(_bytes_in, held.values()))
+    if isinstance(held, list | tuple):
+        return sum(map(_bytes_in, held))
+    if is_dataclass(held) and not isinstance(held, type):
+        return sum(map(_bytes_in, vars(held).values()))
+    return 0
+
+
+_CACHE = PlanCache(2**32)
 
 
 @dataclass

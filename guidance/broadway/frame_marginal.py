@@ -25,6 +25,7 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, band_projection, basis_maps, gram, solve
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, dense_plan
+from genattn.kernels.triton.config import tile_sizes
 
 CHUNK_BYTES = 256 << 20
 
@@ -261,14 +262,15 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, key_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense attention with its log-sum-exp: [B, q, H, D] and float32 [B, q, H]."""
-    plan = _dense_plan(query.shape[1], key.shape[1], query.device)
+    tile = tile_sizes(query.device, query.shape[-1], query.dtype)
+    plan = _dense_plan(query.shape[1], key.shape[1], query.device, tile)
     out, lse = block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=True)
     return out, lse
 
 
 @lru_cache(maxsize=64)
-def _dense_plan(rows: int, keys: int, device: torch.device) -> BlockPlan:
-    return dense_plan(rows, keys).to(device)
+def _dense_plan(rows: int, keys: int, device: torch.device, tile: tuple[int, int]) -> BlockPlan:
+    return dense_plan(rows, keys, *tile).to(device)
 
 
 def _by_frame(tensor: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from genattn.kernels.triton.forward_kernel import (
     load_rows,
     step_lanes,
     store_rows,
+    tail_bias,
     turn_tokens,
     view_at,
 )
@@ -53,15 +54,16 @@ def load_lse(LSE, at, used):
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
     Q, K, V, DO, LSE, DELTA, DQ, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
-    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h, tiles_b, counts_b,
-    seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x,
+    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, scale,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h, t_b, t_s, t_h, tiles_b, counts_b,
+    seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x, pseudo, tail_words,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
     WIDE: tl.constexpr, ALIGN: tl.constexpr,
-    DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr, PRECISION: tl.constexpr,
+    DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries of one tile and head."""
     head = tl.program_id(1) % heads
@@ -128,6 +130,20 @@ def dq_kernel(
             # loaded again: a value handed on through two turns would keep the compiler from prefetching
             key_tile = listed_tile(COLUMNS, turn + 1, end, SPLIT if part == 0 else FINE)
             next_tile = listed_tile(COLUMNS, turn + 2, end, SPLIT if part == 0 else FINE)
+    if TAIL > 0:
+        TAIL_K += view_at(batch, head // group, t_b, t_h, ALIGN)
+        TAIL_V += view_at(batch, head // group, t_b, t_h, ALIGN)
+        SKIPPED += (listed * tiles_q + tile) * tail_words
+        for turn in tl.range(0, tl.cdiv(pseudo, BLOCK_K // SPLIT)):
+            at = turn * (BLOCK_K // SPLIT) + tl.arange(0, BLOCK_K // SPLIT)
+            inside = at < pseudo
+            key = load_rows(TAIL_K, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
+            value = load_rows(TAIL_V, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            scores += tail_bias(TAIL_BIAS + batch * pseudo, SKIPPED, at, inside, TAIL)[None, :]
+            probs = tl.exp2(scores * factor - lse[:, None])
+            slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - delta[:, None]
+            acc = tl.dot((probs * slope).to(key.dtype), key, acc, input_precision=PRECISION)
     store_rows(DQ + view_at(batch, head, g_b, g_h, ALIGN), acc * scale, token_q, used_q, g_s, channels, DIM, WIDE, ALIGN)
 
 
@@ -186,9 +202,8 @@ def dkv_kernel(
                 row_q = token_q ^ (token_q >> 31)
                 query = load_rows(queries, row_q, used_q, q_s, channels, DIM, DIM_PAD, True, WIDE, ALIGN)
                 grad = load_rows(grads, row_q, used_q, d_s, channels, DIM, DIM_PAD, True, WIDE, ALIGN)
-                row_at = (batch * seqlen_q + row_q) * heads + head
-                lse = load_lse(LSE, row_at, used_q)
-                delta = tl.load(DELTA + row_at, mask=used_q, other=0.0)
+                lse = load_lse(LSE + batch * seqlen_q * heads + head, row_q * heads, used_q)
+                delta = tl.load(DELTA + batch * seqlen_q * heads + head + row_q * heads, mask=used_q, other=0.0)
                 scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
                 if part == 1:
                     if RULE == 1:
@@ -212,3 +227,50 @@ def dkv_kernel(
     at = view_at(batch, kv_head, g_b, g_h, ALIGN)
     store_rows(DK + at, grad_k * scale, token_k, used_k, g_s, channels, DIM, WIDE, ALIGN)
     store_rows(DV + at, grad_v, token_k, used_k, g_s, channels, DIM, WIDE, ALIGN)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def tail_dkv_kernel(
+    Q, DO, LSE, DELTA, TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, DK, DV, QUERY_TILES, scale,
+    q_b, q_s, q_h, d_b, d_s, d_h, t_b, t_s, t_h, g_b, g_s, g_h,
+    seqlen_q, heads, group, tiles_q, pseudo, tail_words,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, SPLIT: tl.constexpr,
+    LISTS: tl.constexpr, RUNS_Q: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_P pseudo-keys and their values of one key head, over every query tile; float32."""
+    kv_heads = heads // group
+    kv_head = tl.program_id(1) % kv_heads
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    channels = tl.arange(0, DIM_PAD)
+    at = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = at < pseudo
+    TAIL_K += view_at(batch, kv_head, t_b, t_h, ALIGN)
+    TAIL_V += view_at(batch, kv_head, t_b, t_h, ALIGN)
+    key = load_rows(TAIL_K, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
+    value = load_rows(TAIL_V, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
+    factor = scale * LOG2E
+    grad_k = tl.zeros([BLOCK_P, DIM_PAD], tl.float32)
+    grad_v = tl.zeros([BLOCK_P, DIM_PAD], tl.float32)
+    for member in tl.range(0, group):
+        head = kv_head * group + member
+        listed = head if LISTS > 1 else 0
+        queries, grads = Q + view_at(batch, head, q_b, q_h, ALIGN), DO + view_at(batch, head, d_b, d_h, ALIGN)
+        for turn in tl.range(0, tiles_q * SPLIT):
+            token_q = turn_tokens(QUERY_TILES, turn // SPLIT, turn, seqlen_q, BLOCK_Q, SPLIT, RUNS_Q)
+            used_q = token_q >= 0
+            row_q = token_q ^ (token_q >> 31)
+            query = load_rows(queries, row_q, used_q, q_s, channels, DIM, DIM_PAD, True, WIDE, ALIGN)
+            grad = load_rows(grads, row_q, used_q, d_s, channels, DIM, DIM_PAD, True, WIDE, ALIGN)
+            lse = load_lse(LSE + batch * seqlen_q * heads + head, row_q * heads, used_q)
+            delta = tl.load(DELTA + batch * seqlen_q * heads + head + row_q * heads, mask=used_q, other=0.0)
+            words = SKIPPED + (listed * tiles_q + turn // SPLIT) * tail_words
+            bias = tail_bias(TAIL_BIAS + batch * pseudo, words, at, inside, TAIL)
+            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) + bias[:, None]
+            probs = tl.exp2(scores * factor - lse[None, :])
+            grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+            slope = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
+            grad_k = tl.dot((probs * slope).to(query.dtype), query, grad_k, input_precision=PRECISION)
+    place = view_at(batch, kv_head, g_b, g_h, ALIGN)
+    store_rows(DK + place, grad_k * scale, at, inside, g_s, channels, DIM, False, ALIGN)
+    store_rows(DV + place, grad_v, at, inside, g_s, channels, DIM, False, ALIGN)

@@ -10,11 +10,13 @@ import os
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.tail import TailKeys
 from genattn.kernels.triton.config import Launch, arch_of, launch_of, most_lanes
 from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
 from genattn.kernels.triton.tables import inverse_tables, masked_keys, triton_tables, why_not_masks
+from genattn.kernels.triton.tail import add_tail_gradients, pseudo_keys, tail_arguments
 
-SERVES_TAIL = False  # whether plans with a tail run here; patterns leave theirs off on GPUs until they do
+SERVES_TAIL = True  # whether plans with a tail run here; patterns leave theirs off on GPUs where they do not
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)  # before it, 16-bit products on bfloat16 and asynchronous copies are not there
 
@@ -35,7 +37,7 @@ def why_not_triton(query: torch.Tensor, plan: BlockPlan, scale: float | None = N
     if scale is not None and scale <= 0:
         return f"scale must be > 0, got {scale}"
     if plan.tail is not None and not SERVES_TAIL:
-        return f"its kernels do not stand in for skipped tiles yet, the plan asks for tail={plan.tail.kind!r}"
+        return f"its kernels do not stand in for skipped tiles, the plan asks for tail={plan.tail.kind!r}"
     arch = arch_of(query.device)
     most_q, most_k = most_lanes(arch, dim, query.dtype)
     if plan.block_q > most_q or plan.block_k > most_k:
@@ -77,9 +79,9 @@ def triton_forward(
 
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out, lse = empty_results(query, plan)
-    launch(
-        forward_kernel, forward_grid(query, plan), forward_arguments(query, key, value, out, lse, plan, scale, key_mask), query
-    )
+    pseudo = pseudo_keys(key, value, plan, key_mask)
+    arguments = forward_arguments(query, key, value, out, lse, plan, scale, key_mask, pseudo=pseudo)
+    launch(forward_kernel, forward_grid(query, plan), arguments, query)
     return out, lse
 
 
@@ -116,10 +118,15 @@ def triton_backward(
     batch, seqlen, heads, _ = query.shape
     block = 64
     launch(delta_kernel, (-(-seqlen // block), batch * heads), delta_arguments(out, grad_out, grad_lse, delta, block), query)
-    dq = dq_arguments(query, key, value, grad_out, lse, delta, grads[0], plan, scale, key_mask)
+    pseudo = pseudo_keys(key, value, plan, key_mask)
+    dq = dq_arguments(query, key, value, grad_out, lse, delta, grads[0], plan, scale, key_mask, pseudo=pseudo)
     launch(dq_kernel, (plan.query_tiles.shape[0], batch * heads), dq, query)
     dkv = dkv_arguments(query, key, value, grad_out, lse, delta, grads[1], grads[2], plan, scale, key_mask)
     launch(dkv_kernel, (plan.key_tiles.shape[0], batch * key.shape[2]), dkv, query)
+    if pseudo is not None:
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        precision = precision_of(query)
+        add_tail_gradients(grads, grad_out, query, lse, delta, pseudo, plan, factor, key_mask, precision)
     return grads[0], grads[1], grads[2]
 
 
@@ -148,10 +155,12 @@ def forward_arguments(
     scale: float | None,
     key_mask: torch.Tensor | None,
     arch: str | None = None,
+    pseudo: TailKeys | None = None,
 ) -> Arguments:
-    """Every argument of `forward_kernel`, launch settings included."""
+    """Every argument of `forward_kernel`, launch settings included. pseudo: the pseudo-keys of a plan with a tail."""
     return {
-        **_tensors(query, key, value, plan, scale, key_mask, out),
+        **_tensors(query, key, value, plan, scale, key_mask, arch, out),
+        **tail_arguments(pseudo, plan, query.shape[-1] ** -0.5 if scale is None else scale, lse),
         "OUT": out,
         "LSE": lse,
         **_lists(plan),
@@ -201,10 +210,12 @@ def dq_arguments(
     scale: float | None,
     key_mask: torch.Tensor | None,
     arch: str | None = None,
+    pseudo: TailKeys | None = None,
 ) -> Arguments:
     """Every argument of `dq_kernel`."""
     return {
-        **_tensors(query, key, value, plan, scale, key_mask, grad_out, grad_query),
+        **_tensors(query, key, value, plan, scale, key_mask, arch, grad_out, grad_query),
+        **tail_arguments(pseudo, plan, query.shape[-1] ** -0.5 if scale is None else scale, lse),
         "DO": grad_out,
         "LSE": lse,
         "DELTA": delta,
@@ -233,7 +244,7 @@ def dkv_arguments(
     """Every argument of `dkv_kernel`; grad_key and grad_value share their strides and are zero."""
     inverse = inverse_tables(plan)
     return {
-        **_tensors(query, key, value, plan, scale, key_mask, grad_out, grad_key),
+        **_tensors(query, key, value, plan, scale, key_mask, arch, grad_out, grad_key),
         "DO": grad_out,
         "LSE": lse,
         "DELTA": delta,
@@ -268,6 +279,7 @@ def _tensors(
     plan: BlockPlan,
     scale: float | None,
     key_mask: torch.Tensor | None,
+    arch: str | None,
     *others: torch.Tensor,
 ) -> Arguments:
     """What the three kernels share: inputs, tiles, rule and sizes. others: whatever else is read or written by rows."""
@@ -316,7 +328,7 @@ def _tensors(
         "DIL_X": tables.dilation[1],
         "CIRC_Y": tables.circular[0],
         "CIRC_X": tables.circular[1],
-        "PRECISION": precision_of(query),
+        "PRECISION": precision_of(query, arch),
     }
 
 
@@ -347,8 +359,8 @@ def _launch(kernel: str, arch: str | None, query: torch.Tensor, plan: BlockPlan,
     return {"num_warps": found.warps, "num_stages": found.stages, "SPLIT": found.split, "FINE": found.fine}
 
 
-def precision_of(query: torch.Tensor) -> str:
-    """Precision of the products, as `tl.dot` takes it."""
+def precision_of(query: torch.Tensor, arch: str | None = None) -> str:
+    """Precision of the products, as `tl.dot` takes it; arch: of a chip that is not the one `query` is on."""
     # fp32 without tensor cores spills its way to a crawl; three tf32 products keep about 21 bits of the mantissa
-    split = query.dtype == torch.float32 and query.is_cuda and torch.version.hip is None
+    split = query.dtype == torch.float32 and (arch or arch_of(query.device)).startswith("sm_")
     return "tf32x3" if split else "ieee"

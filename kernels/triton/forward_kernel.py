@@ -15,10 +15,10 @@ FIELD = tl.constexpr(1023)
 GUARDS = tl.constexpr((1 << 31 | 1 << 21 | 1 << 10) - (1 << 32))
 # numbers of which the compiler need not know whether they are 1 or divide by 16: no address gains, and each change would
 # compile a kernel anew
-STRIDES = [f"{tensor}_{axis}" for tensor in "qkvodg" for axis in "bsh"]
+STRIDES = [f"{tensor}_{axis}" for tensor in "qkvodgt" for axis in "bsh"]
 SIZES = [
     *STRIDES, "tiles_b", "counts_b", "seqlen_q", "seqlen_k", "heads", "group", "tiles_q", "tiles_k", "nnz", "pairs",
-    "frames", "classes", "longest", "extent_y", "extent_x",
+    "pseudo", "tail_words", "frames", "classes", "longest", "extent_y", "extent_x",
 ]  # fmt: skip
 
 
@@ -63,6 +63,15 @@ def hide_unused(scores, KEY_COUNTS, KEY_TILES, key_tile, lanes, HOLES: tl.conste
         return tl.where((token >= 0)[None, :], scores, float("-inf"))
     else:
         return scores
+
+
+@triton.jit
+def tail_bias(TAIL_BIAS, SKIPPED, at, inside, PARTS: tl.constexpr):
+    """What is added to the scores of some pseudo-keys for one query tile: their weight, or -inf where it visits their tile.
+    SKIPPED: the words of the query tile, a bit per key tile; PARTS pseudo-keys to a tile."""
+    word = tl.load(SKIPPED + at // PARTS // 32, mask=inside, other=0)
+    stands = ((word >> (at // PARTS % 32)) & 1) != 0
+    return tl.where(stands, tl.load(TAIL_BIAS + at, mask=inside, other=float("-inf")), float("-inf"))
 
 
 @triton.jit
@@ -185,20 +194,22 @@ def accumulate(scores, factor, value, acc, top, total, GUARD: tl.constexpr, PREC
 def serve_tile(
     rank, pair,
     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
-    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
-    seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
+    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
+    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
+    seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x, pseudo, tail_words,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
     WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    INT8: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: the tile of this rank by length, pair = batch * heads + head. LISTS, RULE_HEADS, SLOT_ROWS:
     1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is taken in SPLIT steps, a partial one in
     FINE steps (its mask needs registers too). GUARDED: a key tile may hide all its keys, and rows it hides are not to be read.
+    TAIL: pseudo-keys per key tile that is not listed, 0 for none.
 
     The tokens of this turn and the tile of the next are carried through the loop, so that rows, tokens and tile numbers are
     each one load away from what is known, and the compiler prefetches rows as many turns ahead as there are stages."""
@@ -270,6 +281,19 @@ def serve_tile(
             # loaded again: a value handed on through two turns would keep the compiler from prefetching
             key_tile = listed_tile(COLUMNS, turn + 1, end, SPLIT if part == 0 else FINE)
             next_tile = listed_tile(COLUMNS, turn + 2, end, SPLIT if part == 0 else FINE)
+    if TAIL > 0:
+        # pseudo-keys of the key tiles that are not listed; the same for all queries of the tile
+        TAIL_K += view_at(batch, kv_head, t_b, t_h, ALIGN)
+        TAIL_V += view_at(batch, kv_head, t_b, t_h, ALIGN)
+        SKIPPED += (listed * tiles_q + tile) * tail_words
+        for turn in tl.range(0, tl.cdiv(pseudo, BLOCK_K // SPLIT)):
+            at = turn * (BLOCK_K // SPLIT) + tl.arange(0, BLOCK_K // SPLIT)
+            inside = at < pseudo
+            key = load_rows(TAIL_K, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
+            value = load_rows(TAIL_V, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            scores += tail_bias(TAIL_BIAS + batch * pseudo, SKIPPED, at, inside, TAIL)[None, :]
+            acc, top, total = accumulate(scores, factor, value, acc, top, total, True, PRECISION)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
@@ -280,16 +304,17 @@ def serve_tile(
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
-    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
-    seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
+    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
+    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
+    seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x, pseudo, tail_words,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
     WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    INT8: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
     pairs, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """A program serves one tile, or when PERSISTENT every `num_programs`-th one, longest first and back and
@@ -303,19 +328,21 @@ def forward_kernel(
                 serve_tile(
                     work % tiles_q, work // tiles_q,
                     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
-                    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
+                    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
+                    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+                    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
                     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
-                    DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
-                    RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
+                    pseudo, tail_words, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
+                    RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, TAIL, INT8, PRECISION
                 )  # fmt: skip
     else:
         serve_tile(
             tl.program_id(0), tl.program_id(1),
             Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
-            WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, QUERY_SCALES, KEY_SCALES, scale,
-            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, tiles_b, counts_b,
+            WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
+            TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+            q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
             seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
-            DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
-            RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, INT8, PRECISION
+            pseudo, tail_words, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
+            RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, TAIL, INT8, PRECISION
         )  # fmt: skip

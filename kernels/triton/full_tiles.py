@@ -1,7 +1,7 @@
 """Host side of the kernel for full tiles: "triton-full", for plans without partial tiles; taken by name only.
 
-It is there to be measured: on Hopper a loop without masks can be split among specialised groups of four warps, one loading
-while the others multiply. Radial and windows with partial tiles go to "triton".
+It is there to be measured: on Hopper a loop over full tiles can be split among specialised groups of four warps, one loading
+while the others multiply. Radial's strips are such tiles; boxes and windows with partial tiles go to "triton".
 """
 
 import torch
@@ -21,6 +21,8 @@ def why_not_full_tiles(query: torch.Tensor, plan: BlockPlan, scale: float | None
     if reason is not None:
         return reason
     if plan.tail is not None:
+        return f"it stands in for no skipped tiles, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
+    if plan.tail is not None:
         return f"it computes listed tiles only, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
     dim = query.shape[-1]
     if query.dtype == torch.float32 and not interpreting():
@@ -29,14 +31,31 @@ def why_not_full_tiles(query: torch.Tensor, plan: BlockPlan, scale: float | None
         return f"the head dim must be a power of two >= 16, got {dim}"
     if int(plan.num_full.sum()) != plan.columns.numel():
         return "some tiles of the plan are partial; use 'triton'"
-    tables = triton_tables(plan)
-    if not (tables.runs_q and tables.runs_k) or plan.seqlen_k % plan.block_k:
-        return f"tiles must be runs of the sequence and {plan.block_k} must divide {plan.seqlen_k} keys"
+    if first_tokens(plan) is None:
+        return "some tiles of the plan are no runs of the sequence; use 'triton'"
     if query.requires_grad and torch.is_grad_enabled():
         return "it has no backward; use 'triton'"
     if query.is_cuda and (torch.version.hip is not None or torch.cuda.get_device_capability(query.device) < (9, 0)):
         return "it needs tensor descriptors in hardware: compute capability 9.0 or later"
     return None
+
+
+def first_tokens(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(first tokens of the query tiles, tokens in each, first tokens of the key tiles), int32; None unless each tile is a run
+    of the sequence with its unused lanes behind, and holds some token. Kept in the plan."""
+    if "runs" not in plan.cache:
+        runs = [_run(tiles) for tiles in (plan.query_tiles, plan.key_tiles)]
+        found = None if None in runs else (runs[0][0], runs[0][1], runs[1][0])  # type: ignore[index]
+        plan.cache["runs"] = found
+    return plan.cache["runs"]  # type: ignore[return-value]
+
+
+def _run(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    lanes = torch.arange(tiles.shape[1], dtype=tiles.dtype, device=tiles.device)
+    counts = (tiles >= 0).sum(1, dtype=torch.int32)
+    wanted = torch.where(lanes < counts[:, None], tiles[:, :1] + lanes, -1)
+    whole = torch.equal(wanted, tiles) and bool((counts > 0).all())
+    return (tiles[:, 0].to(torch.int32).contiguous(), counts) if whole else None
 
 
 def full_tiles_forward(
@@ -74,11 +93,19 @@ def full_tiles_arguments(
     scale: float | None,
 ) -> Arguments:
     """Every argument of `full_tiles_kernel`, launch settings included."""
+    runs, tables = first_tokens(plan), triton_tables(plan)
+    assert runs is not None
     return {
+        "QUERY_FIRST": runs[0],
+        "QUERY_COUNTS": runs[1],
+        "KEY_FIRST": runs[2],
+        "KEY_COUNTS": tables.keys.counts,
+        "HOLES": tables.keys.holes,
+        "LEAST": tables.keys.least,
         **{"Q": query, "K": key, "V": value, "OUT": out, "LSE": lse},
         "ROW_PTR": plan.row_ptr,
         "COLUMNS": plan.columns,
-        "ORDER": triton_tables(plan).order,
+        "ORDER": tables.order,
         "scale": query.shape[-1] ** -0.5 if scale is None else scale,
         **strides_of("q", query),
         **strides_of("k", key),

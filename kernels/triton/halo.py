@@ -6,6 +6,7 @@ A program finds its tile by dividing its number through the counts of parts, so 
 long the sequence is.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -132,7 +133,7 @@ def halo_arguments(
         "MASKED": key_mask is not None,
         "WIDE": is_wide(query, key, value, out),
         "ALIGN": alignment(query, key, value, out),
-        "PRECISION": precision_of(query),
+        "PRECISION": precision_of(query, arch),
         "num_warps": warps,
         "num_stages": stages,
     }
@@ -145,6 +146,13 @@ def halo_tables(plan: HaloPlan) -> HaloTables | str:
     if "triton" not in plan.cache:
         plan.cache["triton"] = _build(plan)
     return plan.cache["triton"]  # type: ignore[return-value]
+
+
+def refuse_from_now_on(plan: HaloPlan, reason: str) -> None:
+    """Say once that the kernel failed on this device, and leave `plan` to tensor operations."""
+    plan.cache["triton"] = f"it failed on this device before ({reason})"
+    text = f"genattn: the halo kernel failed on this device ({reason}); tensor operations serve this plan from now on"
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _build(plan: HaloPlan) -> HaloTables | str:

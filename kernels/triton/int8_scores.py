@@ -23,6 +23,8 @@ def why_not_int8(query: torch.Tensor, plan: BlockPlan, scale: float | None = Non
     if reason is not None:
         return reason
     if plan.tail is not None:
+        return f"int8 scores stand in for no skipped tiles, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
+    if plan.tail is not None:
         return f"int8 scores come without a tail, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
     if query.dtype == torch.float32:
         return "int8 scores are for float16 and bfloat16: at float32 their error would be out of proportion"

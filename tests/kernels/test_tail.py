@@ -183,7 +183,7 @@ def test_bad_tails_are_refused():
         BlockPlan(plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full, None, 40, 40, other)
 
 
-@pytest.mark.parametrize("impl", ["flashinfer", "triton", "triton-full", "triton-int8"])
+@pytest.mark.parametrize("impl", ["flashinfer", "triton-full", "triton-int8"])
 def test_who_has_no_tail_says_so(impl, monkeypatch):
     plan = skipping_plan(64, 16).with_tail("mean")
     monkeypatch.setattr("genattn.kernels.peers.optional._why_not_package", lambda *_: None)

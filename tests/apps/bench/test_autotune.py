@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genattn.apps.bench.autotune import autotune, autotune_here, keep
+from genattn.apps.bench.autotune import autotune, autotune_here, keep, summed, tuning_cases
 from genattn.apps.cli.kernels import autotune_command
 from genattn.errors import GenAttnError
 from genattn.kernels.triton.config import launch_of, settings_of
@@ -25,16 +25,16 @@ def _away_from(best: tuple[int, ...]):
 
 
 def test_the_fastest_setting_is_found_kept_and_used(tmp_path: Path) -> None:
-    shipped = launch_of("forward", "sm_90", 128, 128)
+    shipped = launch_of("forward", "sm_90", 128, 128, 128)
     entry = autotune("sm_90", 128, _away_from((4, 3, 2, 4)), ("forward",), lambda line: None)
     assert entry == {"forward": [4, 3, 2, 4]} != {"forward": [shipped.warps, shipped.stages, shipped.split, shipped.fine]}
     path = keep("sm_90", 128, entry)
     keep("sm_90", 128, {"dq": [4, 1, 1, 1]})
     assert path.parent == tmp_path
     assert json.loads(path.read_text()) == {"128": {"forward": [4, 3, 2, 4], "dq": [4, 1, 1, 1]}}
-    used = launch_of("forward", "sm_90", 128, 128)
+    used = launch_of("forward", "sm_90", 128, 128, 128)
     assert (used.warps, used.stages, used.split, used.fine) == (4, 3, 2, 4)
-    assert launch_of("dkv", "sm_90", 128, 128).warps == 8, "the rest stays as shipped"
+    assert launch_of("dkv", "sm_90", 128, 128, 128).warps == 8, "the rest stays as shipped"
 
 
 def test_programs_that_share_out_tiles_are_a_candidate_of_the_forward_kernel_alone() -> None:
@@ -48,7 +48,7 @@ def test_programs_that_share_out_tiles_are_a_candidate_of_the_forward_kernel_alo
     assert entry == {"forward": [*settings_of("sm_90")["128"]["forward"], 2]}
     assert asked == {"forward": {5}, "dq": {4}}
     keep("sm_90", 128, entry)
-    assert launch_of("forward", "sm_90", 128, 128).persistent == 2
+    assert launch_of("forward", "sm_90", 128, 128, 128).persistent == 2
 
 
 def test_noise_changes_nothing() -> None:
@@ -72,8 +72,51 @@ def test_a_shipped_setting_that_cannot_run_is_told() -> None:
     def broken(kernel: str, setting: tuple[int, ...]) -> float:
         raise RuntimeError("no")
 
-    with pytest.raises(GenAttnError, match="must run with its shipped setting"):
+    with pytest.raises(GenAttnError, match="must run with its shipped setting .* or a neighbour"):
         autotune("sm_90", 64, broken, ("dq",), lambda line: None)
+
+
+def test_a_shipped_setting_that_a_chip_cannot_hold_is_replaced() -> None:
+    shipped = tuple(settings_of("sm_90")["64"]["dq"])
+
+    def timer(kernel: str, setting: tuple[int, ...]) -> float:
+        if setting == shipped:
+            raise RuntimeError("")
+        return 1.0 + setting[1]
+
+    lines: list[str] = []
+    entry = autotune("sm_90", 64, timer, ("dq",), lines.append)
+    assert entry["dq"] != list(shipped)
+    assert any("no message" in line for line in lines)
+
+
+def test_the_search_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from genattn.apps.bench import autotune as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    asked: dict[str, int] = {}
+
+    def timer(kernel: str, setting: tuple[int, ...]) -> float:
+        now[0] += 10.0
+        asked[kernel] = asked.get(kernel, 0) + 1
+        return 1.0 / now[0]
+
+    autotune("sm_90", 64, timer, ("forward", "dq"), lambda line: None, until=100.0)
+    assert now[0] <= 110.0
+    assert asked["dq"] >= 4, "the second kernel has its share"
+
+
+def test_a_setting_must_serve_every_case() -> None:
+    def refuses(kernel: str, setting: tuple[int, ...]) -> float:
+        raise RuntimeError("shared memory")
+
+    timer = summed([lambda kernel, setting: 1.0, lambda kernel, setting: 2.0])
+    assert timer("dq", (8, 2, 1, 2)) == 3.0
+    with pytest.raises(RuntimeError, match="shared memory"):
+        summed([timer, refuses])("dq", (8, 2, 1, 2))
+    kinds = {type(case.pattern).__name__ for case in tuning_cases(64)}
+    assert kinds == {"RadialPattern", "NeighborhoodPattern"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: it would be tuned")

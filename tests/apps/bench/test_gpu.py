@@ -1,29 +1,30 @@
 """The GPU benchmark on the CPU, at toy sizes and through the same code: rows at once, each case alone."""
 
 import csv
+import importlib.util
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from genattn.apps.bench.cases import AttentionCase
+from genattn.apps.bench import gpu_check, lease
+from genattn.apps.bench.cases import AttentionCase, lease_cases, toy_cases
 from genattn.apps.bench.denoising_step import HUNYUAN, WAN_14B, StepShape
-from genattn.apps.bench.gpu import (
-    backward_rows,
-    check_kernels,
-    forward_jobs,
-    full_tile_rows,
-    main,
-    option_jobs,
-    option_rows,
-    run_jobs,
-    setting_rows,
-    step_jobs,
-)
+from genattn.apps.bench.gpu import DeviceLost, forward_jobs, jobs_of, main, option_jobs, run_jobs, step_jobs
+from genattn.apps.bench.gpu_check import Check, check_row, checks
+from genattn.apps.bench.gpu_compile import SETTINGS, launch_of_spec, specs
+from genattn.apps.bench.gpu_rows import backward_rows, full_tile_rows, option_rows, setting_rows
+from genattn.apps.bench.timing import interleaved, timed
+from genattn.apps.bench.verdict import write_verdict
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
 
+ROOT = Path(__file__).resolve().parents[3]
 TOY = AttentionCase("toy", (5, 8, 8), RadialPattern(), 5, 2, 16, torch.float32)
 FACTS = {"device": "CPU"}
 
@@ -39,12 +40,40 @@ def _later() -> float:
 
 def test_forward_and_backward_rows(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
-    assert run_jobs(forward_jobs([TOY], 1, "cpu", ["grouped"]), table, FACTS, _later()) == []
-    (row,) = _rows(table)
+    masked = AttentionCase("masked", TOY.grid, TOY.pattern, 5, 2, 16, torch.float32, hidden=3)
+    assert run_jobs(forward_jobs([TOY, masked], 1, "cpu", "grouped"), table, FACTS, _later()) == []
+    row, other = _rows(table)
     assert "sdpa:flash" in row["dense_times"]
     assert float(row["ratio"]) > 0
+    assert other["dense_times"] == row["dense_times"], "dense is measured once per shape"
+    assert other["correct"] == "True"
     run_jobs([("toy", lambda: backward_rows(TOY, 1, "cpu", "grouped"))], tmp_path / "back.csv", FACTS, _later())
     assert float(_rows(tmp_path / "back.csv")[0]["backward_ratio"]) > 0
+
+
+def test_what_no_backend_serves_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genattn.apps.bench import attention
+
+    monkeypatch.setattr(attention, "interleaved", lambda *_: pytest.fail("timed for nothing"))
+    jobs = forward_jobs([TOY], 1, "cpu", "triton-int8")
+    monkeypatch.setattr("genattn.apps.bench.gpu.matmul_flops", lambda *_: 1.0)
+    assert run_jobs(jobs, tmp_path / "rows.csv", FACTS, _later()) == []
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_a_backend_that_fails_leaves_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Exception):
+        pass
+
+    def broken(*args, **kwargs):
+        raise Odd
+
+    monkeypatch.setattr("genattn.apps.bench.attention.block_sparse_attention", broken)
+    run_jobs(forward_jobs([TOY], 1, "cpu", "grouped"), tmp_path / "rows.csv", FACTS, _later())
+    (row,) = _rows(tmp_path / "rows.csv")
+    assert row["error"] == "Odd: no message"
+    assert row["correct"] == "False"
+    assert "ratio" not in row
 
 
 def test_options_beside_the_default() -> None:
@@ -56,7 +85,10 @@ def test_options_beside_the_default() -> None:
     assert halo["computed_density"] <= first["computed_density"]
     assert "seconds" not in refused
     assert "needs a GPU" in refused["error"] or "triton" in refused["error"]
-    assert [name for name, _ in option_jobs([TOY, case], 1)] == ["full tiles D64", "full tiles D128", "toy", "windows"]
+    unserved = list(option_rows(case, ("triton-int8", "grouped"), 1, "cpu"))
+    assert unserved[1]["over_first"] is None
+    names = [name for name, _ in option_jobs([TOY, case], 1, "cpu")]
+    assert names == ["options toy", "options windows", "full tiles D64", "full tiles D128"]
 
 
 def test_full_tiles_beside_the_default() -> None:
@@ -77,6 +109,33 @@ def test_a_case_that_fails_leaves_its_reason_and_the_others(tmp_path: Path) -> N
     rows = _rows(tmp_path / "rows.csv")
     assert [row["case"] for row in rows] == ["half", "broken", "whole"]
     assert rows[1]["error"] == "RuntimeError: out of memory"
+
+
+def test_a_second_run_goes_on_behind_what_was_begun(tmp_path: Path) -> None:
+    table, ran = tmp_path / "rows.csv", []
+
+    def job(name: str):
+        return name, lambda: [{"case": ran.append(name) or name}]
+
+    def stops():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([job("a"), ("hangs", stops), job("b")], table, FACTS, _later())
+    assert run_jobs([job("a"), ("hangs", stops), job("b")], table, FACTS, _later()) == ["hangs"]
+    assert ran == ["a", "b"]
+    assert run_jobs([job("a"), ("hangs", stops), job("b")], table, FACTS, _later()) == []
+    assert [row["case"] for row in _rows(table)] == ["a", "hangs", "b"]
+    assert _rows(table)[1]["error"] == "it did not end in an earlier process"
+
+
+def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        run_jobs([("lost", lost), ("next", lambda: pytest.fail("ran"))], tmp_path / "rows.csv", FACTS, _later())
+    assert (tmp_path / "journal.txt").read_text().splitlines() == ["begin lost", "end lost"]
 
 
 def test_what_no_longer_fits_the_time_is_named(tmp_path: Path) -> None:
@@ -101,18 +160,122 @@ def test_settings_side_by_side() -> None:
         return 0.5
 
     rows = list(setting_rows(TOY, timer))
+    assert len(rows) == len(SETTINGS)
     assert {row["warps"] for row in rows if "seconds" in row} == {8}
-    assert all(row["error"] == "too few registers" for row in rows if row["warps"] == 4)
+    assert all(row["error"] == "RuntimeError: too few registers" for row in rows if row["warps"] == 4)
 
 
 def test_the_check_sees_a_right_and_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from genattn.apps.bench import gpu as bench_gpu
+    small = Check("windows", NeighborhoodPattern((2, 3, 3)), (2, 4, 5), 5, 4, 2, 16, torch.float32, masked=True, impl="grouped")
+    monkeypatch.setattr(gpu_check, "_has_backward", lambda check: True)
+    for first, tail in ((False, None), (True, "mean")):
+        row = check_row(SimpleNamespace(**{**vars(small), "layout": small.layout, "first": first, "tail": tail}), "cpu")
+        assert row["correct"], row
+        assert 0 < row["error"] < 1e-5
+    honest = gpu_check.block_sparse_attention
+    for place, lie in ((0, lambda x: x * 1.01), (1, lambda x: x + 0.1)):
 
-    monkeypatch.setattr(bench_gpu, "BOUNDS", {torch.float32: 1e-4})
-    assert check_kernels("cpu", "grouped", (16,), (2, 5, 6)) == []
-    honest = bench_gpu.block_sparse_attention
-    monkeypatch.setattr(bench_gpu, "block_sparse_attention", lambda *a, **k: honest(*a, **k) * 1.01)
-    assert len(check_kernels("cpu", "grouped", (16,), (2, 5, 6))) == 2
+        def wrong(*args, place=place, lie=lie, **options):
+            out = list(honest(*args, **options))
+            out[place] = lie(out[place])
+            return tuple(out)
+
+        monkeypatch.setattr(gpu_check, "block_sparse_attention", wrong)
+        assert not check_row(small, "cpu")["correct"], "output" if place == 0 else "log-sum-exp"
+
+
+def test_cases_and_checks_cover_what_ships() -> None:
+    names = {case.name for case in lease_cases()}
+    for model in ("hunyuan 720p", "wan 720p"):
+        for pattern in ("radial", "gna strided", "gna sliding"):
+            assert {f"{pattern} {model}", f"{pattern} {model} masked"} <= names
+    kinds = checks()
+    assert {torch.bfloat16, torch.float16, torch.float32} == {c.dtype for c in kinds}
+    assert {"triton", "halo", "triton-int8"} == {c.impl for c in kinds}
+    assert any(c.tail for c in kinds)
+    assert any(c.masked for c in kinds)
+    assert any(c.first and c.kv_heads < c.heads for c in kinds)
+    assert [name for name, _ in jobs_of("check", ("check",), 1, "cpu", "", False)][-1] == "check far rows"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_is_compiled_first_is_what_is_launched() -> None:
+    wanted = specs(("check", "forward", "settings", "backward"))
+    assert len(wanted) == len(set(wanted))
+    kernel, arguments = launch_of_spec(("case", 0, "forward", None), "sm_90")
+    assert set(arguments) - {"num_warps", "num_stages"} == {p.name for p in kernel.params}
+    assert arguments["PRECISION"] == "ieee"
+    assert launch_of_spec(("check", 8, "dq", None), "sm_90")[1]["PRECISION"] == "tf32x3", "float32, as on a GPU"
+    _, persistent = launch_of_spec(("case", 0, "forward", (8, 3, 1, 2, 1)), "sm_90")
+    assert persistent["PERSISTENT"]
+    assert persistent["num_stages"] == 3
+
+
+def test_a_process_that_is_lost_or_hangs_costs_its_case_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int | str] = [3, "hung", 0]
+    monkeypatch.setattr(lease, "_watched", lambda *_: codes.pop(0))
+    assert lease.run(tmp_path, 60.0) == 3
+    assert (tmp_path / "verdict.md").is_file()
+    assert "a lost device" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
+    journal = tmp_path / "journal.txt"
+    code = "import time; time.sleep(60)"
+    with (tmp_path / "log").open("w") as log:
+        started = time.monotonic()
+        assert lease._watched([sys.executable, "-c", code], log, journal, started + 60, 1.0) == "hung"
+        assert lease._watched([sys.executable, "-c", code], log, journal, time.monotonic() + 1, 30.0) == 1
+        assert lease._watched([sys.executable, "-c", "raise SystemExit(3)"], log, journal, started + 60, 30.0) == 3
+        assert time.monotonic() - started < 30
+
+
+def test_the_verdict_tells_ratio_flex_and_what_failed(tmp_path: Path) -> None:
+    from genattn.apps.sampling.measured_rows import append_rows
+
+    row = {"case": "radial", "dense": "sdpa:cudnn", "device": "H200", "density": 0.2}
+    append_rows(tmp_path / "attention.csv", [
+        {**row, "impl": "triton", "seconds": 1.0, "ratio": 1.15, "correct": True, "error": 0.002},
+        {**row, "impl": "flex", "seconds": 1.5, "ratio": 1.7, "correct": True, "error": 0.002},
+        {**row, "case": "sliding", "impl": "triton", "correct": False, "error": "OutOfResources: shared memory"},
+    ])  # fmt: skip
+    append_rows(tmp_path / "gpu_check.csv", [{"case": "check radial", "error": 1e-3, "lse_error": 1e-4, "correct": True}])
+    text = write_verdict(tmp_path)
+    assert "| radial | 1.15 | sdpa:cudnn | 1.50 | yes, 2e-03 | good |" in text
+    assert "| sliding |  | sdpa:cudnn |  | NO, OutOfResources: shared memory | no speed |" in text
+    assert "Checks: 1 of 1 right." in text
+    assert "* sliding: OutOfResources: shared memory" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_whole_lease_without_a_gpu(tmp_path: Path) -> None:
+    """The script as it would be run, every part but flex, in Triton's interpreter; then once more, where nothing is left."""
+    out, script = tmp_path / "out", ROOT / "apps" / "bench" / "lease.sh"
+    env = dict(
+        os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    parts = [x for p in ("check", "forward", "settings", "backward", "step", "options") for x in ("--part", p)]
+    command = ["bash", str(script), str(out), "550", "--", "--toy", "--rounds", "1", *parts]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
+    log = (out / "log.txt").read_text()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "not measured: nothing" in log, log[-3000:]
+    assert "WRONG" not in done.stdout, done.stdout
+    assert "Nothing failed." in done.stdout, done.stdout
+    assert f"Checks: {len(checks(True))} of {len(checks(True))} right." in done.stdout
+    for case in toy_cases():
+        assert f"| {case.name} |" in done.stdout
+    before = (out / "attention.csv").read_text()
+    subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=True)
+    assert (out / "attention.csv").read_text() == before
+
+
+def test_rounds_on_a_cpu_are_single_calls() -> None:
+    calls = []
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, "cpu")
+    assert calls == ["a", "b", "a", "b", "a", "b"], "one to warm up, then in turns"
+    assert all(len(t) == 2 for t in times.values())
+    assert timed(lambda: time.sleep(0.01), "cpu", 2) >= 0.009
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: the whole benchmark would run")

@@ -1,4 +1,4 @@
-"""Run in a process of its own by test_compile.py: compiles the kernels for chips that are not there, on plans that users run.
+"""Run in a process of its own by test_compile.py: compiles the kernels for chips that are not there, on the plans users run.
 
 Every launch takes its arguments from the host code that a GPU would run, on plans of the benchmark's own cases: Radial (tiles
 with unused lanes), strided and sliding windows (partial tiles), a union (packed masks), a key mask. Prints one JSON line per
@@ -28,12 +28,14 @@ from triton.compiler import ASTSource
 from genattn.apps.bench.cases import gpu_cases
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import dense_plan
+from genattn.kernels.reference.tail import TailKeys
 from genattn.kernels.triton import backward_kernel, forward_kernel, full_tiles_kernel, halo_kernel
-from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments
+from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, precision_of
 from genattn.kernels.triton.config import settings_of, table_row
 from genattn.kernels.triton.full_tiles import full_tiles_arguments
 from genattn.kernels.triton.halo import halo_arguments
 from genattn.kernels.triton.int8_scores import int8_arguments
+from genattn.kernels.triton.tail import pseudo_keys, tail_dkv_arguments
 from genattn.patterns.combine import Union
 from genattn.patterns.halo import halo_plan
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -49,6 +51,8 @@ POINTERS = {
     torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
 }  # fmt: skip
 HEADS = 4
+_WARPS = r"_mma<.*?warpsPerCTA = \[([\d, ]+)\]"
+_TOLD = ("SPLIT", "FINE", "BLOCK_Q", "BLOCK_K", "RULE", "HOLES")
 
 
 def source(kernel, arguments):
@@ -95,16 +99,13 @@ def facts(compiled, arch):
 
 def layout_facts(ttgir):
     """From the compiler's own middle form: operands' widths, how warps stand, buffers of the copies, what waits leave open."""
-    buffers = [
-        int(n) for n in re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32)", ttgir)
-    ]
+    allocated = r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32)"
+    buffers = [int(n) for n in re.findall(allocated, ttgir)]
     loops = re.findall(r"scf\.for.*?\n(?:.*\n)*?\s+\} ", ttgir)
     waits = [int(n) for loop in loops for n in re.findall(r"ttg\.async_wait .*?num = (\d+)", loop)]
     return {
         "k_width": sorted({int(n) for n in re.findall(r"kWidth = (\d+)", ttgir)}),
-        "warps_per_cta": sorted(
-            {tuple(map(int, w.split(","))) for w in re.findall(r"_mma<.*?warpsPerCTA = \[([\d, ]+)\]", ttgir)}
-        ),
+        "warps_per_cta": sorted({tuple(map(int, w.split(","))) for w in re.findall(_WARPS, ttgir)}),
         "buffers": sorted(buffers),
         "waits": sorted(waits),
     }
@@ -139,6 +140,7 @@ def real_plans():
         "strided": named["gna 18x24x24 strided 30x48x80"],
         "sliding": named["gna 18x24x24 sliding 30x48x80"],
         "union": (Union(RadialPattern(decay=0.25), NeighborhoodPattern((3, 9, 9))), grid),
+        "tail": (RadialPattern(decay=0.25), grid),
         "runs": (None, TokenLayout.from_grid((8, 16, 16))),
     }
 
@@ -148,7 +150,8 @@ def plan_of(name, block_q, block_k):
     pattern, layout = real_plans()[name]
     if pattern is None:
         return dense_plan(layout.seqlen, layout.seqlen, block_q, block_k)
-    return pattern.plan(layout, block_q, block_k)
+    plan = pattern.plan(layout, block_q, block_k)
+    return plan.with_tail("mean") if name == "tail" else plan
 
 
 def tensor(seqlen, dim, dtype, heads=HEADS):
@@ -162,15 +165,23 @@ def launches(arch, dim, dtype, case, masked=False):
     q, k, v, out, grad = (tensor(plan.seqlen_q, dim, dtype) for _ in range(5))
     lse, delta = torch.empty(2, 1, plan.seqlen_q, HEADS)
     mask = torch.ones(1, plan.seqlen_k, dtype=torch.bool) if masked else None
-    forward = forward_arguments(q, k, v, out, lse, plan, None, mask, arch=row)
+    pseudo = pseudo_keys(k[:, :, :1], v[:, :, :1], plan, mask)
+    if pseudo is not None:
+        # the means of one head stand for all: nothing here is computed
+        whole = pseudo.key.expand(-1, -1, HEADS, -1).contiguous()
+        pseudo = TailKeys(whole, whole, pseudo.log_count, pseudo.tokens)
+        found = [whole.float(), whole.float()]
+        back = tail_dkv_arguments(grad, q, lse, delta, pseudo, found, plan, 0.1, precision_of(q, row), arch=row)
+        yield "tail dkv", backward_kernel.tail_dkv_kernel, back
+    forward = forward_arguments(q, k, v, out, lse, plan, None, mask, arch=row, pseudo=pseudo)
     yield "forward", forward_kernel.forward_kernel, forward
     yield "persistent", forward_kernel.forward_kernel, forward | {"PERSISTENT": True}
-    yield "dq", backward_kernel.dq_kernel, dq_arguments(q, k, v, grad, lse, delta, out, plan, None, mask, arch=row)
+    yield "dq", backward_kernel.dq_kernel, dq_arguments(*(q, k, v, grad, lse, delta, out), plan, None, mask, row, pseudo)
     yield "dkv", backward_kernel.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, mask, arch=row)
-    if dtype != torch.float32:
+    if dtype != torch.float32 and plan.tail is None:
         whole = tensor(plan.seqlen_q, dim, torch.int8), torch.empty(1, HEADS, len(plan.query_tiles))
         yield "int8", forward_kernel.forward_kernel, int8_arguments(whole, whole, v, out, lse, plan, None, mask, arch=row)
-    if case == "runs" and arch in ("sm_90", "sm_100") and dtype != torch.float32:
+    if case in ("runs", "radial") and not masked and arch in ("sm_90", "sm_100") and dtype != torch.float32:
         yield "full", full_tiles_kernel.full_tiles_kernel, full_tiles_arguments(q, k, v, out, lse, plan, None)
     if isinstance(real_plans()[case][0], NeighborhoodPattern):
         pattern, layout = real_plans()[case]
@@ -188,13 +199,9 @@ def with_setting(arguments, setting):
 
 
 def report(kernel, arguments, target, arch, row, keep=None):
-    if arguments.get("PRECISION") == "ieee" and row["dtype"] == "fp32" and arch != "hip":
-        arguments["PRECISION"] = "tf32x3"  # what a GPU would be asked for; the tensors here are on a CPU
     made, options = source(kernel, arguments)
     row = {"arch": arch, "triton": triton.__version__, **row, **options}
-    row |= {
-        name.lower(): arguments[name] for name in ("SPLIT", "FINE", "BLOCK_Q", "BLOCK_K", "RULE", "HOLES") if name in arguments
-    }
+    row |= {name.lower(): arguments[name] for name in _TOLD if name in arguments}
     try:
         compiled = triton.compile(made, target=target, options=options)
     except Exception as error:  # a setting that a chip cannot take is a finding, not the end
@@ -228,9 +235,8 @@ def main():
             for c in chosen.case or ["radial", "sliding"]
         ):
             if chosen.tile:
-                settings_of(ROWS.get(arch, arch))[table_row(dim, DTYPES[dtype])]["tile"] = [
-                    int(n) for n in chosen.tile.split(",")
-                ]
+                row = settings_of(ROWS.get(arch, arch))[table_row(dim, DTYPES[dtype])]
+                row["tile"] = [int(n) for n in chosen.tile.split(",")]
             for name, kernel, arguments in launches(arch, dim, DTYPES[dtype], case, chosen.masked):
                 if chosen.kernel and name not in chosen.kernel:
                     continue
