@@ -361,3 +361,18 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         edited_attention(query[:, 1:], key, value, frames, MapEdit())
     with pytest.raises(GenAttnError, match=r"the anchor must be \[B, 16, H, 4\]"):
         edited_attention(query, key, value, frames, MapEdit(), anchor=torch.ones(2, 16, 3, 5))
+
+
+def test_dense_parts_are_cut_as_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from genattn.guidance.broadway import frame_marginal
+
+    cut = []
+
+    def spy(query, key, value, plan, **options):
+        cut.append((plan.block_q, plan.block_k))
+        return block_sparse_attention(query, key, value, plan, **options)
+
+    monkeypatch.setattr(frame_marginal, "tile_sizes", lambda device, dim, dtype: (64, 32))
+    monkeypatch.setattr(frame_marginal, "block_sparse_attention", spy)
+    frame_marginal._attend(*draw(TokenLayout.from_grid((2, 5, 7))), None, None)
+    assert cut == [(64, 32)]
