@@ -44,11 +44,18 @@ def ouroboros_guidance(tables: Tables) -> Finding:
 
 
 def _finding(tables: Tables, later: Sequence[str], earlier: Sequence[str], least: int = 1) -> Finding:
-    """Over every model with such films; reproduced only if at least so many measures rise, and none falls, on each of them."""
+    """Over every model that has such films; reproduced only if so many measures rise, and none falls, on each of them."""
     rows = tables.rows(TABLE)
     models = dict.fromkeys(row.get("model", "") for row in rows)
     runs = [_last_run([row for row in rows if row.get("model", "") == model]) for model in models]
-    changes = [_change(run, later, earlier, least) for run in runs]
+    changes, missing = [], []
+    for run in runs:
+        try:
+            changes.append(_change(run, later, earlier, least))
+        except NotMeasuredError as error:
+            missing.append(error)
+    if not changes:
+        raise missing[0]
     told = "; ".join(change.why for change in changes if change.why)
     text = "; ".join(change.text for change in changes)
     return Finding(text, NOT if told else MINIATURE, told, tuple(row for change in changes for row in change.rows))

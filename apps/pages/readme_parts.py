@@ -161,6 +161,18 @@ def _long_video_ablation() -> str:
     return ablation_markdown(ROOT / TABLE)
 
 
+def _fifo_motion() -> str:
+    from genattn.apps.laboratory.fifo_motion import TABLE, motion_markdown
+
+    return motion_markdown(ROOT / TABLE)
+
+
+def _long_clip() -> str:
+    from genattn.pipelines.tiny.studies.long_clip import markdown
+
+    return markdown(ROOT / "assets" / "bench" / "long_clip.csv")
+
+
 def _longer_finetuning() -> str:
     from genattn.apps.pages.finetune_table import finetune_table
 
@@ -184,7 +196,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/architecture.md": {"picture": _rooms(rooms.picture), "rooms": _rooms(rooms.table)},
     "docs/command-line.md": {"commands": commands_table},
-    "docs/long-video.md": {"bases": _long_video_bases, "ablation": _long_video_ablation},
+    "docs/long-video.md": {"bases": _long_video_bases, "ablation": _long_video_ablation, "motion": _fifo_motion},
+    "docs/long-clip.md": {"long clip": _long_clip},
     "docs/finetuning.md": {"longer": _longer_finetuning},
     "docs/broadway.md": {
         "motion-modules": lambda: study_table("broadway.csv"),

@@ -7,8 +7,9 @@ from the pipeline (CogVideoX). The first d columns, in pairs of two, belong to t
 was found to hold just these angles; everything else is refused, since a wrong column would spoil a clip without a word.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,13 +56,14 @@ def _frequencies(size: int, base: float) -> torch.Tensor:
     return base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
 
 
-def changed(tables: Tables, frames: int, frequencies: torch.Tensor, change: Change, name: str) -> Tables:
-    """Tables [..., S, ..., D] with the temporal columns made anew; S = frames x places, raster order.
-
-    Raises GenAttnError when the columns are not those of `frequencies` at frames 0, 1, 2, ...
+def changed(tables: Tables, frames: int, frequencies: torch.Tensor, changes: Sequence[Change], name: str) -> Tables:
+    """Tables [..., S, ..., D] with the temporal columns made anew, each change on top of the one before; S = frames x places,
+    raster order. Raises GenAttnError when the columns are not those of `frequencies` at frames 0, 1, 2, ...
     """
     plain = torch.arange(frames, dtype=torch.float64)
-    used, positions = change(frequencies, plain)
+    used, positions = frequencies, plain
+    for change in changes:
+        used, positions = change(used, positions)
     out = []
     for table, function in zip(tables, (torch.cos, torch.sin), strict=True):
         flat = table.reshape(-1, table.shape[-1])
@@ -82,57 +84,66 @@ def _near(table: torch.Tensor, wanted: torch.Tensor) -> bool:
     return table.shape == wanted.shape and bool((table.double().cpu() - wanted).abs().max() < allowed)
 
 
-def open_tables(model: nn.Module) -> None:
-    """Make the model's rotary module ready for `changing`; raises GenAttnError for a model that cannot be served."""
-    temporal_frequencies(model)
+@dataclass
+class _Slot:
+    """What hangs on the module that makes the tables (or on the model that is given them) while a plugin is on.
+
+    changes: those of the forward under way, outermost first. told: the tables as the caller gave them.
+    """
+
+    users: int = 0
+    frames: int = 0
+    changes: list[Change] = field(default_factory=list)
+    told: Tables | None = None
+
+
+def _holder(model: nn.Module) -> Any:
     name = _MODULES.get(model.__class__.__name__)
-    if name is None:
+    return model if name is None else getattr(model, name)
+
+
+def open_tables(model: nn.Module) -> None:
+    """Make the model's rotary tables ready for `changing`; raises GenAttnError for a model that cannot be served."""
+    frequencies, name, holder = temporal_frequencies(model), model.__class__.__name__, _holder(model)
+    slot = holder.__dict__.setdefault(_SLOT, _Slot())
+    slot.users += 1
+    if holder is model or slot.users > 1:
         return
-    module: Any = getattr(model, name)
-    slot = module.__dict__.setdefault(_SLOT, {"users": 0, "edits": []})
-    slot["users"] += 1
-    if slot["users"] == 1:
-        stock: Any = type(module)
+    stock: Any = type(holder)
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Tables:
-            tables: Tables = stock.forward(self, *args, **kwargs)
-            for edit in self.__dict__[_SLOT]["edits"]:
-                tables = edit(tables)
-            return tables
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tables:
+        tables: Tables = stock.forward(self, *args, **kwargs)
+        held = self.__dict__[_SLOT]
+        return changed(tables, held.frames, frequencies, held.changes, name) if held.changes else tables
 
-        set_class(module, swapped_class(stock, {"forward": forward}))
+    set_class(holder, swapped_class(stock, {"forward": forward}))
 
 
 def close_tables(model: nn.Module) -> None:
-    """Undo one `open_tables`; the last one leaves the stock module."""
-    name = _MODULES.get(model.__class__.__name__)
-    if name is None:
-        return
-    module: Any = getattr(model, name)
-    slot = module.__dict__[_SLOT]
-    slot["users"] -= 1
-    if not slot["users"]:
-        set_class(module, stock_class(module))
-        del module.__dict__[_SLOT]
+    """Undo one `open_tables`; the last one leaves everything stock."""
+    holder = _holder(model)
+    slot = holder.__dict__[_SLOT]
+    slot.users -= 1
+    if not slot.users:
+        if holder is not model:
+            set_class(holder, stock_class(holder))
+        del holder.__dict__[_SLOT]
 
 
 @contextmanager
 def changing(model: nn.Module, frames: int, change: Change, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """For one forward with `frames` latent frames: the tables changed; gives the forward's keyword arguments."""
-    frequencies, name = temporal_frequencies(model), model.__class__.__name__
-
-    def edit(tables: Tables) -> Tables:
-        return changed(tables, frames, frequencies, change, name)
-
-    if name in _ARGUMENTS:
-        told = kwargs.get(_ARGUMENTS[name])
-        if told is None:
-            raise GenAttnError(f"{name} must be given {_ARGUMENTS[name]} by keyword, as its pipelines do")
-        yield {**kwargs, _ARGUMENTS[name]: edit(told)}
-        return
-    edits: list[Any] = getattr(model, _MODULES[name]).__dict__[_SLOT]["edits"]
-    edits.append(edit)
+    name, slot = model.__class__.__name__, _holder(model).__dict__[_SLOT]
+    argument = _ARGUMENTS.get(name)
+    if argument is not None and not slot.changes:
+        slot.told = kwargs.get(argument)
+        if slot.told is None:
+            raise GenAttnError(f"{name} must be given {argument} by keyword, as its pipelines do")
+    slot.frames = frames
+    slot.changes.append(change)
     try:
+        if argument is not None:
+            kwargs = {**kwargs, argument: changed(slot.told, frames, temporal_frequencies(model), slot.changes, name)}
         yield kwargs
     finally:
-        edits.remove(edit)
+        slot.changes.pop()

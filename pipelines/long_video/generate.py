@@ -24,6 +24,7 @@ from genattn.pipelines.long_video.output.folder_lock import FolderLock
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
 from genattn.pipelines.long_video.quality.drift import DriftCorrection, DriftMonitor
 from genattn.pipelines.long_video.queue.fifo import Fifo, sample_clip, start_queue
+from genattn.pipelines.long_video.queue.given_frames import GivenFrames
 from genattn.pipelines.long_video.queue.latent_queue import LatentQueue, QueueShape
 from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
 from genattn.pipelines.long_video.queue.prompted_windows import PromptedWindows
@@ -31,7 +32,7 @@ from genattn.pipelines.long_video.queue.window_group import WindowGroup
 from genattn.pipelines.long_video.run import LongVideo, LongVideoResult, RunParts
 from genattn.pipelines.long_video.settings import LongVideoSettings
 from genattn.pipelines.long_video.single_step_caches import single_step_caches_off
-from genattn.pipelines.long_video.start_frames import StartFrames, clip_from_frames
+from genattn.pipelines.long_video.start_frames import StartFrames, clip_from_frames, given_latents
 
 FILM = "video.mp4"
 
@@ -56,6 +57,7 @@ def long_video(
     prompt_fade: int = 0,
     prompt_blend: Literal["embeds", "prediction"] = "embeds",
     start: StartFrames | None = None,
+    start_as: Literal["renoise", "condition"] | None = None,
     ouroboros: Ouroboros | None = None,
     drift_correction: float = 0.0,
     window_batch: int = 1,
@@ -77,8 +79,10 @@ def long_video(
     latent sees half a window of cleaner ones (twice the work). latents_per_level: 1 is FIFO-Diffusion. window: latents per
     forward, the pipeline's clip when left out. eta: share of fresh noise per step. seed: noise is a function of it and the
     frame number.
-    start: an image, or the frames of a video, to begin from. ouroboros: coherent tail, subject attention, memory, guidance.
-    drift_correction: 0 (off) to 1, pull of the latents' statistics to those of the first. window_batch: windows per forward.
+    start: an image, or the frames of a video, to begin from. start_as: "condition" keeps them and lets the model continue
+    them (image-to-video pipelines do), "renoise" fills the queue with them (all others).
+    ouroboros: coherent tail, subject attention, memory, guidance. drift_correction: 0 (off) to 1, pull of the latents'
+    statistics to those of the first. window_batch: windows per forward.
     output: an MP4 file that plays while it grows. folder: keeps the film and a checkpoint every `checkpoint_every` latents,
     the warm-up included.
     resume: such a folder, to go on with; only num_frames, stream, progress, window_batch and group may be given with it.
@@ -111,6 +115,7 @@ def long_video(
         prompt_fade=prompt.fade if isinstance(prompt, PromptSchedule) else prompt_fade,
         prompt_blend=prompt_blend,
         ouroboros=None if ouroboros is None else ouroboros.to_json(),
+        start_as=start_as,
         drift_correction=drift_correction,
         window_batch=window_batch,
         fps=fps,
@@ -149,9 +154,12 @@ def start_video(
         # one process looks: by the time the others come here it may have written its first checkpoint
         if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
             raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
+        _check_start(base, settings, start)
         build = _Build(base, settings, group)
         if settings.num_frames is not None:
             build.decoder.latents_for(settings.num_frames)
+        if start is not None and build.is_conditioned:
+            build.give(start)
         fifo = build.fifo(start_queue(build.shape, build.solver, build.first_clip(start, progress), seed=settings.seed))
         path = output if output is not None else None if folder is None else folder / FILM
         writer = None
@@ -170,6 +178,14 @@ def _held(folder: Path | None, group: WindowGroup) -> Iterator[FolderLock | None
         if lock is not None:
             lock.release()
         raise
+
+
+def _check_start(base: FrameDenoiser, settings: LongVideoSettings, start: StartFrames | None) -> None:
+    name = type(base.pipe).__name__
+    if start is None and base.continues:
+        raise GenAttnError(f"{name} continues given frames; pass start=..., a picture or the frames of a video")
+    if start is None and settings.start_as is not None:
+        raise GenAttnError(f"start_as={settings.start_as!r} says what to do with start, and none was given; leave it out")
 
 
 def _check_window(shape: QueueShape) -> None:
@@ -249,31 +265,53 @@ class _Build:
         )
 
         self.ouroboros = Ouroboros.from_json(settings.ouroboros).build(self.windows, self.shape, self.group, settings.seed)
+        self.given: GivenFrames | None = None
+        if settings.given_latents:
+            # a resumed run: the latents come with the checkpoint
+            blank = torch.zeros(1, base.channels, settings.given_latents, *places, device=base.device)
+            self.given = GivenFrames(self.ouroboros.denoise, blank, self.shape.window)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether given frames are a condition rather than re-noised."""
+        return self.settings.start_as == "condition" or (self.settings.start_as is None and self.base.continues)
+
+    def give(self, start: StartFrames) -> None:
+        """Take given frames as the film's clean beginning."""
+        with self.base.installed(), torch.no_grad():
+            latents = given_latents(self.base, start, (self.height, self.width))
+        self.given = GivenFrames(self.ouroboros.denoise, latents, self.shape.window)
+        self.settings = replace(self.settings, given_latents=latents.shape[2])
 
     def first_clip(self, start: StartFrames | None, progress: bool) -> torch.Tensor:
         """Clean latents [1, C, K, h, w] that the queue begins with: a sampled clip, or the given frames."""
         base, shape = self.base, self.shape
         with base.installed(), single_step_caches_off(base.models, tell=False), torch.no_grad():
-            if start is not None:
+            if start is not None and self.given is None:
                 return clip_from_frames(base, start, (self.height, self.width), shape.working)
             _check_window(shape)
             places = base.latent_size(self.height, self.width)
             like = torch.zeros(1, base.channels, shape.window, *places, device=base.device)
-            return sample_clip(self.windows, self.solver, like, seed=self.settings.seed, progress=progress)
+            if self.given is None:
+                return sample_clip(self.windows, self.solver, like, seed=self.settings.seed, progress=progress)
+            alone = GivenFrames(self.windows, self.given.given, shape.window)
+            clip = sample_clip(alone, self.solver, like, seed=self.settings.seed, progress=progress)
+            return alone.placed(clip, torch.arange(shape.window))
 
     def fifo(self, queue: LatentQueue) -> Fifo:
         """The queue's engine, with the parts of Ouroboros that were asked for."""
         settings = self.settings
         parts = self.ouroboros
         correction = [DriftCorrection(settings.drift_correction)] if settings.drift_correction > 0 else []
+        given = [] if self.given is None else [self.given]
         return Fifo(
-            parts.denoise,
+            self.given or parts.denoise,
             self.solver,
             queue,
             seed=settings.seed,
             window_batch=settings.window_batch,
             tail=parts.tail,
-            hooks=[*parts.hooks, *correction],
+            hooks=[*parts.hooks, *correction, *given],
             group=self.group,
         )
 

@@ -30,6 +30,8 @@ class LongVideoSettings:
     prompt_fade: int = 0
     prompt_blend: str = "embeds"
     ouroboros: dict[str, Any] | None = None
+    start_as: str | None = None
+    given_latents: int = 0
     drift_correction: float = 0.0
     window_batch: int = 1
     fps: float = 16.0
@@ -47,6 +49,8 @@ class LongVideoSettings:
             raise GenAttnError(f"fps must be > 0, got {self.fps}")
         if not 0 <= self.drift_correction <= 1:
             raise GenAttnError(f"drift_correction must be 0 to 1, got {self.drift_correction}")
+        if self.start_as not in (None, "renoise", "condition"):
+            raise GenAttnError(f"start_as must be 'renoise' or 'condition', got {self.start_as!r}")
         self.schedule()
 
     def schedule(self) -> PromptSchedule:

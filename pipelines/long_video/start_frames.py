@@ -1,7 +1,8 @@
 """Begin a film from a picture or a video instead of a sampled clip.
 
-The given latents fill the queue from its clean end, so the first frames come out almost as they were given and later ones
-ever freer; a short clip is held on its last latent. This is re-noising, not conditioning: any text-to-video checkpoint serves.
+"renoise": the given latents fill the queue from its clean end, so the first frames come out almost as they were given and
+later ones ever freer; a short clip is held on its last latent. Any text-to-video checkpoint serves.
+"condition": the given latents are the clean beginning of an ordinary clip, which the model continues (`queue/given_frames`).
 """
 
 from typing import Any
@@ -36,6 +37,13 @@ def frames_to_tensor(start: StartFrames, size: tuple[int, int]) -> torch.Tensor:
             f"start must be {size[0]} x {size[1]} like the film, got {frames.shape[-2]} x {frames.shape[-1]}; resize it"
         )
     return frames.permute(1, 0, 2, 3)[None].float()
+
+
+def given_latents(base: FrameDenoiser, start: StartFrames, size: tuple[int, int]) -> torch.Tensor:
+    """The given frames as clean latents [1, C, G, h, w]; a video must end where the VAE can end."""
+    frames = frames_to_tensor(start, size)
+    base.decoder().latents_for(frames.shape[2])
+    return base.encode_frames(frames)
 
 
 def clip_from_frames(base: FrameDenoiser, start: StartFrames, size: tuple[int, int], working: int) -> torch.Tensor:

@@ -94,11 +94,29 @@ def wan(two_experts: bool = False, scheduler: Any = None, **config: Any) -> Any:
     )
 
 
-def skyreels(**config: Any) -> Any:
-    module = importlib.import_module(diffusers.SkyReelsV2DiffusionForcingPipeline.__module__)
+def _without_ftfy(pipeline: Any) -> None:
+    module = importlib.import_module(pipeline.__module__)
     if not hasattr(module, "ftfy"):
-        # the stock pipeline cleans prompts with ftfy and does not ask whether it is there
+        # these stock pipelines clean prompts with ftfy and do not ask whether it is there
         module.ftfy = types.SimpleNamespace(fix_text=lambda words: words)
+
+
+def wan_ti2v(scheduler: Any = None, **config: Any) -> Any:
+    _without_ftfy(diffusers.WanImageToVideoPipeline)
+    return quiet(
+        diffusers.WanImageToVideoPipeline(
+            transformer=build_model("wan", **config),
+            vae=wan_vae(),
+            scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(**FLOW_EULER),
+            text_encoder=text.umt5_encoder(),
+            tokenizer=text.t5_tokenizer(),
+            expand_timesteps=True,
+        )
+    )
+
+
+def skyreels(**config: Any) -> Any:
+    _without_ftfy(diffusers.SkyReelsV2DiffusionForcingPipeline)
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
     # without its corrector: the stock loop hands the scheduler a view of the latents and overwrites it in place, so the
     # corrector of
@@ -125,6 +143,16 @@ def ltx(**config: Any) -> Any:
             tokenizer=text.t5_tokenizer(),
         )
     )
+
+
+def ltx_image(**config: Any) -> Any:
+    pipe = ltx(**config)
+    return quiet(diffusers.LTXImageToVideoPipeline(**pipe.components))
+
+
+def ltx_condition(**config: Any) -> Any:
+    parts = ltx(**config).components | {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)}
+    return quiet(diffusers.LTXConditionPipeline(**parts))
 
 
 def cosmos(**config: Any) -> Any:
@@ -274,8 +302,11 @@ def latte(**config: Any) -> Any:
 # family -> builder, height and width, frames of a clip of three latents, extra arguments of the stock call
 FAMILIES: dict[str, tuple[Callable[..., Any], int, int, dict[str, Any]]] = {
     "Wan": (wan, 32, 9, {"max_sequence_length": 512}),
+    "Wan TI2V": (wan_ti2v, 32, 9, {"max_sequence_length": 512}),
     "SkyReels-V2": (skyreels, 32, 9, {"ar_step": 0, "max_sequence_length": 512}),
     "LTX-Video": (ltx, 32, 9, {"max_sequence_length": 128}),
+    "LTX-Video image to video": (ltx_image, 32, 9, {"max_sequence_length": 128}),
+    "LTX-Video conditions": (ltx_condition, 32, 9, {"max_sequence_length": 128, "image_cond_noise_scale": 0.0}),
     "Cosmos": (cosmos, 32, 9, {"max_sequence_length": 512}),
     "Cosmos 2.5": (cosmos25, 32, 9, {"max_sequence_length": 512}),
     "AnimateDiff": (animatediff, 16, 3, {}),

@@ -59,6 +59,7 @@ class FrameDenoiser(ABC):
     family, route, decode: for the capability table. text_per_frame: whether each latent may have its own prompt within one
     forward.
     has_cross_attention: whether text stands in attention of its own, where subject masks can be read.
+    continues: whether the pipeline makes a video from given frames, and has no mode without them.
     """
 
     family: ClassVar[str]
@@ -68,6 +69,7 @@ class FrameDenoiser(ABC):
     note: ClassVar[str] = ""
     text_per_frame: ClassVar[bool] = False
     has_cross_attention: ClassVar[bool] = True
+    continues: ClassVar[bool] = False
 
     guidance_scale_2: float | None = None
 
@@ -177,8 +179,11 @@ class FrameDenoiser(ABC):
 # family -> module and class; a module is loaded when a pipeline of that family comes
 _BASES = {
     "Wan": ("genattn.pipelines.long_video.bases.wan", "WanFrames"),
+    "Wan TI2V": ("genattn.pipelines.long_video.bases.wan", "WanImageFrames"),
     "SkyReels-V2": ("genattn.pipelines.long_video.bases.skyreels", "SkyReelsFrames"),
     "LTX-Video": ("genattn.pipelines.long_video.bases.ltx", "LTXFrames"),
+    "LTX-Video image to video": ("genattn.pipelines.long_video.bases.ltx", "LTXImageFrames"),
+    "LTX-Video conditions": ("genattn.pipelines.long_video.bases.ltx", "LTXConditionFrames"),
     "Cosmos": ("genattn.pipelines.long_video.bases.cosmos", "CosmosFrames"),
     "Cosmos 2.5": ("genattn.pipelines.long_video.bases.cosmos", "Cosmos25Frames"),
     "AnimateDiff": ("genattn.pipelines.long_video.bases.unet", "AnimateDiffFrames"),
@@ -189,7 +194,7 @@ _BASES = {
 
 # pipeline class name (or its beginning) -> what stands in the way
 _REASONS = {
-    "WanImageToVideo": "its model reads a clean first frame in extra channels, which no latent far from the start has",
+    "WanImageToVideo (2.1, A14B)": "its model reads a clean first frame in extra channels, which no later latent has",
     "WanVACE": "its forward spreads one timestep over the control branch before the blocks",
     "WanAnimate": "its forward spreads one timestep over the face and pose branches before the blocks",
     "HunyuanVideo": "its blocks gate all tokens with one modulation vector",

@@ -115,3 +115,23 @@ class WanFrames(FrameDenoiser):
         latents = self.pipe.vae.encode(frames.to(self.device, self.pipe.vae.dtype)).latent_dist.mode().float()
         mean, std = self._statistics(latents)
         return (latents - mean) / std
+
+
+class WanImageFrames(WanFrames):
+    """WanImageToVideoPipeline with the TI2V-5B checkpoint, whose given frame is a clean first latent with timestep 0."""
+
+    family: ClassVar[str] = "Wan TI2V"
+    pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
+    route: ClassVar[str] = "per token, stock forward (a clean first frame trained so)"
+    note: ClassVar[str] = "Wan 2.2 TI2V-5B; needs start. The same checkpoint in a WanPipeline makes text to video"
+    continues: ClassVar[bool] = True
+
+    @classmethod
+    def why_not(cls, pipe: Any) -> str | None:
+        """See FrameDenoiser.why_not."""
+        if not pipe.config.get("expand_timesteps"):
+            return (
+                "this Wan image-to-video model reads a clean first frame in extra channels, which no latent far from the start "
+                "has; use TI2V-5B (expand_timesteps), or a text-to-video checkpoint with start=..."
+            )
+        return super().why_not(pipe)

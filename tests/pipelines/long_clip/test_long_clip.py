@@ -51,12 +51,12 @@ def rotary(frames, places, size=12, base=10000.0, positions=None):
 def test_only_the_frequency_asked_for_changes_and_only_its_columns():
     frequencies, tables = rotary(20, 6)
     plugin = RIFLEx(8)
-    new = changed(tables, 20, frequencies, plugin.change, "M")
+    new = changed(tables, 20, frequencies, [plugin.change], "M")
     wanted = frequencies.clone()
     assert intrinsic(frequencies, 8) == 1  # periods 6.3, 29.2, 135, ...
     wanted[1] = 0.9 * 2 * math.pi / 40
     long_frequencies, long_tables = rotary(40, 6)
-    new = changed(long_tables, 40, long_frequencies, plugin.change, "M")
+    new = changed(long_tables, 40, long_frequencies, [plugin.change], "M")
     angles = torch.outer(torch.arange(40, dtype=torch.float64), wanted).repeat_interleave(2, 1).repeat_interleave(6, 0)
     for before, after, function in zip(long_tables, new, (torch.cos, torch.sin)):
         assert after.shape == before.shape
@@ -99,15 +99,15 @@ def test_stretched_frames_stand_where_the_trained_clip_had_some():
 def test_unknown_columns_are_refused():
     frequencies, tables = rotary(20, 6, positions=torch.arange(20, dtype=torch.float64) * 0.5)
     with pytest.raises(GenAttnError, match="the rotary tables of M do not hold the frames' angles"):
-        changed(tables, 20, frequencies, RIFLEx(8).change, "M")
+        changed(tables, 20, frequencies, [RIFLEx(8).change], "M")
     with pytest.raises(GenAttnError, match="do not hold"):
-        changed(rotary(20, 6)[1], 19, frequencies, RIFLEx(8).change, "M")
+        changed(rotary(20, 6)[1], 19, frequencies, [RIFLEx(8).change], "M")
 
 
 @pytest.mark.parametrize("family", [*MODULES, "cogvideox-1.5"])
 @pytest.mark.parametrize("make", [lambda: RIFLEx(2, k=0), lambda: FrameStretch(2)], ids=["riflex", "stretch"])
 def test_stock_models_change_while_it_is_on_and_are_as_before_after(family, make):
-    model, inputs = build_model(family), longer(family, 6)
+    model, inputs = build_model(family), longer(family, 14)
     if family.startswith("cogvideox"):
         inputs["image_rotary_emb"] = cog_tables(model, inputs)
     before = answer(model, inputs)
@@ -151,6 +151,10 @@ def test_two_at_once_and_a_failing_forward_leave_nothing_behind():
             inner(*args, **kwargs)
             raise RuntimeError("after the model")
 
+    with genattn.apply(model, RIFLEx(2, k=0), FrameStretch(2)):
+        together = answer(model, inputs)
+    with genattn.apply(model, FrameStretch(2)):
+        assert not torch.allclose(answer(model, inputs), together, atol=1e-5)
     with genattn.apply(model, RIFLEx(2, k=0)), genattn.apply(model, FrameStretch(2), Fails()) as second:
         with pytest.raises(RuntimeError, match="after the model"):
             answer(model, inputs)

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import video_pipes
@@ -22,9 +23,11 @@ from genattn.pipelines.long_video.bases.frame_denoisers import (
 )
 from genattn.pipelines.long_video.queue.fifo import Fifo, WindowBatch, sample_clip, start_queue
 from genattn.pipelines.long_video.queue.frame_noise import frame_noise
+from genattn.pipelines.long_video.queue.given_frames import GivenFrames
 from genattn.pipelines.long_video.queue.latent_queue import QueueShape
 from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
 from genattn.pipelines.long_video.queue.prompted_windows import PromptedWindows
+from genattn.pipelines.long_video.start_frames import given_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore:__array__ implementation")
 
@@ -51,7 +54,14 @@ def stock_clip(built, noise, monkeypatch):
     pipe, family = built.pipe, built.family
     name = "video_length" if family == "Latte" else "num_frames"
     call = {name: built.frames, "latents": noise, "output_type": "latent", **built.extra}
-    if family == "LTX-Video":
+    if family == "Wan TI2V" or family == "LTX-Video image to video":
+        call["image"] = picture(built.size)
+    if family == "LTX-Video conditions":
+        module = importlib.import_module(type(pipe).__module__)
+        call["conditions"] = [module.LTXVideoCondition(image=picture(built.size), frame_index=0)]
+        del call["latents"]
+        monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: noise)
+    if family.startswith("LTX-Video") and "latents" in call:
         call["latents"] = pipe._pack_latents(noise, 1, 1)
     if family == "CogVideoX":
         call["latents"] = noise.transpose(1, 2)
@@ -69,17 +79,38 @@ def stock_clip(built, noise, monkeypatch):
         **call,
     )
     out = out.frames if hasattr(out, "frames") else out[0]
-    if family == "LTX-Video":
+    if family.startswith("LTX-Video"):
         return pipe._unpack_latents(out, WINDOW, *built.like.shape[-2:], 1, 1)
     if family == "Cosmos":
         return out / built.pipe.scheduler.config.sigma_data
     return out.transpose(1, 2) if family == "CogVideoX" else out
 
 
+def picture(size):
+    from PIL import Image
+
+    ramp = np.broadcast_to(np.linspace(0, 255, size, dtype=np.uint8), (size, size))
+    return Image.fromarray(np.stack([ramp, ramp.T, np.full_like(ramp, 90)], -1))
+
+
+CONDITIONED = ("Wan TI2V", "LTX-Video image to video", "LTX-Video conditions")
+
+
 def test_equal_levels_equal_the_stock_pipeline(built, monkeypatch):
-    with built.base.installed():
-        ours = sample_clip(built.windows, built.solver, built.like, seed=4)
-    stock = stock_clip(built, frame_noise(4, range(WINDOW), built.like, purpose="start"), monkeypatch)
+    """With a picture where the pipeline takes one: given latents are clean and told timestep 0, as there."""
+    given = None
+    with built.base.installed(), torch.no_grad():
+        if built.family in CONDITIONED:
+            given = given_latents(built.base, picture(built.size), (built.size, built.size))
+        windows = built.windows if given is None else GivenFrames(built.windows, given, WINDOW)
+        ours = sample_clip(windows, built.solver, built.like, seed=4)
+    noise = frame_noise(4, range(WINDOW), built.like, purpose="start")
+    if given is not None:
+        ours = windows.placed(ours, torch.arange(WINDOW))
+    if built.family == "LTX-Video image to video":
+        # latents given to this pipeline hold the picture's already
+        noise = windows.placed(noise, torch.arange(WINDOW))
+    stock = stock_clip(built, noise, monkeypatch)
     # Cosmos starts at sigma 80, where the scaled noise has std 1 - 2e-5
     tolerance = 2e-4 if built.family == "Cosmos" else 2e-5
     torch.testing.assert_close(ours, stock.float(), rtol=tolerance, atol=tolerance * max(1.0, float(stock.abs().max())))
@@ -152,6 +183,13 @@ def test_frames_go_through_the_vae_and_back(built):
     frames = frames if rest is None else rest if frames.shape[2] == 0 else torch.cat([frames, rest], 2)
     assert tuple(frames.shape) == (1, 3, decoder.frames_for(3), built.size, built.size)
     assert torch.isfinite(frames).all()
+
+
+def test_image_to_video_models_with_extra_channels_are_refused():
+    pipe = video_pipes.wan_ti2v()
+    pipe.register_to_config(expand_timesteps=False)
+    with pytest.raises(GenAttnError, match="reads a clean first frame in extra channels"):
+        frame_denoiser(pipe)
 
 
 def test_sizes_that_do_not_fit_are_refused(built):

@@ -1,0 +1,162 @@
+"""Why motion stops in a queue: the same captions under one change at a time, and how far the subject travels afterwards.
+
+    python -m genattn.apps.laboratory.fifo_motion run --model assets/tiny-wan --prompts 6
+    python -m genattn.apps.laboratory.fifo_motion table
+
+Each row is one film: path of the subject's centre per 100 frames, in frame sides, over all of the film and over its second
+half; steps longer than a tenth of a side are cuts, not motion, and are left out. Films that the table has are not made again.
+
+    chunked                  ordinary clips one after the other: motion starts anew in each, with a cut
+    FIFO                     the queue as it comes
+    no lookahead             every latent written from windows that it enters at the noisy end only
+    4 per level              four latents share a level: windows of less mixed noise
+    a clip per level         a whole window shares a level: no mixed noise at all
+    motion told anew         the caption turns round every 29 frames: a motion that ends can begin again
+"""
+
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from genattn.apps.laboratory.long_video import chunked, interval
+from genattn.apps.sampling.load_pipeline import shipped_model
+from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
+from genattn.pipelines.long_video.generate import long_video
+from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
+from genattn.pipelines.tiny.segment import find_objects
+from genattn.pipelines.tiny.world import caption, sample_scene
+
+TABLE = Path("assets/bench/fifo_motion.csv")
+CUT = 0.1
+BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
+app = typer.Typer(add_completion=False)
+
+
+def there_and_back(prompt: str, frames: int, every: int = 29) -> dict[int, str]:
+    """The caption, and the one with the opposite direction, in turn; a caption without a direction stays one."""
+    word = next((w for w in BACK if f"moves {w}" in prompt), None)
+    if word is None:
+        return {0: prompt}
+    other = prompt.replace(f"moves {word}", f"moves {BACK[word]}")
+    return {start: (prompt, other)[i % 2] for i, start in enumerate(range(0, frames, every))}
+
+
+def variants(window: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Name -> settings of long_video; "chunked" and "motion told anew" are made apart."""
+    return {
+        "FIFO": {},
+        "no lookahead": {"lookahead": False},
+        "4 per level": {"latents_per_level": 4},
+        "a clip per level": {"latents_per_level": window},
+        "motion told anew": {},
+    }
+
+
+def travel(video: np.ndarray) -> tuple[float, float]:
+    """Path of the subject's centre per 100 frames, in frame sides: over the film, and over its second half; 0 without one."""
+    found = find_objects(video)
+    if not found:
+        return 0.0, 0.0
+    subject = max(found, key=lambda thing: thing.visible.mean())
+    steps = np.linalg.norm(np.diff(subject.track[:, :2], axis=0), axis=1)
+    steps[~(subject.visible[1:] & subject.visible[:-1])] = 0.0
+    steps[steps > CUT] = 0.0
+    half = len(steps) // 2
+    return float(steps.mean() * 100), float(steps[half:].mean() * 100)
+
+
+def _makers(pipe: Any, prompt: str, seed: int, frames: int, steps: int) -> dict[str, Callable[[], np.ndarray]]:
+    def film(name: str, settings: dict[str, Any]) -> np.ndarray:
+        told: Any = there_and_back(prompt, frames) if name == "motion told anew" else prompt
+        call: dict[str, Any] = {"num_frames": frames, "num_inference_steps": steps, "seed": seed, "progress": False}
+        made = long_video(pipe, told, **call, **settings)
+        if made.stopped is not None:
+            raise GenAttnError(f"a film was {made.stopped} after {made.frames} of {frames} frames; run again to go on")
+        video: np.ndarray = made.video
+        return video
+
+    window = frame_denoiser(pipe).default_window()
+    made = {name: lambda n=name, s=settings: film(n, s) for name, settings in variants(window, steps).items()}
+    return {"chunked": lambda: chunked(pipe, prompt, frames, steps, seed), **made}
+
+
+@app.command()
+def run(
+    model: Annotated[Path | None, typer.Option(help="Folder of a tiny text-to-video pipeline.")] = None,
+    prompts: Annotated[int, typer.Option(help="Held-out captions of things that move or orbit.")] = 6,
+    frames: Annotated[int, typer.Option(help="Frames per film.")] = 125,
+    steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 16,
+    table: Annotated[Path, typer.Option(help="The file to add to.")] = TABLE,
+) -> None:
+    """Make the films that are missing and add their rows."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(model or shipped_model())
+    pipe.set_progress_bar_config(disable=True)
+    mark, base = model_fingerprint(frame_denoiser(pipe).models), Path(pipe.config._name_or_path).name
+    scenes = [(seed, sample_scene(seed, held_out=True, two_objects=0.0)) for seed in range(20 * prompts)]
+    moving = [(seed, scene) for seed, scene in scenes if scene.objects[0].motion in (*BACK, "orbits")][:prompts]
+    for seed, scene in moving:
+        prompt, motion = caption(scene), scene.objects[0].motion
+        for name, make in _makers(pipe, prompt, seed, frames, steps).items():
+            if (mark, prompt, name) in _done(table):
+                continue
+            start = time.monotonic()
+            whole, second = travel(make())
+            row = {"variant": name, "base": base, "prompt": prompt, "motion": motion, "seed": seed, "model": mark}
+            row |= {"frames": frames, "steps": steps, "travel": round(whole, 4), "travel_second_half": round(second, 4)}
+            append_rows(table, [{**row, "seconds": round(time.monotonic() - start, 1), **provenance("cpu")}])
+            print(prompt, name, round(whole, 3), round(second, 3), flush=True)
+
+
+def _read(table: Path) -> list[dict[str, str]]:
+    if not table.is_file():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _done(table: Path) -> set[tuple[str, str, str]]:
+    return {(row["model"], row["prompt"], row["variant"]) for row in _read(table)}
+
+
+def motion_markdown(table: Path = TABLE) -> str:
+    """For the manual: per model and variant the travel of straight motions and of orbits, over the captions they share."""
+    rows = _read(table)
+    lines = [["model", "", "captions", "straight", "straight, 2nd half", "orbit", "orbit, 2nd half"], ["---"] * 7]
+    for base in dict.fromkeys(row["base"] for row in rows):
+        own = [row for row in rows if row["base"] == base]
+        names = list(dict.fromkeys(row["variant"] for row in own))
+        shared = set.intersection(*({r["prompt"] for r in own if r["variant"] == name} for name in names))
+        for name in names:
+            mine = [r for r in own if r["variant"] == name and r["prompt"] in shared]
+            cells = []
+            for orbit in (False, True):
+                chosen = [r for r in mine if (r["motion"] == "orbits") == orbit]
+                cells += [_cell([float(r[key]) for r in chosen]) for key in ("travel", "travel_second_half")]
+            lines.append([base, name, str(len(mine)), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:.2f}" if not np.isfinite(half) else f"{mean:.2f} ± {half:.2f}"
+
+
+@app.command()
+def table(path: Annotated[Path, typer.Option(help="The file to read.")] = TABLE) -> None:
+    """Print the table."""
+    print(motion_markdown(path))
+
+
+if __name__ == "__main__":
+    app()
