@@ -11,6 +11,7 @@ half; steps longer than a tenth of a side are cuts, not motion, and are left out
     no lookahead             every latent written from windows that it enters at the noisy end only
     4 per level              four latents share a level: windows of less mixed noise
     a clip per level         a whole window shares a level: no mixed noise at all
+    uniform second stage     the last quarter of the levels once more, half a window at one level (after MIGA)
     motion told anew         the caption turns round every 29 frames: a motion that ends can begin again
 """
 
@@ -55,6 +56,7 @@ def variants(window: int, steps: int) -> dict[str, dict[str, Any]]:
         "no lookahead": {"lookahead": False},
         "4 per level": {"latents_per_level": 4},
         "a clip per level": {"latents_per_level": window},
+        "uniform second stage": {"uniform_steps": max(1, steps // 4)},
         "motion told anew": {},
     }
 

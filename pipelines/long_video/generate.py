@@ -28,6 +28,7 @@ from genattn.pipelines.long_video.queue.given_frames import GivenFrames
 from genattn.pipelines.long_video.queue.latent_queue import LatentQueue, QueueShape
 from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
 from genattn.pipelines.long_video.queue.prompted_windows import PromptedWindows
+from genattn.pipelines.long_video.queue.uniform_stage import UniformStage
 from genattn.pipelines.long_video.queue.window_group import WindowGroup
 from genattn.pipelines.long_video.run import LongVideo, LongVideoResult, RunParts
 from genattn.pipelines.long_video.settings import LongVideoSettings
@@ -59,6 +60,7 @@ def long_video(
     start: StartFrames | None = None,
     start_as: Literal["renoise", "condition"] | None = None,
     ouroboros: Ouroboros | None = None,
+    uniform_steps: int = 0,
     drift_correction: float = 0.0,
     window_batch: int = 1,
     fps: float = 16.0,
@@ -81,8 +83,9 @@ def long_video(
     frame number.
     start: an image, or the frames of a video, to begin from. start_as: "condition" keeps them and lets the model continue
     them (image-to-video pipelines do), "renoise" fills the queue with them (all others).
-    ouroboros: coherent tail, subject attention, memory, guidance. drift_correction: 0 (off) to 1, pull of the latents'
-    statistics to those of the first. window_batch: windows per forward.
+    ouroboros: coherent tail, subject attention, memory, guidance. uniform_steps: last levels that are done once more with half
+    a window at one level, 0 is off; costs that many forwards per half window. drift_correction: 0 (off) to 1, pull of the
+    latents' statistics to those of the first. window_batch: windows per forward.
     output: an MP4 file that plays while it grows. folder: keeps the film and a checkpoint every `checkpoint_every` latents,
     the warm-up included.
     resume: such a folder, to go on with; only num_frames, stream, progress, window_batch and group may be given with it.
@@ -116,6 +119,7 @@ def long_video(
         prompt_blend=prompt_blend,
         ouroboros=None if ouroboros is None else ouroboros.to_json(),
         start_as=start_as,
+        uniform_steps=uniform_steps,
         drift_correction=drift_correction,
         window_batch=window_batch,
         fps=fps,
@@ -265,6 +269,10 @@ class _Build:
         )
 
         self.ouroboros = Ouroboros.from_json(settings.ouroboros).build(self.windows, self.shape, self.group, settings.seed)
+        self.uniform: list[UniformStage] = []
+        if settings.uniform_steps:
+            stage = UniformStage(self.windows, self.shape.window, settings.uniform_steps, self.shape.num_levels)
+            self.uniform.append(stage)
         self.given: GivenFrames | None = None
         if settings.given_latents:
             # a resumed run: the latents come with the checkpoint
@@ -304,6 +312,8 @@ class _Build:
         parts = self.ouroboros
         correction = [DriftCorrection(settings.drift_correction)] if settings.drift_correction > 0 else []
         given = [] if self.given is None else [self.given]
+        for stage in self.uniform:
+            stage.given = self.given
         return Fifo(
             self.given or parts.denoise,
             self.solver,
@@ -311,7 +321,7 @@ class _Build:
             seed=settings.seed,
             window_batch=settings.window_batch,
             tail=parts.tail,
-            hooks=[*parts.hooks, *correction, *given],
+            hooks=[*parts.hooks, *correction, *given, *self.uniform],
             group=self.group,
         )
 

@@ -99,8 +99,7 @@ class LongVideo:
         return self.parts.monitor.slopes()
 
     def _latents_left(self) -> int:
-        queue = self.parts.fifo.queue
-        return max(0, queue.first_number + queue.shape.head)
+        return self.parts.fifo.passed_on
 
     def _decoded(self) -> int:
         pending = self.parts.pending

@@ -32,6 +32,7 @@ class LongVideoSettings:
     ouroboros: dict[str, Any] | None = None
     start_as: str | None = None
     given_latents: int = 0
+    uniform_steps: int = 0
     drift_correction: float = 0.0
     window_batch: int = 1
     fps: float = 16.0
@@ -45,6 +46,8 @@ class LongVideoSettings:
         for name in ("window_batch", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise GenAttnError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.uniform_steps < 0:
+            raise GenAttnError(f"uniform_steps must be >= 0, got {self.uniform_steps}; 0 leaves the second stage out")
         if not self.fps > 0:
             raise GenAttnError(f"fps must be > 0, got {self.fps}")
         if not 0 <= self.drift_correction <= 1:

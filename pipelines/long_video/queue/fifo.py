@@ -68,6 +68,15 @@ class QueueHook:
         """The latents [1, C, K, H, W] that leave, before they are decoded."""
         return latents
 
+    @property
+    def held(self) -> int:
+        """Latents that left the queue and wait here."""
+        return 0
+
+    def pass_on(self, fifo: "Fifo", latents: torch.Tensor, numbers: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """Last of all: what goes to the decoder for the latents that leave; in order, but perhaps later and several at once."""
+        return latents, list(numbers)
+
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """State for a checkpoint, names unique to the hook."""
         return {}
@@ -193,6 +202,11 @@ class Fifo:
             states = {n: _placed(t, state[n], window.write) for n, t in states.items()}
         return latents, states
 
+    @property
+    def passed_on(self) -> int:
+        """Latents of the film that have been handed to the decoder so far."""
+        return max(0, self.queue.first_number + self.queue.shape.head - sum(hook.held for hook in self.hooks))
+
     def forget(self, slot: int) -> None:
         """For hooks that replace a latent: the solver's history of that slot no longer holds and is cleared this tick."""
         self._forgotten.add(slot)
@@ -213,6 +227,8 @@ class Fifo:
             left, left_numbers = self.queue.advance(stepped, state, self.tail(self, stepped, numbers))
             for hook in self.hooks:
                 left = hook.on_leave(left, left_numbers)
+            for hook in self.hooks:
+                left, left_numbers = hook.pass_on(self, left, left_numbers)
         return left, left_numbers
 
     def settings(self) -> dict[str, Any]:

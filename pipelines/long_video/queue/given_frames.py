@@ -38,13 +38,17 @@ class GivenFrames(QueueHook):
         source = self.given[0].to(latents)[:, numbers.clamp(0, self.given.shape[2] - 1).to(latents.device)].transpose(0, 1)
         return torch.where(known[:, None, :, None, None].to(latents.device), source, latents)
 
-    def __call__(self, batch: WindowBatch) -> WindowAnswer:
-        """See fifo.Denoise."""
+    def condition(self, batch: WindowBatch) -> WindowBatch:
+        """The batch with the given latents clean in their places."""
         known = batch.numbers < self.given.shape[2]
         if not bool(known.any()):
-            return self.denoise(batch)
+            return batch
         levels = torch.where(known, CLEAN, batch.levels)
-        return self.denoise(replace(batch, latents=self.placed(batch.latents, batch.numbers), levels=levels))
+        return replace(batch, latents=self.placed(batch.latents, batch.numbers), levels=levels)
+
+    def __call__(self, batch: WindowBatch) -> WindowAnswer:
+        """See fifo.Denoise."""
+        return self.denoise(self.condition(batch))
 
     def after_step(self, fifo: Fifo, stepped: torch.Tensor) -> torch.Tensor:
         """See QueueHook.after_step."""
