@@ -17,8 +17,8 @@ from genattn.patterns.global_tokens import GlobalTokens
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
-from genattn.profiling.measure import Measurement, measure_patterns, measured_budget, sparsest_above
-from genattn.selection.rules import TopK, with_and_without_tail
+from genattn.profiling.measure import Measurement, measure_patterns, measured_budget, sparsest_above, with_and_without_tail
+from genattn.selection.rules import TopK
 
 CANDIDATES = [RadialPattern(block=4, decay=0.2, sink=False), NeighborhoodPattern((2, 2, 2)), NeighborhoodPattern((-1, 2, 4))]
 
