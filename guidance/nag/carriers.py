@@ -126,6 +126,8 @@ class Carrier(Stand):
         """What the block gives for the positive text and the image; the negative text is kept for the next one."""
         block, carried = self.__dict__["block"], self.__dict__["carried"]
         stream: Stream = self.__dict__["stream_of_block"]
+        if self.__dict__["place"] == (carried.way.streams[0].stack, 0):
+            carried.stream = None  # another plugin's pass begins anew within the same forward
         mine = by_name(block, args, kwargs)
         theirs = carried.theirs[self.__dict__["place"]]
         if not stream.merged and mine[stream.text[0]] is None:
