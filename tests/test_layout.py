@@ -47,7 +47,7 @@ MAY_IMPORT = {
     ),
     "guidance/headhunter": "genattn genattn/seam guidance/heads guidance/passes guidance/softpag",
     "guidance/heads": "genattn",
-    "guidance/nag": "genattn genattn/geometry genattn/layouts genattn/seam guidance/heads guidance/passes",
+    "guidance/nag": "genattn genattn/functional genattn/geometry genattn/layouts genattn/seam guidance/heads guidance/passes",
     "guidance/passes": "genattn genattn/layouts genattn/seam guidance/heads",
     "guidance/s2": "genattn genattn/seam guidance/heads guidance/softpag",
     "guidance/softpag": "genattn genattn/layouts genattn/seam guidance/heads guidance/passes",

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
+from genattn.functional.log_sum_exp import dense_with_lse, is_native
 from genattn.layouts.site import AttentionSite
-from genattn.seam.log_sum_exp import dense_with_lse, is_native
 
 MARK = "_genattn_mark"
 SDPA = -1

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
+from genattn.functional.log_sum_exp import attention_with_lse, merged
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.nag.cut import Cut, pick, pick_mask
-from genattn.seam.log_sum_exp import attention_with_lse, merged
 from genattn.seam.plugin import AttentionCall, CallRecord, Inner
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genattn.seam.log_sum_exp import attention_with_lse, dense_with_lse, is_native, merged
+from genattn.functional.log_sum_exp import attention_with_lse, dense_with_lse, is_native, merged
 
 
 def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float | None):  # type: ignore
@@ -30,8 +30,8 @@ def test_tells_the_log_sum_exp(
     kind: str, scale: float | None, heads: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
-        monkeypatch.setattr("genattn.seam.log_sum_exp._fused", lambda *_: None)
-        monkeypatch.setattr("genattn.seam.log_sum_exp._ROWS", 2 * 4 * 9 * 3)
+        monkeypatch.setattr("genattn.functional.log_sum_exp._fused", lambda *_: None)
+        monkeypatch.setattr("genattn.functional.log_sum_exp._ROWS", 2 * 4 * 9 * 3)
     q, k, v = (torch.randn(2, n, h, 8, dtype=torch.float64) for n, h in ((7, 4), (9, heads), (9, heads)))
     mask = MASKS[kind]()
     whole = mask if mask is None or mask.ndim == 4 else mask[:, None, None, :]
