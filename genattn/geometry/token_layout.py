@@ -5,7 +5,7 @@
     text | grid(1, 64, 64) | reference(1, 64, 64)      FLUX Kontext
     text/2 | grid[0:240] | text/2 | grid[240:480]      two ranks of Ulysses context parallelism
 
-Never only (frames, height, width) + text: references, registers and padding are segments of their own.
+Never only (frames, height, width) + text: references, a soundtrack, registers and padding are segments of their own.
 """
 
 import math
@@ -18,16 +18,16 @@ import torch
 
 from genattn.errors import GenAttnError
 
-SegmentKind = Literal["text", "grid", "reference", "register", "padding"]
-_KINDS = ("text", "grid", "reference", "register", "padding")
+SegmentKind = Literal["text", "grid", "reference", "audio", "register", "padding"]
+_KINDS = ("text", "grid", "reference", "audio", "register", "padding")
 
 
 @dataclass(frozen=True)
 class Segment:
     """A run of tokens.
 
-    `shape` is `(n,)` for text, registers and padding, and the raster shape (1 to 3 axes: frames, height, width) for a grid or
-    a reference. `start` and `stop` cut a piece out of a raster when a grid is scattered over several segments.
+    `shape` is `(n,)` for text, audio, registers and padding, and the raster shape (1 to 3 axes: frames, height, width) for a
+    grid or a reference. `start` and `stop` cut a piece out of a raster when a grid is scattered over several segments.
     """
 
     kind: SegmentKind
@@ -144,7 +144,7 @@ class TokenLayout:
 
 @lru_cache(maxsize=64)
 def _raster_index(layout: TokenLayout) -> torch.Tensor:
-    codes = {"padding": -2, "text": -1, "reference": -1, "register": -1}
+    codes = {"padding": -2, **dict.fromkeys(("text", "reference", "audio", "register"), -1)}
     return torch.cat(
         [
             torch.arange(s.start, s.start + s.length) if s.kind == "grid" else torch.full((s.length,), codes[s.kind])

@@ -5,10 +5,11 @@ import functools
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.layouts import image, video
+from genattn.layouts import audio, image, image_ids, unets, video, video_history, video_packed
 from genattn.layouts.family import Family
 
-FAMILIES: tuple[Family, ...] = (*video.FAMILIES, *image.FAMILIES)
+_MODULES = (video, video_packed, video_history, image_ids, image, unets, audio)
+FAMILIES: tuple[Family, ...] = tuple(family for module in _MODULES for family in module.FAMILIES)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from genattn.geometry.token_layout import Segment, TokenLayout
+from genattn.geometry.token_layout import Segment, SegmentKind, TokenLayout
 from genattn.layouts.site import SiteKind
 
 LayoutFunction = Callable[[Any, Mapping[str, Any]], TokenLayout | None]
@@ -23,8 +23,10 @@ class Family:
     site_tokens: (model, site's name, run's layout) -> length, where sites of one kind differ in length.
     timestep: name of the argument. rising: whether it grows while sampling. cfg: how guidance passes come when the pipeline
     gives no cache context. reads_values: inputs of which `layout` reads values, not only shapes.
-    text_varies: sequences may hold fewer text tokens than the inputs have. side_by_side: the stacks run through the layers
-    together, so that block 0 of each is a first block. note: what a user should know.
+    text_varies: sequences may hold fewer text tokens than the inputs have. queries: kinds of segments whose tokens ask, where
+    the others are keys only (text that joins as keys, cached references); empty when every token asks. side_by_side: the
+    stacks run through the layers together, so that block 0 of each is a first block. generic: whether `layout` reads the
+    model's own positions by `genattn.layouts.positions`. note: what a user should know.
     """
 
     name: str
@@ -39,7 +41,9 @@ class Family:
     cfg: str | None = None
     reads_values: tuple[str, ...] = field(default=())
     text_varies: bool = False
+    queries: tuple[SegmentKind, ...] = ()
     side_by_side: bool = False
+    generic: bool = False
     note: str = ""
 
 
@@ -56,6 +60,11 @@ def grid(*shape: int) -> list[Segment]:
 def references(*shapes: tuple[int, ...]) -> list[Segment]:
     """Reference images behind or before the grid."""
     return [Segment("reference", tuple(int(n) for n in shape)) for shape in shapes]
+
+
+def audio(length: int) -> list[Segment]:
+    """A soundtrack in the sequence of a video, or nothing."""
+    return [Segment("audio", (int(length),))] if length else []
 
 
 def registers(length: int) -> list[Segment]:

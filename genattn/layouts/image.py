@@ -1,5 +1,6 @@
-"""Image transformers and UNets."""
+"""Image transformers that cut [B, C, H, W] into patches themselves."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +8,8 @@ import torch
 
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.family import Family, grid, layout, references, registers, text
-from genattn.layouts.site import SiteKind
 
 Inputs = Mapping[str, Any]
-_FLUX_STACKS = ("transformer_blocks", "single_transformer_blocks")
 
 
 def image_only(model: Any, inputs: Inputs) -> TokenLayout:
@@ -23,37 +22,75 @@ def image_then_text(model: Any, inputs: Inputs) -> TokenLayout:
     return layout(_patches(model, inputs["hidden_states"]), text(inputs["encoder_hidden_states"].shape[1]))
 
 
-def text_then_ids(model: Any, inputs: Inputs) -> TokenLayout | None:
-    """FLUX, Chroma: text, then the image, then (Kontext) reference images; (reference, row, column) stand in img_ids."""
-    shapes = rasters(inputs["img_ids"], first=1)
-    if shapes is None:
+def text_then_image(model: Any, inputs: Inputs) -> TokenLayout:
+    """CogView3-Plus, CogView4: text, then patches of [B, C, H, W]. PRX: the same, the text as keys alone."""
+    return layout(text(inputs["encoder_hidden_states"].shape[1]), _patches(model, inputs["hidden_states"]))
+
+
+def glm_image(model: Any, inputs: Inputs) -> TokenLayout:
+    """As CogView4; while an image is edited, the tokens of the condition images are keys in front of everything."""
+    kept = _kept_keys(inputs.get("kv_caches"))
+    words, image = text(inputs["encoder_hidden_states"].shape[1]), _patches(model, inputs["hidden_states"])
+    return layout(references((kept,)) if kept else [], words, image)
+
+
+def _kept_keys(caches: Any) -> int:
+    """Tokens that GLM-Image's first layer adds to its keys."""
+    first = caches[0] if caches is not None else None
+    return first.k_caches[0].shape[1] if first is not None and first.mode == "read" and first.k_caches else 0
+
+
+def hunyuan_image(model: Any, inputs: Inputs) -> TokenLayout:
+    """Patches of [B, C, H, W] or [B, C, F, H, W], then both texts, the valid tokens of both before their padding."""
+    shape = [n // p for n, p in zip(inputs["hidden_states"].shape[2:], model.config.patch_size)]
+    second = inputs.get("encoder_hidden_states_2") if model.context_embedder_2 is not None else None
+    words = inputs["encoder_hidden_states"].shape[1] + (0 if second is None else second.shape[1])
+    return layout(grid(*shape), text(words))
+
+
+def omnigen(model: Any, inputs: Inputs) -> TokenLayout:
+    """Words with input images among them, one token of time, then the image."""
+    words = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else 0
+    return layout(text(words), registers(1), _patches(model, inputs["hidden_states"]))
+
+
+def bria_fibo2(model: Any, inputs: Inputs) -> TokenLayout:
+    """The shortened text before image and context images, or behind them where the samples' texts are not of one length."""
+    config, latents = model.config, inputs["hidden_states"]
+    mask, given = inputs.get("encoder_attention_mask"), inputs.get("context_latents") or []
+    lengths = [inputs["encoder_hidden_states"].shape[2]] * len(latents) if mask is None else mask.sum(dim=1).tolist()
+    gists = [_gist_tokens(float(n), config) for n in lengths]
+    images = [grid(*_patch_shape(model, latents)), references(*(_patch_shape(model, each) for each in given))]
+    words = text(max(gists))
+    return layout(words, *images) if min(gists) == max(gists) else layout(*images, words)
+
+
+def _gist_tokens(words: float, config: Any) -> int:
+    """Tokens to which FIBO 2's perceiver shortens a text of so many words."""
+    span = config.gist_max_text_len - config.gist_min_text_len
+    ratio = min(1.0, max(0.0, (words - config.gist_min_text_len) / span))
+    raw = config.min_num_gist_tokens + ratio * (config.max_num_gist_tokens - config.min_num_gist_tokens)
+    steps = math.ceil(raw / config.gist_step) * config.gist_step
+    return int(max(config.min_num_gist_tokens, min(config.max_num_gist_tokens, steps)))
+
+
+def joy_image(model: Any, inputs: Inputs) -> TokenLayout:
+    """[B, items, C, F, H, W]: the last item, which is made, comes first; the others are references; then text."""
+    latents = inputs["hidden_states"]
+    along, high, wide = model.config.patch_size
+    frames, height, width = latents.shape[-3:]
+    shape = (frames // along, height // high, width // wide)
+    others = references(*[shape] * (latents.shape[1] - 1 if latents.ndim == 6 else 0))
+    return layout(grid(*shape), others, text(inputs["encoder_hidden_states"].shape[1]))
+
+
+def feature_map(model: Any, inputs: Inputs) -> TokenLayout | None:
+    """Transformer2DModel, DreamLite: every place of [B, C, H, W] is a token, or every patch; class tokens have no places."""
+    latents = inputs["hidden_states"]
+    if latents.ndim != 4:
         return None
-    return layout(text(inputs["encoder_hidden_states"].shape[1]), grid(*shapes[0]), references(*shapes[1:]))
-
-
-def rasters(ids: torch.Tensor, first: int) -> list[tuple[int, int]] | None:
-    """Height and width of every image in a list of token positions; row and column stand in columns `first`, `first + 1`.
-
-    An image ends where the other columns change. None when an image is not a full raster.
-    """
-    ids = ids[0] if ids.ndim == 3 else ids
-    others = torch.cat([ids[:, :first], ids[:, first + 2 :]], dim=1)
-    changes = ((others[1:] != others[:-1]).any(dim=1).nonzero().flatten() + 1).tolist()
-    shapes = []
-    for begin, end in zip([0, *changes], [*changes, ids.shape[0]]):
-        rows, columns = ids[begin:end, first], ids[begin:end, first + 1]
-        height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-        if height * width != end - begin:
-            return None
-        shapes.append((height, width))
-    return shapes
-
-
-def qwen_image(model: Any, inputs: Inputs) -> TokenLayout:
-    """Text, then the image, then (Edit) reference images; their shapes come as numbers."""
-    shapes = inputs["img_shapes"][0]
-    shapes = shapes if isinstance(shapes, list) else [shapes]
-    return layout(text(inputs["encoder_hidden_states"].shape[1]), grid(*shapes[0]), references(*shapes[1:]))
+    patch = getattr(model.config, "patch_size", None) or 1
+    return layout(grid(latents.shape[-2] // patch, latents.shape[-1] // patch))
 
 
 def z_image(model: Any, inputs: Inputs) -> TokenLayout | None:
@@ -100,37 +137,13 @@ def aura_flow(model: Any, inputs: Inputs) -> TokenLayout:
     )
 
 
-def unet(model: Any, inputs: Inputs) -> TokenLayout:
-    """The latents themselves; every level of the UNet halves them."""
-    return layout(grid(*inputs["sample"].shape[2:]))
-
-
-def unet_level(kind: SiteKind, length: int, whole: TokenLayout) -> TokenLayout | None:
-    """The level of the UNet whose raster has `length` places; the frames for motion modules."""
-    frames, height, width = whole.grid3
-    if kind == "temporal":
-        return TokenLayout((Segment("grid", (frames,)),)) if length == frames else None
-    while height * width > length and height * width > 1:
-        height, width = -(-height // 2), -(-width // 2)
-    return TokenLayout((Segment("grid", (height, width)),)) if height * width == length else None
-
-
-def unet_tokens(model: Any, site: str, whole: TokenLayout) -> int:
-    """Places at the level of the UNet at which `site` stands; the frames for motion modules."""
-    frames, height, width = whole.grid3
-    if "motion_modules" in site:
-        return frames
-    last = len(model.down_blocks) - 1
-    section, *rest = site.split(".")
-    level = {"down_blocks": lambda: int(rest[0]), "up_blocks": lambda: last - int(rest[0])}.get(section, lambda: last)()
-    for _ in range(level):
-        height, width = -(-height // 2), -(-width // 2)
-    return height * width
+def _patch_shape(model: Any, latents: torch.Tensor) -> tuple[int, int]:
+    patch = model.config.patch_size
+    return latents.shape[-2] // patch, latents.shape[-1] // patch
 
 
 def _patches(model: Any, latents: torch.Tensor) -> list[Segment]:
-    patch = model.config.patch_size
-    return grid(latents.shape[-2] // patch, latents.shape[-1] // patch)
+    return grid(*_patch_shape(model, latents))
 
 
 FAMILIES = (
@@ -142,26 +155,6 @@ FAMILIES = (
         kinds=(("attn2", "self"), ("attn", "joint")),
         cfg="batched",
     ),
-    Family(
-        "flux",
-        ("FluxTransformer2DModel", "Flux2Transformer2DModel"),
-        _FLUX_STACKS,
-        text_then_ids,
-        kinds=(("attn", "joint"),),
-        reads_values=("img_ids",),
-        cfg="two_pass",
-    ),
-    Family(
-        "chroma",
-        ("ChromaTransformer2DModel",),
-        _FLUX_STACKS,
-        text_then_ids,
-        kinds=(("attn", "joint"),),
-        reads_values=("img_ids",),
-        cfg="two_pass",
-        note="the stock pipeline's mask is a float product, which adds 1 between valid tokens: a bias, so it stays dense",
-    ),
-    Family("qwen-image", ("QwenImageTransformer2DModel",), ("transformer_blocks",), qwen_image, kinds=(("attn", "joint"),)),
     Family(
         "z-image",
         ("ZImageTransformer2DModel",),
@@ -201,23 +194,64 @@ FAMILIES = (
         kinds=(("attn", "joint"),),
         cfg="batched",
     ),
+    Family("dit", ("DiTTransformer2DModel",), ("transformer_blocks",), image_only, cfg="batched"),
+    Family("hunyuan-dit", ("HunyuanDiT2DModel",), ("blocks",), image_only, cfg="batched"),
+    Family("lumina-next", ("LuminaNextDiT2DModel",), ("layers",), image_only, rising=True, cfg="batched"),
     Family(
-        "unet",
-        ("UNet2DConditionModel",),
-        ("down_blocks", "mid_block", "up_blocks"),
-        unet,
-        site_layout=unet_level,
-        site_tokens=unet_tokens,
-        cfg="batched",
+        "transformer-2d",
+        ("Transformer2DModel", "DreamLiteTransformer2DModel"),
+        ("transformer_blocks",),
+        feature_map,
+        note="a part of UNets, which know it under their own name",
     ),
     Family(
-        "animatediff",
-        ("UNetMotionModel",),
-        ("down_blocks", "mid_block", "up_blocks"),
-        unet,
-        kinds=((r"motion_modules\..*\.attn\d", "temporal"), ("attn2", "cross"), ("attn1", "spatial")),
-        site_layout=unet_level,
-        site_tokens=unet_tokens,
-        cfg="batched",
+        "cogview",
+        ("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
+        ("transformer_blocks",),
+        text_then_image,
+        kinds=(("attn1", "joint"),),
+    ),
+    Family(
+        "glm-image",
+        ("GlmImageTransformer2DModel",),
+        ("transformer_blocks",),
+        glm_image,
+        kinds=(("attn1", "joint"),),
+        reads_values=("kv_caches",),
+        queries=("text", "grid"),
+    ),
+    Family(
+        "hunyuan-image",
+        ("HunyuanImageTransformer2DModel",),
+        ("transformer_blocks", "single_transformer_blocks"),
+        hunyuan_image,
+        kinds=(("attn", "joint"),),
+    ),
+    Family(
+        "omnigen",
+        ("OmniGenTransformer2DModel",),
+        ("layers",),
+        omnigen,
+        kinds=(("self_attn", "joint"),),
+        rising=True,
+        note="words look only at what stands before them: their rows stay dense",
+    ),
+    Family("prx", ("PRXTransformer2DModel",), ("blocks",), text_then_image, kinds=(("attention", "joint"),), queries=("grid",)),
+    Family(
+        "bria-fibo2",
+        ("BriaFibo2Transformer2DModel",),
+        ("layers",),
+        bria_fibo2,
+        kinds=(("cross_attention", "cross"), ("attention", "joint")),
+        reads_values=("encoder_attention_mask",),
+        cfg="two_pass",
+    ),
+    Family(
+        "joy-image",
+        ("JoyImageEditTransformer3DModel",),
+        ("double_blocks",),
+        joy_image,
+        kinds=(("attn", "joint"),),
+        cfg="two_pass",
     ),
 )

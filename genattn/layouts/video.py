@@ -5,6 +5,7 @@ from typing import Any
 
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.family import Family, grid, layout, patched, references, text
+from genattn.layouts.positions import spread_table
 from genattn.layouts.site import SiteKind
 
 Inputs = Mapping[str, Any]
@@ -26,28 +27,6 @@ def hunyuan_video_15(model: Any, inputs: Inputs) -> TokenLayout:
     return layout(
         grid(*patched(inputs["hidden_states"], _patch(model))), text(sum(inputs[name].shape[1] for name in condition))
     )
-
-
-def framepack(model: Any, inputs: Inputs) -> TokenLayout:
-    """History at a quarter and at half resolution, clean latents, video, image embedding, text (cut to its length if B = 1)."""
-    latents = inputs["hidden_states"]
-    patch = model.config.patch_size
-    history = [_history(inputs.get(f"latents_{name}"), times, patch) for name, times in _HISTORY]
-    mask = inputs["encoder_attention_mask"]
-    words = int(mask.sum()) if latents.shape[0] == 1 else mask.shape[1]
-    picture = inputs["image_embeds"].shape[1] if inputs.get("image_embeds") is not None else 0
-    return layout(references(*filter(None, history)), grid(*patched(latents, _patch(model))), text(picture), text(words))
-
-
-_HISTORY = (("history_4x", 4), ("history_2x", 2), ("clean", 1))
-
-
-def _history(latents: Any, times: int, patch: int) -> tuple[int, int, int] | None:
-    """Raster of a piece of the past, patched `times` coarser than the video; the last patch is filled up."""
-    if latents is None:
-        return None
-    frames, height, width = latents.shape[2:]
-    return -(-frames // times), -(-height // (times * patch)), -(-width // (times * patch))
 
 
 def mochi(model: Any, inputs: Inputs) -> TokenLayout:
@@ -79,6 +58,68 @@ def ltx(model: Any, inputs: Inputs) -> TokenLayout | None:
     if before + shape[0] * height * width != tokens:
         return None
     return layout(references((first, height, width)) if before else [], grid(*shape))
+
+
+def consisid(model: Any, inputs: Inputs) -> TokenLayout:
+    """As CogVideoX, without a temporal patch."""
+    frames, _, height, width = inputs["hidden_states"].shape[1:]
+    patch = model.config.patch_size
+    return layout(text(inputs["encoder_hidden_states"].shape[1]), grid(frames, height // patch, width // patch))
+
+
+def allegro(model: Any, inputs: Inputs) -> TokenLayout:
+    """Latents [B, C, F, H, W]; text by cross-attention."""
+    return layout(grid(*patched(inputs["hidden_states"], _patch(model))))
+
+
+def anyflow(model: Any, inputs: Inputs) -> TokenLayout:
+    """Latents [B, F, C, H, W] under patch_size; text by cross-attention."""
+    return layout(grid(*patched(inputs["hidden_states"].transpose(1, 2), model.config.patch_size)))
+
+
+def easyanimate(model: Any, inputs: Inputs) -> TokenLayout:
+    """One or two texts, then video; latents [B, C, F, H, W]."""
+    patch, second = model.config.patch_size, inputs.get("encoder_hidden_states_t5")
+    words = inputs["encoder_hidden_states"].shape[1] + (0 if second is None else second.shape[1])
+    return layout(text(words), grid(*patched(inputs["hidden_states"], (1, patch, patch))))
+
+
+def motif_video(model: Any, inputs: Inputs) -> TokenLayout:
+    """Video, then the embedding of an image, then text with its padding (a key mask hides it)."""
+    picture = inputs.get("image_embeds")
+    words = inputs["encoder_hidden_states"].shape[1] + (0 if picture is None else picture.shape[1])
+    return layout(grid(*patched(inputs["hidden_states"], _patch(model))), text(words))
+
+
+def motif_site(kind: SiteKind, length: int, whole: TokenLayout) -> TokenLayout | None:
+    """The run's layout; in the last blocks the video as it came from the ones before stands where the text stood."""
+    if length == whole.seqlen:
+        return whole
+    shape = whole.grid3
+    again = TokenLayout((Segment("grid", shape), Segment("reference", shape)))
+    return again if length == again.seqlen else None
+
+
+def kandinsky(model: Any, inputs: Inputs) -> TokenLayout | None:
+    """Latents [B, F, H, W, C] under patch_size; text by cross-attention. None under NABLA, whose block mask is its own."""
+    if inputs.get("sparse_params") is not None:
+        return None
+    return layout(grid(*patched(inputs["hidden_states"].movedim(-1, 1), model.config.patch_size)))
+
+
+def wan_animate2(model: Any, inputs: Inputs) -> TokenLayout | None:
+    """The driving clip, while its keys are being kept; afterwards every frame sees them by a block mask of the model's own."""
+    if inputs["kv_cache_mode"] != "extract" or len({latents.shape for latents in inputs["hidden_states"]}) > 1:
+        return None
+    return layout(grid(*patched(inputs["hidden_states"][0][None], model.config.patch_size)))
+
+
+def refiner(model: Any, inputs: Inputs) -> TokenLayout | None:
+    """SANA-WM's refiner: packed latents [B, S, C] whose raster stands in the rotary table alone."""
+    table = inputs["video_rotary_emb"][0]
+    table = table[0] if table.ndim == 3 else table[0].transpose(0, 1).flatten(1)
+    shape = spread_table(table)
+    return None if shape is None or inputs.get("kv_cache_mode") not in (None, "capture_pre_rope") else layout(grid(*shape))
 
 
 def latte(model: Any, inputs: Inputs) -> TokenLayout:
@@ -125,15 +166,6 @@ FAMILIES = (
         kinds=(("attn", "joint"),),
     ),
     Family(
-        "framepack",
-        ("HunyuanVideoFramepackTransformer3DModel",),
-        ("transformer_blocks", "single_transformer_blocks"),
-        framepack,
-        kinds=(("attn", "joint"),),
-        reads_values=("encoder_attention_mask",),
-        cfg="two_pass",
-    ),
-    Family(
         "mochi",
         ("MochiTransformer3DModel",),
         ("transformer_blocks",),
@@ -151,6 +183,59 @@ FAMILIES = (
         kinds=(("audio_attn1", "refiner"), (r"audio_attn2|attn2|\w+_to_\w+_attn", "cross")),
         reads_values=("video_coords",),
         note="the audio's own attention stays dense",
+    ),
+    Family("consisid", ("ConsisIDTransformer3DModel",), ("transformer_blocks",), consisid, kinds=(("attn1", "joint"),)),
+    Family("allegro", ("AllegroTransformer3DModel",), ("transformer_blocks",), allegro, cfg="batched"),
+    Family("anyflow", ("AnyFlowTransformer3DModel",), ("blocks",), anyflow, cfg="batched"),
+    Family(
+        "easyanimate",
+        ("EasyAnimateTransformer3DModel",),
+        ("transformer_blocks",),
+        easyanimate,
+        kinds=(("attn1", "joint"),),
+        cfg="batched",
+    ),
+    Family(
+        "motif-video",
+        ("MotifVideoTransformer3DModel",),
+        ("transformer_blocks", "single_transformer_blocks"),
+        motif_video,
+        kinds=(("cross_attn", "cross"), ("attn", "joint")),
+        site_layout=motif_site,
+    ),
+    Family(
+        "kandinsky5",
+        ("Kandinsky5Transformer3DModel",),
+        ("visual_transformer_blocks",),
+        kandinsky,
+        kinds=(("self_attention", "self"), ("cross_attention", "cross")),
+        note="checkpoints with attention_type nabla have a block mask of their own, chosen by content, and stay as they are",
+    ),
+    Family(
+        "kandinsky6",
+        ("Kandinsky6Transformer3DModel",),
+        ("visual_transformer_blocks",),
+        kandinsky,
+        kinds=((r"video_dec_block\.self_attention", "self"), ("self_attention", "refiner"), (r"\w*cross_attention", "cross")),
+        note="the sound's own attention stays dense",
+    ),
+    Family(
+        "wan-animate2",
+        ("WanAnimate2Transformer3DModel",),
+        ("blocks",),
+        wan_animate2,
+        kinds=(("cross_attn", "cross"), ("self_attn", "self")),
+        note="only the forward over the driving clip: the others have a block mask of their own and stay dense",
+    ),
+    Family(
+        "sana-wm-refiner",
+        ("SanaWMLTX2RefinerTransformer3DModel",),
+        ("transformer_blocks",),
+        refiner,
+        kinds=(("audio_attn1", "refiner"), (r"audio_attn2|attn2|\w+_to_\w+_attn", "cross")),
+        reads_values=("video_rotary_emb",),
+        generic=True,
+        note="windows that look at kept keys stay dense",
     ),
     Family(
         "latte",

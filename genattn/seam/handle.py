@@ -23,7 +23,17 @@ from genattn.seam.sites import head_dims
 from genattn.seam.sparse_plugin import SparsePlugin
 from genattn.seam.steps import StepTracker
 
-_COMPONENTS = ("transformer", "transformer_2", "transformer_3", "unet", "unet_2", "denoiser", "prior", "diffusion_decoder")
+_COMPONENTS = (
+    "transformer",
+    "transformer_2",
+    "transformer_3",
+    "transformer_ref",
+    "unet",
+    "unet_2",
+    "denoiser",
+    "prior",
+    "diffusion_decoder",
+)
 _COMMON = frozenset({"enabled", "num_steps"})
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
+from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import gathered, ulysses, why_not_ulysses
 from genattn.seam.cores import MARK, Mark, StockCore
@@ -27,7 +28,7 @@ from genattn.seam.processors import (
 )
 from genattn.seam.report import event_pair
 from genattn.seam.root_inputs import RootInputs
-from genattn.seam.sites import find_sites, layout_at
+from genattn.seam.sites import asking_layout, find_sites, gather_queries, layout_at, spread_queries
 from genattn.seam.steps import StepTracker
 
 if TYPE_CHECKING:
@@ -244,7 +245,10 @@ class Injection:
         reason = _why_all_stay_out(mark, run, queries)
         if reason:
             return _untouched(mark, tensors, mask, flags, core, reason)
-        layout = layout_at(mark.site, self.family, run, queries, keys)
+        whole = None if flags["is_causal"] else asking_layout(mark.site, self.family, run, queries, keys)
+        if whole is not None and self.family is not None:
+            return _asked_by_some(mark, run, whole, self.family.queries, tensors, mask, flags, core)
+        layout = None if flags["is_causal"] else layout_at(mark.site, self.family, run, queries, keys)
         call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
         return _timed(mark, call, core)
 
@@ -293,7 +297,43 @@ def _untouched(mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], c
     return out
 
 
-def _timed(mark: Mark, call: AttentionCall, core: StockCore) -> torch.Tensor:
+class _TheirRows:
+    """Stock code for the rows that asked, at their places among all rows."""
+
+    def __init__(self, core: StockCore, whole: TokenLayout, kinds: tuple[SegmentKind, ...]) -> None:
+        self.core, self.whole, self.kinds = core, whole, kinds
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, *flags: Any) -> torch.Tensor:
+        answer = self.core(gather_queries(q, self.whole, self.kinds), k, v, mask, *flags)
+        return spread_queries(answer, self.whole, self.kinds)
+
+    def with_lse(self, *call: Any) -> None:
+        """Not told: rows that nobody asked for have none."""
+        return
+
+
+def _asked_by_some(
+    mark: Mark,
+    run: Run,
+    whole: TokenLayout,
+    kinds: tuple[SegmentKind, ...],
+    tensors: Tensors,
+    mask: Any,
+    flags: dict[str, Any],
+    core: StockCore,
+) -> torch.Tensor:
+    """A call whose keys are the whole sequence and whose queries are some of it: plugins see all rows, stock code only its own.
+
+    The rows that nobody asked for are zero queries; what a plugin answers there is dropped.
+    """
+    query, key, value = tensors
+
+    everywhere = spread_queries(query, whole, kinds)
+    call = AttentionCall(everywhere, key, value, mask, site=mark.site, run=run, layout=whole, record=CallRecord(), **flags)
+    return gather_queries(_timed(mark, call, _TheirRows(core, whole, kinds)), whole, kinds)
+
+
+def _timed(mark: Mark, call: AttentionCall, core: "StockCore | _TheirRows") -> torch.Tensor:
     """The call through the chain, counted by every handle that has a plugin in it."""
     events, began = event_pair(call.query), time.perf_counter()
     out = _through(mark.chain, 0, call, core)
@@ -343,7 +383,7 @@ def _may_tell(call: AttentionCall) -> bool:
     return call.record.wants_lse and not call.is_causal
 
 
-def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: StockCore) -> torch.Tensor:
+def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: "StockCore | _TheirRows") -> torch.Tensor:
     """The call through the plugins from `place` on, then to the user's own backend."""
     if place == len(chain):
         told = core.with_lse(call.query, call.key, call.value, call.mask, call.scale) if _may_tell(call) else None

@@ -5,6 +5,8 @@
     [B or 1, 1 or H, 1, Sk]  key padding per sample, the same for all heads
     [B or 1, 1, Sq, Sk]      the outer product of one validity vector (HunyuanVideo 1.5, Chroma): valid tokens see valid tokens
 
+    [B or 1, 1, Sq, Sk]      the same keys for every row of the grid, the rows of other tokens as they like (OmniGen, Ideogram)
+
 Everything else (causal blocks, biases, flex BlockMasks) says more than which keys are valid and cannot be reduced.
 """
 
@@ -21,6 +23,8 @@ def key_mask(mask: Any, batch: int, queries: int, keys: int) -> tuple[torch.Tens
         return None, ""
     if not isinstance(mask, torch.Tensor):
         return None, f"the mask is a {type(mask).__name__}"
+    if mask.ndim == 4 and 0 in mask.stride()[1:3]:  # a row spread over heads and queries
+        mask = mask[:, : 1 if mask.stride(1) == 0 else None, : 1 if mask.stride(2) == 0 else None]
     if mask.shape[-1] != keys:
         return None, f"the mask has {mask.shape[-1]} columns for {keys} keys"
     if mask.ndim == 2 and mask.shape[0] in (1, batch) and (mask.shape[0] != queries or queries == batch == 1):
@@ -33,6 +37,22 @@ def key_mask(mask: Any, batch: int, queries: int, keys: int) -> tuple[torch.Tens
     if mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == queries == keys and mask.shape[0] in (1, batch):
         return _outer_product(mask[:, 0], batch)
     return None, f"a mask of shape {tuple(mask.shape)} is more than a choice of keys"
+
+
+def grid_key_mask(mask: Any, batch: int, keys: int, rows: torch.Tensor) -> torch.Tensor | None:
+    """The key mask bool [B, Sk] that the queries `rows` (int64, places in the sequence) share; None when they do not.
+
+    mask: [B or 1, 1, Sq, Sk], bool or additive.
+    """
+    square = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[0] in (1, batch)
+    if not square or mask.shape[2:] != (keys, keys):
+        return None
+    asked = mask[:, 0].index_select(1, rows.to(mask.device))
+    if asked.dtype is not torch.bool:
+        if not bool(((asked == 0) | (asked <= _HIDDEN)).all()):
+            return None
+        asked = asked == 0
+    return asked[:, 0].expand(batch, -1) if bool((asked == asked[:, :1]).all()) else None
 
 
 def _as_bool(rows: torch.Tensor, mask: torch.Tensor, batch: int) -> tuple[torch.Tensor | None, str]:

@@ -46,12 +46,12 @@ class RootInputs:
         return {**dict(zip(self.names, args)), **kwargs}
 
     def timestep(self, bound: Mapping[str, Any]) -> float | None:
-        """The largest entry of a scalar, per-sample, per-frame or per-token timestep."""
+        """The noisiest entry of a scalar, per-sample, per-frame or per-token timestep, or of a list of the distinct ones."""
         value = bound.get(self.family.timestep if self.family else "timestep")
         if value is None:
             return None
         if isinstance(value, torch.Tensor) and value.numel() > 1:
-            value = value.max()
+            value = value.min() if self.family is not None and self.family.rising else value.max()
         return float(value)
 
     def layout(self, model: nn.Module, bound: Mapping[str, Any]) -> tuple[TokenLayout | None, str]:
@@ -79,15 +79,25 @@ def _shape_key(bound: Mapping[str, Any], reads_values: tuple[str, ...]) -> list[
             # an inference tensor counts no changes, so it is never taken for the one before
             version = math.nan if value.is_inference() else value._version
             key.append((name, tuple(value.shape), weakref.ref(value) if name in reads_values else None, version))
+        elif name in reads_values and isinstance(value, tuple) and all(isinstance(v, torch.Tensor) for v in value):
+            key += _shape_key({f"{name}.{i}": v for i, v in enumerate(value)}, tuple(f"{name}.{i}" for i in range(len(value))))
+        elif name in reads_values and value is not None:  # a cache, or a table of positions: it may change inside
+            key.append((name, None, _gone, 0))
         elif isinstance(value, (int, float, str, tuple, list)):
             key.append((name, _frozen(value), None, 0))
     return key
 
 
+def _gone() -> None:
+    """Stands for an input that is read anew in every forward."""
+
+
 def _frozen(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(v) for v in value)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
 
 
 def _same(old: list[Any], new: list[Any]) -> bool:

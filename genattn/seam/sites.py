@@ -7,6 +7,7 @@ numbered through over all lists in execution order, whatever else lies between.
 import functools
 import re
 
+import torch
 from torch import nn
 
 from genattn.geometry.token_layout import TokenLayout
@@ -29,6 +30,7 @@ _UNREACHABLE = {
     "PAGIdentitySanaLinearAttnProcessor2_0": "is linear attention: there is no score matrix to make sparse or to edit",
     "PAGCFGSanaLinearAttnProcessor2_0": "is linear attention: there is no score matrix to make sparse or to edit",
 }
+_HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 _SECTION = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _INSIDE = {"attentions": 0, "motion_modules": 1, "temp_attentions": 1}
 
@@ -48,7 +50,7 @@ def find_sites(model: nn.Module, component: str, family: Family | None) -> list[
         depth = depths[block] if block else -1
         if family is not None and family.side_by_side and block:
             depth = int(layer)
-        heads = int(getattr(module, "heads", 0) or 0)
+        heads = _heads_of(module)
         site = AttentionSite(name, stack, int(layer), depth, kind, heads, component, unreachable_reason(module.processor))
         sites.append((module, site))
     return sorted(sites, key=lambda pair: pair[1].depth)
@@ -62,6 +64,11 @@ def head_dims(found: list[tuple[nn.Module, AttentionSite]]) -> dict[str, int]:
         if width and site.heads:
             dims[site.name] = int(width) // site.heads
     return dims
+
+
+def _heads_of(module: nn.Module) -> int:
+    """Query heads, under any of the names that diffusers' attention modules use."""
+    return next((int(n) for n in (getattr(module, name, None) for name in _HEADS) if n), 0)
 
 
 def unreachable_reason(processor: object) -> str:
@@ -116,6 +123,8 @@ def layout_at(site: AttentionSite, family: Family | None, run: Run, queries: int
     whole = run.layout
     if whole is None or queries != keys:
         return None
+    if family is not None and family.queries:  # other calls at such a site are over other tokens, whatever their number
+        return whole if whole.seqlen == queries else None
     if family is not None and family.site_layout is not None:
         return family.site_layout(site.kind, queries, whole)
     if whole.seqlen == queries:
@@ -124,6 +133,33 @@ def layout_at(site: AttentionSite, family: Family | None, run: Run, queries: int
     if alone is not None and alone.seqlen == queries:
         return alone
     return _with_other_text(whole, queries) if family is not None and family.text_varies else None
+
+
+def asking_layout(site: AttentionSite, family: Family | None, run: Run, queries: int, keys: int) -> TokenLayout | None:
+    """The run's layout where only some of its segments ask: `keys` are the whole sequence, `queries` those segments."""
+    whole = run.layout
+    if whole is None or family is None or not family.queries or site.kind not in ("self", "joint"):
+        return None
+    asking = sum(s.length for s in whole.segments if s.kind in family.queries)
+    return whole if queries < keys == whole.seqlen and queries == asking else None
+
+
+def spread_queries(query: torch.Tensor, whole: TokenLayout, kinds: tuple[str, ...]) -> torch.Tensor:
+    """Queries [B, Sq, H, D] of the segments of these kinds at their places in the sequence [B, S, H, D], zeros elsewhere."""
+    parts, at = [], 0
+    for segment in whole.segments:
+        if segment.kind in kinds:
+            parts.append(query[:, at : at + segment.length])
+            at += segment.length
+        else:
+            parts.append(query.new_zeros(query.shape[0], segment.length, *query.shape[2:]))
+    return torch.cat(parts, dim=1)
+
+
+def gather_queries(whole_rows: torch.Tensor, whole: TokenLayout, kinds: tuple[str, ...]) -> torch.Tensor:
+    """The inverse of `spread_queries`: rows [B, S, H, D] of the whole sequence to those of the segments that ask."""
+    pieces = zip(whole.offsets, whole.segments)
+    return torch.cat([whole_rows[:, at : at + s.length] for at, s in pieces if s.kind in kinds], dim=1)
 
 
 @functools.lru_cache(maxsize=64)

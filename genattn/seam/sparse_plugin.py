@@ -18,7 +18,7 @@ from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern, SiteMemory
-from genattn.seam.masks import key_mask
+from genattn.seam.masks import grid_key_mask, key_mask
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
 
@@ -99,7 +99,7 @@ class SparsePlugin(Plugin):
         if planned:
             return _dense(call, inner, planned)
         reason = self.why_not(call)
-        keys, reason = (None, reason) if reason else self._key_mask(call)
+        keys, others, reason = (None, None, reason) if reason else self._key_mask(call)
         if reason:
             self._say_once(call, reason)
             return _dense(call, inner, reason)
@@ -109,6 +109,9 @@ class SparsePlugin(Plugin):
         flags: dict[str, Any] = {"impl": impl, "scale": call.scale, "key_mask": keys}
         tail = plan.tail if isinstance(plan, BlockPlan | HeadTiles) else None
         call.record.ran_sparse(plan.density, None if tail is None else tail.kind)
+        if others is not None:
+            out = planned_attention(call.query, call.key, call.value, plan, **flags)
+            return out.index_copy(1, others, inner(_rows_of(call, others)).to(out.dtype))  # type: ignore[union-attr]
         if call.record.wants_lse:
             with contextlib.suppress(GenAttnError):  # some backends do not tell it
                 out, call.record.lse = planned_attention(call.query, call.key, call.value, plan, return_lse=True, **flags)
@@ -164,15 +167,25 @@ class SparsePlugin(Plugin):
             return f"{type(self.pattern).__name__} does not serve this layout: {error}"
         return ""
 
-    def _key_mask(self, call: AttentionCall) -> tuple[torch.Tensor | None, str]:
-        """`key_mask`, read once for a tensor that all layers share: reading it waits for the device."""
+    def _key_mask(self, call: AttentionCall) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+        """(keys bool [B, Sk] or None for all, rows that keep a mask of their own, "") or (None, None, why it cannot be).
+
+        Read once for a tensor that all layers share: reading it waits for the device.
+        """
         if call.mask is None:
-            return None, ""
+            return None, None, ""
         counts = isinstance(call.mask, torch.Tensor) and not call.mask.is_inference()
         version = call.mask._version if counts else None
         if self._mask is not None and self._mask[0][0]() is call.mask and self._mask[0][1:] == (version, call.query.shape[:2]):
             return self._mask[1]  # type: ignore[no-any-return]
-        answer = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
+        keys, reason = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
+        others = None
+        if reason:
+            assert call.layout is not None
+            keys = grid_key_mask(call.mask, call.query.shape[0], call.key.shape[1], call.layout.grid_positions)
+            if keys is not None:
+                others, reason = torch.nonzero(call.layout.raster_index < 0).flatten().to(call.query.device), ""
+        answer = keys, others, reason
         self._mask = ((weakref.ref(call.mask), version, call.query.shape[:2]), answer)
         return answer
 
@@ -202,6 +215,12 @@ class SparsePlugin(Plugin):
             "impl": self.impl,
             **({"preset": self.origin} if self.origin else {}),
         }
+
+
+def _rows_of(call: AttentionCall, rows: torch.Tensor) -> AttentionCall:
+    """The call of some of its queries, under their rows of its mask."""
+    mask = call.mask.index_select(2, rows.to(call.mask.device))
+    return call.with_tensors(query=call.query.index_select(1, rows), mask=mask, layout=None)
 
 
 def _dense(call: AttentionCall, inner: Inner, reason: str) -> torch.Tensor:

@@ -16,6 +16,15 @@ from genattn.errors import GenAttnError
 UNBATCHED = frozenset(
     (
         "img_ids",
+        "image_cond_ids",
+        "position_ids",
+        "timestep_indices",
+        "token_tags",
+        "video_indices",
+        "audio_indices",
+        "text_indices",
+        "kv_cache",
+        "kv_caches",
         "txt_ids",
         "image_rotary_emb",
         "rope_interpolation_scale",

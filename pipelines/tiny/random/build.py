@@ -39,10 +39,15 @@ def build_model(family: str, seed: int = 0, **config: Any) -> nn.Module:
     return model
 
 
-def build_inputs(family: str, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments for one forward of `build_model(family)`."""
+def build_inputs(family: str, seed: int = 0, grid: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """Keyword arguments for one forward of `build_model(family)`.
+
+    grid: raster of tokens, (frames, height, width) for video, (height, width) for images, (frames,) for sound; None: tiny.
+    """
     spec = _known(family, MODELS)
-    return spec.inputs(torch.Generator().manual_seed(seed))  # type: ignore[no-any-return]
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Any] = spec.inputs(generator) if grid is None else spec.inputs(generator, grid)
+    return inputs
 
 
 def build_pipeline(family: str, **config: Any) -> tuple[Any, dict[str, Any]]:

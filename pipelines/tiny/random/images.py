@@ -1,12 +1,14 @@
-"""The tiny image denoisers and UNets: settings and inputs."""
+"""The tiny image denoisers and UNets: settings and inputs. `grid` is the raster of tokens (height, width)."""
 
+import math
 from typing import Any
 
 import torch
 
-from genattn.pipelines.tiny.random.spec import image_ids, normal
+from genattn.pipelines.tiny.random.spec import image_ids, latents, normal
 
 Drawn = dict[str, Any]
+Grid = tuple[int, ...]
 
 FLUX: Drawn = {
     "patch_size": 1,
@@ -195,83 +197,84 @@ ANIMATEDIFF: Drawn = {
 }
 
 
-def flux(g: torch.Generator) -> Drawn:
-    """8 x 12 tokens behind ten of text."""
+def flux(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
+    """An image behind ten tokens of text."""
     return {
-        "hidden_states": normal(g, 1, 8 * 12, 4),
+        "hidden_states": normal(g, 1, math.prod(grid), 4),
         "encoder_hidden_states": normal(g, 1, 10, 32),
         "pooled_projections": normal(g, 1, 32),
         "timestep": torch.tensor([0.5]),
-        "img_ids": image_ids(8, 12),
+        "img_ids": image_ids(*grid),
         "txt_ids": torch.zeros(10, 3),
     }
 
 
-def flux_kontext(g: torch.Generator) -> Drawn:
+def flux_kontext(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
     """A reference image of 4 x 6 tokens behind the image."""
-    ids = torch.cat([image_ids(8, 12), image_ids(4, 6, reference=1)])
-    return {**flux(g), "hidden_states": normal(g, 1, ids.shape[0], 4), "img_ids": ids}
+    ids = torch.cat([image_ids(*grid), image_ids(4, 6, reference=1)])
+    return {**flux(g, grid), "hidden_states": normal(g, 1, ids.shape[0], 4), "img_ids": ids}
 
 
-def flux2(g: torch.Generator) -> Drawn:
+def flux2(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
     """Positions in four columns."""
     text_ids = torch.zeros(1, 10, 4)
     text_ids[0, :, 3] = torch.arange(10)
     return {
-        "hidden_states": normal(g, 1, 8 * 12, 4),
+        "hidden_states": normal(g, 1, math.prod(grid), 4),
         "encoder_hidden_states": normal(g, 1, 10, 32),
         "timestep": torch.tensor([0.5]),
         "guidance": torch.tensor([1.0]),
-        "img_ids": image_ids(8, 12, columns=4)[None],
+        "img_ids": image_ids(*grid, columns=4)[None],
         "txt_ids": text_ids,
     }
 
 
-def chroma(g: torch.Generator) -> Drawn:
+def chroma(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
     """A mask over text and image whose last text tokens are padding."""
-    mask = torch.ones(1, 10 + 8 * 12, dtype=torch.bool)
+    mask = torch.ones(1, 10 + math.prod(grid), dtype=torch.bool)
     mask[:, 7:10] = False
-    drawn = {key: value for key, value in flux(g).items() if key != "pooled_projections"}
+    drawn = {key: value for key, value in flux(g, grid).items() if key != "pooled_projections"}
     return {**drawn, "attention_mask": mask}
 
 
-def sd3(g: torch.Generator) -> Drawn:
-    """12 x 16 tokens before nine of text."""
+def sd3(g: torch.Generator, grid: Grid = (12, 16)) -> Drawn:
+    """An image before nine tokens of text."""
     return {
-        "hidden_states": normal(g, 2, 4, 12, 16),
+        "hidden_states": normal(g, 2, 4, *grid),
         "encoder_hidden_states": normal(g, 2, 9, 32),
         "pooled_projections": normal(g, 2, 64),
         "timestep": torch.tensor([500, 500]),
     }
 
 
-def qwen(g: torch.Generator) -> Drawn:
-    """8 x 6 tokens behind the text, whose last two are padding."""
+def qwen(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
+    """An image behind the text, whose last two tokens are padding."""
     mask = torch.ones(1, 8, dtype=torch.long)
     mask[:, 6:] = 0
     return {
-        "hidden_states": normal(g, 1, 8 * 6, 16),
+        "hidden_states": normal(g, 1, math.prod(grid), 16),
         "encoder_hidden_states": normal(g, 1, 8, 16),
         "encoder_hidden_states_mask": mask,
         "timestep": torch.tensor([0.5]),
-        "img_shapes": [[(1, 8, 6)]],
+        "img_shapes": [[(1, *grid)]],
     }
 
 
-def qwen_edit(g: torch.Generator) -> Drawn:
+def qwen_edit(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
     """A reference image of 4 x 6 tokens."""
-    return {**qwen(g), "hidden_states": normal(g, 1, 8 * 6 + 4 * 6, 16), "img_shapes": [[(1, 8, 6), (1, 4, 6)]]}
+    tokens = normal(g, 1, math.prod(grid) + 4 * 6, 16)
+    return {**qwen(g, grid), "hidden_states": tokens, "img_shapes": [[(1, *grid), (1, 4, 6)]]}
 
 
-def z_image(g: torch.Generator) -> Drawn:
+def z_image(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
     """Image and caption that are no multiples of 32."""
-    return {"x": [normal(g, 16, 1, 16, 12)], "cap_feats": [normal(g, 20, 16)], "t": torch.tensor([0.5])}
+    return {"x": [normal(g, 16, 1, *latents(grid))], "cap_feats": [normal(g, 20, 16)], "t": torch.tensor([0.5])}
 
 
-def hidream(g: torch.Generator) -> Drawn:
+def hidream(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
     """Not square: filled up to the largest sequence."""
     return {
-        "hidden_states": normal(g, 2, 4, 16, 12),
+        "hidden_states": normal(g, 2, 4, *latents(grid)),
         "encoder_hidden_states_t5": normal(g, 2, 8, 8),
         "encoder_hidden_states_llama3": normal(g, 2, 2, 8, 4),
         "pooled_embeds": normal(g, 2, 8),
@@ -279,61 +282,61 @@ def hidream(g: torch.Generator) -> Drawn:
     }
 
 
-def pixart(g: torch.Generator) -> Drawn:
-    """8 x 6 tokens."""
+def pixart(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
+    """An image alone."""
     return {
-        "hidden_states": normal(g, 2, 4, 16, 12),
+        "hidden_states": normal(g, 2, 4, *latents(grid)),
         "timestep": torch.tensor([500, 500]),
         "encoder_hidden_states": normal(g, 2, 8, 8),
         "added_cond_kwargs": {"aspect_ratio": None, "resolution": None},
     }
 
 
-def sana(g: torch.Generator) -> Drawn:
-    """12 x 16 tokens."""
+def sana(g: torch.Generator, grid: Grid = (12, 16)) -> Drawn:
+    """An image alone."""
     return {
-        "hidden_states": normal(g, 2, 4, 12, 16),
+        "hidden_states": normal(g, 2, 4, *grid),
         "encoder_hidden_states": normal(g, 2, 8, 8),
         "timestep": torch.tensor([500, 500]),
     }
 
 
-def lumina2(g: torch.Generator) -> Drawn:
+def lumina2(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
     """Both texts cut to twelve tokens."""
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[:, 12:] = False
     return {
-        "hidden_states": normal(g, 2, 4, 16, 12),
+        "hidden_states": normal(g, 2, 4, *latents(grid)),
         "encoder_hidden_states": normal(g, 2, 16, 32),
         "timestep": torch.tensor([0.5, 0.5]),
         "encoder_attention_mask": mask,
     }
 
 
-def aura_flow(g: torch.Generator) -> Drawn:
-    """Registers, text, 8 x 6 tokens."""
+def aura_flow(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
+    """Registers, text, image."""
     return {
-        "hidden_states": normal(g, 2, 4, 16, 12),
+        "hidden_states": normal(g, 2, 4, *latents(grid)),
         "encoder_hidden_states": normal(g, 2, 9, 32),
         "timestep": torch.tensor([0.5, 0.5]),
     }
 
 
-def unet(g: torch.Generator) -> Drawn:
-    """16 x 12 places at the first level."""
-    return {"sample": normal(g, 2, 4, 16, 12), "timestep": torch.tensor(500), "encoder_hidden_states": normal(g, 2, 7, 8)}
+def unet(g: torch.Generator, grid: Grid = (16, 12)) -> Drawn:
+    """`grid` is the first level."""
+    return {"sample": normal(g, 2, 4, *grid), "timestep": torch.tensor(500), "encoder_hidden_states": normal(g, 2, 7, 8)}
 
 
-def unet_xl(g: torch.Generator) -> Drawn:
+def unet_xl(g: torch.Generator, grid: Grid = (16, 12)) -> Drawn:
     """With SDXL's pooled text and sizes."""
     added = {"text_embeds": normal(g, 2, 32), "time_ids": torch.ones(2, 6)}
-    return {**unet(g), "added_cond_kwargs": added}
+    return {**unet(g, grid), "added_cond_kwargs": added}
 
 
-def animatediff(g: torch.Generator) -> Drawn:
-    """Five frames of 16 x 12 places."""
+def animatediff(g: torch.Generator, grid: Grid = (5, 16, 12)) -> Drawn:
+    """Frames of a raster at the first level."""
     return {
-        "sample": normal(g, 2, 4, 5, 16, 12),
+        "sample": normal(g, 2, 4, *grid),
         "timestep": torch.tensor(500),
-        "encoder_hidden_states": normal(g, 2 * 5, 4, 16),
+        "encoder_hidden_states": normal(g, 2 * grid[0], 4, 16),
     }

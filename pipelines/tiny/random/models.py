@@ -2,7 +2,15 @@
 
 import torch
 
-from genattn.pipelines.tiny.random import images as images, videos as videos
+from genattn.pipelines.tiny.random import (
+    audios,
+    images,
+    images_by_ids,
+    images_by_patches,
+    videos,
+    videos_more,
+    videos_packed,
+)
 from genattn.pipelines.tiny.random.spec import TinyModel
 
 MODELS: dict[str, TinyModel] = {
@@ -16,30 +24,37 @@ MODELS: dict[str, TinyModel] = {
     "hunyuan-video-1.5": TinyModel("HunyuanVideo15Transformer3DModel", videos.HUNYUAN_15, videos.hunyuan_15),
     "framepack": TinyModel("HunyuanVideoFramepackTransformer3DModel", videos.FRAMEPACK, videos.framepack),
     "mochi": TinyModel("MochiTransformer3DModel", videos.MOCHI, videos.mochi, zero=("pos_frequencies",)),
-    "cogvideox": TinyModel("CogVideoXTransformer3DModel", videos.COGVIDEOX, videos.cogvideox),
-    "cogvideox-1.5": TinyModel("CogVideoXTransformer3DModel", videos.COGVIDEOX_15, videos.cogvideox_15),
-    "ltx": TinyModel("LTXVideoTransformer3DModel", videos.LTX, videos.ltx),
-    "ltx-condition": TinyModel("LTXVideoTransformer3DModel", videos.LTX, videos.ltx_condition),
-    "ltx2": TinyModel("LTX2VideoTransformer3DModel", videos.LTX2, videos.ltx2),
+    "cogvideox": TinyModel("CogVideoXTransformer3DModel", videos.COGVIDEOX, videos.cogvideox, axes="BFCHW"),
+    "cogvideox-1.5": TinyModel("CogVideoXTransformer3DModel", videos.COGVIDEOX_15, videos.cogvideox_15, axes="BFCHW"),
+    "ltx": TinyModel("LTXVideoTransformer3DModel", videos.LTX, videos.ltx, axes="BSC"),
+    "ltx-condition": TinyModel("LTXVideoTransformer3DModel", videos.LTX, videos.ltx_condition, axes="BSC"),
+    "ltx2": TinyModel("LTX2VideoTransformer3DModel", videos.LTX2, videos.ltx2, axes="BSC"),
     "cosmos": TinyModel("CosmosTransformer3DModel", videos.COSMOS, videos.cosmos),
     "latte": TinyModel("LatteTransformer3DModel", videos.LATTE, videos.latte),
-    "animatediff": TinyModel("UNetMotionModel", images.ANIMATEDIFF, images.animatediff),
-    "flux": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux),
-    "flux-kontext": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux_kontext),
-    "flux2": TinyModel("Flux2Transformer2DModel", images.FLUX2, images.flux2),
-    "sd3": TinyModel("SD3Transformer2DModel", images.SD3, images.sd3),
-    "sd3.5": TinyModel("SD3Transformer2DModel", images.SD35, images.sd3),
-    "qwen-image": TinyModel("QwenImageTransformer2DModel", images.QWEN, images.qwen),
-    "qwen-image-edit": TinyModel("QwenImageTransformer2DModel", images.QWEN, images.qwen_edit),
-    "z-image": TinyModel("ZImageTransformer2DModel", images.Z_IMAGE, images.z_image),
-    "hidream": TinyModel("HiDreamImageTransformer2DModel", images.HIDREAM, images.hidream),
-    "pixart": TinyModel("PixArtTransformer2DModel", images.PIXART, images.pixart),
-    "sana": TinyModel("SanaTransformer2DModel", images.SANA, images.sana),
-    "lumina2": TinyModel("Lumina2Transformer2DModel", images.LUMINA2, images.lumina2),
-    "aura-flow": TinyModel("AuraFlowTransformer2DModel", images.AURA_FLOW, images.aura_flow),
-    "chroma": TinyModel("ChromaTransformer2DModel", images.CHROMA, images.chroma),
-    "unet": TinyModel("UNet2DConditionModel", images.UNET, images.unet),
-    "unet-xl": TinyModel("UNet2DConditionModel", images.UNET_XL, images.unet_xl),
+    "animatediff": TinyModel("UNetMotionModel", images.ANIMATEDIFF, images.animatediff, latents="sample"),
+    "flux": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux, axes="BSC", large=(32, 24)),
+    "flux-kontext": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux_kontext, axes="BSC", large=(32, 24)),
+    "flux2": TinyModel("Flux2Transformer2DModel", images.FLUX2, images.flux2, axes="BSC", large=(32, 24)),
+    "sd3": TinyModel("SD3Transformer2DModel", images.SD3, images.sd3, axes="BCHW", large=(32, 24)),
+    "sd3.5": TinyModel("SD3Transformer2DModel", images.SD35, images.sd3, axes="BCHW", large=(32, 24)),
+    "qwen-image": TinyModel("QwenImageTransformer2DModel", images.QWEN, images.qwen, axes="BSC", large=(32, 24)),
+    "qwen-image-edit": TinyModel("QwenImageTransformer2DModel", images.QWEN, images.qwen_edit, axes="BSC", large=(32, 24)),
+    "z-image": TinyModel(
+        "ZImageTransformer2DModel", images.Z_IMAGE, images.z_image, latents="x", axes="[CFHW]", large=(32, 24)
+    ),
+    "hidream": TinyModel("HiDreamImageTransformer2DModel", images.HIDREAM, images.hidream, axes="BCHW", large=(32, 24)),
+    "pixart": TinyModel("PixArtTransformer2DModel", images.PIXART, images.pixart, axes="BCHW", large=(32, 24)),
+    "sana": TinyModel("SanaTransformer2DModel", images.SANA, images.sana, axes="BCHW", large=(32, 24)),
+    "lumina2": TinyModel("Lumina2Transformer2DModel", images.LUMINA2, images.lumina2, axes="BCHW", large=(32, 24)),
+    "aura-flow": TinyModel("AuraFlowTransformer2DModel", images.AURA_FLOW, images.aura_flow, axes="BCHW", large=(32, 24)),
+    "chroma": TinyModel("ChromaTransformer2DModel", images.CHROMA, images.chroma, axes="BSC", large=(32, 24)),
+    "unet": TinyModel("UNet2DConditionModel", images.UNET, images.unet, latents="sample", axes="BCHW", large=(32, 24)),
+    "unet-xl": TinyModel("UNet2DConditionModel", images.UNET_XL, images.unet_xl, latents="sample", axes="BCHW", large=(32, 24)),
+    **videos_packed.TINY,
+    **videos_more.TINY,
+    **images_by_ids.TINY,
+    **images_by_patches.TINY,
+    **audios.TINY,
 }
 
 

@@ -1,12 +1,14 @@
-"""The tiny video denoisers: settings and inputs."""
+"""The tiny video denoisers: settings and inputs. `grid` is the raster of tokens (frames, height, width)."""
 
+import math
 from typing import Any
 
 import torch
 
-from genattn.pipelines.tiny.random.spec import normal
+from genattn.pipelines.tiny.random.spec import latents, normal
 
 Drawn = dict[str, Any]
+Grid = tuple[int, ...]
 
 WAN: Drawn = {
     "patch_size": (1, 2, 2),
@@ -44,45 +46,45 @@ WAN_ANIMATE: Drawn = {
 }
 
 
-def wan(g: torch.Generator) -> Drawn:
-    """3 x 8 x 6 tokens."""
+def wan(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
+    """Video alone."""
     return {
-        "hidden_states": normal(g, 1, 16, 3, 16, 12),
+        "hidden_states": normal(g, 1, 16, *latents(grid)),
         "encoder_hidden_states": normal(g, 1, 12, 32),
         "timestep": torch.tensor([500]),
     }
 
 
-def wan_i2v(g: torch.Generator) -> Drawn:
+def wan_i2v(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
     """An image embedding before the 512 text tokens."""
     return {
-        "hidden_states": normal(g, 1, 36, 3, 16, 12),
+        "hidden_states": normal(g, 1, 36, *latents(grid)),
         "encoder_hidden_states": normal(g, 1, 512, 32),
         "encoder_hidden_states_image": normal(g, 1, 5, 16),
         "timestep": torch.tensor([500]),
     }
 
 
-def wan_ti2v(g: torch.Generator) -> Drawn:
+def wan_ti2v(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
     """One timestep per token, zero in the first frame."""
-    timestep = torch.full((1, 3 * 8 * 6), 500)
-    timestep[:, :48] = 0
-    return {**wan(g), "timestep": timestep}
+    timestep = torch.full((1, math.prod(grid)), 500)
+    timestep[:, : grid[1] * grid[2]] = 0
+    return {**wan(g, grid), "timestep": timestep}
 
 
-def wan_vace(g: torch.Generator) -> Drawn:
+def wan_vace(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
     """Control latents beside the video."""
-    return {**wan(g), "control_hidden_states": normal(g, 1, 48, 3, 16, 12)}
+    return {**wan(g, grid), "control_hidden_states": normal(g, 1, 48, *latents(grid))}
 
 
-def wan_animate(g: torch.Generator) -> Drawn:
+def wan_animate(g: torch.Generator, grid: Grid = (21, 4, 6)) -> Drawn:
     """Pose latents and 77 face frames beside 21 frames of video."""
     return {
-        "hidden_states": normal(g, 1, 12, 21, 8, 12),
+        "hidden_states": normal(g, 1, 12, *latents(grid)),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": normal(g, 1, 12, 16),
         "encoder_hidden_states_image": normal(g, 1, 12, 16),
-        "pose_hidden_states": normal(g, 1, 4, 20, 8, 12),
+        "pose_hidden_states": normal(g, 1, 4, *latents((grid[0] - 1, *grid[1:]))),
         "face_pixel_values": normal(g, 1, 3, 77, 16, 16),
     }
 
@@ -129,12 +131,12 @@ FRAMEPACK: Drawn = {
 }
 
 
-def hunyuan(g: torch.Generator) -> Drawn:
-    """3 x 8 x 6 tokens of video, two of the twelve text tokens padding."""
+def hunyuan(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
+    """Video, two of the twelve text tokens padding."""
     mask = torch.ones(1, 12)
     mask[:, 10:] = 0
     return {
-        "hidden_states": normal(g, 1, 4, 3, 8, 6),
+        "hidden_states": normal(g, 1, 4, *grid),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": normal(g, 1, 12, 16),
         "pooled_projections": normal(g, 1, 8),
@@ -143,12 +145,12 @@ def hunyuan(g: torch.Generator) -> Drawn:
     }
 
 
-def hunyuan_15(g: torch.Generator) -> Drawn:
+def hunyuan_15(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
     """Two texts, one of them padded, and no image."""
     mask = torch.ones(1, 6)
     mask[:, 4:] = 0
     return {
-        "hidden_states": normal(g, 1, 4, 3, 8, 6),
+        "hidden_states": normal(g, 1, 4, *grid),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": normal(g, 1, 6, 16),
         "encoder_hidden_states_2": normal(g, 1, 4, 8),
@@ -158,22 +160,23 @@ def hunyuan_15(g: torch.Generator) -> Drawn:
     }
 
 
-def framepack(g: torch.Generator) -> Drawn:
+def framepack(g: torch.Generator, grid: Grid = (3, 4, 2)) -> Drawn:
     """Three stretches of the past before the video."""
+    frames, height, width = latents(grid)
     return {
-        "hidden_states": normal(g, 1, 4, 3, 8, 4),
+        "hidden_states": normal(g, 1, 4, frames, height, width),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": normal(g, 1, 12, 16),
         "pooled_projections": normal(g, 1, 8),
         "encoder_attention_mask": torch.ones(1, 12),
         "guidance": torch.tensor([1000]),
         "image_embeds": normal(g, 1, 7, 16),
-        "indices_latents": torch.ones(3),
-        "latents_clean": normal(g, 1, 4, 2, 8, 4),
+        "indices_latents": torch.ones(frames),
+        "latents_clean": normal(g, 1, 4, 2, height, width),
         "indices_latents_clean": torch.ones(2),
-        "latents_history_2x": normal(g, 1, 4, 2, 8, 4),
+        "latents_history_2x": normal(g, 1, 4, 2, height, width),
         "indices_latents_history_2x": torch.ones(2),
-        "latents_history_4x": normal(g, 1, 4, 8, 8, 4),
+        "latents_history_4x": normal(g, 1, 4, 8, height, width),
         "indices_latents_history_4x": torch.ones(8),
     }
 
@@ -252,7 +255,7 @@ COSMOS: Drawn = {
     "mlp_ratio": 2,
     "text_embed_dim": 16,
     "adaln_lora_dim": 4,
-    "max_size": (4, 32, 32),
+    "max_size": (16, 32, 32),
     "patch_size": (1, 2, 2),
     "rope_scale": (2.0, 1.0, 1.0),
     "concat_padding_mask": False,
@@ -278,78 +281,82 @@ LATTE: Drawn = {
 }
 
 
-def mochi(g: torch.Generator) -> Drawn:
+def mochi(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
     """Two samples whose texts differ in length."""
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 5:] = False
     return {
-        "hidden_states": normal(g, 2, 12, 3, 16, 12),
+        "hidden_states": normal(g, 2, 12, *latents(grid)),
         "encoder_hidden_states": normal(g, 2, 9, 32),
         "timestep": torch.tensor([500, 500]),
         "encoder_attention_mask": mask,
     }
 
 
-def cogvideox(g: torch.Generator) -> Drawn:
-    """3 x 8 x 6 tokens behind the text."""
+def cogvideox(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
+    """Video behind the text."""
+    frames, height, width = latents(grid)
     return {
-        "hidden_states": normal(g, 2, 3, 4, 16, 12),
+        "hidden_states": normal(g, 2, frames, 4, height, width),
         "encoder_hidden_states": normal(g, 2, 16, 32),
         "timestep": torch.tensor([500, 500]),
     }
 
 
-def cogvideox_15(g: torch.Generator) -> Drawn:
-    """A temporal patch of two: 2 x 8 x 6 tokens, with rotary embedding."""
-    angles = normal(g, 2 * 8 * 6, 16)
-    return {**cogvideox(g), "hidden_states": normal(g, 2, 4, 4, 16, 12), "image_rotary_emb": (angles.cos(), angles.sin())}
+def cogvideox_15(g: torch.Generator, grid: Grid = (2, 8, 6)) -> Drawn:
+    """A temporal patch of two, with rotary embedding."""
+    angles = normal(g, math.prod(grid), 16)
+    video = normal(g, 2, 2 * grid[0], 4, 2 * grid[1], 2 * grid[2])
+    return {**cogvideox(g), "hidden_states": video, "image_rotary_emb": (angles.cos(), angles.sin())}
 
 
-def ltx(g: torch.Generator) -> Drawn:
-    """3 x 8 x 6 tokens, packed."""
+def ltx(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
+    """Packed tokens of video."""
     return {
-        "hidden_states": normal(g, 2, 3 * 8 * 6, 8),
+        "hidden_states": normal(g, 2, math.prod(grid), 8),
         "encoder_hidden_states": normal(g, 2, 9, 32),
         "timestep": torch.tensor([500, 500]),
         "encoder_attention_mask": torch.ones(2, 9, dtype=torch.bool),
-        "num_frames": 3,
-        "height": 8,
-        "width": 6,
+        **dict(zip(("num_frames", "height", "width"), grid)),
     }
 
 
-def ltx_condition(g: torch.Generator) -> Drawn:
+def ltx_condition(g: torch.Generator, grid: Grid = (3, 8, 6)) -> Drawn:
     """Tokens of a condition frame before the video, told by coordinates alone, one timestep per token."""
-    times = torch.cat([torch.zeros(1), torch.tensor([0.0, 1.0, 9.0])])
-    frames, rows, columns = torch.meshgrid(times, torch.arange(8.0) * 32, torch.arange(6.0) * 32, indexing="ij")
+    times = torch.cat([torch.zeros(2), torch.arange(grid[0] - 1) * 8.0 + 1])
+    axes = (times, torch.arange(float(grid[1])) * 32, torch.arange(float(grid[2])) * 32)
+    frames, rows, columns = torch.meshgrid(*axes, indexing="ij")
     coordinates = torch.stack([frames.flatten(), rows.flatten(), columns.flatten()])[None].expand(2, -1, -1)
-    timestep = torch.full((2, 4 * 8 * 6), 500)
-    timestep[:, :48] = 0
-    drawn = {**ltx(g), "hidden_states": normal(g, 2, 4 * 8 * 6, 8), "timestep": timestep, "video_coords": coordinates}
+    timestep = torch.full((2, frames.numel()), 500)
+    timestep[:, : grid[1] * grid[2]] = 0
+    drawn = {
+        **ltx(g, grid),
+        "hidden_states": normal(g, 2, frames.numel(), 8),
+        "timestep": timestep,
+        "video_coords": coordinates,
+    }
     return {key: value for key, value in drawn.items() if key not in ("num_frames", "height", "width")}
 
 
-def ltx2(g: torch.Generator) -> Drawn:
+def ltx2(g: torch.Generator, grid: Grid = (2, 8, 6)) -> Drawn:
     """Video and nine frames of audio."""
     return {
-        "hidden_states": normal(g, 2, 2 * 8 * 6, 4),
+        "hidden_states": normal(g, 2, math.prod(grid), 4),
         "audio_hidden_states": normal(g, 2, 9, 4),
         "encoder_hidden_states": normal(g, 2, 9, 16),
         "audio_encoder_hidden_states": normal(g, 2, 9, 16),
         "timestep": torch.tensor([500.0, 500.0]),
         "encoder_attention_mask": torch.ones(2, 9, dtype=torch.bool),
-        "num_frames": 2,
-        "height": 8,
-        "width": 6,
+        **dict(zip(("num_frames", "height", "width"), grid)),
         "audio_num_frames": 9,
         "fps": 25.0,
     }
 
 
-def cosmos(g: torch.Generator) -> Drawn:
-    """2 x 8 x 6 tokens."""
+def cosmos(g: torch.Generator, grid: Grid = (2, 8, 6)) -> Drawn:
+    """Video alone."""
     return {
-        "hidden_states": normal(g, 1, 4, 2, 16, 12),
+        "hidden_states": normal(g, 1, 4, *latents(grid)),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": normal(g, 1, 12, 16),
         "attention_mask": torch.ones(1, 12),
@@ -357,10 +364,10 @@ def cosmos(g: torch.Generator) -> Drawn:
     }
 
 
-def latte(g: torch.Generator) -> Drawn:
-    """Four frames of 4 x 4 tokens (Latte's position table is square)."""
+def latte(g: torch.Generator, grid: Grid = (4, 4, 4)) -> Drawn:
+    """Frames that are square, as Latte's position table is."""
     return {
-        "hidden_states": normal(g, 2, 4, 4, 8, 8),
+        "hidden_states": normal(g, 2, 4, *latents(grid)),
         "encoder_hidden_states": normal(g, 2, 8, 8),
         "timestep": torch.tensor([500, 500]),
         "enable_temporal_attentions": True,

@@ -15,12 +15,15 @@ from genattn.layouts.family import Family
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.pattern import Pattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
+from genattn.pipelines.tiny.random.models import MODELS
+from genattn.pipelines.tiny.random.spec import TinyModel
 from genattn.seam.handle import apply
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:CPU Autocast"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
 ]
 SPARSE = [f for f in families() if f != "sana"]
 
@@ -45,8 +48,10 @@ class Recorder(Plugin):
 
 def forward(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
-        out = model(**inputs, return_dict=False)[0]
-    return out[0] if isinstance(out, list) else out
+        out = model(**copy.deepcopy(inputs), return_dict=False)  # caches among the inputs are written to
+    while isinstance(out, (list, tuple)):
+        out = out[0]
+    return out
 
 
 def snapshot(model: Any) -> dict[str, Any]:
@@ -70,14 +75,27 @@ def test_dense_is_stock_and_removal_is_exact(family: str) -> None:
     model, inputs = build_model(family), build_inputs(family)
     stock = forward(model, inputs)
     before = snapshot(model)
+    forward(model, inputs)
+    again = snapshot(model)
+    own = {key for key in before if before[key] != again[key]}  # what stock code itself makes anew in every forward
+    before = {key: value for key, value in again.items() if key not in own}
     handles = [apply(model, Recorder(EVERY_KIND)), apply(model, Recorder(EVERY_KIND))]
     if family != "sana":
         handles.append(apply(model, DensePattern()))
     assert torch.equal(forward(model, inputs), stock)
     for handle in handles:  # not in the reverse order
         handle.remove()
-    assert snapshot(model) == before
+    assert {key: value for key, value in snapshot(model).items() if key not in own} == before
     assert torch.equal(forward(model, inputs), stock)
+
+
+# calls over other tokens at the same modules, which keep a rule of the model's own: text by itself, kept references
+WITH_OTHERS = {"cosmos3", "flux2-kv", "qwen-image-2.1"}
+
+
+def belongs_to_others(family: str, call: AttentionCall) -> bool:
+    whole = call.run.layout
+    return family in WITH_OTHERS and whole is not None and call.query.shape[1] != whole.seqlen
 
 
 @pytest.mark.parametrize("family", SPARSE)
@@ -86,51 +104,58 @@ def test_layout_is_the_sequence(family: str) -> None:
     recorder = Recorder()
     with apply(model, recorder):
         forward(model, inputs)
-    assert recorder.calls
-    for call in recorder.calls:
+    calls = [call for call in recorder.calls if not belongs_to_others(family, call)]
+    assert calls
+    for call in calls:
         assert call.layout is not None, f"{call.site.name}: {call.run.why_no_layout}, {call.query.shape}, {call.run.layout}"
         assert call.layout.seqlen == call.query.shape[1] == call.key.shape[1]
-
-
-def latents_of(inputs: dict[str, Any]) -> torch.Tensor:
-    for name in ("hidden_states", "sample"):
-        if name in inputs:
-            return inputs[name]
-    return inputs["x"][0]
 
 
 def text_positions(layout: TokenLayout) -> set[int]:
     return {n for s, start in zip(layout.segments, layout.offsets) if s.kind == "text" for n in range(start, start + s.length)}
 
 
-# latents [B, C, F, H, W] unless said: which entry belongs to which token of the grid
-PACKED = {"ltx", "ltx-condition", "ltx2", "flux", "flux-kontext", "flux2", "chroma", "qwen-image", "qwen-image-edit"}
-REFINED = {"z-image", "lumina2"}  # a refiner has mixed the image tokens before the first block
-CONVOLVED = {"unet", "unet-xl", "animatediff"}
+REFINED = {"z-image", "lumina2", "bria-fibo2", "bria-fibo2-batch"}  # a refiner mixes the image's tokens before the first block
+CONVOLVED = {"unet", "unet-xl", "animatediff", "transformer-2d", "dreamlite"}  # or a norm or convolution over the raster does
 
 
-def poke(family: str, inputs: dict[str, Any], model: Any, layout: TokenLayout, place: tuple[int, int, int]) -> dict[str, Any]:
-    """The inputs with the latents changed at one token of the grid."""
-    changed = copy.deepcopy(inputs)
-    latents = latents_of(changed)
+def places_of(spec: TinyModel, latents: torch.Tensor, layout: TokenLayout, place: tuple[int, int, int]) -> torch.Tensor:
+    """The entries of the latents [..., those of one token] that make up the token at `place` of the grid."""
     frame, row, column = place
-    _, height, width = layout.grid3
-    if family in PACKED:
-        before = sum(
-            s.length for s in layout.segments[: [s.kind for s in layout.segments].index("grid")] if s.kind == "reference"
-        )
-        latents[:, before + (frame * height + row) * width + column] += 3
+    frames, height, width = layout.grid3
+    kinds = [s.kind for s in layout.segments]
+    if "S" in spec.axes:
+        before = sum(s.length for s in layout.segments[: kinds.index("grid")] if s.kind == "reference")
+        packed = latents.movedim(spec.axes.index("S"), 0)
+        index = before + (frame * height + row) * width + column
+        per = max(1, packed.shape[0] // (frames * height * width)) if len(layout.grid or ()) == 1 else 1
+        return packed[index * per : (index + 1) * per]
+    axes = spec.axes.strip("[]")
+    view = latents
+    for axis, at, n in (("F", frame, frames), ("H", row, height), ("W", column, width)):
+        if axis in axes:
+            size = view.shape[axes.index(axis)] // n
+            view = view.narrow(axes.index(axis), at * size, size)
+    if "I" in axes:  # the item that is made is the last one given
+        view = view.narrow(axes.index("I"), -1, 1)
+    return view
+
+
+def poke(family: str, inputs: dict[str, Any], layout: TokenLayout, place: tuple[int, int, int]) -> dict[str, Any]:
+    """The inputs with the latents changed at one token of the grid."""
+    changed, spec = copy.deepcopy(inputs), MODELS[family]
+    latents = changed[spec.latents]
+    if family == "ideogram4":  # the latents of the whole sequence; text rows hold zeros
+        at = int(layout.grid_positions[place[1] * layout.grid3[2] + place[2]])
+        latents[:, at] += 3
         return changed
-    if family.startswith("cogvideox"):
-        latents = latents.transpose(1, 2)
-    frames = latents.shape[-3] if latents.ndim >= 4 and layout.grid3[0] > 1 else 1
-    ph, pw, pf = latents.shape[-2] // height, latents.shape[-1] // width, frames // layout.grid3[0]
-    rows, columns = slice(row * ph, (row + 1) * ph), slice(column * pw, (column + 1) * pw)
-    if layout.grid3[0] > 1:
-        latents[..., frame * pf : (frame + 1) * pf, rows, columns] += 3
-    else:
-        latents[..., rows, columns] += 3
+    places_of(spec, latents[0] if spec.axes.startswith("[") else latents, layout, place).add_(3)
     return changed
+
+
+def asked_last(recorder: Recorder) -> AttentionCall:
+    """The first block's call over the image: a block may first look at text, or keep keys of references."""
+    return next(call for call in recorder.calls if call.layout is not None)
 
 
 @pytest.mark.parametrize("family", [f for f in SPARSE if f not in CONVOLVED])
@@ -140,14 +165,17 @@ def test_grid_tokens_stand_where_the_layout_says(family: str) -> None:
     recorder = Recorder(("self", "joint", "spatial"))
     with apply(model, recorder):
         forward(model, inputs)
-        first, whole = recorder.calls[0], recorder.calls[0].run.layout
+        first = asked_last(recorder)
+        whole = first.run.layout
         assert first.layout is not None
         assert whole is not None
         frames, height, width = whole.grid3
-        for place in {(0, 0, 0), (frames - 1, height - 2, 1), (frames // 2, 1, width - 1)}:
+        line = len(whole.grid or ()) == 1
+        inside = {(0, 0, width - 1), (0, 0, width // 2)} if line else {(frames - 1, height - 2, 1), (frames // 2, 1, width - 1)}
+        for place in {(0, 0, 0), *inside}:
             recorder.calls.clear()
-            forward(model, poke(family, inputs, model, whole, place))
-            moved = (recorder.calls[0].query != first.query).flatten(2).any(-1)
+            forward(model, poke(family, inputs, whole, place))
+            moved = (asked_last(recorder).query != first.query).flatten(2).any(-1)
             frame, row, column = place if first.layout.grid3[0] == frames else (0, *place[1:])
             expected = first.layout.grid_positions[(frame * height + row) * width + column]
             if family in REFINED:
@@ -166,10 +194,14 @@ def test_radial_runs(family: str) -> None:
         out = forward(model, inputs)
         report = handle.report()
     assert out.isfinite().all()
-    assert report.sparse_calls == report.calls > 0, report.dense_reasons
+    note = getattr(family_of(model), "note", "")
+    some = family in WITH_OTHERS or family == "ace-step"
+    assert 0 < report.sparse_calls <= report.calls, report.dense_reasons
+    assert (report.sparse_calls == report.calls) is not some, report.dense_reasons
+    assert not some or "stay" in note
     with apply(model, Everything(), dense_steps=0, dense_layers=0) as handle:
         out = forward(model, inputs)
-        assert handle.report().sparse_calls == report.calls
+        assert handle.report().sparse_calls == report.sparse_calls
     torch.testing.assert_close(out, stock, atol=2e-5, rtol=1e-4)
 
 
