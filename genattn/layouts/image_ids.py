@@ -123,9 +123,16 @@ def joy_image_plus(model: Any, inputs: Inputs) -> TokenLayout | None:
 
 
 def _by_ids(name: str, model: str, cfg: str | None, note: str = "") -> Family:
-    kinds = (("attn", "joint"),)
     return Family(
-        name, (model,), _FLUX_STACKS, text_then_ids, kinds, reads_values=("img_ids",), cfg=cfg, generic=True, note=note
+        name,
+        (model,),
+        _FLUX_STACKS,
+        text_then_ids,
+        (("attn", "joint"),),
+        reads_values=("img_ids",),
+        cfg=cfg,
+        generic=True,
+        note=note,
     )
 
 

@@ -10,12 +10,16 @@ places are does not matter: positions may be fractions, and frames may be spaced
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 
-from genattn.geometry.token_layout import Segment, TokenLayout
+from genattn.geometry.token_layout import Segment, SegmentKind, TokenLayout
 
-TEXT, SOUND, VIDEO, OTHER = "text", "audio", "reference", "register"
+TEXT: SegmentKind = "text"
+SOUND: SegmentKind = "audio"
+VIDEO: SegmentKind = "reference"
+OTHER: SegmentKind = "register"
 
 
 def raster_shape(places: torch.Tensor) -> tuple[int, ...] | None:
@@ -52,7 +56,9 @@ def rasters(ids: torch.Tensor, first: int) -> list[tuple[int, int]] | None:
     return shapes
 
 
-def packed(length: int, rows: dict[str, torch.Tensor], places: torch.Tensor, noise: torch.Tensor | None) -> TokenLayout | None:
+def packed(
+    length: int, rows: Mapping[SegmentKind, torch.Tensor], places: torch.Tensor, noise: torch.Tensor | None
+) -> TokenLayout | None:
     """The layout of a sequence whose rows are told by kind: text, sound, and rasters, the last of which is made.
 
     length: of the sequence. rows: positions in the sequence by segment kind, "reference" for rows of video. places: [length,
@@ -74,7 +80,7 @@ def packed(length: int, rows: dict[str, torch.Tensor], places: torch.Tensor, noi
     for begin, end in _runs(kinds):
         name = names[int(kinds[begin])]
         if name != VIDEO:
-            segments.append(Segment(name, (end - begin,)))  # type: ignore[arg-type]
+            segments.append(Segment(name, (end - begin,)))
             continue
         found = _video(places[begin:end], None if noise is None else noise[begin:end])
         if found is None:

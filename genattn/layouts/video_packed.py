@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from genattn.geometry.token_layout import TokenLayout
+from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.family import Family
 from genattn.layouts.positions import OTHER, SOUND, TEXT, VIDEO, packed
 
@@ -26,8 +26,9 @@ def minimax_h3(model: Any, inputs: Inputs) -> TokenLayout | None:
 def cosmos3(model: Any, inputs: Inputs) -> TokenLayout | None:
     """Text is the first `und_len` rows; the rasters in `position_ids` must be those of `vision_token_shapes`."""
     length, words = int(inputs["sequence_length"]), int(inputs["und_len"])
-    rows = {TEXT: torch.arange(words), VIDEO: inputs["vision_sequence_indexes"]}
-    for kind, name in ((SOUND, "sound_sequence_indexes"), (OTHER, "action_sequence_indexes")):
+    rows: dict[SegmentKind, torch.Tensor] = {TEXT: torch.arange(words), VIDEO: inputs["vision_sequence_indexes"]}
+    more: dict[SegmentKind, str] = {SOUND: "sound_sequence_indexes", OTHER: "action_sequence_indexes"}
+    for kind, name in more.items():
         if inputs.get(name) is not None:
             rows[kind] = inputs[name]
     places = inputs["position_ids"]

@@ -204,14 +204,14 @@ def flux(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
         "encoder_hidden_states": normal(g, 1, 10, 32),
         "pooled_projections": normal(g, 1, 32),
         "timestep": torch.tensor([0.5]),
-        "img_ids": image_ids(*grid),
+        "img_ids": image_ids(grid),
         "txt_ids": torch.zeros(10, 3),
     }
 
 
 def flux_kontext(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
     """A reference image of 4 x 6 tokens behind the image."""
-    ids = torch.cat([image_ids(*grid), image_ids(4, 6, reference=1)])
+    ids = torch.cat([image_ids(grid), image_ids((4, 6), reference=1)])
     return {**flux(g, grid), "hidden_states": normal(g, 1, ids.shape[0], 4), "img_ids": ids}
 
 
@@ -224,7 +224,7 @@ def flux2(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
         "encoder_hidden_states": normal(g, 1, 10, 32),
         "timestep": torch.tensor([0.5]),
         "guidance": torch.tensor([1.0]),
-        "img_ids": image_ids(*grid, columns=4)[None],
+        "img_ids": image_ids(grid, columns=4)[None],
         "txt_ids": text_ids,
     }
 

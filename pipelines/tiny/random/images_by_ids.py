@@ -82,7 +82,7 @@ def by_ids(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
         "hidden_states": normal(g, 1, math.prod(grid), 4),
         "encoder_hidden_states": normal(g, 1, _WORDS, 32),
         "timestep": torch.tensor([0.5]),
-        "img_ids": image_ids(*grid),
+        "img_ids": image_ids(grid),
         "txt_ids": torch.zeros(_WORDS, 3),
     }
 
@@ -94,8 +94,8 @@ def fibo(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
 
 def longcat(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
     """Positions of the image start behind those of the text; a reference image behind the image (Edit)."""
-    target = image_ids(*grid, reference=1) + torch.tensor([0.0, 512.0, 512.0])
-    reference = image_ids(4, 6, reference=2) + torch.tensor([0.0, 512.0, 512.0])
+    target = image_ids(grid, reference=1) + torch.tensor([0.0, 512.0, 512.0])
+    reference = image_ids((4, 6), reference=2) + torch.tensor([0.0, 512.0, 512.0])
     ids = torch.cat([target, reference])
     return {**by_ids(g, grid), "hidden_states": normal(g, 1, len(ids), 4), "img_ids": ids}
 
@@ -104,8 +104,8 @@ def flux2_kv(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
     """FLUX.2 with a reference image before the image, whose keys are being kept: it sees nothing but itself."""
     from genattn.pipelines.tiny.random.images import flux2
 
-    reference = image_ids(4, 6, columns=4, reference=10)
-    ids = torch.cat([reference, image_ids(*grid, columns=4)])[None]
+    reference = image_ids((4, 6), columns=4, reference=10)
+    ids = torch.cat([reference, image_ids(grid, columns=4)])[None]
     tokens = normal(g, 1, ids.shape[1], 4)
     kept = {"kv_cache_mode": "extract", "num_ref_tokens": len(reference)}
     return {**flux2(g, grid), "hidden_states": tokens, "img_ids": ids, **kept}
@@ -114,13 +114,13 @@ def flux2_kv(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
 def flux3(g: torch.Generator, grid: Grid = (8, 12)) -> Drawn:
     """An image with positions on a finer grid than its tokens, and a reference behind it."""
     fine = torch.tensor([1.0, 0.75, 0.75, 1.0])
-    reference = image_ids(4, 6, columns=4) * fine
+    reference = image_ids((4, 6), columns=4) * fine
     reference[:, 3] = -1
     return {
         "hidden_states": normal(g, 1, math.prod(grid), 4),
         "encoder_hidden_states": normal(g, 1, _WORDS, 32),
         "timestep": torch.tensor([0.5]),
-        "img_ids": image_ids(*grid, columns=4) * fine,
+        "img_ids": image_ids(grid, columns=4) * fine,
         "txt_ids": torch.zeros(_WORDS, 4),
         "image_cond_hidden_states": normal(g, 1, len(reference), 4),
         "image_cond_ids": reference,
@@ -135,7 +135,7 @@ def krea2(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
         "hidden_states": normal(g, 1, math.prod(grid), 4),
         "encoder_hidden_states": normal(g, 1, _WORDS, 3, 16),
         "timestep": torch.tensor([0.5]),
-        "position_ids": torch.cat([torch.zeros(_WORDS, 3), image_ids(*grid)]),
+        "position_ids": torch.cat([torch.zeros(_WORDS, 3), image_ids(grid)]),
         "encoder_attention_mask": mask,
     }
 
@@ -148,7 +148,7 @@ def ideogram4(g: torch.Generator, grid: Grid = (8, 6)) -> Drawn:
     states[:, before:], texts[:, padding:before] = normal(g, 1, tokens, 8), normal(g, 1, words, 12)
     positions = torch.zeros(1, length, 3, dtype=torch.long)
     positions[0, padding:before] = torch.arange(words)[:, None]
-    positions[0, before:] = image_ids(*grid).long() + 65536
+    positions[0, before:] = image_ids(grid).long() + 65536
     positions[0, before:, 0] = 65536
     segments, roles = torch.ones(1, length, dtype=torch.long), torch.full((1, length), 2)
     segments[:, :padding], roles[:, :padding], roles[:, padding:before] = -1, 0, 3

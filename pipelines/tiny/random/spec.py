@@ -58,8 +58,9 @@ def latents(grid: tuple[int, ...], patch: int = 2) -> tuple[int, ...]:
     return (*before, patch * height, patch * width)
 
 
-def image_ids(height: int, width: int, columns: int = 3, reference: int = 0) -> torch.Tensor:
+def image_ids(grid: tuple[int, ...], columns: int = 3, reference: int = 0) -> torch.Tensor:
     """Token positions (reference, row, column[, ...]) of one image in raster order, [H * W, columns]."""
+    height, width = grid
     ids = torch.zeros(height * width, columns)
     ids[:, 0] = reference
     ids[:, 1] = torch.arange(height).repeat_interleave(width)
