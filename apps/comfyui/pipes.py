@@ -12,6 +12,7 @@ import torch
 import genattn
 from genattn.apps.sampling.load_pipeline import load_pipeline
 from genattn.apps.sampling.negative import split_negative
+from genattn.apps.sampling.pipeline_calls import sample_frames, taken_arguments
 from genattn.apps.sampling.preview import clean_estimate, first_frame
 from genattn.apps.sampling.run import SamplingSettings, call_arguments, makes_video, own_defaults
 from genattn.errors import GenAttnError
@@ -136,11 +137,11 @@ def sample(holder: Pipe, prompt: str, negative: str, seed: int, video: bool, **s
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     call, instead = split_negative(pipe, call)
+    if "callback_on_step_end" in taken_arguments(pipe):  # modular pipelines have none: no bar, no interrupt
+        call = {**call, "callback_on_step_end": Steps(call["num_inference_steps"])}
     with holder.applied() as handle, contextlib.nullcontext() if instead is None else genattn.apply(pipe, instead):
-        steps = Steps(call["num_inference_steps"])
-        output = pipe(**call, prompt=prompt, generator=generator, output_type="np", callback_on_step_end=steps)
+        frames = sample_frames(pipe, **call, prompt=prompt, generator=generator)
         told = "no plugins: stock" if handle is None else handle.report().table()
-    frames = output.frames[0] if hasattr(output, "frames") else output.images
     return torch.from_numpy(np.asarray(frames, np.float32)), fps_of(pipe), told
 
 

@@ -11,6 +11,7 @@ import genattn
 from genattn.errors import GenAttnError
 
 WEIGHTS = (".safetensors", ".gguf")
+MODULAR_INDEX = "modular_model_index.json"
 
 
 def shipped_model(name: str = "tiny-wan") -> Path:
@@ -28,6 +29,9 @@ def shipped_model(name: str = "tiny-wan") -> Path:
 def check_folder(folder: Path) -> None:
     """Raise GenAttnError if `folder` is not a whole diffusers pipeline: what is missing, by name."""
     index = folder / "model_index.json"
+    if not index.is_file() and (folder / MODULAR_INDEX).is_file():
+        _check_modular(folder)
+        return
     if not index.is_file():
         raise GenAttnError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     components = {k: v for k, v in _read_json(index).items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
@@ -39,6 +43,18 @@ def check_folder(folder: Path) -> None:
             _check_weights(part)
         elif not any(part.glob("*.json")):
             raise GenAttnError(f"{part} is incomplete: component {name!r} ({cls}) has no config; copy the model again")
+
+
+def _check_modular(folder: Path) -> None:
+    """A modular folder may take components from elsewhere; those that lie in it must be whole."""
+    for name in _modular_components(folder):
+        if (folder / name / "config.json").is_file():
+            _check_weights(folder / name)
+
+
+def _modular_components(folder: Path) -> list[str]:
+    """Components that modular_model_index.json names, with those that are taken from elsewhere."""
+    return [name for name, entry in _read_json(folder / MODULAR_INDEX).items() if isinstance(entry, list) and len(entry) == 3]
 
 
 def _check_weights(part: Path) -> None:
@@ -103,11 +119,53 @@ def load_pipeline(
         raise GenAttnError(f"dtype must be auto, {', '.join(kinds)}, got {dtype!r}")
     kind = kinds.get(dtype, torch.float32 if place == "cpu" else torch.bfloat16)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=kind)
+        if names_modular(source):
+            pipe = _load_modular(source, kind)
+        else:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=kind)
     except (OSError, ValueError) as error:
+        if isinstance(error, GenAttnError):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None
     return _placed(pipe, place, cpu_offload)
+
+
+def names_modular(source: str) -> bool:
+    """Whether a folder or a hub id has an index of a modular pipeline and none of a stock one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if Path(source).is_dir():
+        return not (Path(source) / "model_index.json").is_file()
+    try:
+        hf_hub_download(source, "model_index.json")
+    except EntryNotFoundError:
+        return True
+    except OSError:  # not reachable: the stock loader says so
+        return False
+    return False
+
+
+def _load_modular(source: str, kind: Any) -> Any:
+    """A modular pipeline with its components loaded; those of a folder from the folder, wherever it was saved.
+
+    Raises GenAttnError for components that cannot be loaded, and for blocks that are code of the folder's own.
+    """
+    from diffusers import ModularPipeline
+
+    pipe = ModularPipeline.from_pretrained(source, trust_remote_code=False)
+    wanted = []
+    for name, spec in pipe._component_specs.items():
+        if Path(source).is_dir() and (Path(source) / name).is_dir():
+            spec.pretrained_model_name_or_path, spec.subfolder = source, name
+        if spec.default_creation_method == "from_pretrained" and spec.pretrained_model_name_or_path:
+            wanted.append(name)
+    pipe.load_components(wanted, dtype=kind)
+    missing = [name for name in wanted if getattr(pipe, name, None) is None]
+    if missing:
+        raise GenAttnError(f"{source} is incomplete: {', '.join(missing)} cannot be loaded; copy the model again")
+    return pipe
 
 
 def _check_offload(cpu_offload: str | None, place: str) -> None:

@@ -1,21 +1,24 @@
 """Which way a negative prompt goes: classifier-free guidance where the call runs it, NAG inside the attention where not."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from genattn.apps.sampling.pipeline_calls import is_modular, taken_arguments
 from genattn.guidance.nag import NAG
 
 
 def runs_guidance(pipe: Any, call: Mapping[str, Any]) -> bool:
     """Whether this call runs an unconditional pass, in which a negative prompt has its place."""
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = taken_arguments(pipe)
     if "negative_prompt" not in accepted:
         return False
+    if is_modular(pipe):  # its guider holds the scale
+        scale = getattr(getattr(pipe, "guider", None), "guidance_scale", None)
+        return isinstance(scale, int | float) and scale > 1
     # pipelines of guidance-distilled models keep `guidance_scale` for the model's own input
     for name in ("true_cfg_scale", "guidance_scale"):
         if name in accepted:
-            value = call.get(name, accepted[name].default)
+            value = call.get(name, accepted[name])
             return isinstance(value, int | float) and value > 1
     return False
 

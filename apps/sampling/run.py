@@ -4,7 +4,6 @@ Shared by the commands that sample: generate, compare.
 """
 
 import contextlib
-import inspect
 import json
 import platform
 import resource
@@ -25,6 +24,7 @@ from genattn.apps.sampling.inputs import add_loras, lora_of, read_picture
 from genattn.apps.sampling.load_pipeline import load_pipeline, shipped_model
 from genattn.apps.sampling.negative import split_negative
 from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from genattn.apps.sampling.pipeline_calls import is_modular, own_size, sample_frames, source_of, taken_arguments
 from genattn.apps.sampling.pipeline_shell import pipeline_shell
 from genattn.apps.sampling.preview import StepPreview
 from genattn.errors import GenAttnError
@@ -149,12 +149,13 @@ def call_arguments(pipe: Any, settings: SamplingSettings) -> dict[str, Any]:
     Raises:
         GenAttnError: a size the model cannot take, or an argument that this pipeline does not have.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = taken_arguments(pipe)
     if settings.frames is not None and not makes_video(pipe):
         raise GenAttnError(f"{type(pipe).__name__} makes pictures, got --frames {settings.frames}; leave it out")
     own = own_defaults(pipe)
     size = default_size(pipe) | _given(height=settings.height, width=settings.width, num_frames=settings.frames)
-    legal_sizes.check_size(pipe, size["height"], size["width"], size.get("num_frames"))
+    if "height" in size and "width" in size:  # a modular pipeline may work out what it is not told
+        legal_sizes.check_size(pipe, size["height"], size["width"], size.get("num_frames"))
     call: dict[str, Any] = {**size, "num_inference_steps": _default(accepted, "num_inference_steps", 50)}
     call |= _given(num_inference_steps=own.get("steps"), guidance_scale=own.get("guidance_scale"))
     call |= _given(
@@ -171,12 +172,12 @@ def call_arguments(pipe: Any, settings: SamplingSettings) -> dict[str, Any]:
 
 def makes_video(pipe: Any) -> bool:
     """Whether the pipeline's call takes a number of frames."""
-    return "num_frames" in inspect.signature(pipe.__call__).parameters
+    return "num_frames" in taken_arguments(pipe)
 
 
 def own_defaults(pipe: Any) -> dict[str, Any]:
     """`genattn_defaults.json` beside model_index.json: the size, steps, guidance and fps that a tiny model was made for."""
-    file = Path(str(getattr(pipe.config, "_name_or_path", None) or ".")) / "genattn_defaults.json"
+    file = Path(source_of(pipe)) / "genattn_defaults.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -185,7 +186,7 @@ def default_size(pipe: Any) -> dict[str, int]:
 
     Raises GenAttnError when neither tells.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = taken_arguments(pipe)
     own = own_defaults(pipe)
     sample = getattr(pipe, "default_sample_size", None)
     square = sample * getattr(pipe, "vae_scale_factor", 8) if isinstance(sample, int) else None
@@ -195,6 +196,8 @@ def default_size(pipe: Any) -> dict[str, int]:
     }
     if makes_video(pipe):
         found["num_frames"] = own.get("frames") or _default(accepted, "num_frames", None)
+    if is_modular(pipe):
+        found = {name: value for name, value in found.items() if value is not None} | own_size(pipe)
     missing = [name.removeprefix("num_") for name, value in found.items() if value is None]
     if missing:
         raise GenAttnError(f"{type(pipe).__name__} has no default {' and '.join(missing)}; give --{missing[0]}")
@@ -203,7 +206,7 @@ def default_size(pipe: Any) -> dict[str, int]:
 
 def prompt_warnings(pipe: Any, prompt: str) -> list[str]:
     """A line per tokenizer that will cut the prompt off."""
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = taken_arguments(pipe)
     warnings = []
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = getattr(pipe, name, None)
@@ -241,7 +244,7 @@ def run_once(
     import torch
 
     pipe.set_progress_bar_config(desc=title, leave=title != "warm-up")
-    if preview is not None and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+    if preview is not None and "callback_on_step_end" in taken_arguments(pipe):
         call = {**call, "callback_on_step_end": preview}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -258,7 +261,7 @@ def run_once(
             settings: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
             handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **settings))
         try:
-            output = pipe(**call, prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="np")
+            sampled = sample_frames(pipe, **call, prompt=prompt, generator=torch.Generator().manual_seed(seed))
         except ValueError as error:
             if isinstance(error, GenAttnError):
                 raise
@@ -267,7 +270,7 @@ def run_once(
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin - (0.0 if preview is None else preview.seconds)
-    frames = to_uint8(output.frames[0] if hasattr(output, "frames") else output.images)
+    frames = to_uint8(sampled)
     if report is None:
         return RunResult(attention.name, frames, seconds, _peak_memory_gb(), 1.0, None)
     notes = () if report.sparse_calls else (report.verdict, *report.dense_reasons)
@@ -327,5 +330,5 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _default(parameters: Any, name: str, fallback: Any) -> Any:
-    parameter = parameters.get(name)
-    return fallback if parameter is None or parameter.default in (None, inspect.Parameter.empty) else parameter.default
+    found = parameters.get(name)
+    return fallback if found is None else found

@@ -1,6 +1,5 @@
 """What the app's sampling verbs share: sizes within the limits, and one sampling run that tells its steps."""
 
-import inspect
 import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -76,13 +75,14 @@ def sample(
 
     The plugins are gone afterwards, whatever happens. Raises Stopped, and GenAttnError as `run_once` does.
     """
+    from genattn.apps.sampling.pipeline_calls import taken_arguments
     from genattn.apps.sampling.run import DENSE, run_once
     from genattn.seam.handle import denoisers
 
     steps = call["num_inference_steps"]
     job.tell(stage, 0, steps)
     told = dict(call)
-    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+    if "callback_on_step_end" in taken_arguments(pipe):
         told["callback_on_step_end"] = job.on_step(stage, steps)
     with ExitStack() as stack:
         stack.enter_context(job.watching(*denoisers(pipe).values()))

@@ -165,7 +165,12 @@ def _makes_video(source: str | None) -> bool:
 
     import diffusers
 
+    from genattn.apps.sampling.load_pipeline import names_modular
+    from genattn.apps.sampling.pipeline_calls import source_makes_video
+
     try:
+        if names_modular(str(source)):
+            return source_makes_video(str(source))
         index = diffusers.DiffusionPipeline.load_config(source)
     except (OSError, ValueError) as error:
         raise GenAttnError(f"{source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None

@@ -7,8 +7,11 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, pick_device, shipped_model
+from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, names_modular, pick_device, shipped_model
+from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, makes_video, run_once
 from genattn.errors import GenAttnError
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.pipelines.tiny.random.build import build_pipeline
 
 
 @pytest.fixture
@@ -108,3 +111,48 @@ def test_offload_without_an_accelerator_is_refused_before_loading(tmp_path: Path
         load_pipeline(tmp_path / "never looked at", device="cpu", cpu_offload="model")
     with pytest.raises(GenAttnError, match="--cpu-offload must be model or group, got 'disk'"):
         load_pipeline(None, device="cpu", cpu_offload="disk")
+
+
+@pytest.fixture(scope="module")
+def modular_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A modular pipeline without an index of a stock one."""
+    blocks = pytest.importorskip(
+        "diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3",
+        reason="this diffusers has no modular SD3",
+    )
+    stock, _ = build_pipeline("sd3")
+    pipe = blocks.StableDiffusion3AutoBlocks().init_pipeline()
+    wanted = set(pipe._component_specs)
+    pipe.update_components(**{k: v for k, v in stock.components.items() if k in wanted and v is not None})
+    target = tmp_path_factory.mktemp("modular") / "saved"
+    pipe.save_pretrained(target, overwrite_modular_index=True)
+    moved = tmp_path_factory.mktemp("elsewhere") / "moved"  # the index still names the place where it was saved
+    target.rename(moved)
+    return moved
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_modular_folder_loads_and_samples(modular_folder: Path) -> None:
+    assert names_modular(str(modular_folder))
+    pipe = load_pipeline(modular_folder)
+    assert type(pipe).__name__ == "StableDiffusion3ModularPipeline"
+    assert type(pipe.transformer).__name__ == "SD3Transformer2DModel"
+    assert not makes_video(pipe)
+    call = call_arguments(pipe, SamplingSettings(height=16, width=16, steps=2))
+    dense = run_once(pipe, {**call, "max_sequence_length": 16}, "a cat", 0, DENSE, "test")
+    assert dense.frames.shape == (1, 16, 16, 3)
+    window = AttentionSettings("neighborhood", NeighborhoodPattern((3, 3)), dense_steps=0, dense_layers=0)
+    sparse = run_once(pipe, {**call, "max_sequence_length": 16}, "a cat", 0, window, "test")
+    assert sparse.density is not None
+    assert sparse.density < 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_modular_folder_that_lost_a_component(modular_folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(modular_folder, tmp_path / "model"))
+    next((copied / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(GenAttnError, match="has no weights in safetensors form"):
+        load_pipeline(copied)
+    shutil.rmtree(copied / "transformer")
+    with pytest.raises(GenAttnError, match="is incomplete: transformer cannot be loaded; copy the model again"):
+        load_pipeline(copied)
