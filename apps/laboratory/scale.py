@@ -17,7 +17,8 @@ import typer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genattn.apps.sampling.measured_rows import append_rows, provenance
-from genattn.planning.presets import ModelPreset, preset
+from genattn.planning.model_preset import ModelPreset
+from genattn.planning.presets import preset
 from genattn.planning.scale import activation_bytes, wire_bytes
 
 TABLE = Path("assets/bench/scale_check.csv")

@@ -19,7 +19,7 @@ from genattn.patterns.profiled import ProfiledPattern
 from genattn.patterns.radial import RadialPattern
 from genattn.planning.break_even import break_even
 from genattn.planning.fitted import FittedNeighborhood
-from genattn.planning.presets import ModelPreset
+from genattn.planning.model_preset import ModelPreset
 from genattn.planning.recognise import recognise
 from genattn.selection.estimate import PooledScore
 from genattn.selection.rules import TopK

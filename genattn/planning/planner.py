@@ -19,7 +19,8 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
-from genattn.planning.presets import ModelPreset, preset
+from genattn.planning.model_preset import ModelPreset
+from genattn.planning.presets import preset
 from genattn.planning.simulate import Simulation, end_to_end, simulate, simulate_pattern
 
 

@@ -8,95 +8,14 @@ paper, table B). Neighborhood settings are those of the GNA paper. None of them 
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from genattn.errors import GenAttnError
-from genattn.geometry.token_layout import TokenLayout
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
-
-
-@dataclass(frozen=True)
-class RadialPreset:
-    """Settings of one published script or of ours. dense_steps: share of the run; block: tokens per tile."""
-
-    pattern: RadialPattern
-    dense_steps: float
-    dense_layers: int
-    block: int
-    source: str
-
-
-@dataclass(frozen=True)
-class ModelPreset:
-    """One denoiser. compression: pixels (frames, height, width) per latent; patch: latents per token.
-
-    heads x head_dim is the model dimension, ffn the inner one. cross_tokens: text seen by cross-attention; joint_tokens: text
-    in the same sequence, before or after the grid. passes: denoiser runs per step (2 with classifier-free guidance).
-    """
-
-    name: str
-    heads: int
-    head_dim: int
-    layers: int
-    ffn: int
-    compression: tuple[int, int, int]
-    patch: tuple[int, int, int] = (1, 2, 2)
-    cross_tokens: int = 0
-    joint_tokens: int = 0
-    text_first: bool = False
-    passes: int = 2
-    steps: int = 50
-    size: tuple[int, int] = (720, 1280)
-    frames: int = 81
-    radial: tuple[RadialPreset, ...] = ()
-    neighborhood: tuple[tuple[NeighborhoodPattern, str], ...] = ()
-
-    @property
-    def multiples(self) -> tuple[int, int]:
-        """Pixels that height and width must be multiples of."""
-        return self.compression[1] * self.patch[1], self.compression[2] * self.patch[2]
-
-    @property
-    def frame_step(self) -> int:
-        """Legal frame counts are frame_step * n + 1."""
-        return self.compression[0] * self.patch[0]
-
-    def grid(self, size: Sequence[int], frames: int) -> tuple[int, int, int]:
-        """Tokens (frames, height, width) for a video of `size` (height, width) pixels.
-
-        Raises GenAttnError with the nearest legal values.
-        """
-        for name, value, multiple in zip(("height", "width"), size, self.multiples):
-            if value < multiple or value % multiple:
-                below = max(multiple, value // multiple * multiple)
-                raise GenAttnError(
-                    f"{name} must be a multiple of {multiple} for {self.name}, got {value}; "
-                    f"nearest: {below} or {below + multiple}"
-                )
-        if frames < 1 or (frames - 1) % self.frame_step:
-            below = max(1, (frames - 1) // self.frame_step * self.frame_step + 1)
-            raise GenAttnError(
-                f"frames must be {self.frame_step} * n + 1 for {self.name}, got {frames}; "
-                f"nearest: {below} or {below + self.frame_step}"
-            )
-        return (frames - 1) // self.frame_step + 1, size[0] // self.multiples[0], size[1] // self.multiples[1]
-
-    def layout(self, size: Sequence[int], frames: int) -> TokenLayout:
-        """The token sequence of its self-attention."""
-        grid = self.grid(size, frames)
-        before, after = (self.joint_tokens, 0) if self.text_first else (0, self.joint_tokens)
-        return TokenLayout.from_grid(grid, before, after)
-
-    def flops(self, layout: TokenLayout) -> tuple[float, float]:
-        """(self-attention, everything else) of one forward at batch 1."""
-        dim, tokens = self.heads * self.head_dim, layout.seqlen
-        linear = 8 * dim**2 + 4 * dim * self.ffn
-        if self.cross_tokens:
-            linear += 4 * dim**2 + 4 * self.cross_tokens * dim
-        return 4.0 * self.layers * dim * tokens**2, float(self.layers * tokens * linear)
+from genattn.planning.model_preset import ModelPreset, RadialPreset
+from genattn.planning.published_shapes import PUBLISHED
 
 
 def _ours(decay: float, block: int = 128) -> RadialPreset:
@@ -173,6 +92,7 @@ PRESETS: dict[str, ModelPreset] = {
         ),
     )
 }  # fmt: skip
+PRESETS |= {shape.name: replace(shape, radial=(_ours(0.5), _PAPER) if shape.frames > 1 else ()) for shape in PUBLISHED}
 
 
 def preset(model: str) -> ModelPreset:

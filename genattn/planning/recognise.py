@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 
-from genattn.planning.presets import PRESETS, ModelPreset
+from genattn.planning.model_preset import ModelPreset
+from genattn.planning.presets import PRESETS
 
 # class of the denoiser -> presets of that architecture
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
@@ -11,8 +12,17 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "CogVideoXTransformer3DModel": ("cogvideox-5b", "cogvideox-2b"),
     "MochiTransformer3DModel": ("mochi",),
     "LTXVideoTransformer3DModel": ("ltx-video",),
-    "CosmosTransformer3DModel": ("cosmos-7b",),
+    "CosmosTransformer3DModel": ("cosmos-7b", "cosmos2.5-2b", "cosmos2.5-14b"),
     "FluxTransformer2DModel": ("flux-dev",),
+    "MiniMaxH3Transformer3DModel": ("minimax-h3",),
+    "LTX2VideoTransformer3DModel": ("ltx-2",),
+    "HunyuanVideo15Transformer3DModel": ("hunyuan-video-1.5",),
+    "SkyReelsV2Transformer3DModel": ("skyreels-v2-1.3b", "skyreels-v2-14b"),
+    "Kandinsky5Transformer3DModel": ("kandinsky5-lite",),
+    "QwenImageTransformer2DModel": ("qwen-image", "qwen-image-edit"),
+    "Flux2Transformer2DModel": ("flux2-dev", "flux2-klein-4b"),
+    "ZImageTransformer2DModel": ("z-image",),
+    "Krea2Transformer2DModel": ("krea2",),
 }
 
 

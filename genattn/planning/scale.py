@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genattn.errors import GenAttnError
-from genattn.planning.presets import ModelPreset
+from genattn.planning.model_preset import ModelPreset
 
 Method = Literal["dense", "radial", "fifo"]
 

@@ -11,8 +11,10 @@ import pytest
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.patterns.radial import RadialPattern
+from genattn.planning.model_preset import ModelPreset
 from genattn.planning.planner import nearby_sizes, plan_settings
 from genattn.planning.presets import PRESETS, carried_over_decay, preset
+from genattn.planning.published_shapes import PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -113,16 +115,45 @@ def test_presets_are_usable(name: str) -> None:
         ("ltx-video", "LTXVideoTransformer3DModel"),
         ("cosmos-7b", "CosmosTransformer3DModel"),
         ("flux-dev", "FluxTransformer2DModel"),
+        ("minimax-h3", "MiniMaxH3Transformer3DModel"),
+        ("ltx-2", "LTX2VideoTransformer3DModel"),
+        ("hunyuan-video-1.5", "HunyuanVideo15Transformer3DModel"),
+        ("qwen-image", "QwenImageTransformer2DModel"),
+        ("flux2-dev", "Flux2Transformer2DModel"),
+        ("krea2", "Krea2Transformer2DModel"),
     ],
 )
 def test_presets_agree_with_diffusers(name: str, cls: str) -> None:
     """Where a model's published config is diffusers' default."""
     import diffusers
 
+    if not hasattr(diffusers, cls):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {cls}")
     given = {k: v.default for k, v in inspect.signature(getattr(diffusers, cls).__init__).parameters.items()}
     known = PRESETS[name]
     assert (known.heads, known.head_dim) == (given["num_attention_heads"], given["attention_head_dim"])
     assert known.layers == given["num_layers"] + (given.get("num_single_layers") or 0)
+
+
+def test_minimax_h3_counts_frames_in_clips_of_seventeen() -> None:
+    known = PRESETS["minimax-h3"]
+    assert known.grid((768, 1344), 124) == (37, 24, 42)
+    with pytest.raises(GenAttnError, match=r"frames must be 17 \* n \+ 5 for minimax-h3, got 121; nearest: 107 or 124"):
+        known.grid((768, 1344), 121)
+
+
+@pytest.mark.parametrize("shape", PUBLISHED, ids=lambda shape: shape.name)
+def test_published_shapes_name_their_source(shape: ModelPreset) -> None:
+    assert shape.source
+    assert PRESETS[shape.name].flops(shape.layout(shape.size, shape.frames))[1] > 0
+
+
+def test_grouped_keys_and_a_narrow_width_cost_less() -> None:
+    layout = TokenLayout.from_grid((64, 64))
+    whole, known = PRESETS["krea2"], PRESETS["minimax-h3"]
+    assert whole.flops(layout)[1] < replace(whole, kv_heads=0).flops(layout)[1]
+    assert known.flops(layout)[1] < replace(known, width=0).flops(layout)[1]
+    assert whole.flops(layout)[0] == replace(whole, kv_heads=0).flops(layout)[0]
 
 
 def test_local_folder(tmp_path: Path) -> None:
