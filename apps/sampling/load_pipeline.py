@@ -3,7 +3,9 @@
 A folder is looked through before anything is loaded: a model that was copied half-way must not fail after minutes.
 """
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +135,16 @@ def load_pipeline(
 
 def names_modular(source: str) -> bool:
     """Whether a folder or a hub id has an index of a modular pipeline and none of a stock one."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    import diffusers
 
     if Path(source).is_dir():
         return not (Path(source) / "model_index.json").is_file()
-    try:
-        hf_hub_download(source, "model_index.json")
-    except EntryNotFoundError:
-        return True
-    except OSError:  # not reachable: the stock loader says so
-        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # diffusers passes arguments that the hub's client no longer knows
+        for kind, modular in ((diffusers.DiffusionPipeline, False), (diffusers.ModularPipeline, True)):
+            with contextlib.suppress(OSError):  # this index is not there; nor is any when the hub cannot be reached
+                kind.load_config(source)
+                return modular
     return False
 
 

@@ -27,6 +27,7 @@ UNBATCHED = frozenset(
         "kv_caches",
         "txt_ids",
         "image_rotary_emb",
+        "rotary_embedding",
         "rope_interpolation_scale",
         "skip_layers",
         "attention_kwargs",
@@ -60,6 +61,8 @@ def map_leaves(change: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any
         return replace(tree, **{name: map_leaves(change, getattr(tree, name)) for name in tree.__dataclass_fields__})
     if isinstance(tree, dict):
         return type(tree)({name: map_leaves(change, value) for name, value in tree.items()})
+    if isinstance(tree, list) and tree and all(isinstance(part, dict) for part in tree):
+        return tree  # keys that a model keeps for its next chunk
     if isinstance(tree, list) and tree and all(isinstance(part, torch.Tensor) for part in tree):
         return list(change(torch.stack(tree)).unbind())
     if isinstance(tree, list | tuple):
@@ -82,6 +85,8 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tenso
     for name in ("hidden_states", "sample", "x"):
         if name in kwargs:
             return kwargs[name], len(kwargs[name])
+    if kwargs.get("vision_tokens"):  # one sample, packed: the last of its videos is the one that is made
+        return kwargs["vision_tokens"][-1], 1
     if args and (isinstance(args[0], torch.Tensor) or _is_tensor_list(args[0])):
         return args[0], len(args[0])
     raise GenAttnError(

@@ -175,7 +175,7 @@ class HeadTap(Plugin):
         """The chain's answer, with heads perturbed where the pass is marked."""
         out = inner(call)
         mixes = self._marked.get((id(call.run.model), threading.get_ident()), self._everywhere)
-        if mixes is None or call.site.depth not in mixes:
+        if mixes is None or call.site.depth not in mixes or _is_over_others(call):
             return out
         if call.run.model is not None:
             self.model(call.run.model).hits[call.site.depth] += 1
@@ -192,6 +192,12 @@ def primary_sites(sites: Sequence[AttentionSite]) -> dict[int, AttentionSite]:
             if site.depth >= 0 and site.kind == kind:
                 found.setdefault(site.depth, site)
     return dict(sorted(found.items()))
+
+
+def _is_over_others(call: AttentionCall) -> bool:
+    """Whether the call is over a part of the sequence that is not guided: text by itself, references whose keys are kept."""
+    whole = call.run.layout
+    return call.layout is None and whole is not None and call.key.shape[1] < whole.seqlen
 
 
 def _spread(u: torch.Tensor, batch: int, rows: torch.Tensor) -> torch.Tensor:

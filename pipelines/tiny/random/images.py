@@ -98,7 +98,7 @@ HIDREAM: Drawn = {
     "num_routed_experts": 2,
     "num_activated_experts": 2,
     "axes_dims_rope": (4, 2, 2),
-    "max_resolution": (16, 16),
+    "max_resolution": (32, 32),
     "llama_layers": (0, 1, 1),
     "force_inference_output": True,
 }
@@ -161,7 +161,7 @@ AURA_FLOW: Drawn = {
     "caption_projection_dim": 32,
     "joint_attention_dim": 32,
     "out_channels": 4,
-    "pos_embed_max_size": 256,
+    "pos_embed_max_size": 1024,
 }
 UNET: Drawn = {
     "block_out_channels": (8, 16),

@@ -18,7 +18,7 @@ MODELS: dict[str, TinyModel] = {
     "wan-i2v": TinyModel("WanTransformer3DModel", videos.WAN_I2V, videos.wan_i2v),
     "wan-ti2v": TinyModel("WanTransformer3DModel", videos.WAN, videos.wan_ti2v),
     "wan-vace": TinyModel("WanVACETransformer3DModel", videos.WAN_VACE, videos.wan_vace),
-    "wan-animate": TinyModel("WanAnimateTransformer3DModel", videos.WAN_ANIMATE, videos.wan_animate),
+    "wan-animate": TinyModel("WanAnimateTransformer3DModel", videos.WAN_ANIMATE, videos.wan_animate, large=(21, 8, 6)),
     "skyreels": TinyModel("SkyReelsV2Transformer3DModel", videos.SKYREELS, videos.wan),
     "hunyuan-video": TinyModel("HunyuanVideoTransformer3DModel", videos.HUNYUAN, videos.hunyuan),
     "hunyuan-video-1.5": TinyModel("HunyuanVideo15Transformer3DModel", videos.HUNYUAN_15, videos.hunyuan_15),
@@ -30,8 +30,8 @@ MODELS: dict[str, TinyModel] = {
     "ltx-condition": TinyModel("LTXVideoTransformer3DModel", videos.LTX, videos.ltx_condition, axes="BSC"),
     "ltx2": TinyModel("LTX2VideoTransformer3DModel", videos.LTX2, videos.ltx2, axes="BSC"),
     "cosmos": TinyModel("CosmosTransformer3DModel", videos.COSMOS, videos.cosmos),
-    "latte": TinyModel("LatteTransformer3DModel", videos.LATTE, videos.latte),
-    "animatediff": TinyModel("UNetMotionModel", images.ANIMATEDIFF, images.animatediff, latents="sample"),
+    "latte": TinyModel("LatteTransformer3DModel", videos.LATTE, videos.latte, large=(4, 20, 20)),
+    "animatediff": TinyModel("UNetMotionModel", images.ANIMATEDIFF, images.animatediff, latents="sample", large=(5, 32, 24)),
     "flux": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux, axes="BSC", large=(32, 24)),
     "flux-kontext": TinyModel("FluxTransformer2DModel", images.FLUX, images.flux_kontext, axes="BSC", large=(32, 24)),
     "flux2": TinyModel("Flux2Transformer2DModel", images.FLUX2, images.flux2, axes="BSC", large=(32, 24)),
@@ -42,7 +42,7 @@ MODELS: dict[str, TinyModel] = {
     "z-image": TinyModel(
         "ZImageTransformer2DModel", images.Z_IMAGE, images.z_image, latents="x", axes="[CFHW]", large=(32, 24)
     ),
-    "hidream": TinyModel("HiDreamImageTransformer2DModel", images.HIDREAM, images.hidream, axes="BCHW", large=(32, 24)),
+    "hidream": TinyModel("HiDreamImageTransformer2DModel", images.HIDREAM, images.hidream, axes="BCHW", large=(16, 16)),
     "pixart": TinyModel("PixArtTransformer2DModel", images.PIXART, images.pixart, axes="BCHW", large=(32, 24)),
     "sana": TinyModel("SanaTransformer2DModel", images.SANA, images.sana, axes="BCHW", large=(32, 24)),
     "lumina2": TinyModel("Lumina2Transformer2DModel", images.LUMINA2, images.lumina2, axes="BCHW", large=(32, 24)),

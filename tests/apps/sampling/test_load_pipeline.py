@@ -125,7 +125,7 @@ def modular_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wanted = set(pipe._component_specs)
     pipe.update_components(**{k: v for k, v in stock.components.items() if k in wanted and v is not None})
     target = tmp_path_factory.mktemp("modular") / "saved"
-    pipe.save_pretrained(target, overwrite_modular_index=True)
+    pipe.save_pretrained(str(target), overwrite_modular_index=True)
     moved = tmp_path_factory.mktemp("elsewhere") / "moved"  # the index still names the place where it was saved
     target.rename(moved)
     return moved
