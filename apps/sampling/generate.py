@@ -121,7 +121,7 @@ def _report(
         "dense_steps": attention.dense_steps,
         "dense_layers": attention.dense_layers,
         "guidance": {k: v for k, v in asdict(attention.guidance).items() if v is not None} if attention.guidance.name else {},
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(request.settings).items()},
+        "settings": _plain(asdict(request.settings)),
         "pipeline": type(pipe).__name__,
         **{name: value for name, value in call.items() if name != "image"},
         "fps": request.fps or own_defaults(pipe).get("fps", 16),
@@ -131,6 +131,12 @@ def _report(
         "warnings": warnings,
         "runs": [_row(result, results[1:], request) for result in results],
     }
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them."""
+    forms = {Path: str, tuple: list}
+    return {name: forms.get(type(value), lambda x: x)(value) for name, value in settings.items()}
 
 
 def _row(result: RunResult, dense: list[RunResult], request: GenerateRequest) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def run_once(
     if report is None:
         return RunResult(attention.name, frames, seconds, _peak_memory_gb(), 1.0, None)
     notes = () if report.sparse_calls else (report.verdict, *report.dense_reasons)
-    if report.sparse_calls and report.density > _NOTHING_SKIPPED:
+    if report.density is not None and report.density > _NOTHING_SKIPPED:
         notes = (_why_nothing_skipped(pipe, attention),)
     computed = report.flops / report.flops_dense if report.flops_dense else 1.0
     return RunResult(attention.name, frames, seconds, _peak_memory_gb(), computed, report.density, notes)

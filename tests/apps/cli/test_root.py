@@ -66,7 +66,7 @@ def test_examples_run_and_json_stands_alone(
 
 BAD = [
     ("frobnicate", "No such command 'frobnicate'; see: genattn --help"),
-    ("generate", "Missing option '--prompt'; see: genattn generate --help"),
+    ("generate", "generate needs something to show; give --prompt or a --prompts file"),
     ("generate --prompt a --steps x", "Invalid value for '--steps'"),
     ("generate --prompt a --steps 0", "--steps must be >= 1, got 0"),
     ("generate --prompt a --attention foo", "--attention must be one of dense, radial"),
