@@ -57,9 +57,10 @@ def _fields(session: Session, names: Sequence[str], moving: bool) -> dict[str, A
     prompts = prompt_box(_moving(PROMPTS) if moving else PROMPTS, "Prompts, one a line", 4)
     objectives = gr.Dropdown(
         list(OBJECTIVES),
-        value=[*([CAPTION_MATCH] if tiny else []), "sharpness"],
+        value=[CAPTION_MATCH] if tiny else ["unclipped", "contrast"],
         multiselect=True,
         label="Objectives, maximised",
+        info="A statistic alone is easily gamed (the sharpest picture is noise): pair it with unclipped or with a scorer.",
     )
     with gr.Row():
         rounds = gr.Number(1, label="Rounds", precision=0, minimum=1, min_width=80)

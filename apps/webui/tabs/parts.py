@@ -104,9 +104,19 @@ def streamed(
         source = "report" if name == "figures" else name
         return dress.get(name, lambda value: value)(values[source]) if source in values else gr.skip()
 
-    with refusing():
+    try:
         for update in updates:
             yield (update.text(), *(cell(update.values, name) for name in names))
+    except GenAttnError as error:
+        # the message goes away with its toast; the line below the button stays until the next run
+        yield (f"**not done:** {in_words(error)}", *(gr.skip() for _ in names))
+        with refusing():
+            raise
+
+
+def in_words(error: GenAttnError) -> str:
+    """The message in the page's words: the library speaks to the command line, and --pattern-options is a field here."""
+    return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda option: option[1].replace("-", " "), str(error))
 
 
 class refusing:
@@ -117,9 +127,7 @@ class refusing:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, GenAttnError):
-            # the library speaks to the command line: --pattern-options is the field "pattern options" here
-            told = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda option: option[1].replace("-", " "), str(error))
-            raise gr.Error(told, duration=20, print_exception=False, title="That cannot be done") from error
+            raise gr.Error(in_words(error), duration=20, print_exception=False, title="That cannot be done") from error
 
 
 def picture(caption: str, *classes: str, **settings: Any) -> gr.Image:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from genattn.apps.sampling.attention_names import pattern_from_name
 from genattn.apps.webui.verbs.job import Job, Update
 from genattn.apps.webui.verbs.limits import number, whole
@@ -27,7 +29,7 @@ def video(
 
     attention: a name of `attention_names`, but dense; pattern_options: its settings as a JSON object. dense_steps: first steps
     kept dense, a share (< 1) or a number. form: fields of `ClipForm`. An update that holds `dense` or `sparse` (MP4 paths)
-    comes as soon as that clip is there; the last one has them with `seed`, `rows` (one dict a run) and `report`.
+    comes as soon as that clip is there; the last one has them with `pair` (both in one film, so that they play in step), `seed`, `rows` (one dict a run) and `report`.
     Raises GenAttnError for anything that model, pattern or server cannot serve.
     """
     from genattn.apps.sampling.run import AttentionSettings
@@ -64,6 +66,9 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
     job.tell("dense clip ready", dense=str(run / "dense.mp4"))
     sparse, told = sample(job, pipe, call, prompt, seed, settings.name, [settings.pattern], **schedule)
     write_video(run / "sparse.mp4", sparse.frames, fps, {**tags, "attention": settings.name})
+    # two players drift apart, and the same seed would seem to move differently
+    both = np.concatenate([dense.frames, sparse.frames], axis=2)
+    write_video(run / "side-by-side.mp4", both, fps, {**tags, "attention": f"dense | {settings.name}"})
     rows = [_row("dense", dense, None, dense, model, prompt), _row(settings.name, sparse, told, dense, model, prompt)]
     report = {
         "verb": "video",
@@ -73,9 +78,10 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
         **schedule,
         "runs": rows,
         "attention": told.to_dict(),
-        "files": ["dense.mp4", "sparse.mp4"],
+        "files": ["dense.mp4", "sparse.mp4", "side-by-side.mp4"],
     }
-    files = {"dense": str(run / "dense.mp4"), "sparse": str(run / "sparse.mp4")}
+    names = {"dense": "dense.mp4", "sparse": "sparse.mp4", "pair": "side-by-side.mp4"}
+    files = {name: str(run / file) for name, file in names.items()}
     return {**files, "seed": seed, "rows": rows, "report": session.write_report(run, report)}
 
 

@@ -32,7 +32,11 @@ def test_names_give_patterns() -> None:
         ("dense", '{"decay": 1}', "dense attention has no settings"),
         ("radial", '{"decai": 0.3}', "radial has no setting 'decai'; did you mean 'decay'. It has: .*decay"),
         ("radial", "variant=official", "radial has no setting 'variant'"),
-        ("neighborhood", "tilee=runs", "neighborhood has no setting 'tilee'; did you mean 'tile'. It has: .*window_size, stride"),
+        (
+            "neighborhood",
+            "tilee=runs",
+            "neighborhood has no setting 'tilee'; did you mean 'tile'. It has: .*window_size, stride",
+        ),
         ("neighborhood", None, "--attention neighborhood needs a window; give --window 18x24x24"),
         ("neighborhood:8x8x8x8", None, "--window must be 1 to 3 whole numbers joined by x"),
         ("neighborhood:8x8/2x2", "stride=2", "give either --stride or 'stride' in --pattern-options, got both"),

@@ -11,6 +11,7 @@ import pytest
 from gradio_session import LIMITS, SD3, random_model, random_session
 from PIL import Image
 
+from genattn.apps.sampling.output_files import read_video
 from genattn.apps.webui.verbs.head_map import cell_size
 from genattn.apps.webui.verbs.hunt import CAPTION_MATCH, hunt, save_set
 from genattn.apps.webui.verbs.image import image, read_head_set
@@ -122,7 +123,12 @@ def test_a_clip_dense_beside_sparse(session: Session) -> None:
     early = [u for u in updates if "dense" in u.values and not u.last]
     assert early, "the dense clip is shown before the sparse one is made"
     found = updates[-1].values
-    assert _frames(found["dense"]) == _frames(found["sparse"]) == 9
+    assert _frames(found["dense"]) == _frames(found["sparse"]) == _frames(found["pair"]) == 9
+    left, right = (read_video(Path(found[name]))[0].astype(int) for name in ("dense", "sparse"))
+    both = read_video(Path(found["pair"]))[0].astype(int)
+    half = both.shape[2] // 2
+    assert np.abs(both[:, :, :half] - left).mean() < 6, "the dense clip is the left half"
+    assert np.abs(both[:, :, half:] - right).mean() < 6
     dense, sparse = found["rows"]
     assert dense["density"] == 1
     assert sparse["psnr"] > 0

@@ -1,0 +1,31 @@
+"""What the page shows of a verb: its status line, its values, and a refusal that stays readable."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from genattn.errors import GenAttnError
+
+gr = pytest.importorskip("gradio", reason="the app needs gradio")
+
+from genattn.apps.webui.tabs.parts import in_words, streamed  # noqa: E402 -- after the check for gradio
+from genattn.apps.webui.verbs.job import Update  # noqa: E402
+
+
+def refused() -> Iterator[Update]:
+    yield Update("opening the model", values={"film": "a.mp4"})
+    raise GenAttnError("--guidance-scale must be a number, got 'x'")
+
+
+def test_a_refusal_stays_in_the_status_line() -> None:
+    rows: list[tuple[Any, ...]] = []
+    with pytest.raises(gr.Error, match="guidance scale must be a number, got 'x'"):
+        rows.extend(streamed(refused(), ["film", "report"], {}))
+    assert [row[0] for row in rows] == ["opening the model · 0.0 s", "**not done:** guidance scale must be a number, got 'x'"]
+    assert rows[0][1] == "a.mp4"
+    assert rows[1][1:] == (gr.skip(), gr.skip()), "what is shown stays as it was"
+
+
+def test_options_are_named_as_fields() -> None:
+    assert in_words(GenAttnError("--pattern-options must be JSON; see --out")) == "pattern options must be JSON; see out"
