@@ -29,7 +29,8 @@ def video(
 
     attention: a name of `attention_names`, but dense; pattern_options: its settings as a JSON object. dense_steps: first steps
     kept dense, a share (< 1) or a number. form: fields of `ClipForm`. An update that holds `dense` or `sparse` (MP4 paths)
-    comes as soon as that clip is there; the last one has them with `pair` (both in one film, so that they play in step), `seed`, `rows` (one dict a run) and `report`.
+    comes as soon as that clip is there; the last one has them with `pair` (both in one film, so that they play in step),
+    `seed`, `rows` (one dict a run) and `report`.
     Raises GenAttnError for anything that model, pattern or server cannot serve.
     """
     from genattn.apps.sampling.run import AttentionSettings
