@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from genattn.apps.pages import evidence_adaptive, evidence_methods, evidence_patterns
+from genattn.apps.pages import evidence_methods, evidence_patterns
 from genattn.apps.pages.evidence_tables import (
     MINIATURE,
     NEEDS,
@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FINDINGS: dict[str, Callable[[Tables], Finding]] = {
     **evidence_patterns.FINDINGS,
     **evidence_methods.FINDINGS,
-    **evidence_adaptive.FINDINGS,
 }
 
 _HEAD = """# Evidence

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from genattn.apps.pages.adaptive_table import adaptive_table, break_even_table, selection_table
-from genattn.apps.pages.evidence_adaptive import clusters, error_aware, profiled, stand_in
+from genattn.apps.pages.evidence_patterns import clusters, error_aware, profiled, stand_in
 from genattn.apps.pages.evidence_tables import MINIATURE, NOT, NotMeasuredError, Tables
 from genattn.errors import GenAttnError
 
