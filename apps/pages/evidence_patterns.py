@@ -293,6 +293,7 @@ FINDINGS: dict[str, Callable[[Tables], Finding]] = {
     f.__name__: f
     for f in (
         n_log_n, sparsity, radial_pflops, radial_speed, gna_speed, radial_psnr, dense_steps, output_error, energy_decay,
-        radial_over_window, stride_quality, window_quality, simulator, perfect_strides, stand_in, error_aware, clusters, profiled,
+        radial_over_window, stride_quality, window_quality, simulator, perfect_strides, stand_in, error_aware,
+        clusters, profiled,
     )
 }  # fmt: skip

@@ -241,7 +241,8 @@ class AdaptivePattern(ContentPattern):
         start = None if memory is None else memory.kept.get(slot)
         known = start is not None and start.shape == (points.shape[0], clusters, points.shape[2])
         rounds = self._tiling.step_iterations if known else self._tiling.iterations
-        labels, centres = kmeans(points, clusters, rounds, start if known else None)
+        stride = self._tiling.stride(points.shape[1], clusters)
+        labels, centres = kmeans(points, clusters, rounds, start if known else None, stride)
         if memory is not None:
             memory.kept[slot] = centres
         return labels, centres

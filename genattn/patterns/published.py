@@ -80,7 +80,7 @@ def svg2(
     K-means is Euclidean, 50 iterations at first and 2 from the last centres at each later step. The release starts from random
     tokens, we from evenly spaced ones. The paper has 100 query and 500 key clusters at 720p, its scripts also 100 and 100.
     """
-    tiles = Clusters(query_clusters, key_clusters, iterations, step_iterations)
+    tiles = Clusters(query_clusters, key_clusters, iterations, step_iterations, sample=1)
     return AdaptivePattern(TopP(mass, least), PooledScore(0), tiles, **settings)
 
 

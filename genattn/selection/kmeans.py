@@ -13,13 +13,13 @@ _DISTANCES_AT_ONCE = 1 << 26
 
 
 def kmeans(
-    points: torch.Tensor, clusters: int, iterations: int, centres: torch.Tensor | None = None
+    points: torch.Tensor, clusters: int, iterations: int, centres: torch.Tensor | None = None, stride: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(labels int64 [H, N], centres [H, clusters, D]) of points [H, N, D].
 
     iterations: >= 1 assignments, stopping early when no label changes. centres: where to start, [H, clusters, D]. The labels
     belong to the centres before the last update, the centres returned are the means under these labels; a centre without
-    points stays where it was. Raises GenAttnError for more clusters than points.
+    points stays where it was. stride: rounds before the last look at every stride-th point alone. Raises GenAttnError for more clusters than points.
     """
     heads, count, _ = points.shape
     if not 1 <= clusters <= count:
@@ -29,13 +29,15 @@ def kmeans(
     if centres is None or centres.shape != (heads, clusters, points.shape[2]):
         centres = points[:, torch.linspace(0, count - 1, clusters, device=points.device).round().long()]
     labels = torch.full((heads, count), -1, device=points.device)
-    for _ in range(iterations):
-        found = nearest(points, centres)
+    some = points[:, ::stride].contiguous()
+    for left in reversed(range(iterations)):
+        looked_at = some if left else points
+        found = nearest(looked_at, centres)
         if torch.equal(found, labels):
             break
         labels = found
-        centres = means_by_label(points, labels, centres)
-    return labels, centres
+        centres = means_by_label(looked_at, labels, centres)
+    return (labels, centres) if labels.shape[1] == count else kmeans(points, clusters, 1, centres)
 
 
 def nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:

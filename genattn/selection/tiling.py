@@ -51,23 +51,29 @@ class Clusters:
     """K-means clusters per head over the grid's queries and, apart, over its keys.
 
     query, key: clusters; None takes as many as there would be tiles. iterations: of the first clustering; step_iterations: of
-    later ones in the same run, which start from the centres of the step before (SVG2).
+    later ones in the same run, which start from the centres of the step before (SVG2). sample: all rounds but the last look at
+    every sample-th token alone, while that leaves 16 for each cluster.
     """
 
     query: int | None = None
     key: int | None = None
     iterations: int = 10
     step_iterations: int = 2
+    sample: int = 4
 
     def __post_init__(self) -> None:
         for name in ("query", "key"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise GenAttnError(f"clusters of {name} must be a whole number >= 1 or None, got {value!r}")
-        for name in ("iterations", "step_iterations"):
+        for name in ("iterations", "step_iterations", "sample"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise GenAttnError(f"{name} must be a whole number >= 1, got {value!r}; 10 and 2 are usual")
+                raise GenAttnError(f"{name} must be a whole number >= 1, got {value!r}; 10, 2 and 4 are usual")
+
+    def stride(self, tokens: int, clusters: int) -> int:
+        """Which tokens the rounds before the last look at: every stride-th."""
+        return max(1, min(self.sample, tokens // (16 * clusters)))
 
     def counts(self, tokens: int, block_q: int = 128, block_k: int = 128) -> tuple[int, int]:
         """(query clusters, key clusters) for a grid of `tokens`. Raises GenAttnError for more clusters than tokens.

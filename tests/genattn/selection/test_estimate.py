@@ -79,6 +79,8 @@ def test_as_many_clusters_as_tiles() -> None:
     assert Clusters().counts(512, 16, 32) == (32, 16)
     assert Clusters().counts(5, 16, 16) == (1, 1)
     assert Clusters(3, 4).counts(512, 16, 16) == (3, 4)
+    assert [Clusters().stride(n, 32) for n in (512, 1024, 2048, 99999)] == [1, 2, 4, 4]
+    assert Clusters(sample=1).stride(99999, 32) == 1
 
 
 def test_guards() -> None:

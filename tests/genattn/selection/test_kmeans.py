@@ -41,6 +41,18 @@ def test_starts_are_even_and_an_empty_centre_stays() -> None:
     assert means_by_label(points, nearest(points, far), far)[0, 1, 0] == 1e6
 
 
+def test_early_rounds_may_look_at_some_points() -> None:
+    points = torch.randn(2, 64, 3, dtype=torch.float64)
+    start = points[:, :5]
+    labels, centres = kmeans(points, 5, 2, start, stride=4)
+    some = kmeans(points[:, ::4], 5, 1, start)[1]
+    wanted = kmeans(points, 5, 1, some)
+    assert torch.equal(labels, wanted[0])
+    assert torch.equal(centres, wanted[1])
+    # settled on the sample before the rounds are over: all points are still assigned
+    assert kmeans(points, 5, 50, start, stride=16)[0].shape == (2, 64)
+
+
 def test_a_start_of_another_shape_is_not_taken() -> None:
     points = torch.randn(1, 12, 3)
     assert torch.equal(kmeans(points, 3, 4, torch.zeros(1, 5, 3))[0], kmeans(points, 3, 4)[0])
