@@ -19,7 +19,9 @@ def kmeans(
 
     iterations: >= 1 assignments, stopping early when no label changes. centres: where to start, [H, clusters, D]. The labels
     belong to the centres before the last update, the centres returned are the means under these labels; a centre without
-    points stays where it was. stride: rounds before the last look at every stride-th point alone. Raises GenAttnError for more clusters than points.
+    points stays where it was. stride: rounds before the last look at every stride-th point alone.
+
+    Raises GenAttnError for more clusters than points, or fewer rounds than one.
     """
     heads, count, _ = points.shape
     if not 1 <= clusters <= count:
