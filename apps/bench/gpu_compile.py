@@ -18,6 +18,7 @@ from genattn.apps.bench.cases import AttentionCase, lease_cases
 from genattn.apps.bench.gpu_check import checks
 from genattn.functional.dispatch import block_plan_for, tile_size
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.tail import TailKeys
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments
 from genattn.kernels.triton.config import arch_of, settings_of, table_row
 from genattn.kernels.triton.launch import Arguments
@@ -83,11 +84,12 @@ def launch_of_spec(spec: Spec, arch: str) -> tuple[Any, Arguments]:
     query, key, value = tensors
     out, grad, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, query, key, value))
     lse, delta = torch.empty(2, *query.shape[:3])
+    pseudo = _pseudo(plan, key)
     if name == "forward":
-        arguments = forward_arguments(query, key, value, out, lse, plan, None, mask, arch=arch)
+        arguments = forward_arguments(query, key, value, out, lse, plan, None, mask, arch, pseudo)
         kernel = forward_kernel
     elif name == "dq":
-        arguments = dq_arguments(query, key, value, grad, lse, delta, out, plan, None, mask, arch=arch)
+        arguments = dq_arguments(query, key, value, grad, lse, delta, out, plan, None, mask, arch, pseudo)
         kernel = dq_kernel
     else:
         inputs = query, key, value, grad, lse, delta, grad_key, grad_value
@@ -112,7 +114,16 @@ def _of_check(number: int, arch: str) -> tuple[BlockPlan, list[torch.Tensor], to
     tensors = [torch.empty(size, dtype=check.dtype) for size in sizes]
     tensors = [x.transpose(1, 2) for x in tensors] if check.first else tensors
     mask = torch.ones(1, seqlen, dtype=torch.bool) if check.masked else None
-    return _plan(check.pattern, check.layout, tensors[0], arch), tensors, mask
+    return _plan(check.pattern, check.layout, tensors[0], arch).with_tail(check.tail), tensors, mask
+
+
+def _pseudo(plan: BlockPlan, key: torch.Tensor) -> TailKeys | None:
+    """Room for the pseudo-keys of a plan with a tail."""
+    if plan.tail is None:
+        return None
+    rows = torch.empty(key.shape[0], plan.tail.pseudo_keys, *key.shape[2:], dtype=key.dtype)
+    weight = torch.zeros(rows.shape[:2])
+    return TailKeys(rows, rows, weight, weight)
 
 
 def _plan(pattern: Any, layout: Any, query: torch.Tensor, arch: str) -> BlockPlan:

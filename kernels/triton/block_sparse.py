@@ -350,7 +350,7 @@ def _key_tiles(plan: BlockPlan, key_mask: torch.Tensor | None) -> Arguments:
 
 
 def _launch_of(kernel: str, arch: str, query: torch.Tensor, plan: BlockPlan, masked: bool = False) -> Launch:
-    masked = masked or triton_tables(plan).rule == 2
+    masked = masked or plan.tail is not None or triton_tables(plan).rule == 2
     return launch_of(kernel, arch, query.shape[-1], plan.block_q, plan.block_k, query.dtype, masked)
 
 

@@ -79,7 +79,7 @@ def launch_of(
     """Settings for `kernel` ("forward", "dq" or "dkv") on a plan with tiles of block_q x block_k tokens.
 
     What is walked is taken in steps of as many lanes as in the tuned tile, however large the plan's tiles are; with fewer lanes
-    to hold than tuned for, fewer warps. masked: a mask per sample or packed bits take registers, so steps are half as long.
+    to hold than tuned for, fewer warps. masked: a mask per sample, packed bits or a tail take registers; steps half as long.
     """
     row = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim, dtype)]
     warps, stages, split, fine, *rest = row[kernel]
