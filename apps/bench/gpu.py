@@ -81,6 +81,7 @@ def run_jobs(jobs: Iterable[Job], table: Path, facts: dict[str, str], until: flo
         try:
             for row in job():
                 append_rows(table, [{"job": name, **row, **facts}])
+                _note(journal, f"row {name}")  # whoever watches sees that it goes on
                 print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         except Exception as error:  # a case that fails must not take the others with it
             print(f"FAILED {name}: {first_line(error)}", flush=True)

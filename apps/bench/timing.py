@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _LEAST_SECONDS = 2e-3  # of work in a round, so that what Python does between two launches is not what is measured
+_LONG_SECONDS = 0.2
 Call = Callable[[], Any]
 
 
@@ -16,8 +17,9 @@ def interleaved(calls: dict[str, Call], rounds: int, device: str) -> dict[str, l
     times: dict[str, list[float]] = {name: [] for name in calls}
     first = {name: timed(call, device) for name, call in calls.items()}
     on_gpu = device.startswith("cuda")
-    # the first call may have compiled something
-    first = {name: timed(call, device) for name, call in calls.items()} if on_gpu else first
+    if on_gpu:
+        # the first call may have compiled something; where calls are long that does not matter
+        first = {name: timed(call, device) if first[name] < _LONG_SECONDS else first[name] for name, call in calls.items()}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(timed(call, device, math.ceil(_LEAST_SECONDS / max(first[name], 1e-5)) if on_gpu else 1))

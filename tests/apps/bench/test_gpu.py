@@ -136,6 +136,8 @@ def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
     with pytest.raises(DeviceLost, match="illegal memory access"):
         run_jobs([("lost", lost), ("next", lambda: pytest.fail("ran"))], tmp_path / "rows.csv", FACTS, _later())
     assert (tmp_path / "journal.txt").read_text().splitlines() == ["begin lost", "end lost"]
+    run_jobs([("good", lambda: [{"case": "good"}])], tmp_path / "rows.csv", FACTS, _later())
+    assert (tmp_path / "journal.txt").read_text().splitlines()[2:] == ["begin good", "row good", "end good"]
 
 
 def test_what_no_longer_fits_the_time_is_named(tmp_path: Path) -> None:
