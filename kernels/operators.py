@@ -97,8 +97,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if name == _ON_THE_CPU:
         plan = plan_of_handle(handle).to("cpu")
-        parts = [None if x is None else x.cpu() for x in (query, key, value, key_mask)]
-        out, lse = grouped_attention(*parts[:3], plan, scale=scale, key_mask=parts[3])  # type: ignore[arg-type]
+        mask = None if key_mask is None else key_mask.cpu()
+        out, lse = grouped_attention(query.cpu(), key.cpu(), value.cpu(), plan, scale=scale, key_mask=mask)
         return out.to(query.device), lse.to(query.device)
     if name == "grouped":
         return grouped_attention(query, key, value, plan, scale=scale, key_mask=key_mask, with_lse=with_lse)
@@ -143,7 +143,8 @@ def block_sparse_backward(
             remember_failure(failure, query, plan, "the CPU computes gradients", backward=True)
     plan = plan_of_handle(handle).to("cpu")
     mask = None if key_mask is None else key_mask.cpu()
-    grads = grouped_backward(*(x.cpu() for x in inputs), plan, scale=scale, key_mask=mask)
+    grad_out, grad_lse, query_, key, value, out, lse = (x.cpu() for x in inputs)
+    grads = grouped_backward(grad_out, grad_lse, query_, key, value, out, lse, plan, scale=scale, key_mask=mask)
     return _contiguous(tuple(g.to(query.device) for g in grads))  # type: ignore[arg-type]
 
 

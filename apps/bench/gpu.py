@@ -120,7 +120,7 @@ def option_jobs(cases: Sequence[AttentionCase], rounds: int, device: str, toy: b
     size = (128, 2) if toy else (32768, 24)
     dims = (16,) if toy else (64, 128)
     # Triton's interpreter multiplies no bfloat16
-    kind = {"dtype": torch.float32} if toy else {}
+    kind: dict[str, Any] = {"dtype": torch.float32} if toy else {}
     full: list[Job] = [(f"full tiles D{d}", partial(full_tile_rows, *size, d, rounds, device, **kind)) for d in dims]
     return [(f"options {c.name}", partial(option_rows, c, impls, rounds, device)) for c, impls in named.items()] + full
 

@@ -109,7 +109,8 @@ def far_row(device: str) -> dict[str, Any]:
         query = held.as_strided((1, 200, 2, 128), strides)
         query.copy_(torch.randn(query.shape, device=device))
         got: Any = block_sparse_attention(query, query, query, plan, impl="triton")
-        want: Any = block_sparse_attention(*[query.contiguous()] * 3, plan, impl="triton")
+        near = query.contiguous()
+        want: Any = block_sparse_attention(near, near, near, plan, impl="triton")
         worst = max(worst, _error(got, want))
         del held, query
     return {"case": "check far rows", "impl": "triton", "head_dim": 128, "error": worst, "correct": worst == 0.0}
@@ -142,10 +143,12 @@ def _result(
         hidden = ~mask[:, :, None, None]
         tensors = [tensors[0], *(x.masked_fill(hidden, float("nan")) for x in tensors[1:])]
     if check.impl == "halo":
-        return *triton_halo_attention(*tensors, halo_plan(check.pattern, check.layout), key_mask=mask), ()  # type: ignore[call-arg]
+        query, key, value = tensors
+        return *triton_halo_attention(query, key, value, halo_plan(check.pattern, check.layout), key_mask=mask), ()
     inputs = [x.detach().requires_grad_(_has_backward(check)) for x in tensors]
     plan = _plan(tensors, check)
-    out: Any = block_sparse_attention(*inputs, plan, key_mask=mask, return_lse=True, impl=check.impl)  # type: ignore[misc]
+    query, key, value = inputs
+    out: Any = block_sparse_attention(query, key, value, plan, key_mask=mask, return_lse=True, impl=check.impl)
     weighed = (out[0] * _weight(out[0]).to(out[0].dtype)).sum() if _has_backward(check) else None
     grads = torch.autograd.grad(weighed, inputs) if weighed is not None else ()
     return out[0].detach(), out[1].detach(), grads

@@ -135,8 +135,10 @@ def _report(
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON holds them."""
-    forms = {Path: str, tuple: list}
-    return {name: forms.get(type(value), lambda x: x)(value) for name, value in settings.items()}
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in settings.items()
+    }
 
 
 def _row(result: RunResult, dense: list[RunResult], request: GenerateRequest) -> dict[str, Any]:

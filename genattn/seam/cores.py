@@ -265,8 +265,9 @@ class StockCore:
         """Heads-last in and out; `mask` as the processor gave it."""
         before, CURRENT.mark = CURRENT.mark, None  # a patch that calls one of our pass-throughs must not come back here
         try:
-            stock, heads_first = _CORES[self.number] if self.number != SDPA else (F.scaled_dot_product_attention, True)
-            if heads_first:
+            found = _CORES[self.number] if self.number != SDPA else (F.scaled_dot_product_attention, True)
+            stock: Callable[..., Any] = found[0]
+            if found[1]:
                 flags = {"enable_gqa": True} if enable_gqa else {}
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
                 return stock(q, k, v, mask, 0.0, is_causal, scale=scale, **flags).transpose(1, 2)  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 """What the Triton kernels read of a plan, derived once and kept in the plan: launch order, frame spans, masks, tile facts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -143,7 +144,7 @@ def _build(plan: BlockPlan) -> TritonTables:
     nothing = torch.zeros(1, dtype=torch.int32, device=plan.device)
     slots, bits = packed_masks(plan) if kind == 2 else (nothing[None], nothing.to(torch.int16))
     words = nothing if grid is None else _words(grid.coords)
-    facts = {
+    facts: dict[str, Any] = {
         "order": _longest_first(plan.row_lengths),
         "query_lanes": _lanes(plan.query_tiles),
         "keys": _key_lanes(plan.key_tiles, kind, words),

@@ -48,7 +48,9 @@ def clips(pipe: Any, plugins: list[Any], scenes: Sequence[Scene], frames: int, d
     """Clips uint8 [N, T, H, W, 3], one by one, every step and layer under the plugins."""
     made = []
     # a window of the trained length is meant for all of a run
-    schedule = {"dense_steps": 0, "dense_layers": 0} if any(isinstance(p, genattn.Pattern) for p in plugins) else {}
+    schedule: dict[str, Any] = (
+        {"dense_steps": 0, "dense_layers": 0} if any(isinstance(p, genattn.Pattern) for p in plugins) else {}
+    )
     with genattn.apply(pipe, *plugins, **schedule) if plugins else contextlib.nullcontext():
         for index, scene in enumerate(scenes):
             video = pipe(
