@@ -14,9 +14,11 @@ from genattn.errors import GenAttnError
 
 # (device, backend) -> (share of the scores, tokens), measured; the smallest length from which all longer ones were faster too
 MEASURED: dict[tuple[str, str], tuple[tuple[float, int], ...]] = {
-    ("cpu", "cpu"): ((0.25, 1024), (0.5, 2048), (0.75, 8192)),
-    ("cpu", "grouped"): ((0.25, 1024), (0.5, 2048), (0.75, 8192)),
+    ("cpu", "cpu"): ((0.25, 256), (0.5, 512), (0.75, 512)),
+    ("cpu", "grouped"): ((0.25, 2048), (0.5, 4096), (0.75, 16384)),
 }
+# the same for the pattern behind "adaptive", its choice in every call included
+MEASURED_CHOICE: dict[tuple[str, str], int] = {("cpu", "cpu"): 1024, ("cpu", "grouped"): 16384}
 ADDED_SECONDS = {"cuda": 1.2e-4, "xpu": 2e-4, "mps": 4e-4}
 PEAK = {"cuda": 3.5e14, "xpu": 1e14, "mps": 1e13}
 
@@ -29,10 +31,14 @@ class BreakEven:
     source: str
 
 
-def break_even(device: str, backend: str, density: float, heads: int = 12, head_dim: int = 128) -> BreakEven:
+def break_even(
+    device: str, backend: str, density: float, heads: int = 12, head_dim: int = 128, chooses: bool = False
+) -> BreakEven:
     """The least sequence length worth a sparse call.
 
     device: a torch device type. backend: "cpu" (compiled), "grouped", "triton", ... density: share of the scores in (0, 1].
+    chooses: whether tiles are chosen in every call, as by the pattern behind "adaptive"; where that was not measured the length
+    is doubled.
 
     Raises GenAttnError for a density outside that.
     """
@@ -41,9 +47,11 @@ def break_even(device: str, backend: str, density: float, heads: int = 12, head_
     if density > 0.95:
         return BreakEven(1 << 62, "a pattern that computes nearly all scores saves nothing")
     known = MEASURED.get((device, backend))
+    if known is not None and chooses and (device, backend) in MEASURED_CHOICE:
+        return BreakEven(MEASURED_CHOICE[device, backend], f"measured with the choice on {device}, backend {backend}")
     if known is not None:
         least = next((n for share, n in known if density <= share), 2 * known[-1][1])
         return BreakEven(least, f"measured on {device}, backend {backend}")
     added, peak = ADDED_SECONDS.get(device, 2e-4), PEAK.get(device, 1e14)
-    tokens = math.sqrt(added * peak / (4 * heads * head_dim * (1 - density)))
+    tokens = math.sqrt(added * peak / (4 * heads * head_dim * (1 - density))) * (2 if chooses else 1)
     return BreakEven(-(-math.ceil(tokens) // 64) * 64, f"cost model for {device}, not measured")

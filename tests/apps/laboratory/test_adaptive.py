@@ -8,7 +8,7 @@ import pytest
 
 from genattn.apps.laboratory import adaptive
 from genattn.apps.laboratory.adaptive import SHARES, interval, read_samples, rivals, run_samples, summary
-from genattn.apps.laboratory.break_even import fastest, thresholds
+from genattn.apps.laboratory.break_even import choice_thresholds, fastest, thresholds
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.geometry.token_layout import TokenLayout
 
@@ -75,6 +75,8 @@ def test_break_even_is_the_length_from_which_all_are_faster() -> None:
         for n, s in ((256, 1.2), (512, 0.9), (1024, 1.1), (2048, 1.4))
     ]
     rows += [{"backend": "cpu", "share": 0.75, "tokens": n, "speedup": 0.8} for n in (256, 2048)]
+    rows += [{"backend": "cpu", "share": "adaptive", "tokens": n, "speedup": s} for n, s in ((512, 0.7), (1024, 1.3))]
+    assert choice_thresholds(rows) == {("cpu", "cpu"): 1024}
     assert thresholds(rows, most=4096) == {("cpu", "cpu"): ((0.5, 1024), (0.75, 4096))}
     calls: list[str] = []
     found = fastest({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)

@@ -2,15 +2,16 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from genattn.apps.laboratory.break_even import thresholds
+from genattn.apps.laboratory.break_even import choice_thresholds, thresholds
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.radial import RadialPattern
-from genattn.planning.break_even import MEASURED, break_even
+from genattn.planning.break_even import MEASURED, MEASURED_CHOICE, break_even
 from genattn.planning.fitted import FittedNeighborhood
 from genattn.planning.ladder import Model, rung
 from genattn.planning.presets import PRESETS
@@ -94,6 +95,10 @@ def test_break_even_grows_with_what_is_left_and_falls_with_the_model() -> None:
         marks = [break_even(device, backend, d).tokens for d in (0.2, 0.5, 0.75, 0.94)]
         assert marks == sorted(marks)
         assert marks[0] >= 64
+    assert break_even("cpu", "cpu", 0.3, chooses=True).tokens > break_even("cpu", "cpu", 0.3).tokens
+    assert "with the choice" in break_even("cpu", "cpu", 0.3, chooses=True).source
+    once, twice = (break_even("cuda", "triton", 0.5, chooses=chooses).tokens for chooses in (False, True))
+    assert twice == pytest.approx(2 * once, abs=64)
     assert break_even("cuda", "triton", 0.5, heads=40).tokens < break_even("cuda", "triton", 0.5, heads=8).tokens
     assert break_even("cuda", "triton", 0.99).tokens > 10**9
     assert break_even("tpu", "x", 0.5).source == "cost model for tpu, not measured"
@@ -103,4 +108,6 @@ def test_break_even_grows_with_what_is_left_and_falls_with_the_model() -> None:
 
 def test_the_numbers_are_those_of_the_table() -> None:
     with (ROOT / "assets" / "bench" / "break_even.csv").open(newline="") as file:
-        assert thresholds(list(csv.DictReader(file))) == MEASURED
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    assert thresholds(rows) == MEASURED
+    assert choice_thresholds(rows) == MEASURED_CHOICE
