@@ -22,7 +22,7 @@ NAMES = [name for name in families() if name != "sana" and MODELS[name].large is
 
 
 def window(grid: tuple[int, ...]) -> Pattern:
-    return NeighborhoodPattern(tuple(max(3, n // 4) if n > 3 else -1 for n in grid))
+    return NeighborhoodPattern(tuple(max(3, n // 6) if n > 3 else -1 for n in grid))
 
 
 def runs(name: str, pattern: Pattern) -> Any:
