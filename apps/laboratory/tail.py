@@ -4,13 +4,14 @@
     videos     PSNR and SSIM against the dense video, per pattern and tail, on held-out captions
     cost       time with a tail over the same plan without, on both CPU paths, interleaved
 
-    python -m genattn.apps.laboratory.tail error --count 3
+    python -m genattn.apps.laboratory.tail error --count 3        (tables prints what stands in docs/tail.md)
 
 Stand-ins: "none" (skipped tiles are dropped), "whole" (no tail, but visited tiles without their element mask), "mean, masked"
 (a tail beside masked tiles), "mean", "mean2", "mean4" (as they ship: visited tiles whole), "variance" (a mean and the second
 order of its keys' spread, which did not make it). Rows go to assets/bench/tail.csv.
 """
 
+import csv
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import torch
 import typer
 
 import genattn
-from genattn.apps.laboratory.sweeps import captions, fingerprint
+from genattn.apps.laboratory.sweeps import captions, fingerprint, newest
 from genattn.apps.sampling.compare import compare
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.apps.sampling.run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
@@ -200,8 +201,32 @@ def _call(inputs: list[torch.Tensor], plan: BlockPlan, impl: str) -> Any:
     return lambda: block_sparse_attention(inputs[0], inputs[1], inputs[2], plan, impl=impl)
 
 
+def tables(path: Path) -> str:
+    """What the file has measured last, as the Markdown tables of docs/tail.md."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    error = newest([row for row in rows if row["measured"] == "error" and row["layer"] == "all"])
+    lines = [_line(["pattern", "share visited", *STAND_INS, "calls worse than none"]), _line(["---"] + ["---:"] * 9)]
+    for name in dict.fromkeys(row["pattern"] for row in error):
+        some = {row["stand_in"]: row for row in error if row["pattern"] == name}
+        cells = [f"{float(some[kind]['error']):.3f}" for kind in STAND_INS]
+        worse = " / ".join(f"{float(some[kind]['worse_calls']):.0%}" for kind in ("mean", "mean4"))
+        lines.append(_line([name, f"{float(some['none']['share']):.3f}", *cells, worse]))
+    cost = newest([row for row in rows if row["measured"] == "cost"])
+    lines += ["", _line(["backend", "head dim", "share visited", *TAILS]), _line(["---"] + ["---:"] * 5)]
+    for case in dict.fromkeys((row["impl"], row["head_dim"], row["share"]) for row in cost):
+        some = {row["stand_in"]: row for row in cost if (row["impl"], row["head_dim"], row["share"]) == case}
+        cells = [f"{float(some[kind]['over']) - 1:+.1%}" for kind in TAILS]
+        lines.append(_line([f"`{case[0]}`", case[1], f"{float(case[2]):.2f}", *cells]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def main(
-    what: Annotated[str, typer.Argument(help="error, videos or cost.")],
+    what: Annotated[str, typer.Argument(help="error, videos, cost, or tables of what was measured.")],
     model: Annotated[str | None, typer.Option(help="Folder of a tiny video pipeline; default: the shipped one.")] = None,
     count: Annotated[int, typer.Option(help="Held-out captions.")] = 3,
     pattern: Annotated[list[str] | None, typer.Option(help="For videos: names of patterns; default: all.")] = None,
@@ -211,10 +236,13 @@ def main(
 ) -> None:
     """Run one part and append its rows."""
     unknown = sorted(set(pattern or ()) - set(PATTERNS))
-    if what not in ("error", "videos", "cost") or unknown:
+    if what not in ("error", "videos", "cost", "tables") or unknown:
         raise GenAttnError(
             f"this measures error, videos or cost of {', '.join(PATTERNS)}, got {what!r}{f' of {unknown}' if unknown else ''}"
         )
+    if what == "tables":
+        print(tables(table))
+        return
     if what == "cost":
         rows = cost_rows(seqlen, rounds)
     else:
