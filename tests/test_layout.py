@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "genattn/planning": "genattn genattn/geometry genattn/patterns genattn/selection kernels/plan",
     "genattn/profiling": "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam genattn/selection",
     "genattn/seam": (
-        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning kernels/cpu kernels/plan"
+        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning "
+        "kernels kernels/cpu kernels/plan"
     ),
     "genattn/selection": "genattn genattn/geometry",
     "guidance/broadway": (
@@ -54,7 +55,8 @@ MAY_IMPORT = {
     "guidance/tag": "genattn genattn/seam guidance/passes",
     "pipelines/finetune": (
         "genattn genattn/patterns genattn/seam "
-        "pipelines/long_video/bases pipelines/long_video/output pipelines/long_video/solvers pipelines/training"
+        "pipelines/long_video/bases pipelines/long_video/output pipelines/long_video/solvers pipelines/training "
+        "pipelines/video"
     ),
     "pipelines/long_clip": "genattn genattn/geometry genattn/layouts genattn/seam",
     "pipelines/long_video": (
@@ -64,8 +66,8 @@ MAY_IMPORT = {
     ),
     "pipelines/long_video/bases": "genattn pipelines/long_video/output pipelines/long_video/solvers",
     "pipelines/long_video/ouroboros": "genattn genattn/layouts genattn/seam pipelines/long_video/queue",
-    "pipelines/long_video/output": "genattn",
-    "pipelines/long_video/quality": "genattn pipelines/long_video/queue",
+    "pipelines/long_video/output": "genattn pipelines/video",
+    "pipelines/long_video/quality": "genattn pipelines/long_video/queue pipelines/video",
     "pipelines/long_video/queue": "genattn pipelines/long_video/bases pipelines/long_video/solvers",
     "pipelines/long_video/solvers": "genattn",
     "pipelines/tiny": "genattn pipelines/training",
@@ -77,6 +79,7 @@ MAY_IMPORT = {
         "pipelines/tiny pipelines/training"
     ),
     "pipelines/training": "genattn",
+    "pipelines/video": "",
     "apps/bench": (
         "apps/sampling "
         "genattn genattn/functional genattn/geometry genattn/patterns "
@@ -115,7 +118,7 @@ MAY_IMPORT = {
         "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling genattn/seam "
         "genattn/selection "
         "guidance/broadway guidance/heads guidance/nag guidance/softpag "
-        "pipelines/long_video/output pipelines/tiny"
+        "pipelines/long_video/output pipelines/tiny pipelines/video"
     ),
     "apps/webui": "apps/webui/tabs apps/webui/verbs genattn",
     "apps/webui/tabs": "apps/bench apps/sampling apps/webui/verbs genattn genattn/planning guidance/heads guidance/softpag",

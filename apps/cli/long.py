@@ -168,12 +168,12 @@ def _film_measures(file: Path, fps: float | None) -> dict[str, Any]:
 def _picture_statistics(file: Path) -> dict[str, Any]:
     import numpy as np
     import torch
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from genattn.guidance.headhunter.objectives import STATISTICS
 
     with Image.open(file) as picture:
-        pixels = np.array(picture.convert("RGB"), dtype=np.float32) / 255
+        pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.float32) / 255
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     sizes = {"height": images.shape[2], "width": images.shape[3]}
     return {**sizes, **{name: float(statistic(images)[0]) for name, statistic in STATISTICS.items()}}

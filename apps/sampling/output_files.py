@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.video.upright import upright
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
@@ -51,7 +52,7 @@ def read_video(path: Path) -> tuple[Frames, dict[str, Any]]:
     import av
 
     with av.open(str(path)) as container:
-        frames: Frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])  # type: ignore[assignment]
+        frames: Frames = np.stack([upright(frame) for frame in container.decode(video=0)])
     return frames, read_metadata(path)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from genattn.errors import GenAttnError
+from genattn.text_file import read_text
 
 
 def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
@@ -11,7 +12,7 @@ def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
     Raises GenAttnError, naming `option`, when the file cannot be read or holds none.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise GenAttnError(f"{option} must be a readable text file, got {str(path)!r} ({reason}); check the path") from None

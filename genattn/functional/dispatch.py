@@ -12,6 +12,7 @@ from genattn.kernels.failures import failure_of
 from genattn.kernels.operators import OP_IMPLS
 from genattn.kernels.peers.optional import GridWindows, natten_attention, why_not_natten
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.freed import GIVE_BACK, give_back
 from genattn.kernels.plan.halo_plan import HaloPlan, check_halo_inputs, halo_attention
 from genattn.kernels.plan.head_tiles import HeadTiles, check_head_tiles
 from genattn.kernels.triton.block_sparse import SERVES_TAIL
@@ -64,7 +65,7 @@ def planned_attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention` for a plan that is there already, from `plan_for`."""
+    """`attention` for a plan that is there already, from `plan_for`. Under autocast the tensors are cast as SDPA casts them."""
     query, key, value = as_autocast(query, key, value)
     if isinstance(plan, HaloPlan):
         return _halo(query, key, value, plan, return_lse, scale, key_mask)
@@ -78,9 +79,12 @@ def planned_attention(
     if isinstance(plan, HeadTiles):
         return _head_tiles(query, key, value, plan, impl, return_lse, scale, key_mask)
     try:
-        return block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
+        out = block_sparse_attention(query, key, value, plan, scale=scale, key_mask=key_mask, return_lse=return_lse, impl=impl)
     except ValueError as error:
         raise GenAttnError(str(error)) from error
+    if not torch.compiler.is_compiling() and plan.cache.pop(GIVE_BACK, False):
+        give_back()
+    return out
 
 
 def _head_tiles(

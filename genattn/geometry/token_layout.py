@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.kernels.plan.lasting import lasting
 
 SegmentKind = Literal["text", "grid", "reference", "audio", "register", "padding"]
 _KINDS = ("text", "grid", "reference", "audio", "register", "padding")
@@ -143,6 +144,7 @@ class TokenLayout:
 
 
 @lru_cache(maxsize=64)
+@lasting
 def _raster_index(layout: TokenLayout) -> torch.Tensor:
     codes = {"padding": -2, **dict.fromkeys(("text", "reference", "audio", "register"), -1)}
     return torch.cat(
@@ -154,6 +156,7 @@ def _raster_index(layout: TokenLayout) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
+@lasting
 def _grid_positions(layout: TokenLayout) -> torch.Tensor:
     index = _raster_index(layout)
     places = torch.nonzero(index >= 0).flatten()

@@ -1,9 +1,10 @@
 """What must be known about a model family, and nothing more: its blocks, its kinds of attention, its tokens, its timestep."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, SegmentKind, TokenLayout
 from genattn.layouts.site import SiteKind
 
@@ -23,6 +24,7 @@ class Family:
     site_tokens: (model, site's name, run's layout) -> length, where sites of one kind differ in length.
     timestep: name of the argument. rising: whether it grows while sampling. cfg: how guidance passes come when the pipeline
     gives no cache context. reads_values: inputs of which `layout` reads values, not only shapes.
+    lists: inputs with an entry per sample, whose sizes may differ; then every sample has a layout of its own.
     text_varies: sequences may hold fewer text tokens than the inputs have. queries: kinds of segments whose tokens ask, where
     the others are keys only (text that joins as keys, cached references); empty when every token asks. side_by_side: the
     stacks run through the layers together, so that block 0 of each is a first block. generic: whether `layout` reads the
@@ -40,11 +42,16 @@ class Family:
     rising: bool = False
     cfg: str | None = None
     reads_values: tuple[str, ...] = field(default=())
+    lists: tuple[str, ...] = ()
     text_varies: bool = False
     queries: tuple[SegmentKind, ...] = ()
     side_by_side: bool = False
     generic: bool = False
     note: str = ""
+
+
+class MixedGrids(GenAttnError):
+    """The samples of a batch have grids of several sizes: no one layout fits them all."""
 
 
 def text(length: int) -> list[Segment]:
@@ -81,3 +88,9 @@ def patched(latents: Any, patch: tuple[int, int, int]) -> tuple[int, int, int]:
     """(frames, height, width) in tokens of latents [B, C, F, H, W] under a patch (frames, height, width)."""
     frames, height, width = latents.shape[2:]
     return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def refuse_mixed(sizes: Sequence[Any]) -> None:
+    """Raise MixedGrids when the samples of a batch are not of one size."""
+    if any(size != sizes[0] for size in sizes):
+        raise MixedGrids("the batch holds images of several sizes, and one grid does not fit them all")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.layouts.family import Family, grid, layout, references, registers, text
+from genattn.layouts.family import Family, grid, layout, references, refuse_mixed, registers, text
 
 Inputs = Mapping[str, Any]
 
@@ -98,6 +98,7 @@ def z_image(model: Any, inputs: Inputs) -> TokenLayout | None:
     image, captions = inputs["x"], inputs["cap_feats"]
     if not isinstance(image[0], torch.Tensor) or not isinstance(captions[0], torch.Tensor):
         return None  # the omni model has several images in a sample
+    refuse_mixed([sample.shape for sample in image])
     patch, along = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
     frames, height, width = image[0].shape[1:]
     shape = (frames // along, height // patch, width // patch)
@@ -115,7 +116,9 @@ def hidream(model: Any, inputs: Inputs) -> TokenLayout:
         height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
         fill = 0 if height == width else model.max_seq - height * width
     else:
-        height, width = (int(n) for n in inputs["img_sizes"][0])
+        sizes = [[int(n) for n in size] for size in inputs["img_sizes"]]
+        refuse_mixed(sizes)
+        height, width = sizes[0]
         fill = latents.shape[1] - height * width
     return layout(grid(height, width), registers(fill), text(words))
 
@@ -163,6 +166,7 @@ FAMILIES = (
         kinds=(("attention", "joint"),),
         timestep="t",
         rising=True,
+        lists=("x", "cap_feats"),
         cfg="batched",
     ),
     Family(
@@ -172,6 +176,7 @@ FAMILIES = (
         hidream,
         kinds=(("attn1", "joint"),),
         timestep="timesteps",
+        lists=("img_sizes", "hidden_states"),
         cfg="batched",
     ),
     Family("pixart", ("PixArtTransformer2DModel",), ("transformer_blocks",), image_only, cfg="batched"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.layouts.family import Family, grid, layout, references, text
+from genattn.layouts.family import Family, grid, layout, references, refuse_mixed, text
 from genattn.layouts.positions import rasters
 
 Inputs = Mapping[str, Any]
@@ -76,6 +76,7 @@ def ideogram4(model: Any, inputs: Inputs) -> TokenLayout | None:
 
 def qwen_image(model: Any, inputs: Inputs) -> TokenLayout:
     """Text, then the image, then (Edit) reference images; their shapes come as numbers."""
+    refuse_mixed(inputs["img_shapes"])
     shapes = inputs["img_shapes"][0]
     shapes = shapes if isinstance(shapes, list) else [shapes]
     return layout(text(inputs["encoder_hidden_states"].shape[1]), grid(*shapes[0]), references(*shapes[1:]))
@@ -190,7 +191,14 @@ FAMILIES = (
         generic=True,
         note="its second denoiser, for the negative pass, has the image alone",
     ),
-    Family("qwen-image", ("QwenImageTransformer2DModel",), ("transformer_blocks",), qwen_image, kinds=(("attn", "joint"),)),
+    Family(
+        "qwen-image",
+        ("QwenImageTransformer2DModel",),
+        ("transformer_blocks",),
+        qwen_image,
+        kinds=(("attn", "joint"),),
+        lists=("img_shapes",),
+    ),
     Family(
         "qwen-image-2.1",
         ("QwenImage21Transformer2DModel",),

@@ -12,11 +12,13 @@ from genattn.geometry.tile_choice import halo_cuts
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.element_rule import GLOBAL
 from genattn.kernels.plan.halo_plan import HaloParts, HaloPlan
+from genattn.kernels.plan.lasting import lasting
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 
 
 @lru_cache(maxsize=64)
+@lasting
 def halo_plan(pattern: Pattern, layout: TokenLayout, block_q: int = 128) -> HaloPlan:
     """Boxes that follow query tiles of at most `block_q` tokens, for windows that no fixed tiling fits.
 

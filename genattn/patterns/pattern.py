@@ -7,8 +7,8 @@ Each pattern gives an element rule (the definition), a block plan (analytic, no 
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -18,7 +18,9 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule
+from genattn.kernels.plan.freed import GIVE_BACK, give_back
 from genattn.kernels.plan.head_tiles import HeadTiles
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.plan.tail import TAILS
 
 MASK_LIMIT = 16_384
@@ -29,8 +31,8 @@ Plan = TypeVar("Plan", BlockPlan, HeadTiles)
 
 
 class PlanCache:
-    """The plans used last, by everything they depend on. Bounded by the bytes of their lists and of what was derived from
-    them, so that a model with settings of its own in every layer keeps them all, and a few huge plans do not pile up.
+    """The plans used last, by everything they depend on. Bounded by all the bytes they hold, what backends derived from them
+    included, so that a model with settings of its own in every layer keeps them all, and a few huge plans do not pile up.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -54,33 +56,54 @@ class PlanCache:
         with self._lock:
             self._plans.pop(key, None)
             self._plans[key] = plan
-            # counted anew: plans that were used since have copies on devices and tables of backends by now
-            kept = {name: kept_bytes(each) for name, each in self._plans.items()}
-            total = sum(kept.values())
-            while total > self.max_bytes and len(self._plans) > 1:
-                total -= kept[self._plans.popitem(last=False)[0]]
+            # counted anew, because plans grow when they are used
+            sizes = {kept: held_bytes(value) for kept, value in self._plans.items()}
+            total = sum(sizes.values())
+            dropped = 0
+            while total - dropped > self.max_bytes and len(self._plans) > 1:
+                dropped += sizes[self._plans.popitem(last=False)[0]]
+        if dropped:
+            plan.cache[GIVE_BACK] = True
+            give_back()
+
+    def forget(self, patterns: Collection["Pattern"]) -> None:
+        """Drop the plans of these patterns."""
+        with self._lock:
+            for key in [key for key in self._plans if isinstance(key, tuple) and key[0] in patterns]:
+                del self._plans[key]
+
+    @property
+    def _bytes(self) -> int:
+        return sum(held_bytes(plan) for plan in list(self._plans.values()))
 
 
-def kept_bytes(plan: BlockPlan) -> int:
-    """Bytes of the lists of a plan, of its copies on other devices, and of what backends derived from it."""
-    return _bytes_in([plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full, plan.tail, plan.cache])
+def held_bytes(plan: BlockPlan) -> int:
+    """Bytes of all tensors that a plan keeps alive: its lists, and what backends derived from them."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting: list[object] = [plan]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, (type, str, int, float)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            waiting += item
+        elif not callable(item) or hasattr(item, "num_heads"):  # a rule is callable too
+            waiting += getattr(item, "__dict__", {}).values()
+    return sum(storages.values())
 
 
-def _bytes_in(held: object) -> int:
-    if isinstance(held, torch.Tensor):
-        return held.numel() * held.element_size()
-    if isinstance(held, BlockPlan):
-        return kept_bytes(held)
-    if isinstance(held, Mapping):
-        return sum(map(_bytes_in, held.values()))
-    if isinstance(held, list | tuple):
-        return sum(map(_bytes_in, held))
-    if is_dataclass(held) and not isinstance(held, type):
-        return sum(map(_bytes_in, vars(held).values()))
-    return 0
+_CACHE = PlanCache(2**31)
 
 
-_CACHE = PlanCache(2**32)
+def forget_plans(patterns: Collection["Pattern"]) -> None:
+    """Drop the cached plans of these patterns."""
+    _CACHE.forget(patterns)
 
 
 @dataclass
@@ -237,6 +260,9 @@ class Pattern(ABC):
         plan = _CACHE.get(key)
         if plan is None:
             self.check(layout)
-            plan = self.stand_in(self.build_plan(layout, block_q, block_k))
+            plan = lasting(self._stood_in)(layout, block_q, block_k)
             _CACHE.put(key, plan)
         return plan
+
+    def _stood_in(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
+        return self.stand_in(self.build_plan(layout, block_q, block_k))

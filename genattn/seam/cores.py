@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from genattn.functional.log_sum_exp import dense_with_lse, is_native
+from genattn.kernels.block_sparse import as_autocast
 from genattn.layouts.site import AttentionSite
 
 MARK = "_genattn_mark"
@@ -239,6 +240,8 @@ def _hand_over(
             return _CORES[core][0](  # type: ignore[no-any-return]
                 q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, backend=backend, parallel_config=parallel_config
             )
+        # inside of the operator autocast is off, so what it does to SDPA's inputs is traced here
+        q, k, v = as_autocast(q, k, v)
         name = "" if backend is None else str(getattr(backend, "value", backend))
         return attention_op(q, k, v, mask, mark.handle, scale, is_causal, enable_gqa, core, name)
     flags = {"is_causal": is_causal, "enable_gqa": enable_gqa}

@@ -173,29 +173,3 @@ def other_cache_context(model: nn.Module, stock: type, noted: list[Any], suffix:
     again = stock.cache_context(model, name, **told)  # type: ignore[attr-defined]
     again.__enter__()  # leaving a context clears it, but the pipeline is still inside its own
     noted.append(again)
-
-
-@contextlib.contextmanager
-def checkpoints_carry(model: nn.Module, run: Run) -> Iterator[None]:
-    """Blocks recomputed in the backward pass (maybe in another thread, after later forwards) see the run of their forward."""
-    if not (torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)):
-        yield
-        return
-    name = "_gradient_checkpointing_func"
-    holders = [m for m in model.modules() if name in m.__dict__]
-    before = [m.__dict__[name] for m in holders]
-    for module, stock in zip(holders, before):
-        module.__dict__[name] = functools.partial(_checkpoint, stock, run)
-    try:
-        yield
-    finally:
-        for module, stock in zip(holders, before):
-            module.__dict__[name] = stock
-
-
-def _checkpoint(stock: Callable[..., Any], run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    def with_run(*inputs: Any, **named: Any) -> Any:
-        with current_run(HERE.run if run_of(run.model) is not None else run):  # type: ignore[arg-type]
-            return function(*inputs, **named)
-
-    return stock(with_run, *args, **kwargs)

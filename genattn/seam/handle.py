@@ -112,6 +112,7 @@ class Handle:
         self._device = "cpu"
         self._injections = _injections(target)
         attached: list[tuple[Plugin, Injection]] = []
+        joined: list[Injection] = []
         for injection in self._injections:
             injection.refuse_split(plugins)
         try:
@@ -119,12 +120,15 @@ class Handle:
                 for plugin in plugins:
                     plugin.attach(injection.model, [site for _, site in injection.found])
                     attached.append((plugin, injection))
+            for injection in self._injections:
+                injection.join(self)
+                joined.append(injection)
         except BaseException:
+            for injection in joined:
+                injection.leave(self)
             for plugin, injection in attached:
                 plugin.detach(injection.model)
             raise
-        for injection in self._injections:
-            injection.join(self)
         self._active = True
 
     # ---- control

@@ -16,7 +16,7 @@ from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import gathered, ulysses, why_not_ulysses
 from genattn.seam.cores import MARK, Mark, StockCore
-from genattn.seam.denoiser import HERE, RootCalls, checkpoints_carry, current_run, other_cache_context, run_of, stock_state
+from genattn.seam.denoiser import HERE, RootCalls, current_run, other_cache_context, run_of, stock_state
 from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
 from genattn.seam.processors import (
     Claim,
@@ -26,6 +26,7 @@ from genattn.seam.processors import (
     refresh_processor,
     release_processors,
 )
+from genattn.seam.recompute import Recorded
 from genattn.seam.report import event_pair
 from genattn.seam.root_inputs import RootInputs
 from genattn.seam.sites import asking_layout, find_sites, gather_queries, layout_at, spread_queries
@@ -50,6 +51,7 @@ class Injection:
         self.found = find_sites(model, name, self.family)
         self.blocks = 1 + max((site.depth for _, site in self.found), default=-1)
         self.marks: list[Mark] = []
+        self.recorded = Recorded()
         self.root: RootCalls | None = None
         self._plugins: list[Plugin] = []
         self._wrappers: list[Plugin] = []
@@ -96,6 +98,7 @@ class Injection:
                 module.__dict__["processor"] = processor.function
         release_processors(self._claims)
         self.marks.clear()
+        self.recorded.clear()
 
     def refuse_split(self, plugins: Iterable[Plugin], config: Any = None) -> None:
         """Raise GenAttnError where attention is split over devices in a way that one of the plugins cannot follow.
@@ -154,17 +157,18 @@ class Injection:
         """The whole of one forward: read the root, run the plugins' wrappers, then stock."""
         self.sync()
         kwargs, told = self.inputs.take_options(kwargs)
-        run = self._begin(args, kwargs, told)
+        again = self.recorded.run_of_backward(known_only=True)
+        run = again or self._begin(args, kwargs, told)
         self.refuse_split(p for p in self._plugins if not _is_off(p, run))
-        for handle in self.handles:
+        for handle in self.handles if again is None else ():
             handle.before_forward(self, run)
         chain = self._stock_with_layout(stock, args, kwargs) if self._wrappers else stock
         for plugin in reversed(self._wrappers):
             if not _is_off(plugin, run):
                 chain = _wrapped(plugin, chain)
-        with current_run(run), checkpoints_carry(self.model, run):
+        with current_run(run), self.recorded.recording(run):
             result = chain(*args, **kwargs)
-        for handle in self.handles:
+        for handle in self.handles if again is None else ():
             handle.after_forward(self, run)
         return result
 
@@ -189,6 +193,9 @@ class Injection:
             pass_name=pass_name or self.tracker.guess_pass(self.family.cfg if self.family else None),
             layout=layout,
             options=merged,
+            sample_layouts=self.inputs.of_samples,
+            samples=self.tracker.samples,
+            pass_is_told=pass_name is not None,
             why_no_layout=why,
             model=self.model,
             pipe=self.tracker.pipe,
@@ -210,9 +217,10 @@ class Injection:
             if run is None or _same_objects(given, args, named, kwargs):
                 return stock(*given, **named)
             layout, why = self.inputs.layout(self.model, self.inputs.bind(given, named))
-            if layout == run.layout:
+            if layout == run.layout and self.inputs.of_samples == run.sample_layouts:
                 return stock(*given, **named)
-            with current_run(replace(run, layout=layout, why_no_layout=why)):
+            run = replace(run, layout=layout, why_no_layout=why, sample_layouts=self.inputs.of_samples)
+            with current_run(run), self.recorded.recording(run):
                 return stock(*given, **named)
 
         return call
@@ -223,6 +231,7 @@ class Injection:
         with contextlib.ExitStack() as stack:
             if self.cache:
                 stack.enter_context(other_cache_context(self.model, type(self.model), self.cache[-1], name))
+            stack.enter_context(self.recorded.recording(extra))
             yield stack.enter_context(current_run(extra))
 
     def attend(
@@ -236,9 +245,9 @@ class Injection:
         """Run the chain of `mark` over one call of the core."""
         if not mark.chain:
             return core(*tensors, mask, **flags)
-        run = run_of(self.model) or Run(
-            model=self.model, why_no_layout="the block was called outside of the denoiser's forward"
-        )
+        run = run_of(self.model) or self.recorded.run_of_backward()
+        if run is None:
+            run = Run(model=self.model, why_no_layout="the block was called outside of the denoiser's forward")
         if core.parallel_config is not None:
             return self._attend_parallel(mark, tensors, mask, flags, core, run)
         queries, keys = tensors[0].shape[1], tensors[1].shape[1]

@@ -32,6 +32,9 @@ class Run:
     pass_name: "cond", "uncond", "cond_uncond" (one batch) or what the pipeline calls it; None when unknown; an extra pass
     adds its own name: "cond+softpag". extra: that name alone, None in the pipeline's own passes.
     layout: tokens of the self/joint attention, None when the family has no adapter; why_no_layout says why.
+    sample_layouts: one layout for each sample, where the grids of the batch differ in size and `layout` is None.
+    samples: of the pipeline, before guidance multiplies them in a batch; None where no pipeline is seen running.
+    pass_is_told: whether the pipeline named the pass itself; else the name is what pipelines of this family do.
     options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
     model: the denoiser. pipe: the pipeline, None where plugins were applied to a bare model.
     """
@@ -44,6 +47,9 @@ class Run:
     layout: TokenLayout | None = None
     options: dict[str, Any] = field(default_factory=dict)
     extra: str | None = None
+    sample_layouts: tuple[TokenLayout, ...] = ()
+    samples: int | None = None
+    pass_is_told: bool = False
     why_no_layout: str = ""
     model: "nn.Module | None" = field(default=None, repr=False, compare=False)
     pipe: Any = field(default=None, repr=False, compare=False)

@@ -1,7 +1,8 @@
 """What was done: per site how often the attention ran sparse or dense, why dense, at what density, in what time."""
 
 import json
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ class SiteStats:
     flops: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
     tails: Counter[str] = field(default_factory=Counter)
-    _events: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
+    _events: deque[tuple[Any, Any]] = field(default_factory=deque, repr=False)
 
     def add(self, query: torch.Tensor, keys: int, record: CallRecord, seconds: float, events: tuple[Any, Any] | None) -> None:
         """One finished call: query [B, Sq, H, D] on `keys` keys."""
@@ -51,13 +52,16 @@ class SiteStats:
             self.seconds += seconds
         else:
             self._events.append(events)
+            self._settle(lambda end: end.query())  # those that are done; nothing waits, and a server's do not pile up
 
     def settle(self) -> None:
         """Add up the CUDA events that wait."""
-        for begin, end in self._events:
-            end.synchronize()
+        self._settle(lambda end: end.synchronize() or True)
+
+    def _settle(self, is_done: Callable[[Any], bool]) -> None:
+        while self._events and is_done(self._events[0][1]):
+            begin, end = self._events.popleft()
             self.seconds += begin.elapsed_time(end) / 1000
-        self._events.clear()
 
     def row(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -177,7 +181,7 @@ def _place(row: dict[str, Any]) -> str:
 
 def event_pair(tensor: torch.Tensor) -> tuple[Any, Any] | None:
     """Two CUDA events with the first recorded, None on other devices."""
-    if not tensor.is_cuda:
+    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
         return None
     pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
     pair[0].record()

@@ -10,7 +10,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
-from genattn.layouts.family import Family
+from genattn.layouts.family import Family, MixedGrids
 from genattn.seam.processors import signature_of
 
 OPTION_KEY = "genattn"
@@ -24,6 +24,7 @@ class RootInputs:
         self.names = tuple(signature_of(stock).parameters)[1:]
         self.family = family
         self._memo: tuple[Any, TokenLayout | None, str] | None = None
+        self.of_samples: tuple[TokenLayout, ...] = ()
 
     def take_options(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(kwargs without our key, the options that were under it); the pipeline's own dict is left as it is."""
@@ -55,20 +56,37 @@ class RootInputs:
         return float(value)
 
     def layout(self, model: nn.Module, bound: Mapping[str, Any]) -> tuple[TokenLayout | None, str]:
-        """(layout of the self or joint attention, "") or (None, why there is none)."""
+        """(layout of the self or joint attention, "") or (None, why there is none).
+
+        Where the grids of a batch differ in size there is none, and `of_samples` has one for each sample.
+        """
         if self.family is None:
             return None, f"no layout is known for {model.__class__.__name__}"
         key = _shape_key(bound, self.family.reads_values)
         if self._memo is not None and _same(self._memo[0], key):
             return self._memo[1], self._memo[2]
+        self.of_samples = ()
         try:
             layout, why = self.family.layout(model, bound), ""
+        except MixedGrids as error:
+            layout, why = None, str(error)
+            self.of_samples = self._of_samples(model, bound)
+        except GenAttnError as error:
+            layout, why = None, str(error)
         except (KeyError, AttributeError, TypeError, IndexError, ValueError) as error:
             layout, why = None, f"the layout of {model.__class__.__name__} could not be read ({type(error).__name__}: {error})"
         if layout is None and not why:
             why = f"these inputs of {model.__class__.__name__} have no known layout"
         self._memo = (key, layout, why)
         return layout, why
+
+    def _of_samples(self, model: nn.Module, bound: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
+        assert self.family is not None
+        lists = [name for name in self.family.lists if name in bound]
+        found = []
+        for place in range(len(bound[lists[0]])):
+            found.append(self.family.layout(model, {**bound, **{name: bound[name][place : place + 1] for name in lists}}))
+        return tuple(layout for layout in found if layout is not None) if None not in found else ()
 
 
 def _shape_key(bound: Mapping[str, Any], reads_values: tuple[str, ...]) -> list[Any]:

@@ -12,16 +12,17 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import plan_for, planned_attention, why_no_tail
+from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
-from genattn.patterns.pattern import Pattern, SiteMemory
+from genattn.patterns.pattern import Pattern, SiteMemory, forget_plans
 from genattn.planning.ladder import Model, rung
 from genattn.seam.masks import grid_key_mask, key_mask
-from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
+from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
 from genattn.seam.sites import find_sites, head_dims
 
@@ -48,6 +49,7 @@ class SparsePlugin(Plugin):
         self._mask: tuple[Any, Any] | None = None
         self._said: set[str] = set()
         self._memory: dict[tuple[int, str], SiteMemory] = {}
+        self._used: set[Pattern] = set()
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """Refuse models whose self-attention cannot be made sparse."""
@@ -65,9 +67,13 @@ class SparsePlugin(Plugin):
         self._blocks[id(model)] = blocks
 
     def detach(self, model: nn.Module) -> None:
-        """Forget the model."""
+        """Forget the model, and with the last one the plans."""
         self._blocks.pop(id(model), None)
         self._memory.clear()
+        if not self._blocks:
+            forget_plans(self._used)
+            self._used.clear()
+            self._mask = None
 
     def begin_run(self, run: Run) -> None:
         """Forget what a pattern chose in the last run."""
@@ -102,6 +108,8 @@ class SparsePlugin(Plugin):
         planned = self.stays_out(call.run, call.site, call.query.shape[1])
         if planned:
             return _dense(call, inner, planned)
+        if call.layout is None and call.run.sample_layouts:
+            return self._each_sample(call, inner)
         reason = self.why_not(call)
         keys, others, reason = (None, None, reason) if reason else self._key_mask(call)
         if reason:
@@ -109,7 +117,9 @@ class SparsePlugin(Plugin):
             return _dense(call, inner, reason)
         impl = options.get("impl", self.impl)
         assert call.layout is not None
-        plan = plan_for(call.query, call.key, self._pattern_at(call, impl), call.layout, impl, self._memory_at(call))
+        pattern = self._pattern_at(call, impl)
+        self._used.add(pattern)
+        plan = plan_for(call.query, call.key, pattern, call.layout, impl, self._memory_at(call))
         flags: dict[str, Any] = {"impl": impl, "scale": call.scale, "key_mask": keys}
         tail = plan.tail if isinstance(plan, BlockPlan | HeadTiles) else None
         call.record.ran_sparse(plan.density, None if tail is None else tail.kind)
@@ -121,6 +131,23 @@ class SparsePlugin(Plugin):
                 out, call.record.lse = planned_attention(call.query, call.key, call.value, plan, return_lse=True, **flags)
                 return out
         return planned_attention(call.query, call.key, call.value, plan, **flags)  # type: ignore[return-value]
+
+    def _each_sample(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        """A batch of sequences that differ in length and grid, filled up at their ends: every one under its own layout."""
+        layouts, tokens = call.run.sample_layouts, call.query.shape[1]
+        alone = [_one_sample(call, place, layout) for place, layout in enumerate(layouts)]
+        reason = _why_not_apart(call, layouts) or next(filter(None, map(self.why_not, alone)), "")
+        if reason:
+            self._say_once(call, reason)
+            return _dense(call, inner, reason)
+        parts = []
+        for one in alone:
+            out = self.attention(one, inner)
+            parts.append(torch.nn.functional.pad(out, (0, 0, 0, 0, 0, tokens - out.shape[1])))
+        if all(one.record.sparse for one in alone):
+            work = [one.record.density * one.query.shape[1] ** 2 for one in alone]
+            call.record.ran_sparse(sum(work) / (len(work) * tokens**2))
+        return torch.cat(parts)
 
     def _say_once(self, call: AttentionCall, reason: str) -> None:
         """What the schedule did not ask for is told when it first happens; `report()` counts all of it."""
@@ -225,6 +252,26 @@ def _rows_of(call: AttentionCall, rows: torch.Tensor) -> AttentionCall:
     """The call of some of its queries, under their rows of its mask."""
     mask = call.mask.index_select(2, rows.to(call.mask.device))
     return call.with_tensors(query=call.query.index_select(1, rows), mask=mask, layout=None)
+
+
+def _one_sample(call: AttentionCall, place: int, layout: TokenLayout) -> AttentionCall:
+    cut = {name: getattr(call, name)[place : place + 1, : layout.seqlen] for name in ("query", "key", "value")}
+    run = replace(call.run, layout=layout, sample_layouts=())
+    site = replace(call.site, name=f"{call.site.name}[{place}]")  # what a pattern remembers of a sample is that sample's
+    return call.with_tensors(**cut, mask=None, layout=layout, run=run, site=site, record=CallRecord())
+
+
+def _why_not_apart(call: AttentionCall, layouts: Sequence[TokenLayout]) -> str:
+    """Why the sequences of a batch are not what their layouts say with filling behind; empty when they are."""
+    batch, tokens = call.query.shape[:2]
+    if len(layouts) != batch or call.key.shape[1] != tokens:
+        return f"{batch} sequences of {tokens} tokens for {len(layouts)} samples of several sizes"
+    keys, reason = key_mask(call.mask, batch, tokens, tokens)
+    wanted = [layout.seqlen for layout in layouts]
+    if keys is None:
+        return reason or ("" if set(wanted) == {tokens} else f"sequences of {tokens} tokens for layouts of {wanted}")
+    shown = torch.arange(tokens, device=keys.device) < torch.tensor(wanted, device=keys.device)[:, None]
+    return "" if torch.equal(keys, shown) else "the mask is not the filling behind each sample's own tokens"
 
 
 def _dense(call: AttentionCall, inner: Inner, reason: str) -> torch.Tensor:

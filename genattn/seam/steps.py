@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from genattn.seam.visits import visits
@@ -72,6 +73,7 @@ class StepTracker:
         self._applied = weakref.ref(pipe) if pipe is not None else lambda: None
         self._running: Any = self._applied
         self._bare = _Progress()
+        self.samples: int | None = None
 
     @property
     def pipe(self) -> Any:
@@ -92,7 +94,7 @@ class StepTracker:
         model: nn.Module | None = None,
     ) -> Position:
         """One forward of `model` at `timestep`; `told` is what the pipeline put into its cache context."""
-        found = running_pipeline(model) if model is not None else None
+        found, self.samples = running_pipeline(model) if model is not None else (None, None)
         self._running = weakref.ref(found) if found is not None else self._applied
         progress = self._progress
         is_new = progress.advance(timestep, self.pipe, rising)
@@ -137,8 +139,9 @@ class StepTracker:
             _RUNNING.update(before)
 
 
-def running_pipeline(model: nn.Module) -> Any:
-    """The pipeline whose call this is: the innermost `self` of a `__call__` on the stack that has `model` and a scheduler."""
+def running_pipeline(model: nn.Module) -> tuple[Any, int | None]:
+    """(the pipeline whose call this is, samples in its latents): the innermost `self` of a `__call__` on the stack that has
+    `model` and a scheduler. (None, None) where none runs; None for the samples where its call has no latents."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -146,9 +149,10 @@ def running_pipeline(model: nn.Module) -> Any:
             owner = frame.f_locals.get("self")
             parts = getattr(owner, "__dict__", {})
             if "scheduler" in parts and any(_holds(part, model) for part in parts.values()):
-                return owner
+                latents = frame.f_locals.get("latents")
+                return owner, len(latents) if isinstance(latents, torch.Tensor) and latents.ndim > 1 else None
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return None, None
 
 
 def _holds(part: Any, model: nn.Module) -> bool:

@@ -20,14 +20,24 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.broadway.blocks import GuidedSites, choose_sites
-from genattn.guidance.broadway.calls import ClipShape, clip_shape, conditional_part, entries
+from genattn.guidance.broadway.calls import (
+    ClipShape,
+    clip_shape,
+    conditional_part,
+    entries,
+    picked,
+    put_together,
+    sample_groups,
+    samples_in,
+)
 from genattn.guidance.broadway.frame_marginal import EditedAttention, KeyFrames, edited_attention, key_frames
 from genattn.guidance.broadway.frame_marginal_approx import pooled_edit
 from genattn.guidance.broadway.motion import motion_attention, motion_map
 from genattn.guidance.broadway.neighbours import has_wrapper_outside, neighbours_inside, sparse_plan
 from genattn.guidance.broadway.report import BroadWayReport
-from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, parse_energy, resize_anchor
+from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, mean_scalars, parse_energy, resize_anchor
 from genattn.guidance.passes.delta import Window
+from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import plain
 from genattn.seam.masks import key_mask
@@ -42,7 +52,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class _Forward:
-    """One forward of the denoiser: what the guided attentions of it share. Keys of maps begin with the extra pass's name."""
+    """One forward of the denoiser: what the guided attentions of it share. Keys of maps begin with the extra pass's name.
+
+    samples: of the pipeline; each is edited by its own energies, so that its neighbours in the batch do not matter.
+    """
 
     conditional: tuple[float, float]
     clip: ClipShape | None
@@ -50,6 +63,7 @@ class _Forward:
     maps: dict[tuple[str | None, str, int], torch.Tensor] = field(default_factory=dict)
     mean: dict[str | None, tuple[torch.Tensor, int]] = field(default_factory=dict)
     key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
+    samples: int = 1
 
     def anchor(self, extra: str | None, source: str, index: int) -> torch.Tensor | None:
         """The anchor's map; an extra pass that skipped the anchor shares it with the pass it belongs to."""
@@ -58,7 +72,8 @@ class _Forward:
 
     def of_main_pass(self) -> "_Forward":
         """The maps alone, for an extra pass that another plugin runs as a forward of its own."""
-        return _Forward(self.conditional, self.clip, maps={k: v for k, v in self.maps.items() if k[0] is None})
+        maps = {k: v for k, v in self.maps.items() if k[0] is None}
+        return _Forward(self.conditional, self.clip, maps=maps, samples=self.samples)
 
 
 class BroadWay(Plugin):
@@ -132,7 +147,7 @@ class BroadWay(Plugin):
         self._guided: GuidedSites | None = None
         self._forwards: dict[tuple[int, int], _Forward] = {}
         self._last: dict[tuple[int, int], tuple[int, _Forward]] = {}
-        self._betas: dict[tuple[int, int, str, int], tuple[int, torch.Tensor]] = {}
+        self._betas: dict[tuple[int, int, str, int], tuple[int, list[torch.Tensor]]] = {}
         self._frames: dict[tuple[TokenLayout, torch.device], KeyFrames] = {}
 
     @classmethod
@@ -217,7 +232,11 @@ class BroadWay(Plugin):
         place = _place_of(run)
         step, last = self._last.get(place, (None, None))
         shared = last.maps if run.extra and last is not None and step == run.step else {}
-        self._forwards[place] = state = _Forward(part, clip, maps=dict(shared))
+        if run.extra and last is not None:
+            samples = last.samples
+        else:
+            samples = run.samples or samples_in(part, run.pass_name, clip.batch if clip else _batch_of(args, kwargs))
+        self._forwards[place] = state = _Forward(part, clip, maps=dict(shared), samples=samples)
         try:
             return inner(*args, **kwargs)
         finally:
@@ -260,13 +279,34 @@ class BroadWay(Plugin):
             state.maps[call.run.extra, name, index] = rows
         else:
             anchor = self._motion_anchor(rows, state, call.run.extra, source, index)
-        part = entries(_measured_part(state, call.run), rows.shape[0])
-        beta = self._known_beta(call, index)
-        out, scalars = motion_attention(
-            rows, call.value, self._edit_with(call.run.options_of(self)), anchor=anchor, conditional=part, beta=beta
-        )
+        groups = self._motion_groups(state, rows)
+        edit = self._edit_with(call.run.options_of(self))
+        outs, scalars = [], []
+        for place, group in enumerate(groups):
+            mine = picked(rows, group)
+            assert mine is not None
+            out, numbers = motion_attention(
+                mine,
+                picked(call.value, group),  # type: ignore[arg-type]
+                edit,
+                anchor=picked(anchor, group),
+                conditional=entries(_measured_part(state, call.run), mine.shape[0]),
+                beta=self._known_beta(call, index, place),
+            )
+            outs.append(out)
+            scalars.append(numbers)
         self._note(call, index, rows.shape[-1], scalars)
-        return out
+        return put_together(outs, groups)
+
+    def _motion_groups(self, state: _Forward, rows: torch.Tensor) -> list[torch.Tensor | None]:
+        """The sequences of each sample; those of one entry of the batch lie together."""
+        if state.clip is None:
+            return [None]
+        height, width = state.clip.places(rows.shape[0])
+        batch = rows.shape[0] // (height * width)
+        groups = sample_groups(state.samples, batch, rows.device)
+        inside = torch.arange(height * width, device=rows.device)
+        return [None if group is None else (group[:, None] * (height * width) + inside).flatten() for group in groups]
 
     def _motion_anchor(self, rows: torch.Tensor, state: _Forward, extra: str | None, source: str, index: int) -> torch.Tensor:
         anchor = state.anchor(extra, source, index)
@@ -285,35 +325,45 @@ class BroadWay(Plugin):
     def _clip(self, call: AttentionCall, inner: Inner, state: _Forward, index: int) -> torch.Tensor:
         """Full attention over the clip: [B, S, H, D]."""
         frames = self._key_frames(call)
-        part = entries(_measured_part(state, call.run), call.query.shape[0])
-        anchor = self._clip_anchor(call, state, index)
-        shared: dict[str, Any] = {
-            "anchor": anchor,
-            "beta": self._known_beta(call, index),
-            "conditional": part,
-            "scale": call.scale,
-        }
-        shared |= {"key_mask": self._key_mask(call, state)}
-        edit = self._edit_with(call.run.options_of(self))
-        tensors = (call.query, call.key, call.value, frames)
-        result: EditedAttention
-        if self.method == "pooled":
-            assert call.layout is not None
-            result = pooled_edit(*tensors, call.layout.grid3[1:], edit, inner(call), self.pool, **shared)
-        else:
-            result = self._exact(call, inner, (*tensors, edit), shared)
-        self._keep_rows(call, state, index, result.rows)
-        self._note(call, index, frames.frames, result.scalars)
-        return result.out
-
-    def _exact(self, call: AttentionCall, inner: Inner, tensors: tuple[Any, ...], shared: dict[str, Any]) -> EditedAttention:
-        """The definition, under the pattern further in if there is one; other plugins further in give the base."""
         near = neighbours_inside(call, self)
-        plan = sparse_plan(call, near.pattern)
+        plan = None if self.method == "pooled" else sparse_plan(call, near.pattern)
         if plan is not None:
             call.record.ran_sparse(plan.density, None if plan.tail is None else plan.tail.kind)
-        base = inner(call) if near.others else None
-        return edited_attention(*tensors, plan=plan, base=base, **shared)
+        base = inner(call) if self.method == "pooled" or near.others else None
+        anchor, keys = self._clip_anchor(call, state, index), self._key_mask(call, state)
+        groups = sample_groups(state.samples, call.query.shape[0], call.query.device)
+        results = []
+        for place, group in enumerate(groups):
+            tensors = [picked(tensor, group) for tensor in (call.query, call.key, call.value)]
+            assert tensors[0] is not None
+            shared = {
+                "anchor": picked(anchor, group),
+                "beta": self._known_beta(call, index, place),
+                "conditional": entries(_measured_part(state, call.run), tensors[0].shape[0]),
+                "scale": call.scale,
+                "key_mask": picked(keys, group),
+            }
+            results.append(self._edited(call, tensors, frames, picked(base, group), plan, shared))
+        self._keep_rows(call, state, index, put_together([result.rows for result in results], groups))
+        self._note(call, index, frames.frames, [result.scalars for result in results])
+        return put_together([result.out for result in results], groups)
+
+    def _edited(
+        self,
+        call: AttentionCall,
+        tensors: list[Any],
+        frames: KeyFrames,
+        base: torch.Tensor | None,
+        plan: BlockPlan | None,
+        shared: dict[str, Any],
+    ) -> EditedAttention:
+        """The definition, under the pattern further in if there is one; other plugins further in give the base."""
+        edit = self._edit_with(call.run.options_of(self))
+        if self.method == "pooled":
+            assert call.layout is not None
+            assert base is not None
+            return pooled_edit(*tensors, frames, call.layout.grid3[1:], edit, base, self.pool, **shared)
+        return edited_attention(*tensors, frames, edit, plan=plan, base=base, **shared)
 
     def _clip_anchor(self, call: AttentionCall, state: _Forward, index: int) -> torch.Tensor | None:
         guided, extra = self._guided, call.run.extra
@@ -368,24 +418,29 @@ class BroadWay(Plugin):
             state.key_masks[shape] = keys
         return state.key_masks[shape]
 
-    def _known_beta(self, call: AttentionCall, index: int) -> torch.Tensor | None:
-        """The beta of the conditional pass, in an unconditional or extra pass of the same step."""
+    def _known_beta(self, call: AttentionCall, index: int, place: int) -> torch.Tensor | None:
+        """The beta of a sample's conditional pass, in an unconditional or extra pass of the same step."""
         if call.run.pass_name != "uncond" and call.run.extra is None:
             return None
-        step, beta = self._betas.get((*_place_of(call.run), call.site.name, index), (None, None))
-        return beta if step == call.run.step else None
+        step, betas = self._betas.get((*_place_of(call.run), call.site.name, index), (None, []))
+        return betas[place] if step == call.run.step and place < len(betas) else None
 
-    def _note(self, call: AttentionCall, index: int, frames: int, scalars: EditScalars) -> None:
+    def _note(self, call: AttentionCall, index: int, frames: int, scalars: list[EditScalars]) -> None:
         guided, name = self._guided, call.site.name
         assert guided is not None
         if call.run.pass_name != "uncond" and call.run.extra is None:
-            self._betas[(*_place_of(call.run), name, index)] = (call.run.step, scalars.beta)
-        self.report.add(name, guided.block_of[name], frames, call.run, scalars)
+            self._betas[(*_place_of(call.run), name, index)] = (call.run.step, [numbers.beta for numbers in scalars])
+        self.report.add(name, guided.block_of[name], frames, call.run, mean_scalars(scalars))
 
 
 def _place_of(run: Run) -> tuple[int, int]:
     """Thread and denoiser: extra passes have another `Run` but the same place."""
     return threading.get_ident(), id(run.model)
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    given = next((x for x in (*args[:1], kwargs.get("sample"), kwargs.get("hidden_states")) if x is not None), None)
+    return len(given) if given is not None else 1
 
 
 def _measured_part(state: _Forward, run: Run) -> tuple[float, float]:

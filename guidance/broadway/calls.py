@@ -76,6 +76,32 @@ def _pag_processor(model: nn.Module | None) -> str:
     return next((name for name in sorted(names) if name.startswith("PAG")), "")
 
 
+def samples_in(part: tuple[float, float], pass_name: str | None, batch: int) -> int:
+    """Samples of a forward before guidance multiplied them: entries i, i + n, i + 2n ... belong to sample i of n."""
+    count = batch // 2 if pass_name == "cond_uncond" and batch % 2 == 0 else round((part[1] - part[0]) * batch)
+    return count if count > 0 and batch % count == 0 else 1
+
+
+def sample_groups(samples: int, batch: int, device: torch.device) -> list[torch.Tensor | None]:
+    """The entries of each sample, int64; None for all of them where there is one sample, or where they do not divide."""
+    if samples < 2 or batch % samples:
+        return [None]
+    return list(torch.arange(batch, device=device).view(-1, samples).unbind(1))
+
+
+def picked(tensor: torch.Tensor | None, group: torch.Tensor | None) -> torch.Tensor | None:
+    """The entries of one sample; everything for None."""
+    return tensor if tensor is None or group is None else tensor.index_select(0, group)
+
+
+def put_together(parts: list[torch.Tensor], groups: list[torch.Tensor | None]) -> torch.Tensor:
+    """The batch from what `picked` took apart."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.cat([group for group in groups if group is not None])
+    return torch.cat(parts).index_select(0, order.argsort())
+
+
 def entries(part: tuple[float, float], length: int) -> slice:
     """The part of an axis whose outermost index is the sample.
 

@@ -4,7 +4,7 @@
     score = max(1, mean of the off-diagonal entries * (T + w))                     the cross-frame intensity, times w and T
     attention output of the video tokens *= score
 
-One number per attention, from a map that costs 1 / (tokens per frame) of the attention. The original multiplies behind the
+One number per sample and attention, from a map that costs 1 / (tokens per frame) of it. The original multiplies behind the
 output projection, this behind the attention: the projection's bias is not scaled, and every processor can be served.
 """
 
@@ -115,12 +115,13 @@ class EnhanceAVideo(Plugin):
         rows = same_place_rows(call.query, call.key, frames, call.scale)
         weight = call.run.options_of(self).get("weight", self.weight)
         score = enhance_score(rows, weight)
-        self._scores[call.site.name] = score.detach()
+        gain = score.to(out.dtype)[:, None, None, None]
+        self._scores[call.site.name] = score.detach().mean()
         self._calls[call.site.name] += 1
         call.record.edited = True
         if frames.others.numel() == 0:
-            return out * score.to(out.dtype)
-        return out.index_copy(1, frames.queries, out.index_select(1, frames.queries) * score.to(out.dtype))
+            return out * gain
+        return out.index_copy(1, frames.queries, out.index_select(1, frames.queries) * gain)
 
     def describe(self) -> dict[str, Any]:
         """Settings, and how often each site was enhanced, with its last score."""
@@ -130,10 +131,10 @@ class EnhanceAVideo(Plugin):
 
 
 def enhance_score(rows: torch.Tensor, weight: float) -> torch.Tensor:
-    """max(1, cross-frame intensity * (T + w)), 0-dim, of `same_place_rows` [B, T, n, H, T]."""
+    """max(1, cross-frame intensity * (T + w)) of `same_place_rows` [B, T, n, H, T]: [B], each sample's own."""
     count = rows.shape[-1]
     # rows sum to 1: what is not on the diagonal is spread over the T - 1 other entries
-    intensity = (1.0 - rows.diagonal(dim1=1, dim2=-1).mean()) / (count - 1)
+    intensity = (1.0 - rows.diagonal(dim1=1, dim2=-1).flatten(1).mean(1)) / (count - 1)
     return (intensity * (count + weight)).clamp_min(1.0)
 
 

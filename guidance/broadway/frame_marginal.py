@@ -25,6 +25,7 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, band_projection, basis_maps, gram, solve
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, dense_plan
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.triton.config import tile_sizes
 
 CHUNK_BYTES = 256 << 20
@@ -72,6 +73,7 @@ class EditedAttention:
 
 
 @lru_cache(maxsize=32)
+@lasting
 def key_frames(layout: TokenLayout, keep_first: bool = False) -> KeyFrames:
     """Sort the tokens of a layout by frame.
 
@@ -269,6 +271,7 @@ def _attend(
 
 
 @lru_cache(maxsize=64)
+@lasting
 def _dense_plan(rows: int, keys: int, device: torch.device, tile: tuple[int, int]) -> BlockPlan:
     return dense_plan(rows, keys, *tile).to(device)
 

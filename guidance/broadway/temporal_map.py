@@ -14,13 +14,14 @@ so rows may come in chunks: accumulate the Gram matrix and the outputs of each b
 `published_edit` is the definition, in float64 and with the transform.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.kernels.plan.lasting import lasting
 
 BETA_LIMIT = 100.0
 AUTO_DISPARITY = 0.5
@@ -90,6 +91,14 @@ class EditScalars:
         return torch.ones_like(gain), self.alpha, gain, gain * self.alpha
 
 
+def mean_scalars(parts: list[EditScalars]) -> EditScalars:
+    """One set of numbers for the samples of a batch."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(EditScalars)]
+    return EditScalars(**{name: torch.stack([getattr(part, name) for part in parts]).mean() for name in names})
+
+
 @dataclass(frozen=True)
 class Energies:
     """What beta is solved from, each a 0-dim tensor, mean per row over the conditional rows.
@@ -132,6 +141,7 @@ def high_bins(frames: int, tau: float, tau_frames: int | None = 16) -> tuple[int
 
 
 @lru_cache(maxsize=64)
+@lasting
 def band_projection(frames: int, tau: float, tau_frames: int | None = 16) -> torch.Tensor:
     """The high band as a matrix: float64 [F, F], symmetric, circulant, idempotent; rows sum to 0. high(A) = A @ P."""
     bins = torch.tensor(high_bins(frames, tau, tau_frames), dtype=torch.float64)

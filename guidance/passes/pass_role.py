@@ -19,6 +19,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.guidance.passes.prediction import UNBATCHED, batch_of
+from genattn.layouts.families import family_of
 from genattn.seam.plugin import Run
 
 LAYOUTS = ("auto", "single", "uncond_cond", "cond_uncond", "sequential")
@@ -149,6 +150,10 @@ class PassReader:
     def _is_concatenated(self, run: Run, latents: Any, batch: int, kwargs: dict[str, Any], pipe: Any) -> bool:
         if self.layout != "auto":
             return self.layout in ("uncond_cond", "cond_uncond")
+        if run.samples and batch in (run.samples, 2 * run.samples) and pipe is not None:
+            return batch == 2 * run.samples  # the pipeline's own latents say whether guidance doubled them
+        if _calls_twice(run):
+            return False
         guided = _guided(pipe)
         known = (batch, run.pass_name, guided)
         if known not in self._halves:
@@ -181,6 +186,12 @@ def _compare_halves(
             "name layout='uncond_cond' or layout='single', or apply to the pipeline"
         )
     return True
+
+
+def _calls_twice(run: Run) -> bool:
+    """Whether pipelines of this family give each guidance pass a call of its own."""
+    family = family_of(run.model) if run.model is not None else None
+    return run.pipe is not None and family is not None and family.cfg == "two_pass"
 
 
 def _guided(pipe: Any) -> bool | None:

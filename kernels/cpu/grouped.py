@@ -15,6 +15,7 @@ import torch
 
 from genattn.kernels.cpu.groups import LINE, Group, groups_with_tail, tile_of_query
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.reference.tail import TailKeys, tail_keys
 
 _KEPT_BIAS_BYTES = 1 << 30
@@ -210,6 +211,7 @@ def _bias_of(part: Group, plan: BlockPlan, dtype: torch.dtype) -> torch.Tensor |
     return plan.cache[name]  # type: ignore[return-value]
 
 
+@lasting
 def _as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, _UNSEEN)
 

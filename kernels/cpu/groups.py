@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.lasting import lasting
 
 _MOST_UNITS, _MOST_QUERIES = 16, 512
 # time per score against a square call's is about 1 + 8 / queries; fetching a key costs about as much as six queries
@@ -138,6 +139,7 @@ def tile_of_query(plan: BlockPlan) -> torch.Tensor:
     return plan.cache["tile of query"]  # type: ignore[return-value]
 
 
+@lasting
 def _groups_of(plan: BlockPlan, head: int) -> list[Group]:
     units = _units(plan, head)
     if not units:

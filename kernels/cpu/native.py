@@ -12,6 +12,7 @@ import torch
 from genattn.kernels.cpu.native_build import native_library
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule, GridRule, PerHeadRule
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.plan.packed_masks import empty_masks, fill_masks, mask_bytes, mask_slots, owned_slots
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -178,6 +179,7 @@ def _masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] |
     return plan.cache["masks"]  # type: ignore[return-value]
 
 
+@lasting
 def _build_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     library = native_library()
     assert plan.rule is not None

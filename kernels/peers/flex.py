@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.reference.attention import pseudo_rows, tile_states, visible_mask
 from genattn.kernels.reference.tail import TailKeys, tail_keys
 from genattn.kernels.triton.tables import are_runs
@@ -60,6 +61,7 @@ def flex_block_attention(
     return _in_sequence(out.transpose(1, 2), plan), None if lse is None else _in_sequence(lse.transpose(1, 2), plan)
 
 
+@lasting
 def _orders(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(queries, keys) in the order of the tiles, int64, -1 in unused lanes; None where they are the sequence as it is."""
     if "orders" not in plan.cache:
@@ -83,6 +85,7 @@ def _compiled():  # type: ignore[no-untyped-def]
     return torch.compile(flex_attention, dynamic=False)
 
 
+@lasting
 def _block_mask(plan: BlockPlan) -> BlockMask:
     if "flex" not in plan.cache:
         states, orders = tile_states(plan)[None], _orders(plan)

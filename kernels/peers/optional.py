@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.reference.attention import tile_states
 from genattn.kernels.triton.config import arch_of
 from genattn.kernels.triton.tables import are_runs
@@ -147,7 +148,7 @@ def _flashinfer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pla
 def _spargeattn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, scale: float) -> torch.Tensor:
     """Its mask is one number per tile pair, heads first; quantises Q and K to int8, so it is not exact."""
     if "spargeattn" not in plan.cache:
-        plan.cache["spargeattn"] = (tile_states(plan) > 0).to(torch.int8)
+        plan.cache["spargeattn"] = (lasting(tile_states)(plan) > 0).to(torch.int8)
     states: Any = plan.cache["spargeattn"]
     batch, _, heads, _ = query.shape
     call = importlib.import_module("spas_sage_attn").block_sparse_sage2_attn_cuda

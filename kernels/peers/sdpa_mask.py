@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.reference.attention import pseudo_rows, visible_mask
 from genattn.kernels.reference.tail import TailKeys, tail_keys
 
@@ -67,7 +68,7 @@ def sdpa_mask_attention(
 
 def _mask_on(plan: BlockPlan, device: torch.device) -> torch.Tensor:
     if ("mask", device) not in plan.cache:
-        plan.cache["mask", device] = visible_mask(plan.to(device))
+        plan.cache["mask", device] = lasting(visible_mask)(plan.to(device))
     return plan.cache["mask", device]  # type: ignore[return-value]
 
 

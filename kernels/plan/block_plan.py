@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 
 from genattn.kernels.plan.element_rule import ElementRule
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.plan.tail import Tail, tail_of_plan, without_padding
 
 _HANDLES: "weakref.WeakValueDictionary[int, BlockPlan]" = weakref.WeakValueDictionary()
@@ -67,7 +68,7 @@ class BlockPlan:
             )
         number = next(_NEXT_HANDLE)
         _HANDLES[number] = self
-        object.__setattr__(self, "handle", torch.tensor(number))
+        object.__setattr__(self, "handle", _named(number))
         object.__setattr__(self, "mask_heads", max(rows, 1 if self.rule is None else self.rule.num_heads))
 
     @property
@@ -95,11 +96,13 @@ class BlockPlan:
         return {}
 
     @cached_property
+    @lasting
     def row_lengths(self) -> torch.Tensor:
         """Int64 [N, NQ]: key tiles per query tile."""
         return self.row_ptr.long().diff(dim=1)
 
     @cached_property
+    @lasting
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Per entry of `columns`: int64 row of the list it stands in (head * NQ + query tile), bool whether it is partial."""
         lengths = self.row_lengths.flatten()
@@ -113,6 +116,7 @@ class BlockPlan:
         return int((self.query_tiles >= 0).sum()) == self.seqlen_q
 
     @cached_property
+    @lasting
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(query lanes, key lanes) in use, per visited tile pair, int64 [nnz]."""
         lanes_q = (self.query_tiles >= 0).sum(1).repeat(self.num_heads)
@@ -171,6 +175,7 @@ class BlockPlan:
             self.cache[device] = self._copy_to(device)
         return self.cache[device]  # type: ignore[return-value]
 
+    @lasting
     def _copy_to(self, device: torch.device) -> "BlockPlan":
         return BlockPlan(
             self.query_tiles.to(device),
@@ -185,6 +190,7 @@ class BlockPlan:
         )
 
     @cached_property
+    @lasting
     def transposed_order(self) -> torch.Tensor:
         """Int64 [nnz]: which entry of this plan stands at each place of `transposed.columns`."""
         row, partial = self.entries
@@ -194,6 +200,7 @@ class BlockPlan:
         return torch.argsort(rank)
 
     @cached_property
+    @lasting
     def transposed(self) -> "BlockPlan":
         """The inverse lists: per key tile the query tiles that visit it (for dK, dV); same rule, roles not swapped; no tail."""
         row, partial = self.entries
@@ -207,6 +214,11 @@ class BlockPlan:
         return BlockPlan(
             self.key_tiles, self.query_tiles, row_ptr, columns, full.to(torch.int32), self.rule, self.seqlen_k, self.seqlen_q
         )
+
+
+@lasting
+def _named(number: int) -> torch.Tensor:
+    return torch.tensor(number)
 
 
 def plan_of_handle(handle: torch.Tensor) -> BlockPlan:

@@ -22,6 +22,8 @@ from functools import cached_property
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from genattn.kernels.plan.lasting import lasting
+
 # gathered keys and values of the tiles that are computed together: in cache on a CPU, enough to fill a GPU
 _CHUNK_BYTES = {"cpu": 8 << 20}
 _CHUNK_BYTES_ELSEWHERE = 64 << 20
@@ -110,6 +112,7 @@ class HaloPlan:
         """Room for what a backend derives from this plan once."""
         return {}
 
+    @lasting
     def _copy_to(self, device: torch.device) -> "HaloPlan":
         axes = tuple(tuple(HaloParts(*(t.to(device) for t in vars(p).values())) for p in kinds) for kinds in self.axes)
         places = None if self.places is None else self.places.to(device)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import PerHeadRule, rule_of_head
+from genattn.kernels.plan.lasting import lasting
 
 _SCORES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 23}
 
@@ -64,11 +65,16 @@ def empty_masks(plan: BlockPlan, count: int) -> torch.Tensor:
 def packed_masks(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """(slots, bits) of the whole plan by calling its rule; kept in the plan."""
     if "packed" not in plan.cache:
-        slots = mask_slots(plan)
-        bits = empty_masks(plan, max(1, int(slots.max()) + 1 if slots.numel() else 1))
-        fill_masks(plan, slots, bits)
-        plan.cache["packed"] = slots, bits
+        plan.cache["packed"] = _packed(plan)
     return plan.cache["packed"]  # type: ignore[return-value]
+
+
+@lasting
+def _packed(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    slots = mask_slots(plan)
+    bits = empty_masks(plan, max(1, int(slots.max()) + 1 if slots.numel() else 1))
+    fill_masks(plan, slots, bits)
+    return slots, bits
 
 
 def mask_slots(plan: BlockPlan) -> torch.Tensor:

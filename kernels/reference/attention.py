@@ -90,9 +90,20 @@ def _with_tail(visible: torch.Tensor, stood_in: torch.Tensor, pseudo: TailKeys) 
     return torch.cat([visible.expand(*shape, -1), stood_in.expand(*shape, -1)], -1)
 
 
+_ENTRIES_AT_ONCE = 1 << 18
+
+
 def visible_mask(plan: BlockPlan) -> torch.Tensor:
     """Bool [N, Sq, Sk]: the whole mask; for short sequences."""
-    return visible_rows(plan, torch.arange(plan.seqlen_q, device=plan.device))
+    # some rows at a time: the rule works with eight bytes an entry
+    at_once = max(1, _ENTRIES_AT_ONCE // plan.seqlen_k)
+    first, *rest = torch.arange(plan.seqlen_q, device=plan.device).split(at_once)
+    top = visible_rows(plan, first)
+    mask = top.new_zeros(top.shape[0], plan.seqlen_q, top.shape[2])
+    mask[:, first] = top
+    for some in rest:
+        mask[:, some] = visible_rows(plan, some)
+    return mask
 
 
 def _masked_softmax(scores: torch.Tensor, visible: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

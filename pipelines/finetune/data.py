@@ -10,12 +10,15 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.video.upright import is_turned, pixel_of, shown_size, upright
+from genattn.text_file import decoded
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 CAPTION_NAMES = ("text", "caption", "prompt")
@@ -97,7 +100,9 @@ def _from_folder(folder: Path, dataset: Dataset) -> None:
         text = captions.pop(name, None)
         beside = path.with_suffix(".txt")
         if text is None and beside.is_file():
-            text = _decoded(beside.read_bytes())
+            text = _caption_of(beside.read_bytes(), dataset, name)
+            if text is None:
+                continue
         _add(dataset, name, text, path)
     for name in captions:
         dataset.skip(name, "named in the metadata, but there is no such clip")
@@ -107,12 +112,19 @@ def _metadata(folder: Path) -> dict[str, str]:
     """{clip: caption} of metadata.jsonl or metadata.csv, empty without one."""
     lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
     if lines.is_file():
-        rows = [_json_object(text, f"{lines}, line {i}") for i, text in enumerate(lines.read_text("utf-8").splitlines(), 1)]
-        return _captions(rows, lines)
+        # only a line feed ends a line of JSON: strings may hold U+2028 and its kin
+        texts = [line for line in _metadata_text(lines).split("\n") if line.strip()]
+        return _captions([_json_object(text, f"{lines}, line {i}") for i, text in enumerate(texts, 1)], lines)
     if table.is_file():
-        with table.open(newline="", encoding="utf-8") as file:
-            return _captions(list(csv.DictReader(file)), table)
+        return _captions(list(csv.DictReader(io.StringIO(_metadata_text(table), newline=""))), table)
     return {}
+
+
+def _metadata_text(path: Path) -> str:
+    try:
+        return decoded(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise GenAttnError(f"{path} must be UTF-8 text, got another encoding ({error.reason}); save it as UTF-8") from None
 
 
 def _captions(rows: Sequence[Mapping[str, object]], source: Path) -> dict[str, str]:
@@ -156,22 +168,28 @@ def _from_tar(tar: Path, dataset: Dataset) -> None:
     for parts in samples.values():
         video = next((parts[s] for s in VIDEO_SUFFIXES if s in parts), None)
         if video is not None:
-            _add(dataset, f"{tar.name}/{video}", _tar_caption(parts, texts), tar, video)
+            _add_from_tar(dataset, f"{tar.name}/{video}", parts, texts, tar, video)
 
 
-def _tar_caption(parts: Mapping[str, str], texts: Mapping[str, bytes]) -> str | None:
-    if ".txt" in parts:
-        return _decoded(texts[parts[".txt"]])
-    if ".json" in parts:
-        row = _json_object(_decoded(texts[parts[".json"]]) or "", parts[".json"])
-        return next((str(row[n]) for n in CAPTION_NAMES if row.get(n)), "")
-    return None
+def _add_from_tar(
+    dataset: Dataset, name: str, parts: Mapping[str, str], texts: Mapping[str, bytes], tar: Path, video: str
+) -> None:
+    told = next((parts[suffix] for suffix in (".txt", ".json") if suffix in parts), None)
+    text = None if told is None else _caption_of(texts[told], dataset, name)
+    if told is not None and text is None:
+        return
+    if text is not None and told is not None and ".txt" not in parts:
+        row = _json_object(text, told)
+        text = next((str(row[n]) for n in CAPTION_NAMES if row.get(n)), "")
+    _add(dataset, name, text, tar, video)
 
 
-def _decoded(content: bytes) -> str | None:
+def _caption_of(content: bytes, dataset: Dataset, name: str) -> str | None:
+    """The text; None, and the clip skipped, where it is in another encoding."""
     try:
-        return content.decode("utf-8").strip()
+        return decoded(content).strip()
     except UnicodeDecodeError:
+        dataset.skip(name, "its caption is not UTF-8 text; save it as UTF-8")
         return None
 
 
@@ -193,7 +211,8 @@ def read_clip(source: ClipSource, frames: int, height: int, width: int) -> Frame
 
     try:
         with av.open(io.BytesIO(source.read_bytes())) as container:
-            found = [_fitted(frame, height, width) for frame in _first(container, frames)]
+            pixel = pixel_of(container)
+            found = [_fitted(frame, height, width, pixel) for frame in _first(container, frames)]
     except (av.FFmpegError, OSError, IndexError, tarfile.TarError) as error:
         raise GenAttnError(f"it cannot be read as a video ({str(error).splitlines()[0]})") from None
     if len(found) < frames:
@@ -208,10 +227,12 @@ def _first(container: "av.container.InputContainer", count: int) -> Iterator["av
         yield frame
 
 
-def _fitted(frame: "av.VideoFrame", height: int, width: int) -> Frames:  # type: ignore[name-defined] # noqa: F821
-    """Scaled until it covers the asked shape, then cut around the middle."""
-    scale = max(height / frame.height, width / frame.width)
-    tall, wide = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
-    picture = frame.reformat(width=wide, height=tall, format="rgb24").to_ndarray()
+def _fitted(frame: "av.VideoFrame", height: int, width: int, pixel: Fraction | None) -> Frames:  # type: ignore[name-defined] # noqa: F821
+    """As a player shows it, scaled until it covers the asked shape, then cut around the middle."""
+    high, across = shown_size(frame, pixel)
+    high, across = (across, high) if is_turned(frame) else (high, across)
+    scale = max(height / high, width / across)
+    tall, wide = max(height, round(high * scale)), max(width, round(across * scale))
+    picture = upright(frame, tall, wide)
     top, left = (tall - height) // 2, (wide - width) // 2
     return np.ascontiguousarray(picture[top : top + height, left : left + width])

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.video import colours
 
 CONTAINERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 Frames = npt.NDArray[np.uint8]
@@ -89,6 +90,7 @@ def _encode(part: Path, kind: str, frames: Frames, fps: float, metadata: dict[st
         stream.height, stream.width = frames.shape[1:3]
         # chroma at half resolution needs even sizes
         stream.pix_fmt = "yuv420p" if not (stream.height % 2 or stream.width % 2) else "yuv444p"
+        colours.tag(stream, stream.height, stream.width)
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode(colours.coded(frame, stream.pix_fmt)))
         container.mux(stream.encode())

@@ -22,6 +22,7 @@ import numpy as np
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.output.durable import make_folder, sync_folder
+from genattn.pipelines.video import colours
 
 _TICKS = 512  # track ticks per 1 / fps numerator, as ffmpeg itself counts
 
@@ -170,10 +171,11 @@ class _Fragment:
         stream.pix_fmt = "yuv420p" if size[0] % 2 == 0 and size[1] % 2 == 0 else "yuv444p"
         stream.codec_context.gop_size = frames + 1
         stream.codec_context.max_b_frames = 0
+        colours.tag(stream, size[1], size[0])
         self.stream, self.count = stream, 0
 
     def add(self, frame: np.ndarray) -> None:
-        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        image = colours.coded(frame, self.stream.pix_fmt)
         image.pts, self.count = self.count, self.count + 1
         image.time_base = 1 / self.stream.codec_context.framerate
         self.container.mux(self.stream.encode(image))

@@ -23,6 +23,7 @@ import numpy as np
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.quality.drift import DriftMonitor
+from genattn.pipelines.video.upright import upright
 
 Video = np.ndarray  # uint8 [T, H, W, 3]
 _GRID = 4
@@ -57,7 +58,7 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> t
             rate = container.streams.video[0].average_rate
             frames = []
             for frame in container.decode(video=0):
-                frames.append(frame.to_ndarray(format="rgb24"))
+                frames.append(upright(frame))
                 if max_frames is not None and len(frames) >= max_frames:
                     break
     except (av.FFmpegError, IndexError) as error:

@@ -1,0 +1,27 @@
+"""What is kept for later calls must not carry the mode of the call that made it.
+
+A tensor made under `torch.inference_mode` can never be saved for a backward pass, and one made under `torch.device("cuda")` or
+`torch.set_default_device` lies where nobody looks for it. `lasting` makes what it decorates outside of these modes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def lasting(make: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """`make`, whose tensors are ordinary ones, on the CPU where it names no device."""
+
+    @functools.wraps(make)
+    def wrapped(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        if torch.compiler.is_compiling():  # the modes are those of the trace
+            return make(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return wrapped

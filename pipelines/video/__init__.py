@@ -1,0 +1,1 @@
+"""Pictures of video files as players show them."""
