@@ -24,6 +24,7 @@ _EXPORTS = {
     "apply": "genattn.seam.handle",
     "attention": "genattn.functional.dispatch",
     "long_video": "genattn.pipelines.long_video.generate",
+    "remove": "genattn.seam.handle",
     "save_video": "genattn.pipelines.long_video.output.save_video",
 }
 __all__ = ["__version__", *_EXPORTS]

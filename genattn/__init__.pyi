@@ -9,7 +9,7 @@ from genattn.patterns.pattern import Pattern as Pattern
 from genattn.patterns.radial import RadialPattern as RadialPattern
 from genattn.pipelines.long_video.generate import long_video as long_video
 from genattn.pipelines.long_video.output.save_video import save_video as save_video
-from genattn.seam.handle import apply as apply
+from genattn.seam.handle import apply as apply, remove as remove
 from genattn.seam.schedule import Schedule as Schedule
 
 __version__: str

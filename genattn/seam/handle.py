@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -74,6 +74,14 @@ def apply(
     return Handle(target, ready)
 
 
+def remove(target: Any) -> int:
+    """Take everything off a pipeline or model, also where the handles are lost; the number of handles removed."""
+    found = _handles_on(denoisers(target).values())
+    for handle in found:
+        handle.remove()
+    return len(found)
+
+
 def denoisers(target: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline by component name; a bare model under "". Compiled ones unwrapped."""
     if isinstance(target, nn.Module):
@@ -115,11 +123,14 @@ class Handle:
         joined: list[Injection] = []
         for injection in self._injections:
             injection.refuse_split(plugins)
+        replaced = _replaced(self._injections, plugins)
         try:
             for injection in self._injections:
                 for plugin in plugins:
                     plugin.attach(injection.model, [site for _, site in injection.found])
                     attached.append((plugin, injection))
+            for handle in replaced:
+                handle.remove()
             for injection in self._injections:
                 injection.join(self)
                 joined.append(injection)
@@ -130,6 +141,22 @@ class Handle:
                 plugin.detach(injection.model)
             raise
         self._active = True
+        for handle in replaced:
+            warnings.warn(
+                f"genattn: {handle._names()} was on this model already and is replaced; one model has one pattern. "
+                "handle.remove() or genattn.remove(pipe) takes it off",
+                GenAttnWarning,
+                stacklevel=3,
+            )
+
+    def __repr__(self) -> str:
+        """What is on what, and how it fared."""
+        models = ", ".join(sorted({type(injection.model).__name__ for injection in self._injections}))
+        state = self.report().verdict if self._active else "removed"
+        return f"<genattn {self._names()} on {models}: {state}>"
+
+    def _names(self) -> str:
+        return " + ".join(type(getattr(plugin, "pattern", plugin)).__name__ for plugin in self.plugins)
 
     # ---- control
 
@@ -282,6 +309,30 @@ class Handle:
             flops_dense=sum(s.flops_dense for s in stats),
             device=self._device,
         )
+
+
+def _handles_on(models: Iterable[nn.Module]) -> list[Handle]:
+    injections = [model.__dict__[INJECTION] for model in models if INJECTION in model.__dict__]
+    return list(dict.fromkeys(handle for injection in injections for handle in injection.handles))
+
+
+def _replaced(injections: list[Injection], plugins: list[Plugin]) -> list[Handle]:
+    """The handles whose pattern gives way to a new one: a call is answered once. Raises GenAttnError for those with more."""
+    if not any(_answers(plugin) for plugin in plugins):
+        return []
+    found = [h for h in _handles_on(i.model for i in injections) if any(_answers(plugin) for plugin in h.plugins)]
+    kinds = {type(plugin) for plugin in plugins}
+    for handle in found:
+        if not {type(plugin) for plugin in handle.plugins} <= kinds:
+            raise GenAttnError(
+                f"a model has one pattern, and {handle._names()} is on this one already; take it off with handle.remove() or "
+                "genattn.remove(pipe), or apply all plugins together"
+            )
+    return found
+
+
+def _answers(plugin: Plugin) -> bool:
+    return isinstance(plugin, SparsePlugin) and plugin.touches_attention
 
 
 def _injections(target: Any) -> list[Injection]:

@@ -52,6 +52,7 @@ class Injection:
         self.blocks = 1 + max((site.depth for _, site in self.found), default=-1)
         self.marks: list[Mark] = []
         self.recorded = Recorded()
+        self._unseen: set[int] = set()
         self.root: RootCalls | None = None
         self._plugins: list[Plugin] = []
         self._wrappers: list[Plugin] = []
@@ -203,6 +204,7 @@ class Injection:
             enter_extra=self._extra_pass,
         )
         if position.is_new_run:
+            self._unseen = {id(plugin) for plugin in self._plugins if type(plugin).foresee is not Plugin.foresee}
             for handle in self.handles:
                 handle.begin_run(run)
         return run
@@ -251,6 +253,8 @@ class Injection:
         if core.parallel_config is not None:
             return self._attend_parallel(mark, tensors, mask, flags, core, run)
         queries, keys = tensors[0].shape[1], tensors[1].shape[1]
+        if self._unseen:
+            self._foresee(mark, tensors, mask, flags, run)
         reason = _why_all_stay_out(mark, run, queries)
         if reason:
             return _untouched(mark, tensors, mask, flags, core, reason)
@@ -260,6 +264,15 @@ class Injection:
         layout = None if flags["is_causal"] else layout_at(mark.site, self.family, run, queries, keys)
         call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
         return _timed(mark, call, core)
+
+    def _foresee(self, mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], run: Run) -> None:
+        """Show the first call of the run to the plugins that want to see it."""
+        wanting = [plugin for plugin, _ in mark.chain if id(plugin) in self._unseen and not _is_off(plugin, run)]
+        layout = layout_at(mark.site, self.family, run, tensors[0].shape[1], tensors[1].shape[1])
+        call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
+        for plugin in wanting:
+            self._unseen.discard(id(plugin))
+            plugin.foresee(call)
 
     def _attend_parallel(
         self,

@@ -161,6 +161,9 @@ class Plugin(ABC):  # noqa: B024
         """Whether `attention` ever does more than hand calls on."""
         return type(self).attention is not Plugin.attention
 
+    def foresee(self, call: AttentionCall) -> None:  # noqa: B027
+        """Called with the first call of a run, also where `stays_out`; raise GenAttnError for what later ones would fail at."""
+
     def stays_out(self, run: Run, site: AttentionSite, tokens: int) -> str:
         """Why `attention` would only hand a call of `tokens` queries on to `inner`; empty when it has to be asked.
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention, why_no_tail
+from genattn.functional.dispatch import plan_for, planned_attention, under_autocast, why_no_tail
 from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.block_sparse import choose_impl
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.layouts.families import family_of
@@ -95,6 +96,20 @@ class SparsePlugin(Plugin):
     def touches_attention(self) -> bool:
         """A dense pattern never does."""
         return not isinstance(self.pattern, DensePattern)
+
+    def foresee(self, call: AttentionCall) -> None:
+        """A backend that is named must serve; the first steps are dense and would not tell."""
+        impl = call.run.options_of(self).get("impl", self.impl)
+        if impl in ("auto", "halo", "natten") or self.why_not(call) or call.layout is None:
+            return
+        plan = plan_for(call.query, call.key, self._pattern_at(call, impl), call.layout)
+        if not isinstance(plan, BlockPlan):
+            return
+        tensors = [under_autocast(tensor) for tensor in (call.query, call.key, call.value)]
+        try:
+            choose_impl(*tensors, plan, impl=impl)
+        except ValueError as error:
+            raise GenAttnError(str(error)) from error
 
     def stays_out(self, run: Run, site: AttentionSite, tokens: int) -> str:
         """What the schedule says of the call; a dense pattern always stays out."""

@@ -186,3 +186,107 @@ def test_a_pipeline_that_is_gone_tells_nothing() -> None:
     gc.collect()
     assert not tracker.has_pipe
     assert tracker.observe(0.5, {}, None).num_steps is None
+
+
+# ---- the part of the schedule that runs
+
+
+def video_to_video(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    from PIL import Image
+
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = diffusers.UniPCMultistepScheduler(**flow)
+    parts = {name: getattr(pipe, name) for name in ("transformer", "vae", "text_encoder", "tokenizer")}
+    other = diffusers.WanVideoToVideoPipeline(**parts, scheduler=scheduler)
+    other.set_progress_bar_config(disable=True)
+    text = torch.randn(1, 16, pipe.transformer.config.text_dim)
+    video = [Image.new("RGB", (48, 64), (20 * n, 100, 50)) for n in range(9)]
+    call = {"video": video, "prompt_embeds": text, "negative_prompt_embeds": text, "height": 64, "width": 48}
+    return other, {**call, "num_inference_steps": 8, "strength": 0.5, "max_sequence_length": 16}
+
+
+def test_video_to_video_counts_the_steps_that_run() -> None:
+    pipe, call = video_to_video(build_pipeline("wan")[0])
+    log = Log()
+    with apply(pipe, log):
+        sample(pipe, call)
+    runs = log.take()
+    assert [run.step for run in runs] == [step for step in range(4) for _ in range(2)]
+    assert {run.num_steps for run in runs} == {pipe.num_timesteps} == {4}
+    noise = dict(zip(pipe.scheduler.timesteps.tolist(), pipe.scheduler.sigmas.tolist()))
+    for run in runs:
+        assert run.timestep is not None
+        assert run.sigma == pytest.approx(noise[run.timestep], abs=1e-6)
+
+
+def test_image_to_image_knows_the_noise_level() -> None:
+    pipe, kwargs = build_pipeline("flux")
+    image = diffusers.FluxImg2ImgPipeline(**pipe.components)
+    image.set_progress_bar_config(disable=True)
+    log = Log()
+    with apply(image, log):
+        sample(image, kwargs, image=torch.rand(1, 3, 16, 24), strength=0.5, num_inference_steps=8)
+    sigmas = image.scheduler.sigmas.tolist()
+    assert [run.sigma for run in log.take()] == pytest.approx(sigmas[4:8])
+
+
+def test_the_pipeline_that_runs_is_asked() -> None:
+    a, call = build_pipeline("unet")
+    b = diffusers.StableDiffusionPipeline(
+        **{name: part for name, part in a.components.items() if name != "scheduler"},
+        scheduler=diffusers.EulerDiscreteScheduler.from_config(a.scheduler.config),
+        requires_safety_checker=False,
+    )
+    b.set_progress_bar_config(disable=True)
+    log = Log()
+    with apply(a, log):
+        sample(a, call, num_inference_steps=5)
+        assert {run.num_steps for run in log.take()} == {5}
+        sample(b, call, num_inference_steps=3)  # which was never applied
+        runs = log.take()
+        assert [run.step for run in runs] == [0, 1, 2]
+        assert {run.num_steps for run in runs} == {3}
+        assert {id(run.pipe) for run in runs} == {id(b)}
+        assert {run.samples for run in runs} == {1}
+    with apply(a.unet, log):
+        sample(b, call, num_inference_steps=2)
+        assert {run.num_steps for run in log.take()} == {2}
+
+
+@pytest.mark.parametrize("count", [None, 4])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_start_is_found_in_the_list(count: int | None, scaled: bool) -> None:
+    from types import SimpleNamespace
+
+    from genattn.seam.visits import visits
+
+    times = torch.tensor([900.0, 800, 700, 600, 500, 400, 300, 200])
+    scheduler = SimpleNamespace(timesteps=times, sigmas=torch.cat([times / 1000, torch.zeros(1)]), config=None)
+    pipe = SimpleNamespace(scheduler=scheduler, _num_timesteps=count)
+    found, place = visits(pipe, 0.5 if scaled else 500.0)
+    assert [t for t, _ in found] == [500, 400, 300, 200]
+    assert [sigma for _, sigma in found] == pytest.approx([0.5, 0.4, 0.3, 0.2])
+    assert place == 0
+    # joined in the middle of the run
+    found, place = visits(pipe, 300.0)
+    assert (found[place][0], place) == (300, 2 if count else 0)
+    # the first part of the list
+    found, place = visits(pipe, 900.0)
+    assert [t for t, _ in found] == times[: count or 8].tolist()
+    # a denoiser that is told something else entirely: no noise level is guessed for a part of the list
+    found, _ = visits(pipe, -7.0)
+    assert len(found) == (count or 8)
+    assert [sigma for _, sigma in found] == ([None] * 4 if count else pytest.approx((times / 1000).tolist()))
+
+
+def test_a_third_pass_of_a_step_is_not_named() -> None:
+    class Pipe:
+        do_classifier_free_guidance = True
+
+    pipe = Pipe()
+    tracker = StepTracker(pipe)
+    names = []
+    for _ in range(3):
+        tracker.observe(0.5, {}, None)
+        names.append(tracker.guess_pass("two_pass"))
+    assert names == ["cond", "uncond", None]
