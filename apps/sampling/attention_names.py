@@ -102,7 +102,8 @@ ATTENTIONS: dict[str, Callable[..., Pattern] | None] = {
 
 def _check_names(name: str, cls: type[Pattern], options: dict[str, Any], fixed: tuple[str, ...] = ()) -> None:
     """Raise GenAttnError for a setting that the pattern does not have: the nearest name, and all there are."""
-    known = [each.name for each in fields(cls) if each.name not in fixed]  # type: ignore[arg-type]
+    own = [each.name for each in fields(cls) if each.name not in fixed]  # type: ignore[arg-type]
+    known = sorted(own, key=lambda setting: setting == "tail")  # what all patterns have comes last
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)

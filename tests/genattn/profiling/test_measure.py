@@ -20,7 +20,11 @@ from genattn.patterns.radial import RadialPattern
 from genattn.profiling.measure import Measurement, measure_patterns, measured_budget, sparsest_above, with_and_without_tail
 from genattn.selection.rules import TopK
 
-CANDIDATES = [RadialPattern(block=4, decay=0.2, sink=False), NeighborhoodPattern((2, 2, 2)), NeighborhoodPattern((-1, 2, 4))]
+CANDIDATES = [
+    RadialPattern(block=4, decay=0.2, sink=False, tail=None),
+    NeighborhoodPattern((2, 2, 2), tail=None),
+    NeighborhoodPattern((-1, 2, 4), tail=None),
+]
 
 
 @pytest.fixture(scope="module")

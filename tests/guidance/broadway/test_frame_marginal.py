@@ -14,8 +14,9 @@ from genattn.guidance.broadway.frame_marginal_reference import frame_rows, full_
 from genattn.guidance.broadway.motion import motion_attention, motion_map
 from genattn.guidance.broadway.temporal_map import MapEdit
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.plan.block_plan import BlockPlan, dense_plan
+from genattn.kernels.plan.block_plan import BlockPlan, dense_plan, run_tiles
 from genattn.kernels.plan.element_rule import GridRule, PerHeadRule
+from genattn.kernels.plan.random_plan import plan_from_states
 from genattn.kernels.reference.attention import visible_mask
 
 EDITS = (
@@ -247,9 +248,10 @@ def test_with_a_tail_the_marginal_counts_what_is_stood_in_for(kind: str, keep_fi
     layout = TokenLayout.from_grid((5, 3, 2), 2, 1)
     frames = key_frames(layout, keep_first)
     query, key, value = draw(layout)
-    plan = window_plan(layout)[0].with_tail(kind)
+    tiles = run_tiles(layout.seqlen, 5)
+    chosen = torch.rand(1, len(tiles), len(tiles), generator=torch.Generator().manual_seed(0)) < 0.5
+    plan = plan_from_states(2 * chosen.int(), tiles, tiles, None, layout.seqlen, layout.seqlen).with_tail(kind)
     assert plan.tail is not None
-    plan = plan.seen_whole([True])
     owner = torch.arange(layout.seqlen) // 5 * 5
     key, value = key[:, owner], value[:, owner]
     anchor = anchor_for(frames)
