@@ -33,7 +33,7 @@ HEADS, DIM = 2, 64
 TABLE = Path("assets/bench/break_even.csv")
 
 
-def measure(lengths: tuple[int, ...] = LENGTHS, rounds: int = 5) -> list[dict[str, Any]]:
+def measure(lengths: tuple[int, ...] = LENGTHS, rounds: int = 12) -> list[dict[str, Any]]:
     """A row per length, share and backend: seconds sparse and dense, and their ratio (above 1 is faster)."""
     return [row for tokens in lengths for share in SHARES for row in _case(tokens, share, rounds)]
 
@@ -47,7 +47,7 @@ def _case(tokens: int, share: float, rounds: int) -> list[dict[str, Any]]:
     plan = plan_of_listed(listed | torch.eye(len(tiles), dtype=torch.bool), tiles, tiles, tokens)
     calls: dict[str, Callable[[], Any]] = {name: partial(block_sparse_attention, q, k, v, plan, impl=name) for name in BACKENDS}
     calls["dense"] = partial(F.scaled_dot_product_attention, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    found = fastest(calls, rounds)
+    found = fastest(calls, rounds if tokens <= 2048 else 2)  # long calls are interrupted alike
     return [
         {
             **{"backend": name, "tokens": tokens, "share": share, "density": round(plan.density, 4)},
@@ -58,7 +58,7 @@ def _case(tokens: int, share: float, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def measure_choice(lengths: tuple[int, ...] = LENGTHS[1:], rounds: int = 3) -> list[dict[str, Any]]:
+def measure_choice(lengths: tuple[int, ...] = LENGTHS[1:], rounds: int = 12) -> list[dict[str, Any]]:
     """A row per length and backend for the pattern behind "adaptive": its choice, its tail and its attention in one call."""
     return [row for tokens in lengths for row in _choice_case(tokens, rounds)]
 
@@ -77,7 +77,7 @@ def _choice_case(tokens: int, rounds: int) -> list[dict[str, Any]]:
 
     calls: dict[str, Callable[[], Any]] = {name: partial(call, name) for name in BACKENDS}
     calls["dense"] = partial(F.scaled_dot_product_attention, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    found = fastest(calls, rounds)
+    found = fastest(calls, rounds if tokens <= 2048 else 2)  # long calls are interrupted alike
     return [
         {
             **{"backend": name, "tokens": tokens, "share": "adaptive", "density": round(density, 4)},
@@ -125,7 +125,7 @@ def _from_where(rows: list[dict[str, Any]], most: int) -> int:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Interleaved calls of each.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Interleaved calls of each; two for long ones.")] = 12,
     choice: Annotated[bool, typer.Option(help="Only the pattern that chooses; rows are added.")] = False,
     table: Annotated[Path, typer.Option(help="The file to write anew.")] = TABLE,
 ) -> None:

@@ -86,7 +86,7 @@ def break_even_table(file: Path) -> str:
     header = ["backend", "share", *(f"{n} tokens" for n in lengths)]
     keys = list(dict.fromkeys((r["backend"], r["share"]) for r in rows))
     found = {(r["backend"], r["share"], r["tokens"]): f"{float(r['speedup']):.2f}x" for r in rows}
-    body = [[backend, share, *(found[backend, share, n] for n in lengths)] for backend, share in keys]
+    body = [[backend, share, *(found.get((backend, share, n), "-") for n in lengths)] for backend, share in keys]
     note = f"{rows[0]['heads']} heads of {rows[0]['head_dim']}, random tiles, plan made before."
     return _with_note(header, body, rows, note)
 

@@ -170,8 +170,21 @@ class AdaptivePattern(ContentPattern):
         unlike = None
         if self.guard is not None:
             unlike = self.guard.unlike(key, key_tiles, True).repeat_interleave(repeats, dim=0)
+        text = holds(key_tiles, (layout.raster_index < 0).to(query.device))
         allowed = self._open(layout, made, unlike, query.device)
-        found = estimate(query, key, query_tiles, key_tiles, self.score, open=allowed, spread=self.chosen_by.needs_spread)
+        counted = int((~text & (key_tiles >= 0).any(1)).sum())
+        if 0 < counted < len(key_tiles):  # text is always seen: neither chosen nor counted
+            allowed = ~text[None, None] if allowed is None else allowed & ~text
+        found = estimate(
+            query,
+            key,
+            query_tiles,
+            key_tiles,
+            self.score,
+            open=allowed,
+            spread=self.chosen_by.needs_spread,
+            counted=counted or None,
+        )
         listed = self.chosen_by.choose(found) | self._always(layout, query_tiles, key_tiles)
         if unlike is not None:
             listed = listed | unlike[:, None, :]

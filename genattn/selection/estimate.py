@@ -37,7 +37,8 @@ class Estimate:
     """query: mean queries [B, H, NQ, D], times the scale. key: mean keys [B, H, NK, D]. score: [B, H, NQ, NK].
 
     mass: [H, NQ, NK], averaged over the batch, summing to 1 over NK. variance: [B, H, NK, D] of the keys inside a tile, or
-    None where no rule needs it. open: bool [1 or H, NQ, NK], the tiles that may be chosen.
+    None where no rule needs it. open: bool [1 or H, NQ, NK], the tiles that may be chosen. counted: of how many key tiles a
+    share is taken, None for all.
     """
 
     query: torch.Tensor
@@ -46,6 +47,7 @@ class Estimate:
     mass: torch.Tensor
     open: torch.Tensor
     variance: torch.Tensor | None = None
+    counted: int | None = None
 
     @property
     def spread(self) -> torch.Tensor:
@@ -64,10 +66,12 @@ def estimate(
     scale: float | None = None,
     open: torch.Tensor | None = None,
     spread: bool = False,
+    counted: int | None = None,
 ) -> Estimate:
     """The estimate for query [B, S, H, D] and key [B, S, Hk, D]; tiles int [N, lanes], -1 unused.
 
     open: bool [1 or H, NQ, NK], which tiles may be chosen; None: those that hold a token. spread: whether a rule needs it.
+    counted: see Estimate.
     """
     repeats = query.shape[2] // key.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -78,7 +82,7 @@ def estimate(
     allowed = (count > 0)[None, None] if open is None else open & (count > 0)
     variance = tile_variances(key, key_tiles).repeat_interleave(repeats, dim=1) if spread else None
     weight = count if settings.weighted else None
-    return Estimate(mean_q, mean_k, score, mass_of(score, allowed, weight), allowed, variance)
+    return Estimate(mean_q, mean_k, score, mass_of(score, allowed, weight), allowed, variance, counted)
 
 
 def mass_of(score: torch.Tensor, open: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:

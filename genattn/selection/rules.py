@@ -60,7 +60,7 @@ class TopK(Rule):
 
     def choose(self, estimate: Estimate) -> torch.Tensor:
         """See Rule."""
-        return largest(estimate.mass, self.amount, estimate.open)
+        return largest(estimate.mass, self.amount, estimate.open, estimate.counted)
 
     def scaled(self, factor: float) -> "TopK":
         """See Rule."""
@@ -84,7 +84,7 @@ class ErrorAware(Rule):
 
     def choose(self, estimate: Estimate) -> torch.Tensor:
         """See Rule."""
-        return largest(estimate.mass * estimate.spread, self.amount, estimate.open)
+        return largest(estimate.mass * estimate.spread, self.amount, estimate.open, estimate.counted)
 
     def scaled(self, factor: float) -> "ErrorAware":
         """See Rule."""
@@ -167,12 +167,15 @@ def rule_named(name: str) -> Rule:
     return RULES[name]()
 
 
-def largest(values: torch.Tensor, share: Amount, open: torch.Tensor) -> torch.Tensor:
-    """Bool [H, NQ, NK]: per row the ceil(share x NK) largest open entries, at least one. share: a number or one per head."""
+def largest(values: torch.Tensor, share: Amount, open: torch.Tensor, counted: int | None = None) -> torch.Tensor:
+    """Bool [H, NQ, NK]: per row the ceil(share x counted) largest open entries, at least one; counted: NK unless given.
+
+    share: a number or one per head.
+    """
     heads, _, tiles = values.shape
     shares = torch.as_tensor(share, dtype=torch.float64).reshape(-1)
     _check_heads(shares.numel(), heads)
-    counts = (shares * tiles).ceil().clamp(1, tiles).long().to(values.device)
+    counts = (shares * (counted or tiles)).ceil().clamp(1, tiles).long().to(values.device)
     most = int(counts.max())
     found = values.masked_fill(~open, -1.0).topk(most, dim=-1).indices
     wanted = torch.arange(most, device=values.device) < counts[:, None, None]

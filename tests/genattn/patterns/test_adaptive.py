@@ -153,6 +153,18 @@ def test_priors() -> None:
     assert (always | ~shown).all()
 
 
+def test_text_is_neither_chosen_nor_counted() -> None:
+    """A long text leaves the share of the grid's own tiles what was asked for."""
+    layout = TokenLayout.from_grid((4, 8, 8), text_after=300)
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, layout.seqlen, 2, 8, generator=draw) for _ in range(2))
+    for rule in (TopK(0.25), ErrorAware(0.25)):
+        seen = _seen(AdaptivePattern(rule).plan_for(query, key, layout, 16, 16))
+        grid = seen[:, :256, :256].float().mean((1, 2))
+        assert ((grid >= 0.25) & (grid <= 0.25 + 1 / 16)).all()  # and its own place
+        assert seen[:, :, 256:].all()
+
+
 def test_text_alone_is_dense() -> None:
     layout = TokenLayout((Segment("text", (9,)),))
     x = torch.randn(1, 9, 2, 4)
