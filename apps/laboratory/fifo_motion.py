@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from genattn.apps.laboratory.long_video import chunked, interval
+from genattn.apps.laboratory.long_video import TABLE as FILMS, chunked, interval
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
@@ -147,6 +147,33 @@ def motion_markdown(table: Path = TABLE) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+# what a caption asks for -> whether such a motion can go on for ever
+ENDS = {"moves": "ends with the picture", "orbits": "goes on", "grows": "ends", "shrinks": "ends", "stays": "none"}
+
+
+def by_caption_markdown(table: Path = FILMS) -> str:
+    """For the manual: dynamic degree of chunked sampling and FIFO by what the caption asks for, from the ablation's films."""
+    with table.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["variant"] in ("chunked", "FIFO")]
+    lines = [["model", "the caption's motion", "captions", "chunked", "FIFO", "FIFO / chunked"], ["---"] * 6]
+    for base in dict.fromkeys(row["base"] for row in rows):
+        for word, end in ENDS.items():
+            found = {
+                name: [
+                    float(row["dynamic_degree"])
+                    for row in rows
+                    if row["base"] == base and row["variant"] == name and f" {word} " in row["prompt"]
+                ]
+                for name in ("chunked", "FIFO")
+            }
+            if not found["FIFO"]:
+                continue
+            before, after = (float(np.mean(values)) for values in found.values())
+            cells = [f"{word}: {end}", str(len(found["FIFO"])), f"{before:.2f}", f"{after:.2f}", f"{after / before:.2f}"]
+            lines.append([base, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _cell(values: list[float]) -> str:
     if not values:
         return "-"
@@ -156,7 +183,8 @@ def _cell(values: list[float]) -> str:
 
 @app.command()
 def table(path: Annotated[Path, typer.Option(help="The file to read.")] = TABLE) -> None:
-    """Print the table."""
+    """Print both tables."""
+    print(by_caption_markdown())
     print(motion_markdown(path))
 
 

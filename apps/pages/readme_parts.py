@@ -167,6 +167,12 @@ def _fifo_motion() -> str:
     return motion_markdown(ROOT / TABLE)
 
 
+def _motion_by_caption() -> str:
+    from genattn.apps.laboratory.fifo_motion import FILMS, by_caption_markdown
+
+    return by_caption_markdown(ROOT / FILMS)
+
+
 def _long_clip() -> str:
     from genattn.pipelines.tiny.studies.long_clip import markdown
 
@@ -196,7 +202,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/architecture.md": {"picture": _rooms(rooms.picture), "rooms": _rooms(rooms.table)},
     "docs/command-line.md": {"commands": commands_table},
-    "docs/long-video.md": {"bases": _long_video_bases, "ablation": _long_video_ablation, "motion": _fifo_motion},
+    "docs/long-video.md": {
+        "bases": _long_video_bases,
+        "ablation": _long_video_ablation,
+        "motion": _fifo_motion,
+        "motion by caption": _motion_by_caption,
+    },
     "docs/long-clip.md": {"long clip": _long_clip},
     "docs/finetuning.md": {"longer": _longer_finetuning},
     "docs/broadway.md": {

@@ -150,11 +150,6 @@ def ltx_image(**config: Any) -> Any:
     return quiet(diffusers.LTXImageToVideoPipeline(**pipe.components))
 
 
-def ltx_condition(**config: Any) -> Any:
-    parts = ltx(**config).components | {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    return quiet(diffusers.LTXConditionPipeline(**parts))
-
-
 def cosmos(**config: Any) -> Any:
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLCosmos(
@@ -306,7 +301,6 @@ FAMILIES: dict[str, tuple[Callable[..., Any], int, int, dict[str, Any]]] = {
     "SkyReels-V2": (skyreels, 32, 9, {"ar_step": 0, "max_sequence_length": 512}),
     "LTX-Video": (ltx, 32, 9, {"max_sequence_length": 128}),
     "LTX-Video image to video": (ltx_image, 32, 9, {"max_sequence_length": 128}),
-    "LTX-Video conditions": (ltx_condition, 32, 9, {"max_sequence_length": 128, "image_cond_noise_scale": 0.0}),
     "Cosmos": (cosmos, 32, 9, {"max_sequence_length": 512}),
     "Cosmos 2.5": (cosmos25, 32, 9, {"max_sequence_length": 512}),
     "AnimateDiff": (animatediff, 16, 3, {}),

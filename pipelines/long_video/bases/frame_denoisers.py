@@ -183,7 +183,6 @@ _BASES = {
     "SkyReels-V2": ("genattn.pipelines.long_video.bases.skyreels", "SkyReelsFrames"),
     "LTX-Video": ("genattn.pipelines.long_video.bases.ltx", "LTXFrames"),
     "LTX-Video image to video": ("genattn.pipelines.long_video.bases.ltx", "LTXImageFrames"),
-    "LTX-Video conditions": ("genattn.pipelines.long_video.bases.ltx", "LTXConditionFrames"),
     "Cosmos": ("genattn.pipelines.long_video.bases.cosmos", "CosmosFrames"),
     "Cosmos 2.5": ("genattn.pipelines.long_video.bases.cosmos", "Cosmos25Frames"),
     "AnimateDiff": ("genattn.pipelines.long_video.bases.unet", "AnimateDiffFrames"),
@@ -210,6 +209,7 @@ _REASONS = {
     "StableVideoDiffusion": "it continues one given picture held in extra channels",
     "I2VGenXL": "it continues one given picture held in extra channels",
     "Helios": "it has its own memory for long video; use it as it comes",
+    "LTXCondition": "its later conditions need a clip of known length; LTXImageToVideoPipeline takes the same weights",
     "LTX2": "it makes sound along with the picture, which the queue does not carry",
 }
 

@@ -105,17 +105,3 @@ class LTXImageFrames(LTXFrames):
     route: ClassVar[str] = "per token, stock forward (clean frames trained so)"
     note: ClassVar[str] = "needs start"
     continues: ClassVar[bool] = True
-
-
-class LTXConditionFrames(LTXFrames):
-    """LTXConditionPipeline (0.9.5 and later): a picture or a video at the beginning, or none. Conditions at later frames belong
-    to a clip of known length and have no place in a film without end."""
-
-    family: ClassVar[str] = "LTX-Video conditions"
-    pipelines: ClassVar[tuple[str, ...]] = ("LTXConditionPipeline",)
-    route: ClassVar[str] = "per token, stock forward (clean frames trained so)"
-    note: ClassVar[str] = "frames given at the beginning, as by image_cond_noise_scale=0"
-
-    def solver(self, num_levels: int, latents: tuple[int, int, int], eta: float | None = None) -> FrameSolver:
-        """See FrameDenoiser.solver; this pipeline leaves the schedule to its scheduler."""
-        return solver_from_scheduler(self.pipe.scheduler, num_levels, eta=eta)

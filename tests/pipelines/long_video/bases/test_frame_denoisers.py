@@ -56,12 +56,7 @@ def stock_clip(built, noise, monkeypatch):
     call = {name: built.frames, "latents": noise, "output_type": "latent", **built.extra}
     if family == "Wan TI2V" or family == "LTX-Video image to video":
         call["image"] = picture(built.size)
-    if family == "LTX-Video conditions":
-        module = importlib.import_module(type(pipe).__module__)
-        call["conditions"] = [module.LTXVideoCondition(image=picture(built.size), frame_index=0)]
-        del call["latents"]
-        monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: noise)
-    if family.startswith("LTX-Video") and "latents" in call:
+    if family.startswith("LTX-Video"):
         call["latents"] = pipe._pack_latents(noise, 1, 1)
     if family == "CogVideoX":
         call["latents"] = noise.transpose(1, 2)
@@ -93,7 +88,7 @@ def picture(size):
     return Image.fromarray(np.stack([ramp, ramp.T, np.full_like(ramp, 90)], -1))
 
 
-CONDITIONED = ("Wan TI2V", "LTX-Video image to video", "LTX-Video conditions")
+CONDITIONED = ("Wan TI2V", "LTX-Video image to video")
 
 
 def test_equal_levels_equal_the_stock_pipeline(built, monkeypatch):
