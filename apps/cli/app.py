@@ -1,6 +1,8 @@
 """The command app: the Gradio page over all the rest, for this machine alone or as a public server with limits."""
 
+import contextlib
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +11,7 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines
+from genattn.errors import GenAttnError
 
 
 def app_command(
@@ -53,6 +56,7 @@ def app_command(
         "disk_bytes": max_disk,
         "queue": max_queue,
     }
+    _check_place(folder, host, port)
     limits = Limits(**{name: value for name, value in asked.items() if value is not None})
     keep_offline(folder.resolve())
     session = Session(folder, model or (), limits, dtype, device, cpu_offload)
@@ -65,3 +69,34 @@ def app_command(
         threading.Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def _check_place(folder: Path, host: str, port: int | None) -> None:
+    """Refuse an address or a folder that cannot serve, before any model is looked at."""
+    from genattn.apps.sampling.output_files import check_folder
+
+    if port is not None and not 1 <= port <= 65535:
+        raise GenAttnError(f"--port must lie in 1 to 65535, got {port}")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            if host != "localhost":
+                socket.inet_pton(probe.family, host)
+    except OSError:
+        _resolve(host)
+    check_folder(folder, "--folder")
+
+
+def _resolve(host: str) -> None:
+    """A name instead of an address: it must be one of this machine's, and be found soon."""
+    found: list[bool] = []
+
+    def look() -> None:
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(host, None)
+            found.append(True)
+
+    asker = threading.Thread(target=look, daemon=True)
+    asker.start()
+    asker.join(timeout=5)  # without a name server the system itself asks for minutes
+    if not found:
+        raise GenAttnError(f"--host must be an address of this machine such as 127.0.0.1 or 0.0.0.0, got {host!r}")

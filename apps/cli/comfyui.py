@@ -58,9 +58,10 @@ def workflows_command(
     """
     from genattn.apps.comfyui.install import pack_folder
     from genattn.apps.comfyui.workflows import write_workflows
+    from genattn.apps.sampling.output_files import check_folder
 
     target = out or pack_folder() / "example_workflows"
-    target.mkdir(parents=True, exist_ok=True)
+    check_folder(target, "--out")
     _tell(write_workflows(url, pack_folder() / "api", target), as_json)
 
 
@@ -75,9 +76,10 @@ def help_pages_command(
     """
     from genattn.apps.comfyui.help import write_pages
     from genattn.apps.comfyui.install import pack_folder
+    from genattn.apps.sampling.output_files import check_folder
 
     target = out or pack_folder() / "web" / "docs"
-    target.mkdir(parents=True, exist_ok=True)
+    check_folder(target, "--out")
     _tell(write_pages(target), as_json)
 
 

@@ -59,7 +59,8 @@ def hunt_command(
     from accelerate import PartialState
 
     from genattn.apps.sampling.output_files import check_out
-    from genattn.apps.sampling.run import open_pipeline
+    from genattn.apps.sampling.pipeline_calls import taken_arguments
+    from genattn.apps.sampling.run import call_arguments, open_pipeline, refuse_early
     from genattn.guidance.headhunter.hunter import HeadHunter
     from genattn.guidance.headhunter.objectives import load_objective
 
@@ -71,7 +72,12 @@ def hunt_command(
     deciding = read_prompts(prompts)
     checking = read_prompts(held_out, "--held-out") if held_out else ()
     more, grid = _json(call), _numbers(tune_u)
+    refuse_early(settings)
     pipe = open_pipeline(settings)
+    call_arguments(pipe, settings)  # sizes, and frames for a picture model: refused as `generate` does
+    strange = sorted(set(more) - set(taken_arguments(pipe)))
+    if strange:
+        raise GenAttnError(f"--call names {', '.join(strange)}, and {type(pipe).__name__} takes no such argument")
     state = PartialState()
     with progress_bar("trials") as tell:
         hunter = HeadHunter(

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines, print_table
+from genattn.apps.cli.stopping import say_when_stopped
 from genattn.errors import GenAttnError
 
 if TYPE_CHECKING:
@@ -69,23 +70,27 @@ def long_command(
             folder=folder,
             stream=True,
         )
-    result = _make(run, folder if resume is None else resume, as_json)
+    place = folder if resume is None else resume
+    say_when_stopped(f"stopped; the film so far plays, and this goes on: genattn long --resume {place}")
+    result = _make(run, place, as_json)
     if as_json:
         print_json(asdict(result))
     else:
         print_lines(*(f"{name}: {value}" for name, value in asdict(result).items() if name != "video"))
+    if result.stopped == "interrupted":
+        raise typer.Exit(130)
 
 
 def _check_long(context: typer.Context, prompt: str, folder: Path, resume: Path | None, fps: float | None) -> None:
     """Refuse before the model is loaded what cannot become a film."""
-    from genattn.apps.sampling.output_files import check_out
+    from genattn.apps.sampling.output_files import check_folder
 
     if fps is not None and not 0 < fps <= 240:
         raise GenAttnError(f"--fps must lie in (0, 240], got {fps}")
     if resume is None:
         if not prompt.strip():
             raise GenAttnError("--prompt must say what to show, got an empty text; or give --resume FOLDER")
-        check_out(folder / "video.mp4", (".mp4",))
+        check_folder(folder, "--folder")
         return
     if not (resume / "checkpoint.json").is_file():
         raise GenAttnError(f"--resume must name the folder of a stopped run, but {str(resume)!r} has no checkpoint.json")
@@ -165,6 +170,9 @@ def _film_measures(file: Path, fps: float | None) -> dict[str, Any]:
     return measure(file, fps)
 
 
+_SMALLEST = 8  # the statistics look at neighbours and frequencies
+
+
 def _picture_statistics(file: Path) -> dict[str, Any]:
     import numpy as np
     import torch
@@ -173,6 +181,9 @@ def _picture_statistics(file: Path) -> dict[str, Any]:
     from genattn.guidance.headhunter.objectives import STATISTICS
 
     with Image.open(file) as picture:
+        if min(picture.size) < _SMALLEST:
+            size = f"{picture.width} x {picture.height}"
+            raise GenAttnError(f"a picture must be at least {_SMALLEST} x {_SMALLEST} to be measured, got {size}")
         pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.float32) / 255
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     sizes = {"height": images.shape[2], "width": images.shape[3]}

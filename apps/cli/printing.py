@@ -32,10 +32,18 @@ def print_lines(*lines: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+class _Console(Console):
+    """rich's console; a reader that has gone (`| head`) is no failure of the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Hand the error to the command's entry point, which knows what it means; rich would end with exit code 1."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     """As wide as the terminal; wide enough for whole tables where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = _Console()
+    return console if console.is_terminal else _Console(width=160)
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

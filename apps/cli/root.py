@@ -17,6 +17,7 @@ from genattn.apps.cli import (
     patterns as commands_patterns,
     profile as commands_profile,
     sampling as commands_sampling,
+    stopping,
 )
 from genattn.errors import GenAttnError
 
@@ -70,6 +71,10 @@ _REFUSALS = tuple(
 
 def main() -> None:
     """Entry point of `genattn` and `python -m genattn`."""
+    for stream in (sys.stdout, sys.stderr):
+        # a code page without box drawing must not cost a run's report
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = app(prog_name="genattn", standalone_mode=False)
         sys.stdout.flush()
@@ -81,10 +86,13 @@ def main() -> None:
         # who read has gone (`| head`); nothing is wrong, and the interpreter must not complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a name that is too long, a file where a folder must be, a full disk
+        where = f"{error.filename!r}: " if getattr(error, "filename", None) else ""
+        _fail(f"{where}{error.strerror or error}", 2)
     except _REFUSALS as error:
         _refuse(error)
     if code == 130:  # typer turns an interrupt into this exit code and says nothing
-        _fail("stopped; no unfinished file was left", 130)
+        _fail(stopping.MESSAGE.text, 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

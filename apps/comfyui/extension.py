@@ -5,6 +5,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
 
+from genattn.apps.comfyui.changed import fingerprint
 from genattn.apps.comfyui.nodes import node_specs
 from genattn.apps.comfyui.schema import Answer, Field, NodeSpec
 
@@ -80,6 +81,10 @@ def node_class(spec: NodeSpec) -> type:
         "execute": classmethod(execute),
         "__module__": __name__,
     }
+    if spec.reads:
+        members["fingerprint_inputs"] = classmethod(
+            lambda cls, **inputs: "; ".join(fingerprint(str(inputs.get(name) or "")) for name in spec.reads)
+        )
     if spec.check is not None:
         members["validate_inputs"] = classmethod(spec.check)
     return type(spec.id, (io.ComfyNode,), members)

@@ -155,7 +155,7 @@ MODEL_NODES = (
         ("head set", "headhunter", "attention heads", "softpag"),
         (Field("path", "STRING", "JSON file of a head set.", ""),),
         (Out("HEADS", "GENATTN_HEADS", "For the guidance nodes."), Out("names", "STRING", "The heads as text.")),
-        load_head_set, check=check_head_set,
+        load_head_set, check=check_head_set, reads=("path",),
     ),
     NodeSpec(
         "GenAttn_MaskPreview", "Mask Preview (GenAttn)", _CATEGORY,

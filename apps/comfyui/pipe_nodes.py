@@ -124,7 +124,7 @@ PIPE_NODES = (
             Field("device", "COMBO", "Where it runs.", "auto", options=("auto", "cpu", "cuda", "mps")),
             Field("offline", "BOOLEAN", "Take hub ids only from what is on this machine.", True),
         ),
-        (_PIPE_OUT,), load_pipeline_node,
+        (_PIPE_OUT,), load_pipeline_node, reads=("model",),
     ),
     NodeSpec(
         "GenAttn_ApplyPipeline", "Apply to Pipeline (GenAttn)", _CATEGORY,

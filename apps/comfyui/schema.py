@@ -65,6 +65,7 @@ class NodeSpec:
     """One node. run(**inputs) gives a tuple of outputs or an `Answer`.
 
     check: asked when a workflow is submitted, True or what is wrong; after `cls` its parameters are the inputs it looks at.
+    reads: inputs that name a file or a folder; the node runs again when what stands there has changed.
     """
 
     id: str
@@ -77,3 +78,4 @@ class NodeSpec:
     run: Callable[..., Any]
     is_output: bool = False
     check: Callable[..., bool | str] | None = None
+    reads: tuple[str, ...] = ()

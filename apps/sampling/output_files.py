@@ -18,6 +18,7 @@ from genattn.pipelines.video.upright import upright
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+_MARGIN = 32  # bytes that names beside a file may add: .side-by-side, .preview, a process number
 _IMAGE_DESCRIPTION = 0x010E  # EXIF's tag
 Frames = npt.NDArray[np.uint8]
 
@@ -30,14 +31,40 @@ def check_out(path: Path, suffixes: Sequence[str], option: str = "--out") -> Non
     """
     if path.suffix.lower() not in suffixes:
         raise GenAttnError(f"{option} must end in {', '.join(suffixes)}, got {str(path)!r}")
-    if path.is_dir():
+    if _is_folder(path):
         raise GenAttnError(f"{option} must name a file, but {str(path)!r} is a folder; add a file name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
+        longest = os.pathconf(path.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     except OSError as error:
         raise GenAttnError(f"{option} {str(path)!r} cannot be written: {error.strerror or error}") from None
+    if len(path.name.encode()) > longest - _MARGIN:
+        raise GenAttnError(
+            f"{option} must have a file name of at most {longest - _MARGIN} bytes, got {len(path.name.encode())}; "
+            "what stands beside it (a report, a half-written file) needs the rest"
+        )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no folder could have
+        return False
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make `folder` and prove that files can be written into it.
+
+    Raises GenAttnError, naming `option`: a file of that name, or no right to write there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise GenAttnError(f"{option} must be a folder to write into, got {str(folder)!r}: {error.strerror or error}") from None
 
 
 def write_video(path: Path, frames: Frames, fps: float, metadata: Mapping[str, Any]) -> None:

@@ -72,8 +72,10 @@ class SamplingSettings:
     image: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise GenAttnError(f"--steps must be >= 1, got {self.steps}")
+        for name in ("steps", "frames", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise GenAttnError(f"--{name} must be >= 1, got {value}; leave it out for the model's own")
         if self.guidance_scale is not None and not np.isfinite(self.guidance_scale):
             raise GenAttnError(f"--guidance-scale must be a finite number, got {self.guidance_scale}")
         if self.cpu_offload not in (None, "model", "group"):
@@ -95,7 +97,7 @@ class AttentionSettings:
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
 
     def __post_init__(self) -> None:
-        if self.dense_steps < 0 or (self.dense_steps >= 1 and self.dense_steps != int(self.dense_steps)):
+        if not 0 <= self.dense_steps < np.inf or (self.dense_steps >= 1 and self.dense_steps != int(self.dense_steps)):
             raise GenAttnError(f"--dense-steps must be a share below 1 or a whole number, got {self.dense_steps}")
         if self.dense_layers < 0:
             raise GenAttnError(f"--dense-layers must be >= 0, got {self.dense_layers}")

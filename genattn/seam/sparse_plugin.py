@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention, under_autocast, why_no_tail
+from genattn.functional.dispatch import plan_for, planned_attention, why_no_tail
 from genattn.geometry.token_layout import TokenLayout
-from genattn.kernels.block_sparse import choose_impl
+from genattn.kernels.block_sparse import as_autocast, choose_impl
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.layouts.families import family_of
@@ -105,7 +105,7 @@ class SparsePlugin(Plugin):
         plan = plan_for(call.query, call.key, self._pattern_at(call, impl), call.layout)
         if not isinstance(plan, BlockPlan):
             return
-        tensors = [under_autocast(tensor) for tensor in (call.query, call.key, call.value)]
+        tensors = as_autocast(call.query, call.key, call.value)
         try:
             choose_impl(*tensors, plan, impl=impl)
         except ValueError as error:

@@ -5,6 +5,7 @@ tar      key.mp4 + key.txt, or key.mp4 + key.json with "caption" or "text"      
 """
 
 import csv
+import hashlib
 import io
 import json
 import tarfile
@@ -57,6 +58,11 @@ class Dataset:
     def skip(self, name: str, reason: str) -> None:
         """Note a clip that cannot be used."""
         self.skipped.append((name, reason))
+
+    def fingerprint(self) -> str:
+        """A short hash over the names and captions of all clips; tells one dataset from another."""
+        told = json.dumps(sorted((clip.name, clip.caption) for clip in self.clips))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def summary(self) -> str:
         """One line per skipped clip under a head line."""

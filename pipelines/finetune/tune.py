@@ -8,6 +8,7 @@ the seed and the step, so a run that was killed at any moment and started again 
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from genattn.pipelines.finetune.data import Dataset
 from genattn.pipelines.finetune.lora import LoraTrainer, add_lora, save_lora, why_no_lora
 from genattn.pipelines.finetune.loss import TrainingDraw, denoising_loss, draw, training_grid
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser, frame_denoiser, why_no_frames
+from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.long_video.solvers.noise_grid import NoiseGrid
 from genattn.pipelines.training.trainer import TrainSettings, train
 from genattn.seam.context_parallel import enable_ulysses
@@ -113,7 +115,12 @@ def finetune(
     base = _base(pipe, settings)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=base.device.type == "cpu")
     enable_ulysses(pipe.transformer, settings.context_parallel, _tokens(base, settings.size))
-    _same_run(out, settings.identity(pattern), accelerator.is_main_process)
+    identity = {
+        **settings.identity(pattern),
+        "model": model_fingerprint({"transformer": pipe.transformer, "vae": pipe.vae}),
+        "data": dataset.fingerprint(),
+    }
+    _same_run(out, identity, accelerator.is_main_process)
     cache = LatentCache(base, out / "cache", settings.size)
     files = cache.fill(dataset, progress)
     if accelerator.is_main_process:
@@ -202,8 +209,8 @@ def longer(base: FrameDenoiser, frames: int, factor: float) -> int:
 
     Raises GenAttnError unless the factor is positive.
     """
-    if not factor > 0:
-        raise GenAttnError(f"frames_factor must be > 0, got {factor}")
+    if not 0 < factor < math.inf:
+        raise GenAttnError(f"frames_factor must be > 0 and finite, got {factor}")
     decoder = base.decoder()
     return decoder.frames_for(max(1, round((decoder.latents_for(frames) - 1) * factor) + 1))
 

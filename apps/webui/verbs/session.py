@@ -18,6 +18,7 @@ from genattn.apps.webui.verbs.limits import Limits
 from genattn.errors import GenAttnError
 
 _RUN = re.compile(r"\d{8}-\d{6}-[a-z]+-[0-9a-f]{16}")
+_SHOWN = 8  # files of the cache that a page may be showing just now
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,29 @@ class Session:
         return folder
 
     def prune(self) -> None:
-        """Drop the oldest runs until all of them fit into `limits.disk_bytes`."""
+        """Drop the oldest runs, and what the page has cached, until all of it fits into `limits.disk_bytes`.
+
+        Gradio keeps a copy of every result and upload it has shown; the newest few stay, because a page may be showing them.
+        """
+        self._prune_cache(self.limits.disk_bytes // 2)
         runs = sorted(path for path in (self.folder / "runs").iterdir() if _RUN.fullmatch(path.name))
         sizes = [sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) for run in runs]
         total = sum(sizes)
         for run, size in zip(runs, sizes):
-            if total <= self.limits.disk_bytes:
+            if total <= self.limits.disk_bytes // 2:
                 return
             shutil.rmtree(run, ignore_errors=True)
             total -= size
+
+    def _prune_cache(self, most: int) -> None:
+        files = [file for file in (self.folder / "cache").rglob("*") if file.is_file()]
+        files.sort(key=lambda file: file.stat().st_mtime)
+        total = sum(file.stat().st_size for file in files)
+        for file in files[:-_SHOWN]:
+            if total <= most:
+                return
+            total -= file.stat().st_size
+            file.unlink(missing_ok=True)
 
     def write_report(self, run: Path, report: dict[str, Any]) -> dict[str, Any]:
         """`report` with the run's name and date, as JSON beside its files; returns it."""

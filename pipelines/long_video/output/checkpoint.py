@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import genattn
@@ -102,6 +103,8 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if record is None:
         raise GenAttnError(f"{folder} holds no {_NAME}; pass the folder of a run that was started with folder=...")
+    if not isinstance(record, dict):
+        raise GenAttnError(f"{folder / _NAME} must hold an object, got {type(record).__name__}; it was changed by hand")
     if record.get("format") != FORMAT:
         raise GenAttnError(f"{folder} was written in checkpoint format {record.get('format')}, this version reads {FORMAT}")
     if record.get("genattn") != genattn.__version__:
@@ -117,7 +120,10 @@ def read_tensors(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> d
     path = Path(folder) / Path(str(record["tensors"])).name
     if not path.exists():
         raise GenAttnError(f"{path} is named by the checkpoint and must exist; it was moved or deleted")
-    return dict(load_file(path))
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise GenAttnError(f"{path} is damaged ({error}); copy the run's folder again") from None
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
