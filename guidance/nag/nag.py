@@ -24,7 +24,7 @@ from genattn.guidance.nag.cut import Cut
 from genattn.guidance.nag.defaults import strength_for
 from genattn.guidance.nag.encode import Texts, count_of, encode, for_samples
 from genattn.guidance.nag.formula import Total
-from genattn.guidance.nag.streams import TextWay, way_of
+from genattn.guidance.nag.streams import TextWay, way_of, why_not_carried
 from genattn.guidance.passes.block_swap import Place, swapped
 from genattn.guidance.passes.delta import Window
 from genattn.guidance.passes.pass_role import PassReader, PassRole
@@ -127,7 +127,7 @@ class NAG(Plugin):
         name, way = model.__class__.__name__, way_of(model)
         texts = text_sites(sites)
         if way is None or not texts:
-            has = "its attention sees no text" if not texts else "where its text goes is not known"
+            has = why_not_carried(model) or ("where its text goes is not known" if texts else "its attention sees no text")
             raise GenAttnError(
                 f"NAG needs a model whose image looks at text, got {name}: {has}; see docs/nag.md for the families"
             )

@@ -145,6 +145,14 @@ _HUNYUAN = TextWay(
     ),
     _MASKED,
 )
+_FLUX = TextWay(
+    (
+        _apart("transformer_blocks", _TEXT, _HIDDEN, text_first=True, image_rotary_emb=rows(0)),
+        _apart("single_transformer_blocks", _TEXT, _HIDDEN, text_first=True, image_rotary_emb=rows(0)),
+    ),
+    _FLUX_IDS,
+)
+_COGVIDEOX = TextWay((_apart("transformer_blocks", _HIDDEN, _TEXT, text_first=True),))
 _WAN = TextWay((_cross("blocks"),))
 _BASIC = TextWay((_cross("transformer_blocks", encoder_attention_mask=at_end),), _MASKED)
 _UNET = TextWay((_cross("", encoder_attention_mask=at_end),), ("encoder_hidden_states", "encoder_attention_mask"))
@@ -168,12 +176,14 @@ def _lumina_tokens(model: Any, inputs: Mapping[str, Any]) -> int:
 
 WAYS: dict[str, TextWay] = {
     "SD3Transformer2DModel": TextWay((_apart("transformer_blocks", _TEXT, _HIDDEN),)),
-    "FluxTransformer2DModel": TextWay(
+    **dict.fromkeys(
         (
-            _apart("transformer_blocks", _TEXT, _HIDDEN, text_first=True, image_rotary_emb=rows(0)),
-            _apart("single_transformer_blocks", _TEXT, _HIDDEN, text_first=True, image_rotary_emb=rows(0)),
+            "FluxTransformer2DModel",
+            "BriaTransformer2DModel",
+            "OvisImageTransformer2DModel",
+            "LongCatImageTransformer2DModel",
         ),
-        _FLUX_IDS,
+        _FLUX,
     ),
     "Flux2Transformer2DModel": TextWay(
         (
@@ -237,7 +247,8 @@ WAYS: dict[str, TextWay] = {
     "MochiTransformer3DModel": TextWay(
         (Stream("transformer_blocks", (_HIDDEN, _TEXT), extend={"encoder_attention_mask": at_end}, one_by_one=True),), _MASKED
     ),
-    "CogVideoXTransformer3DModel": TextWay((_apart("transformer_blocks", _HIDDEN, _TEXT, text_first=True),)),
+    "CogVideoXTransformer3DModel": _COGVIDEOX,
+    "ConsisIDTransformer3DModel": _COGVIDEOX,
     "WanTransformer3DModel": _WAN,
     "ChronoEditTransformer3DModel": _WAN,
     "WanAnimateTransformer3DModel": _WAN,
@@ -273,9 +284,72 @@ WAYS: dict[str, TextWay] = {
 }
 
 
+# families whose text NAG does not carry yet, and what stands in the way
+NOT_CARRIED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "MiniMaxH3Transformer3DModel",
+            "Cosmos3OmniTransformer",
+            "QwenImage21Transformer2DModel",
+            "OmniGenTransformer2DModel",
+            "Ideogram4Transformer2DModel",
+            "MiniMaxMusic3Transformer1DModel",
+        ),
+        "its text stands in a packed sequence that indices describe, and the indices would have to grow with it",
+    ),
+    **dict.fromkeys(
+        (
+            "AllegroTransformer3DModel",
+            "AnyFlowTransformer3DModel",
+            "AnyFlowFARTransformer3DModel",
+            "HeliosTransformer3DModel",
+            "WanAnimate2Transformer3DModel",
+            "SanaWMLTX2RefinerTransformer3DModel",
+            "HunyuanDiT2DModel",
+            "LuminaNextDiT2DModel",
+            "Transformer2DModel",
+            "DreamLiteTransformer2DModel",
+            "Kandinsky5Transformer3DModel",
+            "Kandinsky6Transformer3DModel",
+            "AceStepTransformer1DModel",
+            "StableAudioDiTModel",
+            "StableAudio3DiTModel",
+            "LongCatAudioDiTTransformer",
+        ),
+        "it asks its text by cross-attention of a form that was not written down here yet",
+    ),
+    **dict.fromkeys(
+        (
+            "Flux3Transformer2DModel",
+            "Krea2Transformer2DModel",
+            "ErnieImageTransformer2DModel",
+            "NucleusMoEImageTransformer2DModel",
+            "PRXTransformer2DModel",
+            "BriaFiboTransformer2DModel",
+            "BriaFibo2Transformer2DModel",
+            "HunyuanImageTransformer2DModel",
+            "GlmImageTransformer2DModel",
+            "CogView3PlusTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "EasyAnimateTransformer3DModel",
+            "MotifVideoTransformer3DModel",
+            "JoyImageEditTransformer3DModel",
+            "JoyImageEditPlusTransformer3DModel",
+        ),
+        "its joint attention has a form that was not written down here yet",
+    ),
+    "DiTTransformer2DModel": "it is told a class, no text",
+}
+
+
 def way_of(model: Any) -> TextWay | None:
     """The text's way through a denoiser, by the name of its class or of a base class; None when it is not known."""
     return next((WAYS[base.__name__] for base in type(model).__mro__ if base.__name__ in WAYS), None)
+
+
+def why_not_carried(model: Any) -> str:
+    """Why NAG does not carry this denoiser's text; empty where nothing is known of it."""
+    return next((NOT_CARRIED[base.__name__] for base in type(model).__mro__ if base.__name__ in NOT_CARRIED), "")
 
 
 def register_way(model: str, way: TextWay) -> None:

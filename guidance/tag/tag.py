@@ -49,6 +49,11 @@ class TAG(Plugin):
             return out
         found = leaves(out)
         bases: list[Any] = [batch_of(args, kwargs)[0], kwargs.get("audio_hidden_states")][: len(found)]
+        if len(bases) < len(found) or any(base is None for base in bases):
+            raise GenAttnError(
+                f"TAG needs latents for every prediction, got {len(found)} predictions of {type(run.model).__name__} and "
+                f"{sum(base is not None for base in bases)} inputs that could be theirs"
+            )
         self.count += 1
         return with_leaves(out, [amplified(p, x, eta) for p, x in zip(found, bases, strict=True)])
 

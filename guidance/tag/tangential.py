@@ -52,6 +52,8 @@ def amplified(prediction: torch.Tensor, latents: torch.Tensor | list[torch.Tenso
     Raises:
         GenAttnError: if they differ in anything else.
     """
+    if isinstance(latents, list) and len({part.shape for part in latents}) > 1:
+        raise GenAttnError("TAG needs latents of one shape, got a list of several; run them one at a time")
     given = torch.stack(latents) if isinstance(latents, list) else latents
     axis = given.ndim - 1 if given.ndim == 3 else 1
     channels = min(given.shape[axis], prediction.shape[axis]) if given.ndim == prediction.ndim else 0

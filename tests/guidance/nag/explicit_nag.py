@@ -19,7 +19,7 @@ from genattn.guidance.nag.formula import Strength, guide_reference
 
 _STOCK_SDPA = F.scaled_dot_product_attention
 TEXT_FIRST = {"flux", "flux-kontext", "flux2", "chroma", "qwen-image", "qwen-image-edit", "lumina2", "aura-flow"}
-TEXT_FIRST |= {"cogvideox", "cogvideox-1.5"}
+TEXT_FIRST |= {"cogvideox", "cogvideox-1.5", "consisid", "bria", "ovis-image", "longcat-image"}
 MERGED = ("single_transformer_blocks", "single_stream_blocks", "layers")
 STACKS = ("transformer_blocks", "joint_transformer_blocks", "double_stream_blocks", *MERGED)
 
