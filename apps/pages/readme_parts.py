@@ -206,9 +206,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "bases": _long_video_bases,
         "ablation": _long_video_ablation,
         "motion": _fifo_motion,
-        "motion by caption": _motion_by_caption,
+        "motion-by-caption": _motion_by_caption,
     },
-    "docs/long-clip.md": {"long clip": _long_clip},
+    "docs/long-clip.md": {"long-clip": _long_clip},
     "docs/finetuning.md": {"longer": _longer_finetuning},
     "docs/broadway.md": {
         "motion-modules": lambda: study_table("broadway.csv"),
