@@ -31,15 +31,16 @@ PADDED_LENGTHS = (512, 512, 512, 226, 64)
 
 @dataclass(frozen=True)
 class DenoiserSize:
-    """Shape of the transformer: `heads` x `head_dim` wide, `layers` deep, `ffn` in between."""
+    """Shape of the transformer: `heads` x `head_dim` wide, `layers` deep, `ffn` in between; a token is `patch` x `patch`."""
 
     heads: int = 4
     head_dim: int = 32
     layers: int = 5
     ffn: int = 384
+    patch: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.heads, self.layers, self.ffn) < 1 or self.head_dim < 12 or self.head_dim % 2:
+        if min(self.heads, self.layers, self.ffn, self.patch) < 1 or self.head_dim < 12 or self.head_dim % 2:
             raise GenAttnError(f"sizes must be >= 1 and head_dim even and >= 12, got {self}; enlarge the model")
 
 
@@ -96,9 +97,9 @@ class FoldedPaddingProcessor(WanAttnProcessor):
 
 
 def build_transformer(z_dim: int, text_dim: int, size: DenoiserSize) -> WanTransformer3DModel:
-    """A fresh transformer over latents of z_dim channels, patches of 1 x 2 x 2."""
+    """A fresh transformer over latents of z_dim channels."""
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
+        patch_size=(1, size.patch, size.patch),
         num_attention_heads=size.heads,
         attention_head_dim=size.head_dim,
         in_channels=z_dim,

@@ -84,6 +84,7 @@ def _encode(vae: AutoencoderKLWan | AutoencoderKL, clips: torch.Tensor) -> torch
         return vae.encode(clips).latent_dist.mode()
 
 
+@torch.autocast("cpu", enabled=False)  # it cannot join float16, which the first step of a phase may ask for within it
 def load_latents(folder: Path) -> tuple[torch.Tensor, list[str]]:
     """Every shard of a folder: latents float16 [N, C, F, H, W] and N captions.
 

@@ -4,6 +4,7 @@ The optimiser's moments are not in the folder and begin anew; the journal is, so
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,36 @@ def adopt(run_dir: Path, folder: Path) -> None:
 
 
 def start_from(model: TinyDenoiser, folder: Path) -> None:
-    """Load an exported pipeline's transformer and text encoder, in place, in the model's own precision."""
+    """Load an exported pipeline's transformer and text encoder, in place, in the model's own precision.
+
+    A model of finer patches takes what the folder's model does on latents that are even within each coarse patch.
+    """
     transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    model.transformer.load_state_dict(transformer.state_dict())
+    weights = transformer.state_dict()
+    if tuple(model.transformer.config.patch_size) == (1, 1, 1):
+        weights |= refine_patches(weights)
+    model.transformer.load_state_dict(weights)
     model.text_encoder.load_state_dict(text_encoder.state_dict())
+
+
+def refine_patches(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embedding and the output layer of a transformer, for patches of a single latent each.
+
+    A fine token's embedding is that of the coarse patch with this latent everywhere; its output is the mean over the
+    coarse patch. On latents even within each patch both models do the same, but for their rotary positions.
+
+    Args:
+        weights: of a transformer with patches of 1 x p x p.
+
+    Returns:
+        The changed weights alone, by their names.
+    """
+    embedding = weights["patch_embedding.weight"]
+    cells = math.prod(embedding.shape[2:])
+    return {
+        "patch_embedding.weight": embedding.sum((2, 3, 4), keepdim=True),
+        # the output's rows are [patch cell, channel]
+        "proj_out.weight": weights["proj_out.weight"].unflatten(0, (cells, -1)).mean(0),
+        "proj_out.bias": weights["proj_out.bias"].unflatten(0, (cells, -1)).mean(0),
+    }

@@ -27,19 +27,18 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal, write_card
-from genattn.pipelines.tiny.denoiser import DenoiserSize, TinyDenoiser, flow_loss, tokenize
+from genattn.pipelines.tiny.curriculum import Curriculum, LatentBatches, draw_step
+from genattn.pipelines.tiny.denoiser import DenoiserSize, TinyDenoiser, flow_loss
 from genattn.pipelines.tiny.evaluate import FIRST_SEED, Sampling, append_rows, evaluate, evaluation_scenes
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, export
 from genattn.pipelines.tiny.latents import SHARD, cache_latents, load_latents, measure_latents
 from genattn.pipelines.tiny.resume import adopt, start_from
-from genattn.pipelines.tiny.text import build_tokenizer
 from genattn.pipelines.tiny.vae import CLIP_FRAMES, build_vae, psnr, still_convolutions, training_clips, vae_loss
 from genattn.pipelines.training.command import run_command, training_parser
-from genattn.pipelines.training.places import POSITION_CHANNELS, with_positions
+from genattn.pipelines.training.places import POSITION_CHANNELS
 from genattn.pipelines.training.trainer import TrainSettings, step_generator, train
 
 PHASES = ("vae", "latents", "transformer", "export")
-STILL_BATCH, FRAME_BATCH, CLIP_BATCH = 32, 40, 8
 
 
 def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, still_steps: int) -> int:
@@ -64,14 +63,16 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, 
     return train(vae, loss_of, settings, accelerator, run_dir / "vae.safetensors", on_save)
 
 
-def make_latents(run_dir: Path, accelerator: Accelerator, clips: range, stills: range, minutes: float) -> tuple[int, int]:
+def make_latents(
+    run_dir: Path, accelerator: Accelerator, clips: range, stills: range, minutes: float, clip_frames: int = CLIP_FRAMES
+) -> tuple[int, int]:
     """Encode shards of training clips and stills, and half as many of settled ones; returns how many of the first there are."""
     vae = load_vae(run_dir).to(accelerator.device)
     counts = (
         cache_latents(vae, run_dir / "stills", stills, minutes, frames=1),
-        cache_latents(vae, run_dir / "clips", clips, minutes),
+        cache_latents(vae, run_dir / "clips", clips, minutes, clip_frames),
     )
-    for kind, shards, frames in (("stills", stills, 1), ("clips", clips, CLIP_FRAMES)):
+    for kind, shards, frames in (("stills", stills, 1), ("clips", clips, clip_frames)):
         cache_latents(vae, run_dir / f"settled-{kind}", range((len(shards) + 1) // 2), minutes, frames, settled=True)
     statistics = run_dir / "latents.json"
     if not statistics.exists() and counts[1]:
@@ -91,58 +92,22 @@ def load_vae(run_dir: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(run_dir / "vae").eval()
 
 
-def latent_statistics(run_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents, each [C, 1, 1, 1].
-
-    Raises:
-        GenAttnError: if phase latents has not measured them.
-    """
-    path = run_dir / "latents.json"
-    if not path.exists():
-        raise GenAttnError(f"phase latents must come first, got no {path}; run train --phases latents")
-    values = json.loads(path.read_text())
-    mean, std = (torch.tensor(values[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
-    return mean, std
-
-
-class LatentBatches:
-    """Random batches of cached latents, normalised, with their tokens; a folder is read when first asked for."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.tokenizer = build_tokenizer()
-        self.mean, self.std = latent_statistics(run_dir)
-        self.empty = tokenize(self.tokenizer, [""])[0]
-        self._loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def draw(self, kind: str, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents float32 [batch, C, F, H, W] and token ids [batch, L] from folder `kind`, clips or stills."""
-        if kind not in self._loaded:
-            latents, captions = load_latents(self.run_dir / kind)
-            self._loaded[kind] = latents, tokenize(self.tokenizer, captions)
-        latents, ids = self._loaded[kind]
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        return (latents[chosen].float() - self.mean) / self.std, ids[chosen]
-
-
 def train_transformer(
     run_dir: Path,
     accelerator: Accelerator,
     settings: TrainSettings,
-    still_steps: int,
-    frame_steps: int,
+    curriculum: Curriculum,
     size: DenoiserSize | None = None,
     compile_blocks: bool = False,
     begin_with: Path | None = None,
     on_save: Callable[[nn.Module, int], None] | None = None,
 ) -> int:
-    """Settled stills until `still_steps`, single frames from anywhere in a clip, a whole one every third step, until
-    `frame_steps`, then whole clips.
+    """Settled stills, then pieces of clips and a whole one now and then, then whole clips: what `curriculum` says.
 
-    Every tenth step after the stills is one of stills, lest a single frame be forgotten. Of the rest every other one shows
-    settled scenes: where an object wanders, its shape can hardly be told from its caption while the noise hides the place,
-    and shapes are learned last or never; where it does not, they are learned with the colours. `begin_with` is an exported
-    pipeline whose weights a run without a checkpoint begins with. Returns the steps done.
+    Every other step after the stills shows settled scenes: where an object wanders, its shape can hardly be told from its
+    caption while the noise hides the place, and shapes are learned last or never; where it does not, they are learned with
+    the colours. `begin_with` is an exported pipeline whose weights a run without a checkpoint begins with. Returns the
+    steps done.
     """
     set_seed(settings.seed)
     batches = LatentBatches(run_dir)
@@ -153,17 +118,7 @@ def train_transformer(
         model.transformer.compile_repeated_blocks(dynamic=False)
 
     def loss_of(module: Any, step: int, generator: torch.Generator) -> torch.Tensor:
-        settled = "settled-" if step < still_steps or step % 2 else ""
-        if step < still_steps or step % 10 == 0:
-            latents, ids = batches.draw(f"{settled}stills", STILL_BATCH, generator)
-            latents = with_positions(latents)
-        elif step < frame_steps and step % 3:
-            clips, ids = batches.draw(f"{settled}clips", FRAME_BATCH, generator)
-            frames = torch.randint(clips.shape[2], (FRAME_BATCH, 1), generator=generator)
-            latents = with_positions(clips[torch.arange(FRAME_BATCH)[:, None], :, frames].transpose(1, 2), frames)
-        else:
-            latents, ids = batches.draw(f"{settled}clips", CLIP_BATCH, generator)
-            latents = with_positions(latents)
+        latents, ids = draw_step(batches, curriculum, step, generator)
         return flow_loss(module, latents.to(accelerator.device), ids, batches.empty, generator)
 
     return train(model, loss_of, settings, accelerator, run_dir / "transformer.safetensors", on_save)
@@ -174,6 +129,7 @@ def run_training(options: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.mixed_precision)
     run_dir, device = options.run_dir, device_name(options.cpu)
     common = {"minutes": options.minutes, "seed": options.seed}
+    size = DenoiserSize(patch=options.patch)
     if options.begin_with is not None:
         adopt(run_dir, options.begin_with)
     if "vae" in options.phases:
@@ -183,19 +139,34 @@ def run_training(options: argparse.Namespace) -> None:
     if "latents" in options.phases:
         clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
         with journal(run_dir, "latents", device) as done:
-            shards = make_latents(run_dir, accelerator, clips, stills, options.minutes)
+            shards = make_latents(run_dir, accelerator, clips, stills, options.minutes, options.frames)
             done["stills"], done["clips"] = (SHARD * count for count in shards)
     if "transformer" in options.phases:
         settings = TrainSettings(options.steps, learning_rate=options.learning_rate, decay=options.decay, **common)
-        curriculum = options.still_steps, options.frame_steps
         with journal(run_dir, "transformer", device) as done:
             done["steps"] = train_transformer(
-                run_dir, accelerator, settings, *curriculum, compile_blocks=options.compile, begin_with=options.begin_with
+                run_dir, accelerator, settings, curriculum_of(options), size, options.compile, options.begin_with
             )
     if "export" in options.phases:
-        defaults = GenerationDefaults(steps=options.sampling_steps, guidance_scale=options.guidance_scale)
-        steps = export(run_dir, options.out, defaults)
+        defaults = GenerationDefaults(
+            frames=options.frames, steps=options.sampling_steps, guidance_scale=options.guidance_scale
+        )
+        steps = export(run_dir, options.out, defaults, size)
         accelerator.print(f"{options.out}: {steps} steps, {folder_bytes(options.out) / 1e6:.1f} MB")
+
+
+def curriculum_of(options: argparse.Namespace) -> Curriculum:
+    """What the command line says of the transformer's steps."""
+    return Curriculum(
+        options.still_steps,
+        options.frame_steps,
+        options.still_batch,
+        options.frame_batch,
+        options.clip_batch,
+        options.window_frames,
+        options.whole_every,
+        (options.frames - 1) // 4 + 1,
+    )
 
 
 def run_evaluation(options: argparse.Namespace) -> None:
@@ -229,6 +200,13 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--steps", type=int, default=20000, help="last step of the transformer")
     training.add_argument("--still-steps", type=int, default=1000, help="of these, on stills")
     training.add_argument("--frame-steps", type=int, default=16000, help="step until which the rest are single frames of clips")
+    training.add_argument("--still-batch", type=int, default=32, help="stills in a step")
+    training.add_argument("--frame-batch", type=int, default=40, help="latent frames in a step of pieces of clips")
+    training.add_argument("--clip-batch", type=int, default=8, help="whole clips in a step")
+    training.add_argument("--window-frames", type=int, default=1, help="latent frames of every other piece of a clip")
+    training.add_argument("--whole-every", type=int, default=3, help="before --frame-steps, every which step is whole clips")
+    training.add_argument("--frames", type=int, default=CLIP_FRAMES, help="frames of a clip, 1 + 4 n")
+    training.add_argument("--patch", type=int, choices=(1, 2), default=2, help="latents on each side of a token")
     training.add_argument("--learning-rate", type=float, default=1.3e-3, help="peak rate of the transformer")
     training.add_argument("--decay", type=float, default=0.1, help="share of the steps over which the rate falls")
     training.add_argument("--begin-with", type=Path, help="an exported pipeline to go on from: its autoencoder and weights")

@@ -16,12 +16,13 @@ POSITION_AMPLITUDE = 6.0
 OBJECT_WEIGHT = 6.0
 
 
-def with_positions(latents: torch.Tensor, frames: torch.Tensor | None = None) -> torch.Tensor:
+def with_positions(latents: torch.Tensor, frames: torch.Tensor | None = None, clip_frames: int = LATENT_FRAMES) -> torch.Tensor:
     """Append the eleven channels of place: along each axis cosines of one half wave, of two, and so on.
 
     Args:
         latents: [B, C, F, H, W].
         frames: int [F] or [B, F], which of the clip's latent frames these are; None for the first F.
+        clip_frames: how many latent frames the whole clip has.
 
     Returns:
         [B, C + 11, F, H, W].
@@ -30,7 +31,7 @@ def with_positions(latents: torch.Tensor, frames: torch.Tensor | None = None) ->
     places = torch.arange(count, device=latents.device) if frames is None else frames.to(latents.device)
     rows, columns = (torch.arange(size, device=latents.device) for size in (height, width))
     axes = [
-        (places.view(-1, 1, count, 1, 1), LATENT_FRAMES, POSITION_WAVES[0]),
+        (places.view(-1, 1, count, 1, 1), clip_frames, POSITION_WAVES[0]),
         (rows.view(1, 1, 1, -1, 1), height, POSITION_WAVES[1]),
         (columns.view(1, 1, 1, 1, -1), width, POSITION_WAVES[2]),
     ]

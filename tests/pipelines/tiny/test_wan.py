@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny import card as tiny_card, wan as tiny_wan
+from genattn.pipelines.tiny.curriculum import Curriculum
 from genattn.pipelines.tiny.denoiser import DenoiserSize
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, assemble, export
 from genattn.pipelines.tiny.resume import adopt
@@ -20,6 +21,7 @@ from genattn.pipelines.training.trainer import TrainSettings, step_generator
 
 SHIPPED = Path(__file__).resolve().parents[3] / "assets" / "tiny-wan"
 SMALL = DenoiserSize(2, 12, 1, 24)
+FEW = Curriculum(2, 4, still_batch=2, frame_batch=2, clip_batch=1)
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +109,10 @@ def run_dir(tmp_path):
 
 def train_small(run_dir, steps, **changes):
     settings = TrainSettings(steps, learning_rate=1e-3, warmup=2, save_minutes=1e9, **changes)
-    return tiny_wan.train_transformer(run_dir, Accelerator(cpu=True), settings, 2, 4, size=SMALL)
+    return tiny_wan.train_transformer(run_dir, Accelerator(cpu=True), settings, FEW, size=SMALL)
 
 
-def test_a_run_trains_resumes_and_exports(run_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_wan, "STILL_BATCH", 2)
-    monkeypatch.setattr(tiny_wan, "FRAME_BATCH", 2)
-    monkeypatch.setattr(tiny_wan, "CLIP_BATCH", 1)
+def test_a_run_trains_resumes_and_exports(run_dir, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run_dir, other)
     # the same six steps, once at a stretch and once in two calls; stills, frames and clips are all among them
@@ -148,7 +147,7 @@ def test_training_goes_on_from_the_shipped_folder(shipped, tmp_path):
     mean, _ = tiny_wan.latent_statistics(tmp_path)
     assert len(mean) + POSITION_CHANNELS == shipped.vae.config.z_dim
     settings = TrainSettings(1, learning_rate=1e-9, save_minutes=1e9)
-    assert tiny_wan.train_transformer(tmp_path, Accelerator(cpu=True), settings, 1, 1, begin_with=SHIPPED) == 1
+    assert tiny_wan.train_transformer(tmp_path, Accelerator(cpu=True), settings, FEW, begin_with=SHIPPED) == 1
     trained, _ = assemble(tmp_path)
     for name, value in trained.transformer.state_dict().items():
         torch.testing.assert_close(value, shipped.transformer.state_dict()[name].float(), atol=1e-6, rtol=1e-6)
@@ -205,8 +204,7 @@ def test_bad_input_is_refused(call, message, tmp_path):
         call(tmp_path)
 
 
-def test_exporting_as_another_size_is_refused(run_dir, monkeypatch):
-    monkeypatch.setattr(tiny_wan, "STILL_BATCH", 2)
+def test_exporting_as_another_size_is_refused(run_dir):
     train_small(run_dir, 1)
     with pytest.raises(GenAttnError, match="the weights must be of size"):
         assemble(run_dir, DenoiserSize(2, 12, 2, 24))
