@@ -21,7 +21,7 @@ license: apache-2.0
 library_name: diffusers
 pipeline_tag: text-to-video
 ---
-# tiny-wan
+# {name}
 
 A complete, trained Wan text-to-video pipeline of {megabytes:.1f} MB: coloured shapes that move. It is made to test and
 show attention, guidance and long-video methods where no model can be downloaded; it knows nothing but its tiny world.
@@ -29,7 +29,7 @@ show attention, guidance and long-video methods where no model can be downloaded
 ```python
 from diffusers import WanPipeline
 
-pipe = WanPipeline.from_pretrained("assets/tiny-wan")
+pipe = WanPipeline.from_pretrained("assets/{name}")
 pipe("a red circle moves right on a dark background", height={height}, width={width}, num_frames={frames},
      num_inference_steps={steps}, guidance_scale={guidance_scale})
 ```
@@ -39,12 +39,12 @@ COLOUR {colours}; SHAPE {shapes}; MOTION {motions}; BACKGROUND {backgrounds}.
 Any other text tokenises, but means nothing to the model.
 
 ## Parts
-- `WanTransformer3DModel`, {layers} layers x {heads} heads of {head_dim}, patch 1 x 2 x 2: {transformer_weights:.2f} M weights
+- `WanTransformer3DModel`, {layers} layers x {heads} heads of {head_dim}, patch {patch}: {transformer_weights:.2f} M weights
 - `AutoencoderKLWan`, 4x in space, 4x in time: {vae_weights:.2f} M; {z_dim} channels, the last {places} hold places (see Limits)
 - `UMT5EncoderModel`: {text_weights:.2f} M, with a word tokenizer of its own
 - `FlowMatchEulerDiscreteScheduler`, shift {shift}
 
-{height} x {width} x {frames} pixels are 8 x 16 x 16 latents: 8 frames of 64 tokens.
+{height} x {width} x {frames} pixels are {grid} latents: {latent_frames} frames of {frame_tokens} tokens, {tokens} in all.
 
 ## Training
 {device_line}
@@ -54,7 +54,7 @@ colour x shape x motion combinations are held out.
 | phase | steps | minutes | device |
 | --- | --- | --- | --- |
 {training}
-{notes}
+{notes}{commands}
 ## Scores
 {evaluated} clips of captions that training never saw, sampled with the stock pipeline ({eval_steps} steps, guidance
 {eval_guidance}) and judged by `pipelines/tiny/oracle.py`; shares with Wilson's 95 % interval.
@@ -78,14 +78,23 @@ Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny
 
 
 @contextmanager
-def journal(run_dir: Path, phase: str, device: str) -> Iterator[dict[str, int]]:
-    """Within, fill the dictionary with what was done; a line with it, the minutes and the device is written after."""
+def journal(run_dir: Path, phase: str, device: str, options: str = "") -> Iterator[dict[str, int]]:
+    """Within, fill the dictionary with what was done; a line with it, the minutes and the device is written after.
+
+    Args:
+        run_dir: the run, made if missing.
+        phase: what was done.
+        device: on what.
+        options: what was typed beyond the defaults; entries without any have none.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     begun, done = time.monotonic(), dict[str, int]()
     try:
         yield done
     finally:
         line = {"phase": phase, "minutes": round((time.monotonic() - begun) / 60, 2), "device": device, **done}
+        if options:
+            line["options"] = options
         with (run_dir / JOURNAL).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -125,8 +134,19 @@ def model_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, float | int
     device = str(entries[-1]["device"])
     minutes = sum(float(entry["minutes"]) for entry in entries)
     made = "Trained on a CPU" if device.startswith("CPU") else "Trained on a GPU"
+    patch = configs["transformer"]["patch_size"]
+    scale = configs["vae"]["scale_factor_temporal"], *[configs["vae"]["scale_factor_spatial"]] * 2
+    grid = [(defaults.frames - 1) // scale[0] + 1, defaults.height // scale[1], defaults.width // scale[2]]
+    tokens = [size // side for size, side in zip(grid, patch, strict=True)]
     return CARD.format(
         **asdict(defaults),
+        name=folder.name,
+        patch=" x ".join(str(side) for side in patch),
+        grid=" x ".join(str(size) for size in grid),
+        latent_frames=tokens[0],
+        frame_tokens=tokens[1] * tokens[2],
+        tokens=math.prod(tokens),
+        commands=_commands(folder.name, entries),
         megabytes=folder_bytes(folder) / 1e6,
         colours=", ".join(world.COLOURS),
         shapes=", ".join(world.SHAPES),
@@ -179,6 +199,17 @@ def device_name(cpu: bool = False) -> str:
 def training_line(entry: dict[str, str | int | float]) -> str:
     """A row of the card's table of training phases."""
     return f"| {entry['phase']} | {entry.get('steps', '')} | {entry['minutes']} | {entry['device']} |"
+
+
+def _commands(name: str, entries: Sequence[dict[str, str | int | float]]) -> str:
+    """The commands of the phases whose options the journal holds, as a card's paragraph; empty without any."""
+    lines = [
+        f"python -m genattn.pipelines.tiny.wan train --run-dir runs/{name} --phases {str(entry['phase']).split(':')[0]} "
+        f"{entry['options']}"
+        for entry in entries
+        if "options" in entry
+    ]
+    return "\n```sh\n" + "\n".join(lines) + "\n```\n" if lines else ""
 
 
 def _score_line(name: str, rows: Sequence[dict[str, float | int | str]]) -> str:

@@ -7,12 +7,14 @@ was trained on in another sentence ("seen"). Shares come with Wilson's 95 % inte
 import csv
 import datetime
 import importlib.metadata
+import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +23,10 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from tqdm import tqdm
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.tiny.export import GenerationDefaults
-from genattn.pipelines.tiny.oracle import Verdict, judge
-from genattn.pipelines.tiny.world import Scene, caption, is_held_out, sample_scene
+from genattn.pipelines.tiny.oracle import ObjectVerdict, Reading, Verdict, judge
+from genattn.pipelines.tiny.world import Scene, TinyObject, caption, is_held_out, sample_scene
 
 TRAINING_SCENES = 8192
 TRAINING_TWO_OBJECTS = 0.15
@@ -80,7 +83,6 @@ def generate_clips(
     scenes: Sequence[Scene],
     sampling: Sampling,
     size: GenerationDefaults,
-    progress: Callable[[int], None] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Sample a clip per scene with the stock pipeline: uint8 [N, T, H, W, 3].
 
@@ -89,7 +91,6 @@ def generate_clips(
         scenes: what to ask for; scene i starts from noise of seed `sampling.seed + i`.
         sampling: steps, guidance, seed, batch.
         size: frames, height and width.
-        progress: called with the number of clips done.
     """
     clips = []
     for first in range(0, len(scenes), sampling.batch):
@@ -107,8 +108,6 @@ def generate_clips(
             max_sequence_length=sampling.max_sequence_length,
         ).frames
         clips.append(np.round(np.asarray(frames) * 255).astype(np.uint8))
-        if progress is not None:
-            progress(first + len(prompts))
     return np.concatenate(clips)
 
 
@@ -188,18 +187,88 @@ def append_rows(path: Path, rows: Sequence[dict[str, float | int | str]]) -> Non
         writer.writerows(rows)
 
 
+def keep_verdicts(
+    path: Path, origin: dict[str, str | int | float], scenes: Sequence[Scene], verdicts: Sequence[Verdict], seconds: float
+) -> None:
+    """Append a line per clip; `seconds` is the time that each of them took."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for scene, verdict in zip(scenes, verdicts, strict=True):
+            line = {"origin": origin, "caption": caption(scene), "seconds": round(seconds, 3), "verdict": asdict(verdict)}
+            file.write(json.dumps(line) + "\n")
+
+
+def kept_verdicts(
+    path: Path, origin: dict[str, str | int | float], scenes: Sequence[Scene]
+) -> tuple[list[Verdict], list[float]]:
+    """The verdicts that a file holds of the first scenes, and the seconds that each clip took; none where there is no file.
+
+    Args:
+        path: what `keep_verdicts` wrote.
+        origin: model and sampling; every line must be of the same.
+        scenes: what is asked for, in order.
+
+    Raises:
+        GenAttnError: if a line is of another model, other sampling or another caption.
+    """
+    if not path.exists():
+        return [], []
+    lines = [json.loads(line) for line in path.read_text().splitlines()][: len(scenes)]
+    for number, (line, scene) in enumerate(zip(lines, scenes, strict=False)):
+        if line["origin"] != origin or line["caption"] != caption(scene):
+            raise GenAttnError(
+                f"kept verdicts must be of this model, sampling and captions, got {line['origin']} and {line['caption']!r} "
+                f"in line {number + 1} of {path}; move it away"
+            )
+    return [_verdict(line["verdict"]) for line in lines], [float(line["seconds"]) for line in lines]
+
+
+def _verdict(values: dict[str, Any]) -> Verdict:
+    things = []
+    for thing in values["objects"]:
+        asked = TinyObject(**(thing["asked"] | {"offset": tuple(thing["asked"]["offset"])}))
+        things.append(ObjectVerdict(**(thing | {"asked": asked, "read": Reading(**thing["read"])})))
+    return Verdict(**(values | {"objects": tuple(things)}))
+
+
 def evaluate(
-    pipeline: WanPipeline, scenes: Sequence[Scene], sampling: Sampling, size: GenerationDefaults
+    pipeline: WanPipeline,
+    scenes: Sequence[Scene],
+    sampling: Sampling,
+    size: GenerationDefaults,
+    keep: Path | None = None,
 ) -> list[dict[str, float | int | str]]:
-    """Sample, judge and sum up: rows ready for the table."""
-    begun = time.monotonic()
-    with tqdm(total=len(scenes), desc="clips", mininterval=5.0) as bar:
-        clips = generate_clips(pipeline, scenes, sampling, size, lambda done: bar.update(done - bar.n))
-    seconds = (time.monotonic() - begun) / len(scenes)
+    """Sample, judge and sum up: rows ready for the table.
+
+    Args:
+        pipeline: any `WanPipeline`.
+        scenes: what to ask for; scene i starts from noise of seed `sampling.seed + i`.
+        sampling: steps, guidance, seed, batch.
+        size: frames, height and width.
+        keep: file that takes each verdict as it comes; what it holds already is not sampled again.
+
+    Raises:
+        GenAttnError: if `keep` holds verdicts of another model or other settings.
+    """
+    origin: dict[str, str | int | float] = {**asdict(sampling), **asdict(size)}
+    verdicts: list[Verdict] = []
+    seconds: list[float] = []
+    if keep is not None:
+        origin |= {"model": model_fingerprint({"transformer": pipeline.transformer})}
+        verdicts, seconds = kept_verdicts(keep, origin, scenes)
+    with tqdm(total=len(scenes), initial=len(verdicts), desc="clips", mininterval=5.0) as bar:
+        for first in range(len(verdicts), len(scenes), sampling.batch):
+            asked, begun = scenes[first : first + sampling.batch], time.monotonic()
+            clips = generate_clips(pipeline, asked, replace(sampling, seed=sampling.seed + first), size)
+            seconds += [(time.monotonic() - begun) / len(asked)] * len(asked)
+            verdicts += score(clips, asked)
+            if keep is not None:
+                keep_verdicts(keep, origin, asked, verdicts[first:], seconds[-1])
+            bar.update(len(asked))
     settings = {"seed": sampling.seed, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale}
     facts: dict[str, float | int | str] = {**provenance(pipeline.device.type == "cpu"), **settings}
-    facts["seconds_per_clip"] = round(seconds, 2)
-    return [facts | row for row in summarize(score(clips, scenes), scenes)]
+    facts["seconds_per_clip"] = round(float(np.mean(seconds)), 2)
+    return [facts | row for row in summarize(verdicts, scenes)]
 
 
 def _processor() -> str:

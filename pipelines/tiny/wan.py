@@ -14,7 +14,9 @@ Every phase resumes where it was stopped; `--minutes` stops one by the clock.
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from torch import nn
 
+import genattn
 from genattn.errors import GenAttnError
+from genattn.patterns.pattern import Pattern
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal, write_card
 from genattn.pipelines.tiny.curriculum import Curriculum, LatentBatches, draw_step
 from genattn.pipelines.tiny.denoiser import DenoiserSize, TinyDenoiser, flow_loss
@@ -101,13 +105,14 @@ def train_transformer(
     compile_blocks: bool = False,
     begin_with: Path | None = None,
     on_save: Callable[[nn.Module, int], None] | None = None,
+    pattern: Pattern | None = None,
 ) -> int:
     """Settled stills, then pieces of clips and a whole one now and then, then whole clips: what `curriculum` says.
 
     Every other step after the stills shows settled scenes: where an object wanders, its shape can hardly be told from its
     caption while the noise hides the place, and shapes are learned last or never; where it does not, they are learned with
-    the colours. `begin_with` is an exported pipeline whose weights a run without a checkpoint begins with. Returns the
-    steps done.
+    the colours. `begin_with` is an exported pipeline whose weights a run without a checkpoint begins with. With a `pattern`
+    every self-attention is trained through it. Returns the steps done.
     """
     set_seed(settings.seed)
     batches = LatentBatches(run_dir)
@@ -121,29 +126,34 @@ def train_transformer(
         latents, ids = draw_step(batches, curriculum, step, generator)
         return flow_loss(module, latents.to(accelerator.device), ids, batches.empty, generator)
 
-    return train(model, loss_of, settings, accelerator, run_dir / "transformer.safetensors", on_save)
+    with nullcontext() if pattern is None else genattn.apply(model.transformer, pattern, dense_steps=0, dense_layers=0):
+        return train(model, loss_of, settings, accelerator, run_dir / "transformer.safetensors", on_save)
 
 
 def run_training(options: argparse.Namespace) -> None:
     """The command `train`."""
     accelerator = Accelerator(cpu=options.cpu, mixed_precision=options.mixed_precision)
-    run_dir, device = options.run_dir, device_name(options.cpu)
+    run_dir, device, typed = options.run_dir, device_name(options.cpu), changed_options(options)
+
+    def stage(phase: str) -> str:
+        return f"{phase}: {options.stage}" if options.stage else phase
+
     common = {"minutes": options.minutes, "seed": options.seed}
     size = DenoiserSize(patch=options.patch)
     if options.begin_with is not None:
         adopt(run_dir, options.begin_with)
     if "vae" in options.phases:
         settings = TrainSettings(options.vae_steps, learning_rate=8e-4, save_minutes=2.0, **common)
-        with journal(run_dir, "vae", device) as done:
+        with journal(run_dir, stage("vae"), device, typed) as done:
             done["steps"] = train_vae(run_dir, accelerator, settings, options.vae_still_steps)
     if "latents" in options.phases:
         clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
-        with journal(run_dir, "latents", device) as done:
+        with journal(run_dir, stage("latents"), device, typed) as done:
             shards = make_latents(run_dir, accelerator, clips, stills, options.minutes, options.frames)
             done["stills"], done["clips"] = (SHARD * count for count in shards)
     if "transformer" in options.phases:
         settings = TrainSettings(options.steps, learning_rate=options.learning_rate, decay=options.decay, **common)
-        with journal(run_dir, "transformer", device) as done:
+        with journal(run_dir, stage("transformer"), device, typed) as done:
             done["steps"] = train_transformer(
                 run_dir, accelerator, settings, curriculum_of(options), size, options.compile, options.begin_with
             )
@@ -169,6 +179,19 @@ def curriculum_of(options: argparse.Namespace) -> Curriculum:
     )
 
 
+def changed_options(options: argparse.Namespace) -> str:
+    """What was typed after `train` beyond the defaults, but for the phases, the limit of time and this machine's folders."""
+    usual = vars(build_parser().parse_args(["train", "--run-dir", "."]))
+    words: list[str] = []
+    for name, value in vars(options).items():
+        if name in ("run", "run_dir", "out", "phases", "minutes") or value == usual[name]:
+            continue
+        words += [f"--{name.replace('_', '-')}"]
+        if value is not True:
+            words += [str(part) for part in (value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
 def run_evaluation(options: argparse.Namespace) -> None:
     """The command `evaluate`: prints a JSON row per split; appends them to a table and writes the card if asked."""
     if not (options.model / "model_index.json").exists():
@@ -180,7 +203,7 @@ def run_evaluation(options: argparse.Namespace) -> None:
     scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
     steps = options.sampling_steps or defaults.steps
     sampling = Sampling(steps, scale, options.seed, options.batch, options.max_sequence_length)
-    rows = evaluate(pipeline, evaluation_scenes(options.count, options.first_seed), sampling, defaults)
+    rows = evaluate(pipeline, evaluation_scenes(options.count, options.first_seed), sampling, defaults, options.keep)
     for row in rows:
         print(json.dumps(row), flush=True)
     if options.csv is not None:
@@ -210,6 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--learning-rate", type=float, default=1.3e-3, help="peak rate of the transformer")
     training.add_argument("--decay", type=float, default=0.1, help="share of the steps over which the rate falls")
     training.add_argument("--begin-with", type=Path, help="an exported pipeline to go on from: its autoencoder and weights")
+    training.add_argument("--stage", default="", help="what the journal calls this stretch of the phases")
     training.add_argument("--out", type=Path, default=Path("assets/tiny-wan"), help="where the pipeline is exported to")
     training.add_argument("--sampling-steps", type=int, default=25, help="denoising steps written as the default")
     training.add_argument("--guidance-scale", type=float, default=3.0, help="guidance scale written as the default")
@@ -224,6 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     judging.add_argument("--guidance-scale", type=float, help="guidance scale; the model's default if not given")
     judging.add_argument("--max-sequence-length", type=int, default=512, help="tokens that prompts are padded to")
     judging.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    judging.add_argument("--keep", type=Path, help="file of verdicts as they come; a stopped evaluation goes on from it")
     judging.add_argument("--csv", type=Path, help="table to append the rows to")
     judging.add_argument("--card-from", type=Path, help="run folder from which to write the model card")
     judging.add_argument("--training-seed", type=int, default=0, help="seed of the training, for the card")

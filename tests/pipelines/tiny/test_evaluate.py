@@ -19,6 +19,8 @@ class DrawingPipeline:
 
     def __init__(self):
         self.calls = []
+        torch.manual_seed(0)
+        self.transformer = torch.nn.Linear(2, 2)
 
     def __call__(self, prompt, height, width, num_frames, generator, **settings):
         assert len(generator) == len(prompt)
@@ -61,16 +63,43 @@ def test_a_perfect_model_scores_one(tmp_path):
     assert read[0]["steps"] == "7"
 
 
-def test_progress_is_told():
-    done = []
-    tiny_evaluate.generate_clips(
-        DrawingPipeline(),
-        tiny_evaluate.evaluation_scenes(4),
-        tiny_evaluate.Sampling(batch=3),
-        GenerationDefaults(frames=3),
-        done.append,
-    )
-    assert done == [3, 4]
+class Stopping(DrawingPipeline):
+    """Stopped by hand in its third call."""
+
+    def __call__(self, *arguments, **settings):
+        if len(self.calls) == 2:
+            raise KeyboardInterrupt
+        return super().__call__(*arguments, **settings)
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(tmp_path):
+    scenes = tiny_evaluate.evaluation_scenes(8)
+    sampling, size, keep = tiny_evaluate.Sampling(batch=3), GenerationDefaults(frames=15), tmp_path / "new" / "verdicts.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        tiny_evaluate.evaluate(Stopping(), scenes, sampling, size, keep)
+    assert len(keep.read_text().splitlines()) == 6
+    again = DrawingPipeline()
+    rows = tiny_evaluate.evaluate(again, scenes, sampling, size, keep)
+    assert [(prompts, seeds) for prompts, seeds, _ in again.calls] == [([caption(s) for s in scenes[6:]], [6, 7])]
+    whole = tiny_evaluate.evaluate(DrawingPipeline(), scenes, sampling, size)
+    drop = lambda row: {name: value for name, value in row.items() if name != "seconds_per_clip"}  # noqa: E731
+    assert [drop(row) for row in rows] == [drop(row) for row in whole]
+    assert tiny_evaluate.evaluate(Stopping(), scenes[:4], sampling, size, keep)[0]["clips"] == 4
+
+
+def test_verdicts_of_another_model_or_other_settings_are_refused(tmp_path):
+    scenes, size, keep = tiny_evaluate.evaluation_scenes(4), GenerationDefaults(frames=15), tmp_path / "verdicts.jsonl"
+    sampling = tiny_evaluate.Sampling(batch=2)
+    tiny_evaluate.evaluate(DrawingPipeline(), scenes, sampling, size, keep)
+    other = DrawingPipeline()
+    torch.nn.init.zeros_(other.transformer.weight)
+    for pipeline, asked, how in (
+        (other, scenes, sampling),
+        (DrawingPipeline(), scenes[::-1], sampling),
+        (DrawingPipeline(), scenes, tiny_evaluate.Sampling(steps=3, batch=2)),
+    ):
+        with pytest.raises(GenAttnError, match="must be of this model, sampling and captions"):
+            tiny_evaluate.evaluate(pipeline, asked, how, size, keep)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""tiny-wan-long: the recipe's settings for finer patches and longer clips, and the folder that they made."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import WanPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from genattn.patterns.radial import RadialPattern
+from genattn.pipelines.tiny import wan as tiny_wan
+from genattn.pipelines.tiny.card import JOURNAL, folder_bytes, read_journal, training_line
+from genattn.pipelines.tiny.curriculum import Curriculum
+from genattn.pipelines.tiny.denoiser import DenoiserSize
+from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults
+from genattn.pipelines.tiny.resume import adopt
+from genattn.pipelines.training.trainer import TrainSettings
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+SHIPPED = ASSETS / "tiny-wan-long"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipeline = WanPipeline.from_pretrained(SHIPPED, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_shipped_folder_is_stock_small_and_of_safetensors():
+    assert folder_bytes(SHIPPED) < 12e6
+    assert {path.suffix for path in SHIPPED.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors", ".md"}
+    for file in SHIPPED.rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(), file
+
+
+def test_a_clip_at_the_defaults_has_four_thousand_tokens(shipped):
+    defaults = GenerationDefaults(**json.loads((SHIPPED / DEFAULTS_FILE).read_text()))
+    seen = []
+    hook = shipped.transformer.blocks[0].attn1.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0].shape[1])
+    )
+    latents = shipped(
+        "a red circle moves right on a dark background",
+        height=defaults.height,
+        width=defaults.width,
+        num_frames=defaults.frames,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        output_type="latent",
+    ).frames
+    hook.remove()
+    assert 4096 <= seen[0] <= 8192
+    assert torch.isfinite(latents).all()
+    with torch.no_grad():
+        video = shipped.vae.decode(latents[:, :, :2]).sample
+    assert video.shape == (1, 3, 5, defaults.height, defaults.width)
+    assert video.std() > 0.01
+
+
+def test_the_card_agrees_with_the_journal_and_the_folder():
+    card = (SHIPPED / "README.md").read_text()
+    assert card.splitlines()[5] == "# tiny-wan-long"
+    entries = read_journal(SHIPPED)
+    for entry in entries:
+        assert training_line(entry) in card
+    assert f"for {sum(float(entry['minutes']) for entry in entries):.0f} minutes in all" in card
+    patch = json.loads((SHIPPED / "transformer" / "config.json").read_text())["patch_size"]
+    assert f"patch {' x '.join(map(str, patch))}" in card
+    defaults = GenerationDefaults(**json.loads((SHIPPED / DEFAULTS_FILE).read_text()))
+    frames, side = (defaults.frames - 1) // 4 + 1, defaults.height // 4
+    tokens = frames * side * side // math.prod(patch)
+    assert f"{frames} frames of {tokens // frames} tokens, {tokens} in all" in card
+    assert 'from_pretrained("assets/tiny-wan-long")' in card
+
+
+def test_the_cards_commands_are_ones_that_the_recipe_takes():
+    lines = [line for line in (SHIPPED / "README.md").read_text().splitlines() if "tiny.wan train" in line]
+    assert any("--phases transformer" in line for line in lines)
+    for line in lines:
+        options = tiny_wan.build_parser().parse_args(shlex.split(line)[3:])
+        assert options.patch == 1 or "latents" in options.phases
+        assert (options.frames - 1) // 4 + 1 == 16
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run begun with tiny-wan, with invented latents of four frames."""
+    adopt(tmp_path, ASSETS / "tiny-wan")
+    (tmp_path / JOURNAL).unlink()
+    captions = json.dumps(["a red circle moves right on a dark background"] * 2)
+    for kind in ("stills", "settled-stills", "clips", "settled-clips"):
+        frames = 4 if "clips" in kind else 1
+        latents = torch.randn(2, 6, frames, 4, 4, generator=torch.Generator().manual_seed(frames))
+        (tmp_path / kind).mkdir()
+        save_file({"latents": latents.half()}, tmp_path / kind / "latents-00000.safetensors", metadata={"captions": captions})
+    return tmp_path
+
+
+def weights(run_dir):
+    with safe_open(run_dir / "transformer.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith("model.")}  # noqa: SIM118
+
+
+def test_the_command_line_trains_a_finer_longer_model_and_says_how_in_the_journal(run_dir, tmp_path):
+    arguments = ["train", "--run-dir", str(run_dir), "--cpu", "--begin-with", str(ASSETS / "tiny-wan"), "--frames", "13"]
+    arguments += ["--patch", "1", "--still-steps", "1", "--still-batch", "1", "--frame-batch", "2", "--clip-batch", "1"]
+    arguments += ["--window-frames", "2", "--frame-steps", "3", "--steps", "4", "--stage", "a token per latent"]
+    (run_dir / JOURNAL).write_text("")
+    tiny_wan.main([*arguments, "--phases", "transformer"])
+    assert weights(run_dir)["model.transformer.patch_embedding.weight"].shape == (128, 17, 1, 1, 1)
+    entry = json.loads((run_dir / JOURNAL).read_text())
+    assert entry["phase"] == "transformer: a token per latent"
+    assert entry["steps"] == 4
+    assert str(tmp_path) not in entry["options"]
+    again = tiny_wan.build_parser().parse_args(["train", "--run-dir", "x", *shlex.split(entry["options"])])
+    assert (again.frames, again.patch, again.steps, again.cpu) == (13, 1, 4, True)
+    tiny_wan.main([*arguments, "--phases", "export", "--out", str(tmp_path / "made"), "--sampling-steps", "5"])
+    assert json.loads((tmp_path / "made" / DEFAULTS_FILE).read_text())["frames"] == 13
+    assert json.loads((tmp_path / "made" / "transformer" / "config.json").read_text())["patch_size"] == [1, 1, 1]
+
+
+def test_training_through_a_pattern_trains_through_it_and_leaves_it_behind(run_dir, monkeypatch):
+    curriculum = Curriculum(0, 0, still_batch=1, clip_batch=1, clip_frames=4)
+    found = {}
+
+    def train(model, *arguments):
+        found["model"], found["steps"] = model, []
+        found["during"] = type(model.transformer.blocks[0].attn1.processor).__name__
+        return 1
+
+    monkeypatch.setattr(tiny_wan, "train", train)
+    settings, size = TrainSettings(1), DenoiserSize(patch=1)
+    stock = tiny_wan.train_transformer(run_dir, Accelerator(cpu=True), settings, curriculum, size)
+    plain = found["during"]
+    pattern = RadialPattern(decay=0.3, floor=0)
+    assert tiny_wan.train_transformer(run_dir, Accelerator(cpu=True), settings, curriculum, size, pattern=pattern) == stock
+    assert found["during"] != plain
+    assert type(found["model"].transformer.blocks[0].attn1.processor).__name__ == plain
