@@ -125,7 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for arm in ARMS:
         shown = {"model": options.model.name, "steps": settings.steps, "learning_rate": settings.learning_rate}
         rows.append(run_arm(arm, options.model, options.run_dir, settings) | shown | {"seed": settings.seed})
-        rows[-1] |= {"pattern": repr(ARMS[arm] or "dense"), "sampling_steps": settings.sampling_steps, **provenance(cpu=True)}
+        rows[-1] |= {
+            "pattern": "dense" if ARMS[arm] is None else repr(ARMS[arm]),
+            "sampling_steps": settings.sampling_steps,
+            **provenance(cpu=True),
+        }
         print(json.dumps(rows[-1]), flush=True)
     if options.table is not None:
         append_rows(options.table, rows)
