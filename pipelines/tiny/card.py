@@ -209,7 +209,10 @@ def _commands(name: str, entries: Sequence[dict[str, str | int | float]]) -> str
         for entry in entries
         if "options" in entry
     ]
-    return "\n```sh\n" + "\n".join(lines) + "\n```\n" if lines else ""
+    if not lines:
+        return ""
+    going_on = f"Training goes on from this folder with the same options and `--begin-with assets/{name}` in a fresh run."
+    return "\n```sh\n" + "\n".join(lines) + f"\n```\n\n{going_on}\n"
 
 
 def _score_line(name: str, rows: Sequence[dict[str, float | int | str]]) -> str:
