@@ -188,7 +188,9 @@ def changed_options(options: argparse.Namespace) -> str:
             continue
         words += [f"--{name.replace('_', '-')}"]
         if value is not True:
-            words += [str(part) for part in (value if isinstance(value, list) else [value])]
+            parts = value if isinstance(value, list) else [value]
+            # a folder's full path says nothing on another machine
+            words += [part.name if isinstance(part, Path) and part.is_absolute() else str(part) for part in parts]
     return shlex.join(words)
 
 

@@ -17,7 +17,7 @@ def run_dir(tmp_path):
     """Invented latents of whole clips and stills, as long as tiny-wan's."""
     captions = json.dumps(["a red circle moves right on a dark background"] * 2)
     for kind in ("stills", "settled-stills", "clips", "settled-clips"):
-        latents = torch.randn(2, 6, 8 if "clips" in kind else 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        latents = torch.randn(2, 6, 8 if "clips" in kind else 1, 16, 16, generator=torch.Generator().manual_seed(0))
         (tmp_path / kind).mkdir()
         save_file({"latents": latents.half()}, tmp_path / kind / "latents-00000.safetensors", metadata={"captions": captions})
     return tmp_path
