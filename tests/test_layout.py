@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "pipelines/long_video/quality": "genattn pipelines/long_video/queue pipelines/video",
     "pipelines/long_video/queue": "genattn pipelines/long_video/bases pipelines/long_video/solvers",
     "pipelines/long_video/solvers": "genattn",
-    "pipelines/tiny": "genattn pipelines/training",
+    "pipelines/tiny": "genattn genattn/patterns pipelines/long_video/output pipelines/training",
     "pipelines/tiny/random": "genattn",
     "pipelines/tiny/studies": (
         "genattn genattn/layouts genattn/patterns genattn/seam "

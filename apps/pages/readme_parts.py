@@ -168,7 +168,8 @@ def _fifo_motion() -> str:
 
 
 def _motion_by_caption() -> str:
-    from genattn.apps.laboratory.fifo_motion import FILMS, by_caption_markdown
+    from genattn.apps.laboratory.fifo_motion import by_caption_markdown
+    from genattn.apps.laboratory.long_video import TABLE as FILMS
 
     return by_caption_markdown(ROOT / FILMS)
 

@@ -358,12 +358,12 @@ class BroadWay(Plugin):
         shared: dict[str, Any],
     ) -> EditedAttention:
         """The definition, under the pattern further in if there is one; other plugins further in give the base."""
-        edit = self._edit_with(call.run.options_of(self))
+        edit, (query, key, value) = self._edit_with(call.run.options_of(self)), tensors
         if self.method == "pooled":
             assert call.layout is not None
             assert base is not None
-            return pooled_edit(*tensors, frames, call.layout.grid3[1:], edit, base, self.pool, **shared)
-        return edited_attention(*tensors, frames, edit, plan=plan, base=base, **shared)
+            return pooled_edit(query, key, value, frames, call.layout.grid3[1:], edit, base, self.pool, **shared)
+        return edited_attention(query, key, value, frames, edit, plan=plan, base=base, **shared)
 
     def _clip_anchor(self, call: AttentionCall, state: _Forward, index: int) -> torch.Tensor | None:
         guided, extra = self._guided, call.run.extra

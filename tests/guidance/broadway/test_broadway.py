@@ -11,7 +11,7 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.blocks import choose_sites
 from genattn.guidance.broadway.broadway import BroadWay
-from genattn.guidance.broadway.frame_marginal import key_frames
+from genattn.guidance.broadway.frame_marginal import KeyFrames, key_frames
 from genattn.guidance.broadway.frame_marginal_reference import frame_rows, full_map, reference_edit
 from genattn.guidance.broadway.temporal_map import MapEdit
 from genattn.guidance.softpag.softpag import SoftPAG
@@ -55,20 +55,23 @@ class ExplicitBroadWay(Plugin):
         if source == call.site.name:
             self.maps[source] = frame_rows(full_map(call.query, call.key, call.scale, visible), frames)[0]
         anchor = None if source == call.site.name else self.maps[source]
-        out, _ = reference_edit(
-            call.query,
-            call.key,
-            call.value,
-            frames,
-            self.edit,
-            anchor=anchor,
-            conditional=self.conditional,
-            scale=call.scale,
-            visible=visible,
-        )
+        # samples stand alone; the two halves of one guided sample share what its conditional half decides
+        every = slice(None)
+        places = [slice(i, i + 1) for i in range(len(call.query))] if self.conditional == every else [every]
+        out = torch.cat([self._sample(call, frames, place, anchor, visible) for place in places])
         # rows outside of the grid hold no frame; padding among them may see nothing at all
         stock = inner(call)
         return stock.index_copy(1, frames.queries, out.to(stock.dtype)[:, frames.queries])
+
+    def _sample(self, call: AttentionCall, frames: KeyFrames, one: slice, anchor: Any, visible: Any) -> torch.Tensor:
+        """Part of the batch by itself: the floor on its energy is its own."""
+        tensors = (x[one] for x in (call.query, call.key, call.value))
+        seen = visible[one] if visible is not None and visible.ndim == 4 and len(visible) > 1 else visible
+        base = None if anchor is None else anchor[one]
+        out, _ = reference_edit(
+            *tensors, frames, self.edit, anchor=base, conditional=self.conditional, scale=call.scale, visible=seen
+        )
+        return out
 
 
 def sample(tree: Any) -> torch.Tensor:
