@@ -1,13 +1,15 @@
 """The table of model families: what holds for each, tried out on its tiny model and written to assets/families.csv.
 
-    python -m genattn.apps.pages.family_table              all families; rows that are there for this commit's code are kept
-    python -m genattn.apps.pages.family_table --markdown   print the table from the file
+    python -m genattn.apps.pages.family_table              all families; rows that are there already are kept
+    python -m genattn.apps.pages.family_table --page       write docs/families.md from the file and the judged models
 
 A row that fails says why. Nothing here needs a GPU or a download; the compile columns count Dynamo frames with the eager
 backend.
 """
 
 import argparse
+import ast
+import copy
 import csv
 import functools
 import io
@@ -21,15 +23,22 @@ from typing import Any
 import diffusers
 import torch
 
-from genattn.layouts.families import family_of
+from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.layouts.families import FAMILIES, family_of
+from genattn.layouts.judged import judged
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.dense import DensePattern
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
+from genattn.pipelines.tiny.random.models import MODELS
 from genattn.seam.handle import Handle, apply
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
+from genattn.seam.sites import find_sites
 
-TABLE = Path(__file__).resolve().parents[2] / "assets" / "families.csv"
+ROOT = Path(__file__).resolve().parents[2]
+TABLE, PAGE = ROOT / "assets" / "families.csv", ROOT / "docs" / "families.md"
 COLUMNS = (
     "family",
     "model",
@@ -39,6 +48,11 @@ COLUMNS = (
     "dense_bit_exact",
     "removed_exactly",
     "radial_runs",
+    "radial_density",
+    "gna_density",
+    "tail_runs",
+    "softpag_runs",
+    "nag_runs",
     "compile_regional",
     "compile_full",
     "note",
@@ -61,6 +75,8 @@ class _Layouts(Plugin):
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         if call.run.layout is not None:
             self.described = call.run.layout.describe()
+        if call.layout is None and call.run.layout is not None and call.key.shape[1] < call.run.layout.seqlen:
+            return inner(call)  # over a part of the sequence by a rule of the model's own
         if call.layout is None or call.layout.seqlen != call.query.shape[1]:
             self.wrong.append(f"{call.site.name}: {call.query.shape[1]} tokens")
         return inner(call)
@@ -69,8 +85,10 @@ class _Layouts(Plugin):
 def forward(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """The model's first output."""
     with torch.no_grad():
-        out = model(**inputs, return_dict=False)[0]
-    return out[0] if isinstance(out, list) else out
+        out = model(**copy.deepcopy(inputs), return_dict=False)  # caches among the inputs are written to
+    while isinstance(out, list | tuple):
+        out = out[0]
+    return out
 
 
 def identities(model: Any) -> dict[str, Any]:
@@ -90,10 +108,12 @@ def row_of(family: str, with_compile: bool = True) -> dict[str, str]:
     """One row, everything tried out."""
     model, inputs = build_model(family), build_inputs(family)
     known = family_of(model)
-    row = dict.fromkeys(COLUMNS, "")
+    row: dict[str, str] = dict.fromkeys(COLUMNS, "")
     row |= {"family": family, "model": type(model).__name__, "note": known.note if known else "no layout known"}
     row |= {"diffusers": diffusers.__version__, "torch": torch.__version__, "device": platform.machine() + " CPU"}
-    stock, before = forward(model, inputs), identities(model)
+    first, stock = identities(model), forward(model, inputs)
+    before = identities(model)
+    own = {key for key in before if before[key] != first[key]}  # what stock code makes anew in a forward
     layouts = _Layouts()
     handle = apply(model, layouts)
     row["sites"] = str(len([site for site in handle.sites if not site.unreachable]))
@@ -102,20 +122,74 @@ def row_of(family: str, with_compile: bool = True) -> dict[str, str]:
     row["layout"] = layouts.described
     row["layout_exact"] = "; ".join(layouts.wrong) or ("yes" if layouts.described else "no attention reached")
     row["dense_bit_exact"] = "yes" if same else "output differs"
-    row["removed_exactly"] = "yes" if identities(model) == before else "something was left behind"
-    row["radial_runs"] = _attempt(lambda: _radial(model, inputs))
-    for how in ("regional", "full") if with_compile else ():
-        row[f"compile_{how}"] = _attempt(functools.partial(_compiles, family, inputs, how, stock))
+    row["removed_exactly"] = "yes" if _without(identities(model), own) == _without(before, own) else "something was left behind"
+    row["radial_runs"] = _attempt(lambda: _runs(model, inputs, RadialPattern()))
+    _more(family, row, model, inputs)
+    for how in ("regional", "full"):
+        row[f"compile_{how}"] = "" if not with_compile else _attempt(functools.partial(_compiles, family, inputs, how, stock))
     return row
 
 
-def _radial(model: Any, inputs: dict[str, Any]) -> str:
-    with apply(model, RadialPattern(), dense_steps=0, dense_layers=0) as handle:
+def _without(kept: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in kept.items() if name not in names}
+
+
+def _sparse(model: Any, inputs: dict[str, Any], pattern: Pattern) -> str:
+    """Density of the sparse calls, with what stays dense by a rule of the model's own."""
+    with apply(model, pattern, dense_steps=0, dense_layers=0) as handle:
         out = forward(model, inputs)
         report = handle.report()
     if not bool(out.isfinite().all()):
         return "not finite"
-    return "yes" if report.sparse_calls == report.calls else "; ".join(report.dense_reasons)
+    return f"{report.density:.2f}" if report.sparse_calls else "; ".join(report.dense_reasons)
+
+
+def _runs(model: Any, inputs: dict[str, Any], pattern: Pattern) -> str:
+    """Whether the pattern acts and the answer is finite."""
+    found = _sparse(model, inputs, pattern)
+    return "yes" if found[:1].isdigit() else found
+
+
+def _window(shape: tuple[int, ...], **settings: Any) -> NeighborhoodPattern:
+    return NeighborhoodPattern(tuple(max(3, n // 6) if n > 3 else -1 for n in shape), **settings)
+
+
+def _softpag(model: Any, inputs: dict[str, Any]) -> str:
+    """A guided forward, its last layer's first head perturbed: finite, and not the clean answer."""
+    clean = forward(model, inputs)
+    depth = max(site.depth for site in apply_sites(model))
+    with apply(model, SoftPAG({(depth, 0): 1.0}, layout="single")):
+        out = forward(model, inputs)
+    return "yes" if bool(out.isfinite().all()) and not torch.equal(out, clean) else "no difference"
+
+
+def apply_sites(model: Any) -> list[AttentionSite]:
+    """Sites at which a pattern or head guidance may act."""
+    sites = [site for _, site in find_sites(model, "", family_of(model))]
+    return [site for site in sites if site.kind in ("self", "joint", "spatial") and site.depth >= 0]
+
+
+def _more(family: str, row: dict[str, str], model: Any, inputs: dict[str, Any]) -> None:
+    """The columns that need a raster large enough for tiles to be left out, and those of guidance."""
+    large = MODELS[family].large
+    if large is not None:
+        wide = build_inputs(family, grid=large)
+        row["radial_density"] = (
+            _attempt(lambda: _sparse(model, wide, RadialPattern(tail=None))) if len(large) == 3 else "picture"
+        )
+        shape = large[-2:] if family in ("latte", "animatediff") else large
+        row["gna_density"] = _attempt(lambda: _sparse(model, wide, _window(shape, tail=None)))
+        row["tail_runs"] = _attempt(lambda: _runs(model, wide, _window(shape, tail="mean")))
+    row["softpag_runs"] = _attempt(lambda: _softpag(model, inputs))
+    row["nag_runs"] = _attempt(lambda: _nag(model))
+
+
+def _nag(model: Any) -> str:
+    """Whether a negative prompt can act inside this model's attention: the plugin says so when it is put on."""
+    from genattn.guidance.nag import NAG
+
+    apply(model, NAG("blurry")).remove()
+    return "yes"
 
 
 def _compiles(family: str, inputs: dict[str, Any], how: str, stock: torch.Tensor) -> str:
@@ -194,43 +268,110 @@ def write_rows(rows: list[dict[str, str]], path: Path = TABLE) -> None:
     fresh.replace(path)
 
 
+_HEAD = {
+    "sites": "sites",
+    "layout_exact": "layout exact",
+    "dense_bit_exact": "dense bit-exact",
+    "removed_exactly": "removed exactly",
+    "radial_density": "radial: density",
+    "gna_density": "window: density",
+    "tail_runs": "tail",
+    "softpag_runs": "SoftPAG",
+    "nag_runs": "NAG",
+    "compile_regional": "compile: blocks",
+    "compile_full": "compile: whole",
+}
+
+
+def counts() -> tuple[int, int]:
+    """(transformer classes of the installed diffusers with a layout, all of them with attention)."""
+    here = attention_models("transformers")
+    known = {name for family in FAMILIES for name in family.models} - {"SanaTransformer2DModel"}
+    return len(here & known), len(here)
+
+
+def attention_models(folder: str) -> set[str]:
+    """Model classes that diffusers/models/<folder> defines, read without importing them."""
+    found = set()
+    for path in sorted((Path(diffusers.__file__).parent / "models" / folder).glob("*.py")):
+        classes = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+        found |= {node.name for node in classes if any("ModelMixin" in ast.unparse(base) for base in node.bases)}
+    return found
+
+
+def claim() -> str:
+    """The sentence of README."""
+    known, total = counts()
+    return f"{known} of {total} attention models in diffusers {diffusers.__version__} have an exact layout."
+
+
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The table for README; what fails stands below it with its reason."""
-    head = ("family", "sites", "layout exact", "dense bit-exact", "removed exactly", "radial runs", "compile: blocks", "whole")
-    keys = ("layout_exact", "dense_bit_exact", "removed_exactly", "radial_runs", "compile_regional", "compile_full")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    """The table; what fails stands below it with its reason."""
+    lines = [f"| family | {' | '.join(_HEAD.values())} |", f"|{'---|' * (len(_HEAD) + 1)}"]
     notes: list[str] = []
     for row in rows:
         cells = []
-        for key in keys:
-            if row[key] == "yes":
-                cells.append("yes")
-            else:
-                notes.append(f"{row['family']}, {key.replace('_', ' ')}: {row[key] or 'not tried'}")
-                cells.append(f"no ({len(notes)})")
+        for key in _HEAD:
+            value = row.get(key) or "-"
+            if len(value) > 8:
+                notes.append(f"{row['family']}, {_HEAD[key]}: {value}")
+                value = f"no ({len(notes)})"
+            cells.append(value)
         if row["note"]:
             notes.append(f"{row['family']}: {row['note']}")
-        lines.append(f"| {row['family']} | {row['sites']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['family']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
+
+
+def page(rows: list[dict[str, str]]) -> str:
+    """docs/families.md."""
+    generic = sorted(family.name for family in FAMILIES if family.generic)
+    refused = [f"| {name} | {reason} |" for name, reason in judged().items()]
+    return "\n".join(
+        [
+            "# Model families",
+            "",
+            f"{claim()} Generated by `python -m genattn.apps.pages.family_table --page` from",
+            "[assets/families.csv](../assets/families.csv): every row was tried on a tiny model with random weights, on a CPU.",
+            "",
+            "Densities are those of the sparse calls on some hundred tokens, nothing standing in for what is left out;",
+            "Radial thins out over frames, so a picture has none. `-`: not tried in this run.",
+            "",
+            f"The layout is read from the model's own positions (`genattn/layouts/positions.py`) in: {', '.join(generic)}.",
+            "",
+            markdown(rows),
+            "",
+            "## Models without a layout",
+            "",
+            "| class | reason |",
+            "|---|---|",
+            *refused,
+            "| SanaTransformer2DModel | linear attention: there is no score matrix to make sparse or to edit |",
+            "",
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Fill the table, or print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", action="store_true", help="print the table from the file")
+    parser.add_argument("--page", action="store_true", help="write docs/families.md from the file")
     parser.add_argument("--only", nargs="*", default=None, metavar="FAMILY", help="try these again")
     parser.add_argument("--no-compile", action="store_true", help="leave the compile columns for a later run")
     parser.add_argument("--out", type=Path, default=TABLE)
     given = parser.parse_args(arguments)
     rows = {row["family"]: row for row in read_rows(given.out)}
-    if given.markdown:
-        print(markdown(list(rows.values())))
+    if given.page:
+        PAGE.write_text(page([rows[name] for name in families() if name in rows]))
         return 0
     warnings.filterwarnings("ignore")
     for family in given.only if given.only is not None else families():
-        if given.only is None and rows.get(family, {}).get("compile_full"):
+        done = "softpag_runs" if given.no_compile else "compile_full"
+        if given.only is None and rows.get(family, {}).get(done):
             continue
-        rows[family] = row_of(family, not given.no_compile)
+        kept = {key: rows.get(family, {}).get(key) or "" for key in ("compile_regional", "compile_full")}
+        fresh = row_of(family, not given.no_compile)
+        rows[family] = {**fresh, **{key: fresh[key] or kept[key] for key in kept}}
         write_rows([rows[name] for name in families() if name in rows], given.out)
         print(family, {k: v for k, v in rows[family].items() if k in COLUMNS[2:10]}, flush=True)
     return 0

@@ -105,6 +105,8 @@ def spread_table(table: torch.Tensor) -> tuple[int, int, int] | None:
     length = table.shape[0]
     if not 1 <= len(steps) <= 3 or steps[0] != 1 or any(b % a for a, b in itertools.pairwise([*steps, length])):
         return None
+    if len(steps) == 1 and len(table.unique(dim=0)) != length:
+        return None  # a line has no place twice; what looks like one may be channels that turn with several axes
     shape = [b // a for a, b in itertools.pairwise([*steps, length])][::-1]
     whole = (*[1] * (3 - len(shape)), *shape)
     return whole if _separable(table[:, moving], whole) else None  # type: ignore[return-value]
