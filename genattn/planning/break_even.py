@@ -14,11 +14,11 @@ from genattn.errors import GenAttnError
 
 # (device, backend) -> (share of the scores, tokens), measured; the smallest length from which all longer ones were faster too
 MEASURED: dict[tuple[str, str], tuple[tuple[float, int], ...]] = {
-    ("cpu", "cpu"): ((0.25, 256), (0.5, 512), (0.75, 512)),
-    ("cpu", "grouped"): ((0.25, 2048), (0.5, 4096), (0.75, 16384)),
+    ("cpu", "cpu"): ((0.25, 256), (0.5, 256), (0.75, 512)),
+    ("cpu", "grouped"): ((0.25, 2048), (0.5, 8192), (0.75, 16384)),
 }
 # the same for the pattern behind "adaptive", its choice in every call included
-MEASURED_CHOICE: dict[tuple[str, str], int] = {("cpu", "cpu"): 1024, ("cpu", "grouped"): 16384}
+MEASURED_CHOICE: dict[tuple[str, str], int] = {("cpu", "cpu"): 2048, ("cpu", "grouped"): 8192}
 ADDED_SECONDS = {"cuda": 1.2e-4, "xpu": 2e-4, "mps": 4e-4}
 PEAK = {"cuda": 3.5e14, "xpu": 1e14, "mps": 1e13}
 
