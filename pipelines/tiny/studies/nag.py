@@ -141,10 +141,6 @@ class NegativeStudy:
         pixels = np.round(np.clip(np.asarray(out), 0, 1) * 255).astype(np.uint8)
         return pixels if pixels.ndim == 5 else pixels[:, None]
 
-    def run(self) -> list[dict[str, Any]]:
-        """A row per attribute."""
-        return [self.row(attribute) for attribute in self.attributes]
-
     def row(self, attribute: str) -> dict[str, Any]:
         """How often the named value is there without and with NAG, and the rest."""
         prompts = [open_caption(scene, attribute) for scene in self.scenes]
@@ -220,15 +216,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a tiny pipeline")
     parser.add_argument("--csv", type=Path, required=True, help="table to append to")
+    parser.add_argument("--attribute", action="append", choices=list(VALUES), help="only this one; several allowed")
     for name, value in asdict(StudySettings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args(arguments))
-    folder, table = given.pop("model"), given.pop("csv")
+    folder, table, wanted = given.pop("model"), given.pop("csv"), given.pop("attribute")
     settings = StudySettings(**given)
     pipe, size = load(folder)
     torch.set_num_threads(1)
     shown = {name: value for name, value in asdict(settings).items() if name not in ("count", "batch")}
-    for row in NegativeStudy(pipe, size, settings).run():
+    study = NegativeStudy(pipe, size, settings)
+    for attribute in wanted or study.attributes:
+        row = study.row(attribute)
         append_rows(table, [{**provenance(cpu=True), "model": folder.name, **shown, **row}])
         print(json.dumps(row))
 
