@@ -22,6 +22,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule, rule_of_head
 
 _CHUNK = 4_000_000
+_SAMPLED_LANES = 16
 _LOOKED_UP = 1_000_000  # elements at a time: a few of them fit the cache
 EXACT_ELEMENTS = 100_000_000
 NONE, SOME, ALL = 0, 1, 2
@@ -133,7 +134,8 @@ class GridCodes:
             rows = np.flatnonzero(frames == frame)
             column = self.pairs[head, frame, self.key.frame] * (self.key.start.size - 1) + self.key.kind
             codes[rows] = np.take(table[kind.reshape(-1)[rows]], column, axis=1, mode="clip")
-        return _merge(_merge(codes, self.key, 1), self.query, 0, start, stop)
+        # along whole rows first: that is quick, and leaves less to do across them
+        return _merge(_merge(codes, self.query, 0, start, stop), self.key, 1)
 
     def _table(self, head: int, kinds: np.ndarray) -> np.ndarray:
         """Uint8 [kinds, (classes + 2) * key sets]; the two extra classes are everything and nothing."""
@@ -336,20 +338,36 @@ class CombinedCodes:
         each, first, which = np.unique(names, return_index=True, return_inverse=True)
         new = np.array([i for i, name in enumerate(each.tolist()) if kinds is None or name not in known], dtype=np.int64)
         found = np.full(each.size, SOME, dtype=np.uint8)
-        lanes = self.tiles[0].shape[1] * self.tiles[1].shape[1]
-        for some in np.split(new, range(max(1, _LOOKED_UP // lanes), new.size, max(1, _LOOKED_UP // lanes))):
+        for some in self._turns(self._undecided(head, row[first], column[first], new), 1):
+            lanes = self.tiles[0].shape[1] * self.tiles[1].shape[1]
             self.budget -= some.size * lanes
             if self.budget < 0:
                 break
-            found[some] = self._look(head, row[first[some]], column[first[some]])
+            any_seen, all_seen = self._look(head, row[first[some]], column[first[some]])
+            found[some] = any_seen.astype(np.uint8) + all_seen
         if kinds is not None:
             known.update(zip(each[new].tolist(), found[new].tolist()))
             found = np.array([known[name] for name in each.tolist()], dtype=np.uint8)
         return found[which.reshape(-1)]
 
-    def _look(self, head: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-        query, key = self.tiles[0][row].long()[:, :, None], self.tiles[1][column].long()[:, None, :]
+    def _undecided(self, head: int, row: np.ndarray, column: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """Those of `new` that a few of their elements do not settle. Where all parts show something there is one question: does
+        a union show all, does an intersection show nothing?"""
+        left = [new[:0]]
+        for some in self._turns(new, _SAMPLED_LANES):
+            any_seen, all_seen = self._look(head, row[some], column[some], _SAMPLED_LANES)
+            left.append(some[all_seen if self.rule.op == "any" else ~any_seen])
+        return np.concatenate(left)
+
+    def _turns(self, pairs: np.ndarray, step: int) -> list[np.ndarray]:
+        """The pairs in turns of a million elements, where every `step`-th lane is looked at."""
+        lanes = -(-self.tiles[0].shape[1] // step) * -(-self.tiles[1].shape[1] // step)
+        size = max(1, _LOOKED_UP // lanes)
+        return np.split(pairs, range(size, pairs.size, size))
+
+    def _look(self, head: int, row: np.ndarray, column: np.ndarray, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Bool [n] twice, for tile pairs of `row` and `column`: whether anything is seen, and whether everything is."""
+        query, key = self.tiles[0][row, ::step].long()[:, :, None], self.tiles[1][column, ::step].long()[:, None, :]
         used = (query >= 0) & (key >= 0)
         seen = rule_of_head(self.rule, head)(query.clamp_min(0), key.clamp_min(0))[0]
-        some, every = (seen & used).flatten(1).any(1), (seen | ~used).flatten(1).all(1)
-        return (some.to(torch.uint8) + every.to(torch.uint8)).numpy()
+        return (seen & used).flatten(1).any(1).numpy(), (seen | ~used).flatten(1).all(1).numpy()
