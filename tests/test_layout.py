@@ -111,7 +111,7 @@ MAY_IMPORT = {
     "apps/pages": (
         "apps/cli apps/laboratory apps/sampling "
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
-        "guidance/broadway "
+        "guidance/broadway guidance/nag guidance/softpag "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"
     ),
     "apps/sampling": (
