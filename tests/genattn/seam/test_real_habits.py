@@ -20,7 +20,7 @@ import genattn
 from genattn import DensePattern, GenAttnError, NeighborhoodPattern, RadialPattern, apply
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
 from genattn.seam.denoiser import INJECTION
-from genattn.seam.plugin import AttentionCall, Inner, Plugin
+from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.report import GenAttnWarning
 
 
@@ -39,6 +39,13 @@ class Counts(Plugin):
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         self.calls += 1
         return inner(call)
+
+
+class Whole(Plugin):
+    """Around the whole forward only."""
+
+    def forward(self, run: Run, args: Any, kwargs: Any, inner: Any) -> Any:
+        return inner(*args, **kwargs)
 
 
 # ---- the class of the root
@@ -111,7 +118,7 @@ def test_from_pipe_hands_over_the_denoiser(family: str, name: str) -> None:
 
 def test_a_data_parallel_replica_calls_itself() -> None:
     model, inputs = build_model("wan"), build_inputs("wan")
-    with apply(model, DensePattern()):
+    with apply(model, Whole()):
         replica = model._replicate_for_data_parallel()
         replica.forward = lambda **_: ("the replica",)
         assert replica(**inputs) == ("the replica",)
