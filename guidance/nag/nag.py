@@ -212,6 +212,11 @@ class NAG(Plugin):
         self._refuse_company(run.model)
         known = self._models[run.model]
         told = known.inputs.bind(args, kwargs)
+        if told.get("kv_cache_mode") is not None:
+            raise GenAttnError(
+                "NAG does not carry a negative text beside kept keys of reference images (kv_cache_mode is set); "
+                "use the pipeline that runs its references in every step"
+            )
         role = self._role(run, known, args, kwargs)
         if role.kind != "cond":
             self._tell_if_same(run, known, told, role)

@@ -20,7 +20,8 @@ from genattn.seam.sites import find_sites
 
 # the text of these is as long as the model says
 FIXED = {"cogvideox", "wan-i2v", "consisid"}
-CARRIED = [family for family in families() if MODELS[family].model in WAYS]
+KEPT_KEYS = "flux2-kv"  # the same class as FLUX.2, with keys of its references kept from the first step
+CARRIED = [family for family in families() if MODELS[family].model in WAYS and family != KEPT_KEYS]
 # these models' own code demands float32 inside
 SINGLE = {"mochi", "cosmos"}
 # its rotary embedding is computed in float32
@@ -124,7 +125,7 @@ def test_scale_1_and_alpha_0_are_stock_to_the_bit(family: str, off: dict[str, fl
     assert all(torch.equal(a, s) for a, s in zip(answer, stock, strict=True))
 
 
-@pytest.mark.parametrize("family", sorted(set(families()) - set(CARRIED)))
+@pytest.mark.parametrize("family", sorted(set(families()) - {*CARRIED, KEPT_KEYS}))
 def test_every_other_family_has_a_written_reason(family: str) -> None:
     model = build_model(family)
     reason = next(NOT_CARRIED[base.__name__] for base in type(model).__mro__ if base.__name__ in NOT_CARRIED)
@@ -137,3 +138,14 @@ def test_every_known_way_is_shown() -> None:
     # ChronoEdit is Wan's blocks under another pipeline
     assert set(WAYS) - shown <= {"ChronoEditTransformer3DModel"}
     assert not set(WAYS) & set(NOT_CARRIED)
+
+
+def test_kept_keys_of_references_are_refused() -> None:
+    model, inputs = build_model(KEPT_KEYS), build_inputs(KEPT_KEYS)
+    negative = negative_of(KEPT_KEYS, model, inputs)
+    with (
+        torch.no_grad(),
+        genattn.apply(model, NAG(negative_embeds=negative, layout="single")),
+        pytest.raises(GenAttnError, match="NAG does not carry a negative text beside kept keys of reference images"),
+    ):
+        model(**inputs)

@@ -20,7 +20,9 @@ from genattn.layouts.families import family_of
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
 from genattn.seam.sites import find_sites
 
-pytestmark = [pytest.mark.filterwarnings("ignore:In CPU autocast"), pytest.mark.filterwarnings("ignore:CPU Autocast")]
+# diffusers' own models import a class of theirs by its old name
+OLD_NAME = "ignore:`Transformer2DModelOutput` is deprecated:FutureWarning"
+pytestmark = [pytest.mark.filterwarnings(text) for text in ("ignore:In CPU autocast", "ignore:CPU Autocast", OLD_NAME)]
 HIDDEN, TEXT = "hidden_states", "encoder_hidden_states"
 # per block class, the arguments that its results stand for; a name alone for a bare tensor
 GIVES: dict[str, Any] = {
