@@ -20,4 +20,4 @@ for folder in "$root"/genattn/* "$root"/kernels "$root"/guidance "$root"/pipelin
 done
 export PYTHONPATH="$root/build/lease:$root/build/carried${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$root/build/triton}" GENATTN_CACHE="${GENATTN_CACHE:-$root/build/cache}"
-exec "$python" -m genattn.apps.bench.lease "$out" --seconds "$seconds" "$@"
+exec "$python" -m genattn.apps.bench.lease --seconds "$seconds" "$out" "$@"

@@ -147,7 +147,7 @@ X = torch.zeros(1, 16, 6, 8, 8)  # 6 x 4 x 4 = 96 tokens
 
 
 def sparse(window: Any = (3, 2, 2), schedule: Schedule = ALWAYS) -> SparsePlugin:
-    return SparsePlugin(NeighborhoodPattern(window), schedule)
+    return SparsePlugin(NeighborhoodPattern(window, tail=None), schedule)
 
 
 @pytest.mark.parametrize("split", [False, True])
