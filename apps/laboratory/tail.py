@@ -209,7 +209,7 @@ def tables(path: Path) -> str:
     lines = [_line(["pattern", "share visited", *STAND_INS, "calls worse than none"]), _line(["---"] + ["---:"] * 9)]
     for name in dict.fromkeys(row["pattern"] for row in error):
         some = {row["stand_in"]: row for row in error if row["pattern"] == name}
-        cells = [f"{float(some[kind]['error']):.3f}" for kind in STAND_INS]
+        cells = [f"{float(some[kind]['error']):.3f}" if kind in some else "-" for kind in STAND_INS]
         worse = " / ".join(f"{float(some[kind]['worse_calls']):.0%}" for kind in ("mean", "mean4"))
         lines.append(_line([name, f"{float(some['none']['share']):.3f}", *cells, worse]))
     cost = newest([row for row in rows if row["measured"] == "cost"])
