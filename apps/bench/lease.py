@@ -62,13 +62,14 @@ def _watched(command: list[str], log: object, journal: Path, end: float, patienc
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; 0 when a verdict was written."""
+    """Entry point; 0 when a verdict was written. What stands behind `--` is handed on to genattn.apps.bench.gpu."""
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(prog="python -m genattn.apps.bench.lease", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=290.0)
-    parser.add_argument("options", nargs="*", help="handed on to genattn.apps.bench.gpu, after --")
-    chosen = parser.parse_args(argv)
-    run(chosen.out, chosen.seconds, chosen.options)
+    chosen = parser.parse_args(words[:cut])
+    run(chosen.out, chosen.seconds, words[cut + 1 :])
     print((chosen.out / "verdict.md").read_text())
     return 0
 

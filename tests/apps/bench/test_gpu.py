@@ -221,6 +221,14 @@ def test_a_process_that_is_lost_or_hangs_costs_its_case_alone(tmp_path: Path, mo
     assert "a lost device" in (tmp_path / "log.txt").read_text()
 
 
+def test_options_behind_the_dashes_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(lease, "_watched", lambda command, *_: asked.append(command) or 0)
+    assert lease.main([str(tmp_path), "--seconds", "60", "--", "--toy", "--part", "check"]) == 0
+    assert asked[0][-3:] == ["--toy", "--part", "check"]
+    assert asked[0][asked[0].index("--out") + 1] == str(tmp_path)
+
+
 def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
     journal = tmp_path / "journal.txt"
     code = "import time; time.sleep(60)"
@@ -259,8 +267,8 @@ def test_the_whole_lease_without_a_gpu(tmp_path: Path) -> None:
     parts = [x for p in ("check", "forward", "settings", "backward", "step", "options") for x in ("--part", p)]
     command = ["bash", str(script), str(out), "550", "--", "--toy", "--rounds", "1", *parts]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
-    log = (out / "log.txt").read_text()
     assert done.returncode == 0, done.stderr[-2000:]
+    log = (out / "log.txt").read_text()
     assert "not measured: nothing" in log, log[-3000:]
     assert "WRONG" not in done.stdout, done.stdout
     assert "Nothing failed." in done.stdout, done.stdout
