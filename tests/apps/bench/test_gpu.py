@@ -257,6 +257,7 @@ def test_the_verdict_tells_ratio_flex_and_what_failed(tmp_path: Path) -> None:
     assert "* sliding: OutOfResources: shared memory" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_whole_lease_without_a_gpu(tmp_path: Path) -> None:
     """The script as it would be run, every part but flex, in Triton's interpreter; then once more, where nothing is left."""
