@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser, Pass, Prompt
+from genattn.pipelines.long_video.bases.frame_denoisers import (
+    Embeds,
+    FrameDenoiser,
+    Pass,
+    Prompt,
+    encode_to_length,
+    why_not_one_latent_a_patch,
+)
 from genattn.pipelines.long_video.bases.wan import WanFrames
 from genattn.pipelines.long_video.output.stream_decode import OverlapDecoder, StreamDecoder
 from genattn.pipelines.long_video.solvers.frame_solvers import FrameSolver, SingleStepSolver
@@ -30,9 +37,7 @@ class CosmosFrames(FrameDenoiser):
     @classmethod
     def why_not(cls, pipe: Any) -> str | None:
         """See FrameDenoiser.why_not."""
-        if pipe.transformer.config.patch_size[0] != 1:
-            return f"a queue needs one latent per patch in time, got patch_size={pipe.transformer.config.patch_size}"
-        return None
+        return why_not_one_latent_a_patch(pipe.transformer)
 
     @property
     def channels(self) -> int:
@@ -62,11 +67,7 @@ class CosmosFrames(FrameDenoiser):
 
     def encode_prompt(self, prompt: str, negative_prompt: str | None, guided: bool) -> Prompt:
         """See FrameDenoiser.encode_prompt."""
-        length = min(self.default("max_sequence_length") or 512, self.pipe.tokenizer.model_max_length)
-        cond, uncond = self.pipe.encode_prompt(
-            prompt, negative_prompt, guided, max_sequence_length=length, device=self.device, dtype=self.dtype
-        )
-        return Prompt({"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond} if guided else None)
+        return encode_to_length(self, prompt, negative_prompt, guided)
 
     def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: Embeds, where: Pass) -> torch.Tensor:
         """See FrameDenoiser.predict."""

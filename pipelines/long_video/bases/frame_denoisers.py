@@ -269,3 +269,18 @@ def capability_markdown() -> str:
 def refusal_table() -> list[dict[str, str]]:
     """Families that are refused, with the reason."""
     return [{"pipelines": f"{start}*", "reason": reason} for start, reason in _REASONS.items()]
+
+
+def why_not_one_latent_a_patch(model: Any) -> str | None:
+    """Why a denoiser whose patches span several latents in time cannot serve a queue; None when each holds one."""
+    patch = model.config.patch_size
+    return None if patch[0] == 1 else f"a queue needs one latent per patch in time, got patch_size={patch}"
+
+
+def encode_to_length(base: FrameDenoiser, prompt: str, negative_prompt: str | None, guided: bool) -> Prompt:
+    """`encode_prompt` of pipelines that pad a single text encoder's embeddings to a length."""
+    length = min(base.default("max_sequence_length") or 512, base.pipe.tokenizer.model_max_length)
+    cond, uncond = base.pipe.encode_prompt(
+        prompt, negative_prompt, guided, max_sequence_length=length, device=base.device, dtype=base.dtype
+    )
+    return Prompt({"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond} if guided else None)

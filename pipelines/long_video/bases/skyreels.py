@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, Pass
+from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, Pass, why_not_one_latent_a_patch
 from genattn.pipelines.long_video.bases.wan import WanFrames
 
 
@@ -20,9 +20,7 @@ class SkyReelsFrames(WanFrames):
     @classmethod
     def why_not(cls, pipe: Any) -> str | None:
         """See FrameDenoiser.why_not."""
-        if pipe.transformer.config.patch_size[0] != 1:
-            return f"a queue needs one latent per patch in time, got patch_size={pipe.transformer.config.patch_size}"
-        return None
+        return why_not_one_latent_a_patch(pipe.transformer)
 
     def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: Embeds, where: Pass) -> torch.Tensor:
         """See FrameDenoiser.predict."""

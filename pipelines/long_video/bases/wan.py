@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser, Pass, Prompt
+from genattn.pipelines.long_video.bases.frame_denoisers import (
+    Embeds,
+    FrameDenoiser,
+    Pass,
+    Prompt,
+    encode_to_length,
+    why_not_one_latent_a_patch,
+)
 from genattn.pipelines.long_video.output.stream_decode import CausalCacheDecoder, StreamDecoder
 
 
@@ -31,8 +38,9 @@ class WanFrames(FrameDenoiser):
     def why_not(cls, pipe: Any) -> str | None:
         """See FrameDenoiser.why_not."""
         models = [m for m in (pipe.transformer, pipe.transformer_2) if m is not None]
-        if any(m.config.patch_size[0] != 1 for m in models):
-            return f"a queue needs one latent per patch in time, got patch_size={models[0].config.patch_size}"
+        reason = next(filter(None, map(why_not_one_latent_a_patch, models)), None)
+        if reason is not None:
+            return reason
         if any(m.config.image_dim is not None for m in models):
             return "this Wan transformer expects an image embedding (image_dim is set); use a text-to-video checkpoint"
         return None
@@ -54,11 +62,7 @@ class WanFrames(FrameDenoiser):
 
     def encode_prompt(self, prompt: str, negative_prompt: str | None, guided: bool) -> Prompt:
         """See FrameDenoiser.encode_prompt."""
-        length = min(self.default("max_sequence_length") or 512, self.pipe.tokenizer.model_max_length)
-        cond, uncond = self.pipe.encode_prompt(
-            prompt, negative_prompt, guided, max_sequence_length=length, device=self.device, dtype=self.dtype
-        )
-        return Prompt({"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond} if guided else None)
+        return encode_to_length(self, prompt, negative_prompt, guided)
 
     def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: Embeds, where: Pass) -> torch.Tensor:
         """See FrameDenoiser.predict."""
