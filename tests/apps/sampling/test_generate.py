@@ -125,7 +125,7 @@ def test_attention_settings_refused(steps: float, layers: int) -> None:
     [
         ({"frames": 10}, r"frames must be 4 \* n \+ 1 .* nearest: 9 or 13"),
         ({"height": 40}, "height must be a positive multiple of 16 .* nearest: 32 or 48"),
-        ({"width": -16}, "width must be a positive multiple"),
+        ({"width": 8}, "width must be a positive multiple of 16 .* nearest: 16"),
     ],
 )
 def test_sizes_refused(random_wan_folder: Path, tmp_path: Path, changes: dict[str, int], message: str) -> None:

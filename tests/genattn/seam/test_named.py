@@ -72,10 +72,12 @@ def test_settings_win_over_the_presets_and_a_schedule_keeps_the_break_even() -> 
     pipe, _ = build_pipeline("wan")
     plugin = genattn.apply(pipe, "auto", dense_layers=3).plugins[0]
     assert plugin.schedule.dense_layers == 3  # type: ignore[attr-defined]
+    genattn.remove(pipe)
     given = Schedule(dense_steps=2)
     other = genattn.apply(pipe, "auto", schedule=given).plugins[0]
     assert other.schedule.dense_steps == 2  # type: ignore[attr-defined]
     assert other.schedule.min_tokens == plugin.schedule.min_tokens > 0  # type: ignore[attr-defined]
+    genattn.remove(pipe)
     mine = genattn.apply(pipe, "auto", schedule=Schedule(min_tokens=7)).plugins[0]
     assert mine.schedule.min_tokens == 7  # type: ignore[attr-defined]
 

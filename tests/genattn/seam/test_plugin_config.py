@@ -14,8 +14,11 @@ from genattn import GenAttnError, NeighborhoodPattern, RadialPattern, Schedule
 from genattn.guidance.broadway.broadway import BroadWay
 from genattn.guidance.broadway.enhance_a_video import EnhanceAVideo
 from genattn.guidance.heads.head_set import HeadSet
+from genattn.guidance.nag import NAG
 from genattn.guidance.passes.delta import Projection
+from genattn.guidance.s2 import S2Guidance
 from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.guidance.tag import TAG
 from genattn.pipelines.tiny.random.build import build_model
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin
@@ -29,6 +32,9 @@ HEADS = HeadSet({(0, 1): 0.5, (2, 0): 1.0}, {0: 2, 1: 2, 2: 2}, model="WanTransf
 # every setting away from its default at least once
 PLUGINS: dict[str, Plugin] = {
     "radial": SparsePlugin(RadialPattern(variant="paper", decay=0.7), SCHEDULE, "sdpa"),
+    "nag": NAG("red", scale=4.0, tau=2.0, alpha=0.3, start=0.1, stop=0.8, heads="L0H1"),
+    "s2": S2Guidance(0.3, 0.5, start=0.2, stop=0.7, keep=2, seed=5),
+    "tag": TAG(1.3, 0.1, 0.6),
     "neighborhood": SparsePlugin(NEIGHBORHOOD),
     "softpag": SoftPAG(
         "L0H1,L2",
@@ -132,7 +138,7 @@ RADIAL = {"type": "SparsePlugin", "pattern": {"type": "RadialPattern"}}
         ({"shedule": {}}, r"unknown fields \['shedule'\]"),
         (
             {"plugins": [{"type": "os.system"}]},
-            "type must be one of SparsePlugin, SoftPAG, BroadWay, EnhanceAVideo, got 'os.system'",
+            "type must be one of SparsePlugin, SoftPAG, NAG, S2Guidance, TAG, BroadWay, EnhanceAVideo, got 'os.system'",
         ),
         ({"plugins": [{"type": "SparsePlugin"}]}, "has pattern, schedule and impl"),
         ({"plugins": [{"type": "SparsePlugin", "pattern": {"type": "Nope"}}]}, "Nope"),

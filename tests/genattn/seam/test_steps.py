@@ -230,6 +230,7 @@ def test_image_to_image_knows_the_noise_level() -> None:
     assert [run.sigma for run in log.take()] == pytest.approx(sigmas[4:8])
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # a scheduler of diffusers
 def test_the_pipeline_that_runs_is_asked() -> None:
     a, call = build_pipeline("unet")
     b = diffusers.StableDiffusionPipeline(
