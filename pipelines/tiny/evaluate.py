@@ -6,6 +6,7 @@ was trained on in another sentence ("seen"). Shares come with Wilson's 95 % inte
 
 import csv
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -23,7 +24,6 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from tqdm import tqdm
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.tiny.export import GenerationDefaults
 from genattn.pipelines.tiny.oracle import ObjectVerdict, Reading, Verdict, judge
 from genattn.pipelines.tiny.world import Scene, TinyObject, caption, is_held_out, sample_scene
@@ -187,8 +187,16 @@ def append_rows(path: Path, rows: Sequence[dict[str, float | int | str]]) -> Non
         writer.writerows(rows)
 
 
+def fingerprint(model: torch.nn.Module) -> str:
+    """Sixteen hexadecimal digits that change with any weight of the model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def keep_verdicts(
-    path: Path, origin: dict[str, str | int | float], scenes: Sequence[Scene], verdicts: Sequence[Verdict], seconds: float
+    path: Path, origin: dict[str, Any], scenes: Sequence[Scene], verdicts: Sequence[Verdict], seconds: float
 ) -> None:
     """Append a line per clip; `seconds` is the time that each of them took."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,9 +206,7 @@ def keep_verdicts(
             file.write(json.dumps(line) + "\n")
 
 
-def kept_verdicts(
-    path: Path, origin: dict[str, str | int | float], scenes: Sequence[Scene]
-) -> tuple[list[Verdict], list[float]]:
+def kept_verdicts(path: Path, origin: dict[str, Any], scenes: Sequence[Scene]) -> tuple[list[Verdict], list[float]]:
     """The verdicts that a file holds of the first scenes, and the seconds that each clip took; none where there is no file.
 
     Args:
@@ -250,11 +256,11 @@ def evaluate(
     Raises:
         GenAttnError: if `keep` holds verdicts of another model or other settings.
     """
-    origin: dict[str, str | int | float] = {**asdict(sampling), **asdict(size)}
+    origin: dict[str, Any] = {"sampling": asdict(sampling), "size": asdict(size)}
     verdicts: list[Verdict] = []
     seconds: list[float] = []
     if keep is not None:
-        origin |= {"model": model_fingerprint({"transformer": pipeline.transformer})}
+        origin |= {"model": fingerprint(pipeline.transformer)}
         verdicts, seconds = kept_verdicts(keep, origin, scenes)
     with tqdm(total=len(scenes), initial=len(verdicts), desc="clips", mininterval=5.0) as bar:
         for first in range(len(verdicts), len(scenes), sampling.batch):

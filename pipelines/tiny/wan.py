@@ -28,8 +28,8 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from torch import nn
 
 import genattn
+from genattn import Pattern
 from genattn.errors import GenAttnError
-from genattn.patterns.pattern import Pattern
 from genattn.pipelines.tiny.card import device_name, folder_bytes, journal, write_card
 from genattn.pipelines.tiny.curriculum import Curriculum, LatentBatches, draw_step
 from genattn.pipelines.tiny.denoiser import DenoiserSize, TinyDenoiser, flow_loss

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny import card as tiny_card, wan as tiny_wan
-from genattn.pipelines.tiny.curriculum import Curriculum
+from genattn.pipelines.tiny.curriculum import Curriculum, latent_statistics
 from genattn.pipelines.tiny.denoiser import DenoiserSize
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, assemble, export
 from genattn.pipelines.tiny.resume import adopt
@@ -144,7 +144,7 @@ def test_training_goes_on_from_the_shipped_folder(shipped, tmp_path):
         torch.testing.assert_close(narrow, wide[:, : narrow.shape[1]])
         torch.testing.assert_close(vae.decode(narrow).sample, shipped.vae.decode(wide).sample)
     tiny_wan.make_latents(tmp_path, Accelerator(cpu=True), range(0), range(1), minutes=10)
-    mean, _ = tiny_wan.latent_statistics(tmp_path)
+    mean, _ = latent_statistics(tmp_path)
     assert len(mean) + POSITION_CHANNELS == shipped.vae.config.z_dim
     settings = TrainSettings(1, learning_rate=1e-9, save_minutes=1e9)
     assert tiny_wan.train_transformer(tmp_path, Accelerator(cpu=True), settings, FEW, begin_with=SHIPPED) == 1
@@ -193,7 +193,7 @@ def test_the_command_line_judges_a_pipeline_and_writes_its_card(tmp_path, monkey
     ("call", "message"),
     [
         (lambda folder: tiny_wan.load_vae(folder), "phase vae must come first"),
-        (lambda folder: tiny_wan.latent_statistics(folder), "phase latents must come first"),
+        (lambda folder: latent_statistics(folder), "phase latents must come first"),
         (lambda folder: assemble(folder), "must hold vae/config.json before it is exported"),
         (lambda folder: GenerationDefaults(frames=0), "sizes, frames, steps and fps must be >= 1"),
         (lambda folder: tiny_wan.main(["evaluate", "--model", str(folder)]), "must be a pipeline folder"),
