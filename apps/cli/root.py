@@ -71,6 +71,7 @@ _REFUSALS = tuple(
 
 def main() -> None:
     """Entry point of `genattn` and `python -m genattn`."""
+    stopping.say_when_stopped(stopping.USUAL)  # whoever calls this twice must not see the last command's line
     for stream in (sys.stdout, sys.stderr):
         # a code page without box drawing must not cost a run's report
         if hasattr(stream, "reconfigure"):

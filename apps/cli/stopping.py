@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+USUAL = "stopped; no unfinished file was left"
+
 
 @dataclass
 class StopMessage:
     """text: the line on standard error beside exit code 130."""
 
-    text: str = "stopped; no unfinished file was left"
+    text: str = USUAL
 
 
 MESSAGE = StopMessage()

@@ -17,6 +17,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.names import check_weight
+from genattn.guidance.passes.delta import Projection
 from genattn.guidance.softpag.softpag import Denoise, SoftPAG
 from genattn.guidance.softpag.tap import TappedModel
 from genattn.seam.plugin import Run
@@ -43,7 +44,10 @@ class S2Guidance(SoftPAG):
         keep: blocks at the beginning that are never left out, >= 0; the paper keeps the first.
         seed: of the draws, whole number.
         layout: see `SoftPAG`.
-        settings: further ones of `SoftPAG`: sigma_start, sigma_stop, adaptive, rescale, projection, reuse_prefix.
+        sigma_start, sigma_stop, adaptive, rescale, projection, reuse_prefix: see `SoftPAG`.
+
+    Raises:
+        GenAttnError: a setting out of its range.
     """
 
     def __init__(
@@ -56,12 +60,28 @@ class S2Guidance(SoftPAG):
         keep: int = 1,
         seed: int = 0,
         layout: str = "auto",
-        **settings: Any,
+        sigma_start: float | None = None,
+        sigma_stop: float | None = None,
+        adaptive: float = 0.0,
+        rescale: float = 0.0,
+        projection: Projection | None = None,
+        reuse_prefix: bool | str = "auto",
     ) -> None:
-        taken = sorted({"heads", "u", "target", "mode", "per_sample"} & set(settings))
-        if taken:
-            raise GenAttnError(f"S2Guidance leaves out whole blocks by chance, got {taken}; use SoftPAG for what you choose")
-        super().__init__("L0", 1.0, scale, target="skip", start=start, stop=stop, layout=layout, **settings)
+        super().__init__(
+            "L0",
+            1.0,
+            scale,
+            target="skip",
+            start=start,
+            stop=stop,
+            sigma_start=sigma_start,
+            sigma_stop=sigma_stop,
+            adaptive=adaptive,
+            rescale=rescale,
+            projection=projection,
+            layout=layout,
+            reuse_prefix=reuse_prefix,
+        )
         self.ratio = check_weight("ratio", ratio)
         if self.ratio == 0:
             raise GenAttnError("ratio must be above 0, got 0: nothing would be left out; use 0.1")

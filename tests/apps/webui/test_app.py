@@ -126,9 +126,9 @@ def test_image(client: Any, session: Session) -> None:
 def test_video(client: Any) -> None:
     row = client.submit("a cat", steps=1, frames=5, api_name="/video").result(timeout=240)
     assert row[0].startswith("**done**")
-    report = row[4]
+    report = row[5]
     assert [run["attention"] for run in report["runs"]] == ["dense", "radial"]
-    assert all(Path(path if isinstance(path, str) else path["video"]).stat().st_size for path in row[1:3])
+    assert all(Path(path if isinstance(path, str) else path["video"]).stat().st_size for path in row[1:4])
 
 
 def test_long_and_resume(client: Any) -> None:

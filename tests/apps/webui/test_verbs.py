@@ -284,7 +284,8 @@ def test_runs_are_found_by_name_only(session: Session) -> None:
 
 
 def test_old_runs_make_room(tmp_path: Path, session: Session) -> None:
-    small = Session(tmp_path, [str(session.models["random-sd3"].source)], Limits(disk_bytes=1500))
+    # half of the room is for what the page caches
+    small = Session(tmp_path, [str(session.models["random-sd3"].source)], Limits(disk_bytes=3000))
     runs = []
     for i in range(3):
         runs.append(small.new_run("image"))

@@ -112,7 +112,8 @@ def test_every_setting_is_saved() -> None:
     import inspect
 
     for plugin in PLUGINS.values():
-        assert set(plugin.settings()) == set(inspect.signature(type(plugin)).parameters)
+        # NAG's encoded texts are tensors, which no file of settings holds: NAG.settings refuses them by name
+        assert set(plugin.settings()) == set(inspect.signature(type(plugin)).parameters) - {"negative_embeds"}
 
 
 def test_every_plugin_of_the_table_is_tried_here() -> None:

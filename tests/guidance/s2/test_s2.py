@@ -100,7 +100,6 @@ def test_settings_survive_a_file_and_are_told() -> None:
         ({"ratio": 1.2}, r"ratio must be a number in \[0, 1\]"),
         ({"keep": -1}, "keep must be a whole number >= 0"),
         ({"seed": 0.5}, "seed must be a whole number"),
-        ({"target": "identity"}, "leaves out whole blocks by chance"),
         ({"scale": float("nan")}, "scale must be a finite number"),
     ],
 )
