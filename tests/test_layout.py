@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "guidance/heads": "genattn",
     "guidance/nag": "genattn genattn/functional genattn/geometry genattn/layouts genattn/seam guidance/heads guidance/passes",
     "guidance/passes": "genattn genattn/layouts genattn/seam guidance/heads",
-    "guidance/s2": "genattn genattn/seam guidance/heads guidance/softpag",
+    "guidance/s2": "genattn genattn/seam guidance/heads guidance/passes guidance/softpag",
     "guidance/softpag": "genattn genattn/layouts genattn/seam guidance/heads guidance/passes",
     "guidance/tag": "genattn genattn/seam guidance/passes",
     "pipelines/finetune": (
@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "pipelines/long_video/quality": "genattn pipelines/long_video/queue pipelines/video",
     "pipelines/long_video/queue": "genattn pipelines/long_video/bases pipelines/long_video/solvers",
     "pipelines/long_video/solvers": "genattn",
-    "pipelines/tiny": "genattn genattn/patterns pipelines/long_video/output pipelines/training",
+    "pipelines/tiny": "genattn pipelines/training",
     "pipelines/tiny/random": "genattn",
     "pipelines/tiny/studies": (
         "genattn genattn/layouts genattn/patterns genattn/seam "
