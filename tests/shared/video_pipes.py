@@ -12,66 +12,14 @@ import torch
 
 from genattn.pipelines.tiny.random import text as text
 from genattn.pipelines.tiny.random.build import build_model
+from genattn.pipelines.tiny.random.vaes import (
+    cogvideox_vae as cog_vae,
+    ltx_vae as ltx_vae,
+    unet_vae as image_vae,
+    wan_vae as wan_vae,
+)
 
 FLOW_EULER = {"shift": 5.0}
-
-
-def wan_vae() -> Any:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    ).eval()
-
-
-def image_vae() -> Any:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-    ).eval()
-
-
-def cog_vae() -> Any:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKLCogVideoX(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    ).eval()
-
-
-def ltx_vae(timestep_conditioning: bool = False) -> Any:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKLLTXVideo(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-        spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False),
-        decoder_inject_noise=(False,) * 5,
-        upsample_residual=(False,) * 4,
-        upsample_factor=(1,) * 4,
-        timestep_conditioning=timestep_conditioning,
-        patch_size=1,
-        patch_size_t=1,
-        encoder_causal=True,
-        decoder_causal=False,
-    ).eval()
 
 
 def quiet(pipe: Any) -> Any:
