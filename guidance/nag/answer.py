@@ -28,6 +28,21 @@ def world_of(call: AttentionCall) -> int:
     return max(1, call.site.heads // call.query.shape[2])
 
 
+def total_of(call: AttentionCall) -> Total | None:
+    """Sums over the processes that share the heads, None when all are here."""
+    if world_of(call) == 1:
+        return None
+    config = getattr(call.run.model, "_parallel_config", None)
+    group = config.context_parallel_config._ulysses_mesh.get_group()  # type: ignore[union-attr]
+
+    def total(norms: torch.Tensor) -> torch.Tensor:
+        summed = norms.clone()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed
+
+    return total
+
+
 def is_carried(call: AttentionCall, carried: Carried) -> bool:
     """Whether this call's keys are the text's; other attention of the same block is not touched."""
     cut, stream = carried.cut, carried.here

@@ -23,7 +23,7 @@ from genattn.guidance.nag.carriers import HERE, Carried, Carrier, Passer, carryi
 from genattn.guidance.nag.cut import Cut
 from genattn.guidance.nag.defaults import strength_for
 from genattn.guidance.nag.encode import Texts, count_of, encode, for_samples
-from genattn.guidance.nag.formula import Total
+from genattn.guidance.nag.negative import check_names, checked_prompts, samples_of
 from genattn.guidance.nag.streams import TextWay, way_of, why_not_carried
 from genattn.guidance.passes.block_swap import Place, swapped
 from genattn.guidance.passes.delta import Window
@@ -91,7 +91,7 @@ class NAG(Plugin):
         layout: str = "auto",
         share: bool = True,
     ) -> None:
-        self.prompts = _checked_prompts(negative_prompt, negative_embeds)
+        self.prompts = checked_prompts(negative_prompt, negative_embeds)
         self.given = {"scale": scale, "tau": tau, "alpha": alpha}
         strength_for("", self.given)
         self.window = Window(start, stop)
@@ -140,7 +140,7 @@ class NAG(Plugin):
             for layer, head in resolve_heads(self.heads, layers):
                 heads.setdefault(layer, torch.zeros(layers[layer], dtype=torch.bool))[head] = True
             texts = [site for site in texts if site.depth in heads]
-        _check_names(self.embeds, model, name)
+        check_names(self.embeds, model, name)
         self._models[model] = _Model(
             way,
             RootInputs(stock_class(model), family_of(model)),
@@ -191,7 +191,7 @@ class NAG(Plugin):
             sample = carried.calls.get(call.site.name, 0) % len(guided)
             carried.calls[call.site.name] = sample + 1
             guided = guided[sample : sample + 1]
-        blend = answer.blender(call, guided, strength, heads, _total(call))
+        blend = answer.blender(call, guided, strength, heads, answer.total_of(call))
         carried.hits += 1
         call.record.edited = True
         if carried.here.cross:
@@ -222,7 +222,7 @@ class NAG(Plugin):
             self._tell_if_same(run, known, told, role)
             return inner(*args, **kwargs)
         texts = self._encoded(run, known, told)
-        samples = _samples(role, count_of(texts, known.way), told.get(known.way.inputs[0]))
+        samples = samples_of(role, count_of(texts, known.way), told.get(known.way.inputs[0]))
         self._tell_if_same(run, known, told, role)
         theirs = for_samples(texts, samples, told, known.way)
         guided = torch.zeros(role.batch, dtype=torch.bool)
@@ -366,55 +366,6 @@ def text_sites(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
     ]
 
 
-def _checked_prompts(given: Any, embeds: Any) -> tuple[str, ...]:
-    if (given is None) == (embeds is None):
-        raise GenAttnError(
-            f"either negative_prompt or negative_embeds must be given, got {given!r} and "
-            f"{'nothing' if embeds is None else 'some'}; name one"
-        )
-    if given is None:
-        return ()
-    prompts = (given,) if isinstance(given, str) else tuple(given)
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise GenAttnError(f"negative_prompt must be a text or a list of texts, got {given!r}; e.g. 'blurry'")
-    if any(not prompt.strip() for prompt in prompts):
-        raise GenAttnError(
-            f"negative_prompt must say something, got {given!r}: an empty text names nothing to keep out; "
-            "leave NAG off, or name what you do not want"
-        )
-    return prompts
-
-
-def _check_names(embeds: Any, model: nn.Module, name: str) -> None:
-    if not isinstance(embeds, Mapping):
-        return
-    known = RootInputs(stock_class(model), None).names
-    strange = sorted(set(embeds) - set(known))
-    if strange or not embeds:
-        raise GenAttnError(f"negative_embeds must name inputs of {name}, got {strange or 'none'}; they are {', '.join(known)}")
-
-
-def _samples(role: PassRole, texts: int, mine: Any) -> torch.Tensor:
-    """int64 [B]: which negative text each sample has, a prompt's images side by side."""
-    guided = len(role.rows)
-    if guided % texts:
-        raise GenAttnError(
-            f"negative_prompt must be one text or one per prompt, got {texts} for {guided} conditional samples; "
-            "give as many as there are prompts"
-        )
-    per = guided // texts
-    if texts > 1 and per > 1 and isinstance(mine, torch.Tensor) and len(mine) == role.batch:
-        groups = mine[role.rows.to(mine.device)].unflatten(0, (texts, per))
-        if not torch.equal(groups, groups[:, :1].expand_as(groups)):
-            raise GenAttnError(
-                f"negative_prompt must be one text or one per prompt, got {texts} for more prompts than that in a batch of "
-                f"{guided}; give as many as there are prompts"
-            )
-    samples = torch.zeros(role.batch, dtype=torch.int64)
-    samples[role.rows] = torch.arange(guided) // per
-    return samples
-
-
 def _blocks(model: nn.Module, way: TextWay, passed: bool) -> Iterator[tuple[Place, nn.Module, tuple[str, ...] | str]]:
     """Every block of the text's way; with `passed`, those too that see none."""
     stacks: dict[str, tuple[str, ...] | str] = {stream.stack: stream.gives for stream in way.streams}
@@ -447,18 +398,3 @@ def _refuse_whole_compile(model: nn.Module) -> None:
             f"NAG stands around the blocks, got {type(model).__name__} compiled as a whole; "
             "compile its blocks instead (compile_repeated_blocks)"
         )
-
-
-def _total(call: AttentionCall) -> Total | None:
-    """Sums over the processes that share the heads, None when all are here."""
-    if answer.world_of(call) == 1:
-        return None
-    config = getattr(call.run.model, "_parallel_config", None)
-    group = config.context_parallel_config._ulysses_mesh.get_group()  # type: ignore[union-attr]
-
-    def total(norms: torch.Tensor) -> torch.Tensor:
-        summed = norms.clone()
-        torch.distributed.all_reduce(summed, group=group)
-        return summed
-
-    return total
