@@ -94,7 +94,8 @@ def radial_density(frames: int, tokens: int) -> float:
 def weights_bytes(model: ModelPreset) -> float:
     """Bytes of the blocks' weights in 16 bit."""
     dim = model.heads * model.head_dim
-    per_block = (4 + 4 * bool(model.cross_tokens)) * dim**2 + 2 * dim * model.ffn
+    width, keys = model.width or dim, (model.kv_heads or model.heads) * model.head_dim
+    per_block = 2 * width * (dim + keys) + 4 * width * dim * bool(model.cross_tokens) + 2 * width * model.ffn
     return 2.0 * model.layers * per_block
 
 
