@@ -83,8 +83,8 @@ def _predicted() -> str:
     rates = ", ".join(f"{m.name} {m.rate / 1e12:.0f}" for m in step_times.MACHINES)
     text = f"""**Predicted, not measured**: seconds of one step. Our GPU kernels have not run on a GPU. A step is the
 arithmetic of its forwards over the rate that a card reached in published runs, in TFLOP/s: {rates}.
-The H200 has the H100's tensor cores and counts as one. Weights that do not fit come from the host at {step_times.HOST / 1e9:.0f} GB/s while the card
-computes.{star}
+The H200 has the H100's tensor cores and counts as one. Weights that do not fit come from the host at
+{step_times.HOST / 1e9:.0f} GB/s while the card computes.{star}
 
 "radial" is the model's preset, "adaptive" a fifth of the scores with means for the rest. The choice itself costs time too and
 is left out. The last column is for a whole run with its dense steps and block: first if sparse attention reaches the rate of
