@@ -43,8 +43,9 @@ Every headline claim of the papers behind this package, what was measured of it 
 - **needs a GPU or weights not at hand**: what is missing stands beside it
 
 Square brackets are 95 % intervals over captions or clips unless quartiles are named; ± is a standard error or half an interval.
-The papers' figures are theirs, on their models; ours are not comparable in size, only in direction. *second-hand*: the figure
-was taken from notes on the paper, whose text was not at hand."""
+"on" says on which model ours was measured, or what stood for one. The papers' figures are theirs, on their models; ours are
+not comparable in size, only in direction. *second-hand*: the figure was taken from notes on the paper, whose text was not at
+hand."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def gather(root: Path = ROOT) -> list[Evidence]:
 
 def page(evidence: Sequence[Evidence], figures: Sequence[tuple[str, str]] = ()) -> str:
     """The whole page. figures: (file under assets/figures, caption)."""
-    parts = [_HEAD, _counts(evidence)]
+    parts = [_HEAD, _counts(evidence), _models(evidence)]
     for method in dict.fromkeys(e.claim.method for e in evidence):
         parts.append(f"## {method}\n\n{_table([e for e in evidence if e.claim.method == method])}")
     if figures:
@@ -116,12 +117,22 @@ def _counts(evidence: Sequence[Evidence]) -> str:
     return "\n".join(lines)
 
 
+def _models(evidence: Sequence[Evidence]) -> str:
+    """What the measured claims were measured on, the most frequent first."""
+    count = Counter(e.claim.on for e in evidence if e.measured)
+    told = ", ".join(f"{on.replace(', ', ' and ')} {n}" for on, n in count.most_common())
+    devices = [e.where for e in evidence if e.where and not e.where.startswith("any device")]
+    where = " All of it ran on CPUs." if all(device.startswith("CPU") for device in devices) else ""
+    return f"What the measured claims were measured on: {told or 'nothing yet'}. The tiny models are this project's own.{where}"
+
+
 def _table(evidence: Sequence[Evidence]) -> str:
-    lines = ["| claim | as published | measured here | verdict | made by |", "|---|---|---|---|---|"]
+    lines = ["| claim | as published | on | measured here | verdict | made by |", "|---|---|---|---|---|---|"]
     for e in evidence:
         verdict = f"**{e.verdict}**" + (f" ({e.why})" if e.why else "")
         made = "<br>".join(filter(None, (f"`{e.claim.command}`" if e.claim.command else "", e.where)))
         source = "; ".join(filter(None, (e.claim.source, e.claim.standing)))
-        cells = (e.claim.claim, f"{e.claim.published} ({source})", e.measured or "-", verdict, made or "-")
+        on = e.claim.on if e.measured else ""
+        cells = (e.claim.claim, f"{e.claim.published} ({source})", on or "-", e.measured or "-", verdict, made or "-")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

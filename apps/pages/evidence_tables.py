@@ -23,7 +23,7 @@ class Claim:
     """One headline claim. measure: name of a finding, "test:FILE[::NAME]" (exact by construction), "mini-test:..." or "".
 
     needs: what is not at hand to measure it as published. command: what makes our counterpart. standing: what of the source
-    was not read; empty where its text was.
+    was not read; empty where its text was. on: the model on which our counterpart was measured, or what stood for one.
     """
 
     id: str
@@ -35,6 +35,7 @@ class Claim:
     needs: str
     command: str
     standing: str = ""
+    on: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def read_claims(path: Path) -> list[Claim]:
     for claim in claims:
         if not (claim.claim and claim.published and claim.source and (claim.measure or claim.needs)):
             raise GenAttnError(f"claim {claim.id} must have text, figure, source, and a measure or what it needs; complete it")
+        if claim.measure and not claim.on:
+            raise GenAttnError(
+                f'claim {claim.id} must say on which model it was measured; add "on", e.g. "tiny-wan" or "geometry"'
+            )
     twice = sorted({c.id for c in claims if [d.id for d in claims].count(c.id) > 1})
     if twice:
         raise GenAttnError(f"claims must have ids of their own, got twice: {', '.join(twice)}")

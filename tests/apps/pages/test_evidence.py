@@ -50,6 +50,9 @@ def test_claims_that_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps([vars(claim())]))
     with pytest.raises(GenAttnError, match="claim x must have text, figure, source"):
         read_claims(path)
+    path.write_text(json.dumps([vars(claim(measure="energy_decay"))]))
+    with pytest.raises(GenAttnError, match='claim x must say on which model it was measured; add "on"'):
+        read_claims(path)
     path.write_text(json.dumps([vars(claim(needs="a GPU"))] * 2))
     with pytest.raises(GenAttnError, match="got twice: x"):
         read_claims(path)
@@ -74,6 +77,20 @@ def test_a_verdict_comes_with_the_table(tmp_path: Path) -> None:
         assert got.where == "CPU, 1 threads, 2026-01-01"
     with pytest.raises(NotMeasuredError, match="has no rows with variant both, model tiny-animatediff yet"):
         METHODS["broadway_dynamic"](tables(tmp_path / "other", "broadway", [row | {"variant": "stock"}]))
+
+
+def test_every_measured_claim_says_on_which_model() -> None:
+    """What a claim says agrees with the rows behind it, where they name their model."""
+    found = evidence.gather()
+    folder = Tables(evidence.ROOT / "assets" / "bench")
+    for e in found:
+        if e.claim.measure in evidence.FINDINGS and e.measured:
+            rows = evidence.FINDINGS[e.claim.measure](folder).rows
+            named = {row.get("base") or row.get("model", "") for row in rows}
+            assert {name for name in named if name.startswith("tiny-")} <= set(e.claim.on.split(", ")), e.claim.id
+    text = evidence.page(found)
+    assert "What the measured claims were measured on: tiny-wan " in text
+    assert not [e.claim.id for e in found if e.measured and f"| {e.claim.on} | " not in text]
 
 
 def test_the_studies_write_what_the_page_reads(tmp_path: Path) -> None:
@@ -220,4 +237,4 @@ def test_a_stale_page_is_found(tmp_path: Path) -> None:
     evidence_command(root=tmp_path, check=False, as_json=True)
     evidence_command(root=tmp_path, check=True, as_json=False)
     page = (tmp_path / "docs" / "evidence.md").read_text()
-    assert "| c | p (s) | - | **needs a GPU or weights not at hand** (a GPU) | - |" in page
+    assert "| c | p (s) | - | - | **needs a GPU or weights not at hand** (a GPU) | - |" in page
