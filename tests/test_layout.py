@@ -93,10 +93,14 @@ MAY_IMPORT = {
         "pipelines/tiny pipelines/training"
     ),
     "apps/comfyui": (
-        "apps/sampling "
+        "apps/sampling apps/comfyui/hosts apps/comfyui/patching "
         "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
-        "guidance/heads guidance/softpag "
-        "pipelines/long_video pipelines/long_video/ouroboros pipelines/long_video/queue pipelines/long_video/solvers"
+        "guidance/heads guidance/softpag pipelines/long_video pipelines/long_video/ouroboros"
+    ),
+    "apps/comfyui/hosts": "genattn genattn/geometry genattn/layouts genattn/seam",
+    "apps/comfyui/patching": (
+        "apps/comfyui/hosts genattn genattn/geometry genattn/layouts genattn/seam guidance/heads guidance/softpag "
+        "pipelines/long_video/queue pipelines/long_video/solvers"
     ),
     "apps/comfyui/pack": "apps/comfyui",
     "apps/laboratory": (

@@ -16,8 +16,8 @@ _LATENT = Field("latent", "LATENT", "Latents of the size that will be sampled.")
 
 def sparse_attention(model: Any, **widgets: Any) -> tuple[Any, ...]:
     """MODEL with a pattern on its self and joint attention."""
-    from genattn.apps.comfyui.hosts import host_of
-    from genattn.apps.comfyui.seam import patch_model
+    from genattn.apps.comfyui.hosts.families import host_of
+    from genattn.apps.comfyui.patching.seam import patch_model
     from genattn.apps.comfyui.settings import sparse_of
 
     inner = model.model.diffusion_model
@@ -40,7 +40,7 @@ def guidance(
     head_set: Any = None,
 ) -> tuple[Any, ...]:
     """MODEL with SoftPAG, PAG or SEG."""
-    from genattn.apps.comfyui.guidance import guide_model, head_set_for
+    from genattn.apps.comfyui.patching.guidance import guide_model, head_set_for
     from genattn.apps.comfyui.settings import guidance_of, sigma_bounds
 
     known = None if head_set is None else head_set_for(model, head_set)
@@ -55,7 +55,7 @@ def fifo_sampler(**settings: Any) -> tuple[Any, ...]:
     """SAMPLER that runs a latent queue."""
     from comfy.samplers import KSAMPLER
 
-    from genattn.apps.comfyui.fifo import FifoSampling, FifoSettings
+    from genattn.apps.comfyui.patching.fifo import FifoSampling, FifoSettings
 
     return (KSAMPLER(FifoSampling(FifoSettings(**settings))),)
 
@@ -97,8 +97,8 @@ def block_probe(model: Any, positive: Any, latent: dict[str, Any], sigma: float,
 
 def report(model: Any, latent: dict[str, Any]) -> Answer:
     """What ran sparse and why not the rest, after the sampler."""
-    from genattn.apps.comfyui.hosts import host_of
-    from genattn.apps.comfyui.seam import chain_of
+    from genattn.apps.comfyui.hosts.families import host_of
+    from genattn.apps.comfyui.patching.seam import chain_of
 
     chain = chain_of(model)
     if not chain.plugins:

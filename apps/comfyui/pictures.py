@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from genattn.apps.comfyui.hosts import Entry, host_of
-from genattn.apps.comfyui.seam import Chain, chain_of, patch_model
+from genattn.apps.comfyui.hosts.families import host_of
+from genattn.apps.comfyui.hosts.host import Entry
+from genattn.apps.comfyui.patching.chain import Chain
+from genattn.apps.comfyui.patching.seam import chain_of, patch_model
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import tile_size
 from genattn.geometry.token_layout import TokenLayout
@@ -42,7 +44,7 @@ def layout_for(model: Any, latents: torch.Tensor, text_tokens: int) -> TokenLayo
     """The token order of this MODEL for such latents and so many text tokens."""
     inner = model.model.diffusion_model
     host = host_of(inner)
-    text = 0 if host.name == "Wan" else text_tokens
+    text = 0 if not host.text else text_tokens
     tokens = math.prod(host.grid(inner, latents.shape)) + text
     return host.layout(inner, Entry(tuple(latents.shape), text, {}), tokens)
 

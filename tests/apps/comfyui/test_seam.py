@@ -1,19 +1,19 @@
 """The seam on ComfyUI's models, on stand-ins that call attention as ComfyUI's do; `test_comfy_live` has the real ones."""
 
-import copy
 import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from comfy_standins import ALWAYS, Block, Patcher, WanModel, X, sdpa, sparse
 from torch import nn
 
 import genattn
-from genattn.apps.comfyui.hosts import Entry, host_of
+from genattn.apps.comfyui.hosts.families import host_of
+from genattn.apps.comfyui.hosts.host import Entry
+from genattn.apps.comfyui.patching.seam import KEY, OVERRIDE, Override, around_model, chain_of, patch_model, run_of
 from genattn.apps.comfyui.pictures import layout_for, mask_picture, sparse_of
-from genattn.apps.comfyui.seam import KEY, OVERRIDE, Override, around_model, chain_of, patch_model, run_of
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import attention
 from genattn.geometry.token_layout import TokenLayout
@@ -24,130 +24,10 @@ from genattn.pipelines.tiny.random.build import build_inputs, build_model
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 
-ALWAYS = Schedule(dense_steps=0, dense_layers=0)
-
-
-def sdpa(q: Any, k: Any, v: Any, heads: int, mask: Any = None, skip_reshape: bool = False, **rest: Any) -> torch.Tensor:
-    """ComfyUI's attention function."""
-    if not skip_reshape:
-        q, k, v = (t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
-    if mask is not None and mask.ndim < 4:
-        mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out if rest.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
-
-
-def optimized_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """ComfyUI's `wrap_attn`: the override gets the call."""
-    override = (kwargs.get("transformer_options") or {}).get(OVERRIDE)
-    return sdpa(*args, **kwargs) if override is None else override(sdpa, *args, **kwargs)
-
-
-class Block(nn.Module):
-    def __init__(self, seed: int, dim: int = 32) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.weights = [torch.randn(dim, dim, generator=generator) * dim**-0.5 for _ in range(3)]
-        self.x_block = SimpleNamespace(x_block_self_attn=False)
-
-    def attend(self, x: torch.Tensor, options: Any, mask: Any = None, split: bool = False) -> torch.Tensor:
-        q, k, v = (x @ w for w in self.weights)
-        if split:
-            q, k, v = (t.reshape(*t.shape[:2], 4, -1).transpose(1, 2) for t in (q, k, v))
-        return x + optimized_attention(q, k, v, heads=4, mask=mask, skip_reshape=split, transformer_options=options)
-
-
-class WanModel(nn.Module):
-    patch_size, num_heads = (1, 2, 2), 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(i) for i in range(3)])
-        self.split = False
-
-    def forward(self, tokens: torch.Tensor, context: torch.Tensor, options: dict[str, Any], mask: Any = None) -> torch.Tensor:
-        for i, block in enumerate(self.blocks):
-
-            def run(args: dict[str, Any], block: Any = block) -> dict[str, Any]:
-                out = block.attend(args["img"], args["transformer_options"], mask, self.split)
-                q, k = out @ block.weights[0], context @ block.weights[1]
-                return {"img": out + optimized_attention(q, k, k, heads=4, transformer_options=args["transformer_options"])}
-
-            replaced = options.get("patches_replace", {}).get("dit", {}).get(("double_block", i))
-            args = {"img": tokens, "transformer_options": options}
-            tokens = (replaced(args, {"original_block": run}) if replaced else run(args))["img"]
-        return tokens
-
-
-class Patcher:
-    """What we use of ComfyUI's ModelPatcher."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.model_options = model, {"transformer_options": {}}
-        self.wrappers: dict[str, list[Any]] = {}
-        self.callbacks: dict[str, list[Any]] = {}
-
-    def clone(self) -> "Patcher":
-        other = Patcher(self.model)
-        other.model_options = copy.deepcopy(self.model_options)
-        other.wrappers = {kind: list(found) for kind, found in self.wrappers.items()}
-        other.callbacks = {kind: list(found) for kind, found in self.callbacks.items()}
-        return other
-
-    def get_wrappers(self, kind: str, key: str) -> list[Any]:
-        return self.wrappers.get(kind, [])
-
-    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
-        self.wrappers.setdefault(kind, []).append(wrapper)
-
-    def add_callback_with_key(self, kind: str, key: str, callback: Any) -> None:
-        self.callbacks.setdefault(kind, []).append(callback)
-
-    def sample(self, x: torch.Tensor, steps: int = 2, **more: Any) -> torch.Tensor:
-        """Some forwards, as a sampler makes them; the last answer."""
-        for callback in self.callbacks.get("on_pre_run", []):
-            callback(self)
-        schedule = torch.linspace(1, 0, steps + 1)
-        for sigma in schedule[:-1]:
-            told = {"sigmas": sigma[None], "sample_sigmas": schedule, "cond_or_uncond": [0]}
-            options = {**self.model_options["transformer_options"], **told, **more}
-            out = self.forward(x, options)
-        for callback in self.callbacks.get("on_cleanup", []):
-            callback(self)
-        return out
-
-    def forward(self, x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        def network(x: Any, t: Any, concat: Any, context: Any, control: Any, options: Any, mask: Any = None) -> torch.Tensor:
-            tokens = torch.randn(1, 96, 32, generator=torch.Generator().manual_seed(0))
-            return self.model.diffusion_model(tokens, context, options, mask)
-
-        context = torch.randn(1, 96, 32, generator=torch.Generator().manual_seed(1))  # as many as there are latent tokens
-        call: Any = network
-        for wrapper in self.wrappers.get("apply_model", []):
-            call = _executor(wrapper, call, self.model)
-        return call(x, None, None, context, None, options, **({"mask": self.mask} if hasattr(self, "mask") else {}))
-
-
-def _executor(wrapper: Any, inner: Any, model: Any) -> Any:
-    class Executor:
-        class_obj = model
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return inner(*args, **kwargs)
-
-    return lambda *args, **kwargs: wrapper(Executor(), *args, **kwargs)
-
 
 @pytest.fixture
 def wan() -> Patcher:
     return Patcher(SimpleNamespace(diffusion_model=WanModel()))
-
-
-X = torch.zeros(1, 16, 6, 8, 8)  # 6 x 4 x 4 = 96 tokens
-
-
-def sparse(window: Any = (3, 2, 2), schedule: Schedule = ALWAYS) -> SparsePlugin:
-    return SparsePlugin(NeighborhoodPattern(window, tail=None), schedule)
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -245,7 +125,7 @@ def test_replacements_of_blocks_stay(wan: Patcher) -> None:
 
 def test_refused_before_anything_is_done(wan: Patcher) -> None:
     other = Patcher(SimpleNamespace(diffusion_model=nn.Linear(1, 1)))
-    with pytest.raises(GenAttnError, match="serve Wan, HunyuanVideo, FLUX, SD3"):
+    with pytest.raises(GenAttnError, match="serve Wan, HunyuanVideo, FLUX, Chroma"):
         patch_model(other, sparse())
     with pytest.raises(GenAttnError, match="layer must be one of"):
         patch_model(wan, sparse(), SoftPAG("L7"))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from genattn.apps.comfyui.hosts import host_of
-from genattn.apps.comfyui.seam import PASS, chain_of, patch_model, run_of
+from genattn.apps.comfyui.hosts.families import host_of
+from genattn.apps.comfyui.patching.seam import PASS, chain_of, patch_model, run_of
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
 from genattn.guidance.softpag.softpag import SoftPAG

@@ -25,6 +25,7 @@ class Tally:
         """A new run starts."""
         self.stats: dict[str, SiteStats] = {}
         self.forwards, self.unreached, self.taken_by, self.device = 0, 0, "", "cpu"
+        self.missed: set[str] = set()
 
     def timed(self, call: AttentionCall, answer: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The answer of one call, counted at its site."""
@@ -39,25 +40,36 @@ class Tally:
         self.device = call.query.device.type
         return out
 
-    def forward_ended(self, calls: int, slot: Any) -> None:
-        """A forward is over in which the override saw `calls` calls; slot: what stands in ComfyUI's one override slot."""
+    def forward_ended(self, calls: int, slot: Any, missed: Sequence[str] = ()) -> None:
+        """A forward is over in which the override saw `calls` calls.
+
+        slot: what stands in ComfyUI's one override slot. missed: blocks whose self-attention somebody else answered.
+        """
         self.forwards += 1
-        if calls:
-            return
-        self.unreached += 1
-        if self.unreached == 1:
+        known = self.removed
+        if not calls:
+            self.unreached += 1
+        elif missed:
+            self.missed.update(missed)
+        if (self.unreached or self.missed) and not known:
             self.taken_by = _name_of(slot)
             _LOG.warning("%s", self.removed)
 
     @property
     def removed(self) -> str:
-        """What to tell when a later node took the override away; empty while ours is reached."""
-        if not self.unreached:
-            return ""
-        return (
-            f"NOT APPLIED in {self.unreached} of {self.forwards} forwards: a node after GenAttn's set the attention override "
-            f"to {self.taken_by}, which does not hand on to it; put the GenAttn nodes after that node"
-        )
+        """What to tell when another node answers in our place; empty while ours is reached."""
+        if self.unreached:
+            return (
+                f"NOT APPLIED in {self.unreached} of {self.forwards} forwards: a node after GenAttn's set the attention "
+                f"override to {self.taken_by}, which does not hand on to it; put the GenAttn nodes after that node"
+            )
+        if self.missed:
+            return (
+                f"{self.taken_by} answered the self-attention of {len(self.missed)} blocks before GenAttn "
+                f"({', '.join(sorted(self.missed)[:3])}{', ...' if len(self.missed) > 3 else ''}); "
+                "switch that node off, or keep those calls from it"
+            )
+        return ""
 
     def report(self, plugins: Sequence[Plugin], sites: Sequence[AttentionSite]) -> Report:
         """The counters as the diffusers route reports them."""

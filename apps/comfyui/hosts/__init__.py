@@ -1,0 +1,1 @@
+"""What ComfyUI's own models are to us, one file per question: which blocks, which tokens, which attention function."""
