@@ -4,6 +4,8 @@ step < still_steps      settled stills
 every tenth after       stills, lest a single frame be forgotten
 step < frame_steps      pieces of clips: single frames, windows of `window_frames`; every `whole_every`-th a whole clip
 the rest                whole clips
+
+Of the steps after the first ones every `wander_every`-th shows scenes whose objects stand anywhere, the others settled ones.
 """
 
 import json
@@ -32,6 +34,7 @@ class Curriculum:
         window_frames: latent frames of every other piece, >= 1; the rest are single frames.
         whole_every: before frame_steps, every which step shows whole clips, >= 1.
         clip_frames: latent frames of a whole clip, >= window_frames.
+        wander_every: after still_steps, every which step shows wandering scenes, >= 1; the others show settled ones.
     """
 
     still_steps: int
@@ -42,22 +45,25 @@ class Curriculum:
     window_frames: int = 1
     whole_every: int = 3
     clip_frames: int = LATENT_FRAMES
+    wander_every: int = 2
 
     def __post_init__(self) -> None:
-        counts = (self.still_batch, self.clip_batch, self.window_frames, self.whole_every)
+        counts = (self.still_batch, self.clip_batch, self.window_frames, self.whole_every, self.wander_every)
         if min(counts) < 1 or min(self.still_steps, self.frame_steps) < 0:
-            raise GenAttnError(f"batches, window and whole_every must be >= 1 and steps >= 0, got {self}; raise them")
+            raise GenAttnError(
+                f"batches, window, whole_every and wander_every must be >= 1 and steps >= 0, got {self}; raise them"
+            )
         if self.window_frames > min(self.frame_batch, self.clip_frames):
             raise GenAttnError(f"window_frames must be <= frame_batch and clip_frames, got {self}; shorten the window")
 
     def kind(self, step: int) -> tuple[str, int]:
         """What a step shows: "stills" or "clips", settled or not, and how many latent frames of each clip (0: all)."""
-        settled = "settled-" if step < self.still_steps or step % 2 else ""
+        settled = "settled-" if step < self.still_steps or step % self.wander_every else ""
         if step < self.still_steps or step % 10 == 0:
             return f"{settled}stills", 0
         if step < self.frame_steps and step % self.whole_every:
             # turn about among the steps that are left, of settled and of wandering scenes alike
-            return f"{settled}clips", self.window_frames if step // 2 % 2 else 1
+            return f"{settled}clips", self.window_frames if step // self.wander_every % 2 else 1
         return f"{settled}clips", 0
 
 

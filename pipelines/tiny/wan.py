@@ -176,6 +176,7 @@ def curriculum_of(options: argparse.Namespace) -> Curriculum:
         options.window_frames,
         options.whole_every,
         (options.frames - 1) // 4 + 1,
+        options.wander_every,
     )
 
 
@@ -230,6 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--clip-batch", type=int, default=8, help="whole clips in a step")
     training.add_argument("--window-frames", type=int, default=1, help="latent frames of every other piece of a clip")
     training.add_argument("--whole-every", type=int, default=3, help="before --frame-steps, every which step is whole clips")
+    training.add_argument("--wander-every", type=int, default=2, help="every which step shows objects that stand anywhere")
     training.add_argument("--frames", type=int, default=CLIP_FRAMES, help="frames of a clip, 1 + 4 n")
     training.add_argument("--patch", type=int, choices=(1, 2), default=2, help="latents on each side of a token")
     training.add_argument("--learning-rate", type=float, default=1.3e-3, help="peak rate of the transformer")

@@ -109,8 +109,8 @@ def test_finer_patches_do_the_same_where_latents_are_even_within_the_coarse_ones
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"still_batch": 0}, "batches, window and whole_every must be >= 1"),
-        ({"whole_every": 0}, "batches, window and whole_every must be >= 1"),
+        ({"still_batch": 0}, "batches, window, whole_every and wander_every must be >= 1"),
+        ({"whole_every": 0}, "batches, window, whole_every and wander_every must be >= 1"),
         ({"frame_steps": -1}, "steps >= 0"),
         ({"window_frames": 9}, "window_frames must be <= frame_batch and clip_frames"),
         ({"window_frames": 6, "frame_batch": 4}, "window_frames must be <= frame_batch"),
