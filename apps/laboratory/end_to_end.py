@@ -1,0 +1,232 @@
+"""A whole call of a trained model, sparse against dense: what is gained, and what of the clip is kept.
+
+    python -m genattn.apps.laboratory.end_to_end run --captions 20      samples; goes on where it was
+    python -m genattn.apps.laboratory.end_to_end clock                  seconds and peak memory, a process for each setting
+    python -m genattn.apps.laboratory.end_to_end table                  assets/bench/end_to_end.csv from both
+
+The model is tiny-wan-long: 4,096 tokens a clip. Held-out captions, the same noise for all settings of a caption. Dense is
+torch's fastest attention here; the oracle's difference to dense is paired by caption.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from genattn.apps.laboratory.adaptive import interval, read_samples
+from genattn.apps.laboratory.sweeps import captions
+from genattn.apps.sampling.clip_quality import psnr, ssim
+from genattn.apps.sampling.generate import oracle_scores
+from genattn.apps.sampling.load_pipeline import shipped_model
+from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, run_once
+from genattn.errors import GenAttnError
+from genattn.patterns.adaptive import AdaptivePattern
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.profiled import ProfiledPattern
+from genattn.patterns.radial import RadialPattern
+from genattn.selection.estimate import PooledScore
+from genattn.selection.rules import TopK
+from genattn.selection.tiling import Clusters
+
+MODEL = "tiny-wan-long"
+ORACLE = ("colour", "shape", "motion", "size")
+SAMPLES, CLOCK = Path("out/end_to_end.jsonl"), Path("out/end_to_end_clock.jsonl")
+TABLE = Path("assets/bench/end_to_end.csv")
+
+
+def settings_by_name(profile: Path) -> dict[str, AttentionSettings]:
+    """Everything compared, dense first; sparse in every step and layer but where the name says otherwise."""
+    window, radial = NeighborhoodPattern((4, 16, 16)), RadialPattern(decay=0.1, floor=0)
+    clusters = AdaptivePattern(TopK(0.15), PooledScore(0), Clusters(32, 32))
+    found = {
+        "window": AttentionSettings("window", window.with_tail(None), 0, 0),
+        "window + tail": AttentionSettings("window + tail", window.with_tail("mean"), 0, 0),
+        "radial + tail": AttentionSettings("radial + tail", radial.with_tail("mean"), 0, 0),
+        "clusters + tail": AttentionSettings("clusters + tail", clusters.with_tail("mean"), 0, 0),
+    }
+    for share, dense_steps in ((0.15, 0), (0.25, 0), (0.4, 0), (0.4, 2)):
+        name = f"profiled {share:g} + tail" + (f", {dense_steps} dense steps" if dense_steps else "")
+        found[name] = AttentionSettings(name, ProfiledPattern(str(profile), density=share, tail="mean"), dense_steps, 0)
+    return {"dense": DENSE} | found
+
+
+class Stopwatch:
+    """Processor and clock seconds spent inside one module's forward."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.processor = self.clock = 0.0
+        self._begun = (0.0, 0.0)
+        self._hooks = (module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end))
+
+    def _begin(self, *_: Any) -> None:
+        self._begun = (time.process_time(), time.perf_counter())
+
+    def _end(self, *_: Any) -> None:
+        self.processor += time.process_time() - self._begun[0]
+        self.clock += time.perf_counter() - self._begun[1]
+
+    def stop(self) -> None:
+        """Take the hooks off again."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def timed_run(
+    pipe: Any, call: dict[str, Any], text: str, seed: int, settings: AttentionSettings
+) -> tuple[Any, dict[str, float]]:
+    """One sampling run and its seconds: of the whole call and of the denoiser, by the processor and by the clock."""
+    watch = Stopwatch(pipe.transformer)
+    begun = time.process_time()
+    result = run_once(pipe, call, text, seed, settings, settings.name)
+    whole = time.process_time() - begun
+    watch.stop()
+    return result, {
+        **{"processor": whole, "denoiser_processor": watch.processor},
+        **{"seconds": result.seconds, "denoiser_seconds": watch.clock},
+    }
+
+
+def opened(model: str) -> tuple[Any, dict[str, Any]]:
+    """The pipeline on the CPU, and its call's arguments."""
+    settings = SamplingSettings(str(shipped_model(model)), device="cpu")
+    pipe = open_pipeline(settings)
+    return pipe, call_arguments(pipe, settings)
+
+
+def run_samples(model: str, count: int, names: Sequence[str], profile: Path, out: Path) -> None:
+    """Append one line per caption and setting; those that are there already are left out."""
+    pipe, call = opened(model)
+    known = settings_by_name(profile)
+    done = {(s["caption"], s["setting"]) for s in read_samples(out)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(captions(count)):
+        todo = [name for name in names if (number, name) not in done]
+        if not todo:
+            continue
+        dense, dense_clock = timed_run(pipe, call, text, number, DENSE)
+        for name in todo:
+            result, clock = (dense, dense_clock) if name == "dense" else timed_run(pipe, call, text, number, known[name])
+            same = name == "dense"
+            sample = {
+                **{"caption": number, "setting": name, "density": result.density},
+                **{"psnr": None if same else psnr(result.frames, dense.frames)},
+                **{"ssim": 1.0 if same else ssim(result.frames, dense.frames)},
+                **{key: (oracle_scores(result.frames, text) or {})[key] for key in ORACLE},
+                **{f"speedup_{key}": dense_clock[key] / value for key, value in clock.items()},
+                **clock,
+            }
+            with out.open("a") as file:
+                file.write(json.dumps(sample) + "\n")
+
+
+def clock_one(model: str, name: str, profile: Path) -> dict[str, Any]:
+    """Seconds by the clock of a second call (the first pays for plans and kernels), and the process's peak memory."""
+    pipe, call = opened(model)
+    text = captions(1)[0]
+    for _ in range(2):
+        result, clock = timed_run(pipe, call, text, 0, settings_by_name(profile)[name])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"setting": name, "threads": torch.get_num_threads(), "peak_gb": peak, "density": result.density, **clock}
+
+
+def summary(samples: Sequence[dict[str, Any]], clocked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per setting: means with 95 % bootstrap intervals over captions, the oracle paired with dense."""
+    groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for s in samples:
+        groups[s["setting"]][s["caption"]] = s
+    seen = {c["setting"]: c for c in clocked}
+    rows = []
+    for name, found in groups.items():
+        row: dict[str, Any] = {"setting": name, "captions": len(found)}
+        row["density"] = round(statistics.fmean(s["density"] for s in found.values()), 4)
+        for column in ("speedup_processor", "speedup_denoiser_processor"):
+            row |= interval(column, [s[column] for s in found.values()])
+        if name != "dense":
+            row |= interval("psnr", [s["psnr"] for s in found.values()])
+        row |= interval("ssim", [s["ssim"] for s in found.values()])
+        oracle = {c: statistics.fmean(s[k] for k in ORACLE) for c, s in found.items()}
+        base = {c: statistics.fmean(s[k] for k in ORACLE) for c, s in groups["dense"].items()}
+        row |= interval("oracle", list(oracle.values()))
+        row |= interval("oracle_change", [oracle[c] - base[c] for c in oracle])
+        row |= {key: round(statistics.fmean(s[key] for s in found.values()), 4) for key in ORACLE}
+        if name in seen and "dense" in seen:
+            mine, dense = seen[name], seen["dense"]
+            row |= {key: round(mine[key], 3) for key in ("seconds", "denoiser_seconds", "peak_gb")} | {
+                "threads": mine["threads"]
+            }
+            row["speedup"] = round(dense["seconds"] / mine["seconds"], 3)
+            row["speedup_denoiser"] = round(dense["denoiser_seconds"] / mine["denoiser_seconds"], 3)
+        rows.append(row)
+    return rows
+
+
+app = typer.Typer(help=__doc__)
+_PROFILE = "The map to run; default: the shipped one."
+
+
+def _map(given: Path | None) -> Path:
+    return given or shipped_model(MODEL).parent / "maps" / f"{MODEL}.safetensors"
+
+
+@app.command("run")
+def run_command(
+    count: Annotated[int, typer.Option("--captions", help="Held-out captions.")] = 20,
+    setting: Annotated[list[str] | None, typer.Option(help="Settings by name; default: all.")] = None,
+    profile: Annotated[Path | None, typer.Option("--map", help=_PROFILE)] = None,
+    model: Annotated[str, typer.Option(help="A shipped model.")] = MODEL,
+    out: Annotated[Path, typer.Option(help="Samples, one line each.")] = SAMPLES,
+) -> None:
+    """Sample what is still missing."""
+    known = settings_by_name(_map(profile))
+    unknown = sorted(set(setting or ()) - set(known))
+    if unknown:
+        raise GenAttnError(f"settings must be among {', '.join(known)}; got {', '.join(unknown)}")
+    run_samples(model, count, setting or list(known), _map(profile), out)
+
+
+@app.command("clock")
+def clock_command(
+    profile: Annotated[Path | None, typer.Option("--map", help=_PROFILE)] = None,
+    model: Annotated[str, typer.Option(help="A shipped model.")] = MODEL,
+    out: Annotated[Path, typer.Option(help="One line a setting.")] = CLOCK,
+    only: Annotated[str | None, typer.Option(help="One setting, in this process; what the command calls itself with.")] = None,
+) -> None:
+    """Time every setting on a quiet machine."""
+    if only is not None:
+        print(json.dumps(clock_one(model, only, _map(profile))), flush=True)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in settings_by_name(_map(profile)):
+        words = ["clock", "--only", name, "--model", model, "--map", str(_map(profile))]
+        answer = subprocess.run(
+            [sys.executable, "-m", "genattn.apps.laboratory.end_to_end", *words], capture_output=True, text=True, check=True
+        )
+        with out.open("a") as file:
+            file.write(answer.stdout.strip().splitlines()[-1] + "\n")
+        print(answer.stdout.strip().splitlines()[-1], flush=True)
+
+
+@app.command("table")
+def table_command(
+    samples: Annotated[Path, typer.Option(help="Samples of `run`.")] = SAMPLES,
+    clocked: Annotated[Path, typer.Option(help="Lines of `clock`.")] = CLOCK,
+    table: Annotated[Path, typer.Option(help="The file to write.")] = TABLE,
+) -> None:
+    """Write the table anew."""
+    facts = provenance("cpu")
+    table.unlink(missing_ok=True)
+    append_rows(table, [row | facts for row in summary(read_samples(samples), read_samples(clocked))])
+
+
+if __name__ == "__main__":
+    app()

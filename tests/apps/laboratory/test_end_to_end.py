@@ -1,0 +1,111 @@
+"""The laboratory of whole calls: what is timed, that a run goes on, and that rows are paired with dense."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from genattn.apps.laboratory import end_to_end
+from genattn.apps.laboratory.adaptive import read_samples
+from genattn.apps.laboratory.end_to_end import Stopwatch, clock_one, run_samples, settings_by_name, summary
+from genattn.apps.sampling.load_pipeline import shipped_model
+from genattn.apps.sampling.run import DENSE, AttentionSettings
+from genattn.patterns.neighborhood import NeighborhoodPattern
+
+MAP = shipped_model().parent / "maps" / "tiny-wan.safetensors"
+
+
+def _sample(caption: int, setting: str, oracle: float, speed: float) -> dict[str, Any]:
+    return {
+        **{"caption": caption, "setting": setting, "density": 0.25, "psnr": None if setting == "dense" else 30.0 + caption},
+        **{"ssim": 0.9, "colour": oracle, "shape": oracle, "motion": oracle, "size": oracle},
+        **{"speedup_processor": speed, "speedup_denoiser_processor": 2 * speed},
+    }
+
+
+def test_rows_are_paired_with_dense_by_caption() -> None:
+    samples = [_sample(n, "dense", float(n % 2), 1.0) for n in range(4)]
+    samples += [_sample(n, "window", 0.5, 2.0) for n in (1, 3)]
+    clocked = [
+        {"setting": "dense", "seconds": 9.0, "denoiser_seconds": 8.0, "peak_gb": 1.0, "threads": 2},
+        {"setting": "window", "seconds": 3.0, "denoiser_seconds": 2.0, "peak_gb": 0.5, "threads": 2},
+    ]
+    rows = {row["setting"]: row for row in summary(samples, clocked)}
+    assert rows["dense"]["oracle_change"] == 0
+    assert "psnr" not in rows["dense"]
+    # captions 1 and 3 have 1.0 dense: the change is -0.5 in each, whatever dense has on the others
+    assert rows["window"]["oracle_change"] == rows["window"]["oracle_change_high"] == -0.5
+    assert rows["window"]["psnr"] == 32
+    assert rows["window"]["captions"] == 2
+    assert (rows["window"]["speedup"], rows["window"]["speedup_denoiser"]) == (3.0, 4.0)
+    assert rows["window"]["speedup_processor"] == 2.0
+    assert rows["window"]["peak_gb"] == 0.5
+
+
+def test_the_settings_are_sparse_in_every_step_unless_named() -> None:
+    found = settings_by_name(MAP)
+    assert found["dense"] is DENSE
+    assert all(s.pattern is not None and s.dense_layers == 0 for name, s in found.items() if name != "dense")
+    assert {name for name, s in found.items() if s.dense_steps} == {"dense", "profiled 0.4 + tail, 2 dense steps"}
+    assert {s.pattern.tail for name, s in found.items() if "tail" in name and s.pattern is not None} == {"mean"}
+
+
+def test_a_stopwatch_counts_one_module_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"clock": 0.0, "processor": 0.0}
+    clocks = SimpleNamespace(perf_counter=lambda: now["clock"], process_time=lambda: now["processor"])
+    monkeypatch.setattr(end_to_end, "time", clocks)
+
+    class Slow(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            now["clock"] += 3.0
+            now["processor"] += 1.0
+            return x
+
+    module = Slow()
+    watch = Stopwatch(module)
+    for _ in range(2):
+        module(torch.zeros(1))
+    now["clock"] += 10.0  # outside
+    assert (watch.clock, watch.processor) == (6.0, 2.0)
+    watch.stop()
+    module(torch.zeros(1))
+    assert (watch.clock, watch.processor) == (6.0, 2.0)
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
+
+
+def test_a_run_goes_on_and_the_dense_clip_is_the_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = AttentionSettings("window", NeighborhoodPattern((2, 8, 8)).with_tail(None), 0, 0)
+    monkeypatch.setattr(end_to_end, "settings_by_name", lambda profile: {"dense": DENSE, "window": window})
+    opened = end_to_end.opened
+    monkeypatch.setattr(
+        end_to_end, "opened", lambda model: (opened(model)[0], opened(model)[1] | {"num_inference_steps": 2, "num_frames": 13})
+    )
+    out = tmp_path / "samples.jsonl"
+    run_samples("tiny-wan", 1, ["dense"], MAP, out)
+    run_samples("tiny-wan", 1, ["dense", "window"], MAP, out)
+    dense, sparse = read_samples(out)
+    assert (dense["setting"], sparse["setting"]) == ("dense", "window")
+    assert dense["psnr"] is None
+    assert dense["ssim"] == 1.0
+    assert dense["density"] == 1.0
+    assert 5 < sparse["psnr"] < 60
+    assert 0.2 < sparse["density"] < 0.6
+    for sample in (dense, sparse):
+        assert 0 < sample["denoiser_seconds"] < sample["seconds"]
+    once = clock_one("tiny-wan", "window", MAP)
+    assert once["setting"] == "window"
+    assert 0.05 < once["peak_gb"] < 20
+    assert once["density"] == sparse["density"]
+
+
+def test_an_unknown_setting_is_refused_with_the_names(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(
+        end_to_end.app, ["run", "--setting", "windows", "--map", str(MAP), "--out", str(tmp_path / "x")]
+    )
+    assert answer.exit_code != 0
+    with pytest.raises(end_to_end.GenAttnError, match="settings must be among dense, window.*got windows"):
+        raise answer.exception  # type: ignore[misc]
