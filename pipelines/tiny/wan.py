@@ -68,16 +68,26 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, 
 
 
 def make_latents(
-    run_dir: Path, accelerator: Accelerator, clips: range, stills: range, minutes: float, clip_frames: int = CLIP_FRAMES
+    run_dir: Path,
+    accelerator: Accelerator,
+    clips: range,
+    stills: range,
+    minutes: float,
+    clip_frames: int = CLIP_FRAMES,
+    settled: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
-    """Encode shards of training clips and stills, and half as many of settled ones; returns how many of the first there are."""
+    """Encode shards of training clips and stills, and settled ones; returns how many of the first there are.
+
+    settled: shards of settled clips and of settled stills; None for half as many as of the others.
+    """
+    still, moving = settled[1] if settled else (len(stills) + 1) // 2, settled[0] if settled else (len(clips) + 1) // 2
     vae = load_vae(run_dir).to(accelerator.device)
     counts = (
         cache_latents(vae, run_dir / "stills", stills, minutes, frames=1),
         cache_latents(vae, run_dir / "clips", clips, minutes, clip_frames),
     )
-    for kind, shards, frames in (("stills", stills, 1), ("clips", clips, clip_frames)):
-        cache_latents(vae, run_dir / f"settled-{kind}", range((len(shards) + 1) // 2), minutes, frames, settled=True)
+    for kind, shards, frames in (("stills", still, 1), ("clips", moving, clip_frames)):
+        cache_latents(vae, run_dir / f"settled-{kind}", range(shards), minutes, frames, settled=True)
     statistics = run_dir / "latents.json"
     if not statistics.exists() and counts[1]:
         mean, std = measure_latents(load_latents(run_dir / "clips")[0])
@@ -149,7 +159,7 @@ def run_training(options: argparse.Namespace) -> None:
     if "latents" in options.phases:
         clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
         with journal(run_dir, stage("latents"), device, typed) as done:
-            shards = make_latents(run_dir, accelerator, clips, stills, options.minutes, options.frames)
+            shards = make_latents(run_dir, accelerator, clips, stills, options.minutes, options.frames, options.settled_shards)
             done["stills"], done["clips"] = (SHARD * count for count in shards)
     if "transformer" in options.phases:
         settings = TrainSettings(options.steps, learning_rate=options.learning_rate, decay=options.decay, **common)
@@ -223,6 +233,9 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--vae-still-steps", type=int, default=950, help="of these, on stills")
     training.add_argument("--clip-shards", type=int, nargs=2, default=(0, 64), help="first and end shard of 64 clips")
     training.add_argument("--still-shards", type=int, nargs=2, default=(0, 100), help="the same for stills")
+    training.add_argument(
+        "--settled-shards", type=int, nargs=2, help="shards of settled clips and of settled stills; default: half as many"
+    )
     training.add_argument("--steps", type=int, default=20000, help="last step of the transformer")
     training.add_argument("--still-steps", type=int, default=1000, help="of these, on stills")
     training.add_argument("--frame-steps", type=int, default=16000, help="step until which the rest are single frames of clips")

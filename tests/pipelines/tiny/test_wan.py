@@ -107,6 +107,15 @@ def run_dir(tmp_path):
     return tmp_path
 
 
+def test_how_many_settled_shards_can_be_said(tmp_path):
+    torch.manual_seed(0)
+    build_vae(z_dim=4, base_dim=4, decoder_base_dim=4).save_pretrained(tmp_path / "vae")
+    tiny_wan.make_latents(tmp_path, Accelerator(cpu=True), range(0), range(1), minutes=10, settled=(0, 2))
+    assert len(list((tmp_path / "stills").iterdir())) == 1
+    assert len(list((tmp_path / "settled-stills").iterdir())) == 2
+    assert not list((tmp_path / "settled-clips").iterdir())
+
+
 def train_small(run_dir, steps, **changes):
     settings = TrainSettings(steps, learning_rate=1e-3, warmup=2, save_minutes=1e9, **changes)
     return tiny_wan.train_transformer(run_dir, Accelerator(cpu=True), settings, FEW, size=SMALL)
