@@ -270,6 +270,13 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
                 assert (inside in names) == (not inside.startswith(laboratory)), f"the wheel lacks {inside}, or should"
     assert "genattn/assets/tiny-wan/model_index.json" in names
     assert not any(n.startswith(("kernels/", "tests/", "assets/")) for n in names)
+    models = {name.split("/")[2] for name in names if name.endswith("model_index.json")}
+    assert models == {"tiny-wan"}, "the other tiny models come with a checkout"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert "Author: The genattn authors" in metadata
+    assert "# genattn" in metadata
+    assert "](docs/" not in metadata
 
 
 def _copy_sources(target: Path) -> None:
@@ -277,6 +284,6 @@ def _copy_sources(target: Path) -> None:
     for name in filter(None, tracked.split("\0")):
         if not (ROOT / name).is_file():
             continue
-        if name.split("/")[0] in {*TOPS, "assets"} or name in {"pyproject.toml", "README.md", "LICENSE"}:
+        if name.split("/")[0] in {*TOPS, "assets"} or name in {"pyproject.toml", "setup.py", "README.md", "LICENSE"}:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())

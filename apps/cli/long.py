@@ -23,7 +23,7 @@ def long_command(
     context: typer.Context,
     settings: "SamplingSettings",
     prompt: Annotated[str, typer.Option(help='What to show, or a schedule: 0:"a red circle" 120:"it turns blue".')] = "",
-    partitions: Annotated[int, typer.Option(help="Windows in the queue; more means smaller steps in noise.")] = 4,
+    partitions: Annotated[int, typer.Option(help="Windows in the queue; more means smaller steps in noise and more work.")] = 4,
     lookahead: Annotated[bool, typer.Option(help="Every latent sees cleaner ones; twice the work.")] = True,
     prompt_fade: Annotated[int, typer.Option(help="Frames over which two prompts cross-fade.")] = 0,
     window_batch: Annotated[int, typer.Option(help="Windows per forward: throughput against memory.")] = 1,
@@ -37,7 +37,8 @@ def long_command(
 ) -> None:
     """Make a video of any length at constant memory; it plays while it grows, and Ctrl-C or a kill loses almost nothing.
 
-    The first frame is in FOLDER/first_frame.png as soon as it is decoded.
+    The first frame is in FOLDER/first_frame.png as soon as it is decoded. What the film will cost is told before it starts;
+    the quickest setting is --partitions 1 --no-lookahead.
 
     Example: genattn long --prompt "a red circle moves right on a dark background" --frames 253 --folder out/long
     """

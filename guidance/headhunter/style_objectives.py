@@ -67,18 +67,20 @@ class StyleObjective:
         return -torch.stack(terms).sum(0).mean().item()
 
 
+_PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")  # the others hold indices, inks or grey beside alpha
+
+
 def read_picture(path: str | Path) -> torch.Tensor:
-    """A picture file as float32 [3, H, W] in [0, 1]; raises GenAttnError if it cannot be read."""
-    import imageio.v3
+    """A picture file, turned upright, as float32 [3, H, W] in [0, 1]; raises GenAttnError if it cannot be read."""
+    from PIL import Image, ImageOps
 
     try:
-        pixels = np.asarray(imageio.v3.imread(path))
-    except (OSError, ValueError) as error:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            pixels = np.asarray(picture if picture.mode in _PLAIN_MODES else picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
         raise GenAttnError(f"a reference must be a readable picture, got {path} ({error}); check the path") from error
-    pixels = pixels[0] if pixels.ndim == 4 else pixels
     pixels = np.repeat(pixels[..., None], 3, -1) if pixels.ndim == 2 else pixels[..., :3]
-    if pixels.shape[-1] != 3:
-        raise GenAttnError(f"a reference must be grey, RGB or RGBA, got {pixels.shape[-1]} channels in {path}; convert it")
     peak = np.iinfo(pixels.dtype).max if np.issubdtype(pixels.dtype, np.integer) else 1.0
     return torch.from_numpy(pixels.astype(np.float32) / peak).movedim(-1, 0).contiguous()
 

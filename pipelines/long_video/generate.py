@@ -7,7 +7,7 @@ wants (FIFO- Diffusion, arXiv 2405.11473; Ouroboros-Diffusion, arXiv 2501.09019)
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
+from genattn.pipelines.long_video.forecast import Forecast, teller
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
 from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_checkpoint, read_record
 from genattn.pipelines.long_video.output.folder_lock import FolderLock
@@ -149,8 +150,13 @@ def start_video(
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
     group: WindowGroup | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> LongVideo:
-    """A `LongVideo` from its beginning; samples the first clip, or encodes `start`. See `long_video`."""
+    """A `LongVideo` from its beginning; samples the first clip, or encodes `start`. See `long_video`.
+
+    tell: is given the forecast, before the first model call in calls and after the second in time; with `progress` it is
+    printed where nothing is given.
+    """
     base = frame_denoiser(pipe)
     folder = None if folder is None else Path(folder)
     group = group or WindowGroup.from_torch()
@@ -164,7 +170,8 @@ def start_video(
             build.decoder.latents_for(settings.num_frames)
         if start is not None and build.is_conditioned:
             build.give(start)
-        fifo = build.fifo(start_queue(build.shape, build.solver, build.first_clip(start, progress), seed=settings.seed))
+        clip = build.first_clip(start, progress, teller(tell, progress and group.is_main))
+        fifo = build.fifo(start_queue(build.shape, build.solver, clip, seed=settings.seed))
         path = output if output is not None else None if folder is None else folder / FILM
         writer = None
         if path is not None and group.is_main:
@@ -291,19 +298,37 @@ class _Build:
         self.given = GivenFrames(self.ouroboros.denoise, latents, self.shape.window)
         self.settings = replace(self.settings, given_latents=latents.shape[2])
 
-    def first_clip(self, start: StartFrames | None, progress: bool) -> torch.Tensor:
+    def forecast(self, clip_latents: int, sampled: bool) -> Forecast:
+        """What the film will cost."""
+        settings, decoder = self.settings, self.decoder
+        return Forecast(
+            self.shape,
+            clip_latents,
+            sampled,
+            decoder.frames_for(3) - decoder.frames_for(2),
+            None if settings.num_frames is None else decoder.latents_for(settings.num_frames),
+            settings.uniform_steps,
+            self.group.size,
+        )
+
+    def first_clip(self, start: StartFrames | None, progress: bool, tell: Callable[[str], None]) -> torch.Tensor:
         """Clean latents [1, C, K, h, w] that the queue begins with: a sampled clip, or the given frames."""
         base, shape = self.base, self.shape
         with base.installed(), single_step_caches_off(base.models, tell=False), torch.no_grad():
             if start is not None and self.given is None:
-                return clip_from_frames(base, start, (self.height, self.width), shape.working)
+                given = clip_from_frames(base, start, (self.height, self.width), shape.working)
+                tell(self.forecast(given.shape[2], sampled=False).words())
+                return given
             _check_window(shape)
             places = base.latent_size(self.height, self.width)
             like = torch.zeros(1, base.channels, shape.window, *places, device=base.device)
+            forecast = self.forecast(shape.window, sampled=True)
+            tell(forecast.words())
+            told: dict[str, Any] = {"seed": self.settings.seed, "progress": progress, "after_step": forecast.timed(tell)}
             if self.given is None:
-                return sample_clip(self.windows, self.solver, like, seed=self.settings.seed, progress=progress)
+                return sample_clip(self.windows, self.solver, like, **told)
             alone = GivenFrames(self.windows, self.given.given, shape.window)
-            clip = sample_clip(alone, self.solver, like, seed=self.settings.seed, progress=progress)
+            clip = sample_clip(alone, self.solver, like, **told)
             return alone.placed(clip, torch.arange(shape.window))
 
     def fifo(self, queue: LatentQueue) -> Fifo:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser
+from genattn.pipelines.long_video.forecast import duration
 from genattn.pipelines.long_video.output.checkpoint import save_checkpoint
 from genattn.pipelines.long_video.output.folder_lock import FolderLock
 from genattn.pipelines.long_video.output.stream_decode import StreamDecoder
@@ -86,7 +87,8 @@ class LongVideo:
         self.seconds = 0.0
         self.caches_off: list[str] = []
         self._total = None if parts.settings.num_frames is None else parts.decoder.latents_for(parts.settings.num_frames)
-        self._saved_tick = parts.fifo.queue.tick
+        self._saved_tick = self._first_tick = parts.fifo.queue.tick
+        self._began = 0.0
 
     @property
     def frames(self) -> int:
@@ -109,7 +111,7 @@ class LongVideo:
         return self._total is not None and self._decoded() >= self._total
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        start = time.monotonic()
+        start = self._began = time.monotonic()
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             self.caches_off = stack.enter_context(single_step_caches_off(self.parts.base.models))
@@ -223,7 +225,9 @@ class LongVideo:
         bar.update(frames)
         queue = self.parts.fifo.queue
         if queue.first_number + queue.shape.head <= 0:
-            bar.set_postfix_str(f"warming up, {-(queue.first_number + queue.shape.head)} latents to go")
+            latents = -(queue.first_number + queue.shape.head)
+            each = (time.monotonic() - self._began) / (queue.tick - self._first_tick) / queue.shape.latents_per_level
+            bar.set_postfix_str(f"warming up, first frame in about {duration((latents + 1) * each)}")
         elif frames:
             bar.set_postfix_str(describe_drift(self.drift) + " per 100")
 

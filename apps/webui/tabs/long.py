@@ -81,10 +81,10 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     seed, fresh = seed_fields()
     with gr.Accordion("More", open=False):
         with gr.Row():
-            partitions = gr.Slider(1, 8, 4, step=1, label="Partitions: windows in the queue")
+            partitions = gr.Slider(1, 8, 1, step=1, label="Partitions: windows in the queue; 4 is the papers', slower")
             correction = gr.Slider(0, 1, 0, step=0.05, label="Drift correction")
         with gr.Row():
-            lookahead = gr.Checkbox(True, label="Lookahead (twice the work)")
+            lookahead = gr.Checkbox(False, label="Lookahead (twice the work, as in the papers)")
             ouroboros = gr.Checkbox(False, label="Ouroboros: coherent tail, memory")
         negative = prompt_box("", label="Negative prompt", lines=1)
         sizes = size_fields(session, names[0])

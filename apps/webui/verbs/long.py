@@ -29,8 +29,8 @@ def long(
     prompt: str,
     frames: int = 125,
     fade: int = 0,
-    partitions: int = 4,
-    lookahead: bool = True,
+    partitions: int = 1,
+    lookahead: bool = False,
     ouroboros: bool = False,
     drift_correction: float = 0.0,
     start_picture: str | None = None,
@@ -129,7 +129,11 @@ def _start(
     (run / "model.txt").write_text(model.name)
     job.tell("sampling the first clip", run=run.name)
     with job.watching(*denoisers(pipe).values()):
-        video = start_video(pipe, wanted, start=start, folder=run, progress=False, group=group)
+
+        def tell(forecast: str) -> None:
+            job.tell(f"sampling the first clip: {forecast}", run=run.name)
+
+        video = start_video(pipe, wanted, start=start, folder=run, progress=False, group=group, tell=tell)
     return _go_on(job, session, model, run, video, group)
 
 

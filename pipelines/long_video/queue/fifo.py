@@ -249,11 +249,18 @@ def _placed(whole: torch.Tensor, values: torch.Tensor, part: slice) -> torch.Ten
 
 
 def sample_clip(
-    denoise: Denoise, solver: FrameSolver, like: torch.Tensor, *, seed: int = 0, progress: bool = False
+    denoise: Denoise,
+    solver: FrameSolver,
+    like: torch.Tensor,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    after_step: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """An ordinary clip [1, C, F, H, W] by the same model and solver, all latents at one level; frames 0 .. F-1 of `seed`.
 
-    like: any tensor of that shape. progress: show a bar. Equals the stock pipeline's loop from the same noise.
+    like: any tensor of that shape. progress: show a bar. after_step: told the number of steps done.
+    Equals the stock pipeline's loop from the same noise.
     """
     length = like.shape[2]
     sample = frame_noise(seed, range(length), like, purpose="start")
@@ -267,6 +274,8 @@ def sample_clip(
             if solver.needs_noise:
                 noise = frame_noise(seed, range(length), sample, purpose="step", variants=levels.tolist())
             sample, state = solver.step(sample, answer.prediction.to(sample), levels, state, noise)
+            if after_step is not None:
+                after_step(solver.num_levels - level)
     return sample
 
 

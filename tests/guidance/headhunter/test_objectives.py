@@ -98,8 +98,26 @@ def test_closeness_to_a_picture(tmp_path: Path) -> None:
     assert read_picture(path).shape == (3, 8, 8)
     with pytest.raises(GenAttnError, match="must be a readable picture"):
         load_objective(f"palette:{tmp_path / 'absent.png'}")
-    Image.new("LA", (8, 8)).save(path)
-    with pytest.raises(GenAttnError, match="grey, RGB or RGBA, got 2 channels"):
+
+
+def test_pictures_of_every_kind_are_read_as_seen(tmp_path: Path) -> None:
+    path = tmp_path / "ref.png"
+    red = Image.new("RGB", (8, 4), (255, 0, 0))
+    red_seen = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 4, 8)
+    red.convert("P").save(path)
+    torch.testing.assert_close(read_picture(path), red_seen)
+    red.convert("RGBA").save(path)
+    torch.testing.assert_close(read_picture(path), red_seen)
+    Image.new("LA", (8, 4), (51, 255)).save(path)
+    torch.testing.assert_close(read_picture(path), torch.full((3, 4, 8), 0.2))
+    Image.fromarray(np.full((4, 8), 13107, np.uint16)).save(path)
+    torch.testing.assert_close(read_picture(path), torch.full((3, 4, 8), 0.2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # filmed upright: a quarter turn to the right
+    red.save(path, exif=exif)
+    assert read_picture(path).shape == (3, 8, 4)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(GenAttnError, match="must be a readable picture"):
         read_picture(path)
 
 

@@ -1,0 +1,302 @@
+"""Whether the tests notice small mistakes: mutants drawn by seed, each run against the tests of its file.
+
+    python -m genattn.apps.laboratory.mutants --seed 1 --count 100 --log mutants.jsonl --root ../copy
+
+Run it on a copy of the repository: files are changed in place and put back. A mutant is killed when a test fails. That test
+is kept, so that `--check` can run it on the unchanged copy. A run over the time limit is undecided, neither kill nor survivor.
+"""
+
+import ast
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genattn.errors import GenAttnError
+
+TOPS = ("kernels", "genattn", "guidance", "pipelines", "apps")
+# what measures and draws for this repository alone is not what users run
+LEFT_OUT = ("apps/laboratory", "apps/pages", "apps/bench/gpu", "pipelines/tiny/studies", "pipelines/tiny/random")
+_COMPARE = {
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+    ast.Is: "is not",
+    ast.IsNot: "is",
+}
+_COMPARE |= {ast.In: "not in", ast.NotIn: "in"}
+_BINARY = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "/", ast.Mod: "//"}
+_CALLS = {"min": "max", "max": "min", "all": "any", "any": "all", "amin": "amax", "amax": "amin", "sum": "mean", "mean": "sum"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: bytes `start` to `end` of a file become `new`."""
+
+    file: str
+    line: int
+    start: int
+    end: int
+    old: str
+    new: str
+    kind: str
+
+    def apply(self, source: bytes) -> bytes:
+        """The file's content with the change in it."""
+        return source[: self.start] + self.new.encode() + source[self.end :]
+
+
+class _Places(ast.NodeVisitor):
+    """Collects every place of one file that can be changed."""
+
+    def __init__(self, file: str, source: bytes) -> None:
+        self.file, self.source = file, source
+        self.starts = [0]
+        for line in source.split(b"\n"):
+            self.starts.append(self.starts[-1] + len(line) + 1)
+        self.found: list[Mutant] = []
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        begin = self.starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+        return begin, self.starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+
+    def text(self, node: ast.AST) -> str:
+        begin, end = self.span(node)
+        return self.source[begin:end].decode()
+
+    def add(self, node: ast.AST, span: tuple[int, int], new: str, kind: str) -> None:
+        old = self.source[span[0] : span[1]].decode()
+        if old != new:
+            self.found.append(Mutant(self.file, node.lineno, *span, old, new, kind))  # type: ignore[attr-defined]
+
+    def between(self, node: ast.AST, left: ast.AST, right: ast.AST, new: str, kind: str) -> None:
+        """Replaces the operator that stands between two operands."""
+        begin, end = self.span(left)[1], self.span(right)[0]
+        gap = self.source[begin:end].decode()
+        operator = re.search(r"not\s+in|is\s+not|and|or|is|in|[<>=!]=|//|\*\*|[-+*/%<>]", gap)
+        if operator and "#" not in gap:
+            self.add(node, (begin + operator.start(), begin + operator.end()), new, kind)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        new = _COMPARE.get(type(node.ops[0]))
+        if new:
+            self.between(node, node.left, node.comparators[0], new, "comparison")
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        new = _BINARY.get(type(node.op))
+        literal = isinstance(node.left, (ast.JoinedStr, ast.Constant)) and not self.text(node.left)[0].isdigit()
+        if new and not literal:
+            self.between(node, node.left, node.right, new, "arithmetic")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        self.between(node, node.values[0], node.values[1], "or" if isinstance(node.op, ast.And) else "and", "and/or")
+        dropped = (self.span(node.values[0])[0], self.span(node.values[1])[0])
+        self.add(node, dropped, "", "condition dropped")
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        begin, _ = self.span(node)
+        self.add(node, (begin, self.span(node.operand)[0]), "", "sign or not dropped")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self.add(node, self.span(node), str(not node.value), "constant")
+        elif isinstance(node.value, int):
+            self.add(node, self.span(node), str(node.value + 1), "constant")
+        elif isinstance(node.value, float):
+            self.add(node, self.span(node), repr(node.value * 2 + 0.125), "constant")
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if isinstance(node.slice, ast.Slice) and isinstance(node.ctx, ast.Load):
+            self.add(node, (self.span(node.value)[1], self.span(node)[1]), "[:]", "slice dropped")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if name in _CALLS:
+            end = self.span(node.func)[1]
+            self.add(node, (end - len(name), end), _CALLS[name], "function")
+        if len(node.args) == 2 and not any(isinstance(arg, ast.Starred) for arg in node.args) and name != "isinstance":
+            first, second = node.args
+            both = (self.span(first)[0], self.span(second)[1])
+            self.add(node, both, f"{self.text(second)}, {self.text(first)}", "arguments swapped")
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self.add(node, self.span(node), f"({self.text(node.body)})", "branch taken always")
+        self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Call):
+            self.add(node, self.span(node), "pass", "call dropped")
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if isinstance(node.targets[0], (ast.Attribute, ast.Subscript)):
+            self.add(node, self.span(node), "pass", "assignment dropped")
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.add(node, self.span(node), "pass", "assignment dropped")
+        self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        """The words of an error are no behaviour; that it is raised is."""
+        self.add(node, self.span(node), "pass", "refusal dropped")
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        """Annotations are no behaviour."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for part in [*node.args.defaults, *(value for value in node.args.kw_defaults if value), *node.body]:
+            self.visit(part)
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
+
+
+def mutants_of(root: Path, file: str) -> list[Mutant]:
+    """Every change of one file; a few of them do not compile."""
+    source = (root / file).read_bytes()
+    places = _Places(file, source)
+    places.visit(ast.parse(source))
+    return places.found
+
+
+def _compiles(source: bytes) -> bool:
+    try:
+        compile(source, "mutant", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def files(root: Path) -> list[str]:
+    """Every file of the product, in a fixed order."""
+    found = sorted(str(path.relative_to(root)) for top in TOPS for path in (root / top).rglob("*.py"))
+    return [file for file in found if not file.startswith(LEFT_OUT)]
+
+
+def draw(root: Path, seed: int, count: int) -> list[Mutant]:
+    """`count` mutants: the folders take turns, and within one a file counts by the number of its places."""
+    generator = random.Random(seed)
+    by_top = {top: [m for file in files(root) if file.split("/")[0] == top for m in mutants_of(root, file)] for top in TOPS}
+    drawn: list[Mutant] = []
+    while len(drawn) < count:
+        mutant = generator.choice(by_top[TOPS[len(drawn) % len(TOPS)]])
+        if _compiles(mutant.apply((root / mutant.file).read_bytes())):
+            drawn.append(mutant)
+    return drawn
+
+
+def tests_for(root: Path, file: str) -> list[str]:
+    """Tests of a file, nearest first: those of its name, those that import it, then its room's."""
+    path = Path(file)
+    room = root / "tests" / path.parent
+    module = "genattn." + file.removeprefix("genattn/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    everything = sorted((root / "tests").rglob("test_*.py"))
+    named = [test for test in everything if test.parent == room and path.stem in test.stem]
+    wanted = re.compile(rf"\b{re.escape(module)}\b")
+    importing = [test for test in everything if wanted.search(test.read_text())]
+    beside = sorted(room.rglob("test_*.py")) if room.is_dir() else []
+    return [str(test.relative_to(root)) for test in dict.fromkeys([*named, *importing, *beside])]
+
+
+def run_tests(root: Path, tests: list[str], timeout: float) -> tuple[str, str]:
+    """("passed" | "failed" | "timeout", the first failing test)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    env = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return "timeout", ""
+    if done.returncode == 0:
+        return "passed", ""
+    failing = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return "failed", failing[0] if failing else done.stdout[-300:] + done.stderr[-300:]
+
+
+def judge(root: Path, mutant: Mutant, timeout: float) -> dict[str, object]:
+    """One mutant's row: put in, tested, taken out again."""
+    path, begin = root / mutant.file, time.monotonic()
+    source = path.read_bytes()
+    tests = tests_for(root, mutant.file)
+    try:
+        path.write_bytes(mutant.apply(source))
+        outcome, by = run_tests(root, tests, timeout) if tests else ("passed", "")
+    finally:
+        path.write_bytes(source)
+    verdict = {"passed": "survived", "failed": "killed", "timeout": "undecided"}[outcome]
+    return asdict(mutant) | {"verdict": verdict, "by": by, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def _rows(log: Path) -> Iterator[dict[str, object]]:
+    if log.is_file():
+        yield from (json.loads(line) for line in log.read_text().splitlines())
+
+
+def summary(rows: list[dict[str, object]]) -> dict[str, dict[str, int]]:
+    """How many of each verdict, for each folder and in all."""
+    table: dict[str, dict[str, int]] = {}
+    for row in rows:
+        for name in (str(row["file"]).split("/")[0], "all"):
+            counts = table.setdefault(name, {})
+            verdict = str(row["verdict"])
+            counts[verdict] = counts.get(verdict, 0) + 1
+    return table
+
+
+def main(
+    root: Annotated[Path, typer.Option(help="A copy of the repository; its files are changed and put back.")],
+    log: Annotated[Path, typer.Option(help="One line of JSON for each mutant; a run goes on where it stopped.")],
+    seed: Annotated[int, typer.Option(help="Which mutants are drawn.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for the tests of one mutant.")] = 240.0,
+    check: Annotated[bool, typer.Option(help="Run the tests that killed on the unchanged copy instead.")] = False,
+) -> None:
+    """Draw, run and report."""
+    root = root.resolve()
+    if not (root / "pyproject.toml").is_file():
+        raise GenAttnError(f"--root must be a copy of the repository, got {root}")
+    known = list(_rows(log))
+    if check:
+        killers = sorted({str(row["by"]).split("[")[0] for row in known if row["verdict"] == "killed"})
+        print(*run_tests(root, killers, timeout * 10))
+        return
+    for mutant in draw(root, seed, count)[len(known) :]:
+        row = judge(root, mutant, timeout)
+        known.append(row)
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            row["verdict"],
+            f"{mutant.file}:{mutant.line}",
+            mutant.kind,
+            repr(mutant.old[:60]),
+            "->",
+            repr(mutant.new[:60]),
+            flush=True,
+        )
+    print(json.dumps(summary(known)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
