@@ -112,6 +112,7 @@ MAY_IMPORT = {
         "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
         "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"
     ),
+    "apps/laboratory/mutation": "genattn",
     "apps/pages": (
         "apps/cli apps/laboratory apps/sampling "
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "

@@ -1,0 +1,1 @@
+"""Whether the tests notice small mistakes. Not in the wheel."""
