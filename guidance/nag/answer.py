@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import torch
 
+from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.nag.carriers import Carried
 from genattn.guidance.nag.cut import pick, pick_mask
 from genattn.guidance.nag.formula import Strength, Total, guide
-from genattn.guidance.nag.shared import shared_answers
+from genattn.guidance.nag.shared import shared_answers, shared_keys
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import gathered
 from genattn.seam.plugin import AttentionCall, Inner
@@ -55,6 +56,8 @@ def is_carried(call: AttentionCall, carried: Carried) -> bool:
         return call.site.kind == "cross" and keys in (cut.total, cut.total * world)
     if stream.one_by_one:
         return call.site.kind == "joint" and keys == cut.total
+    if stream.keys_only:
+        return call.site.kind == "joint" and keys == cut.total * world and call.query.shape[1] == cut.image * world
     return call.site.kind == "joint" and keys == call.query.shape[1] == cut.total * world
 
 
@@ -106,6 +109,21 @@ def _asking(call: AttentionCall, places: torch.Tensor) -> AttentionCall:
     return call.with_tensors(key=pick(call.key, places, 1), value=pick(call.value, places, 1), mask=mask)
 
 
+def keys_only(call: AttentionCall, inner: Inner, carried: Carried, blend: Blend, share: bool) -> torch.Tensor:
+    """The image's answer, [B, S, H, D], where it asks itself and either text and no text asks; `share` as in `joint`."""
+    assert carried.cut is not None
+    cut, world = carried.cut, world_of(call)
+    both = shared_keys(call, inner, cut) if share and world == 1 else None
+    if both is None:
+        carried.twice.add(call.site.name)
+        parts = []
+        for places, layout in ((cut.stock(world), call.run.layout), (cut.negative(world), carried.layout)):
+            found = _layout_of(call, layout, call.query.shape[1], len(places), world)
+            parts.append(replace(_asking(call, places), layout=found))
+        both = inner(parts[0]), inner(parts[1])
+    return blend(*both)
+
+
 def joint(call: AttentionCall, inner: Inner, carried: Carried, blend: Blend, share: bool) -> torch.Tensor:
     """The answer for image, text and negative text, [B, S, H, D], each row where it came.
 
@@ -133,12 +151,16 @@ def joint(call: AttentionCall, inner: Inner, carried: Carried, blend: Blend, sha
 
 def _part(call: AttentionCall, places: torch.Tensor, layout: "object", world: int) -> AttentionCall:
     """The call for some of its tokens, with the layout that they have."""
-    whole = gathered(layout, world) if layout is not None else None  # type: ignore[arg-type]
-    family = family_of(call.run.model) if call.run.model is not None else None
-    found = layout_at(call.site, family, replace(call.run, layout=whole), len(places), len(places))
+    found = _layout_of(call, layout, len(places), len(places), world)
     query, key, value = (pick(tensor, places, 1) for tensor in (call.query, call.key, call.value))
     mask = pick_mask(call.mask, places, places, call.query.shape[1])
     return call.with_tensors(query=query, key=key, value=value, mask=mask, layout=found)
+
+
+def _layout_of(call: AttentionCall, layout: "object", queries: int, keys: int, world: int) -> TokenLayout | None:
+    whole = gathered(layout, world) if layout is not None else None  # type: ignore[arg-type]
+    family = family_of(call.run.model) if call.run.model is not None else None
+    return layout_at(call.site, family, replace(call.run, layout=whole), queries, keys)
 
 
 def one_by_one(call: AttentionCall, inner: Inner, carried: Carried, sample: int, blend: Blend) -> torch.Tensor:

@@ -143,11 +143,13 @@ class Carrier(Stand):
 def cut_of(stream: Stream, carried: Carried, mine: Inputs, theirs: Inputs) -> Cut:
     """Where the negative text will stand in the attention's sequence."""
     if stream.merged:
-        length, own = mine[stream.merged].shape[1], theirs[stream.merged].shape[1]
+        length, own = (values[stream.merged].shape[1] for values in (mine, theirs))
         if carried.text is None:
             assert carried.image is not None
             carried.text = length - carried.image
-        more = own - (length - carried.text) if carried.stream is None else carried.stream.shape[1] + carried.fresh
+        more = own - (length - carried.text)
+        if carried.stream is not None:
+            more = carried.stream.shape[1] + carried.fresh
         return Cut(length, carried.text, more, length, stream.text_first)
     text, more = _tokens(mine[stream.text[0]]).shape[1], _tokens(theirs[stream.text[0]]).shape[1]
     if stream.cross:
@@ -165,7 +167,7 @@ def longer(stream: Stream, carried: Carried, cut: Cut, mine: Inputs, theirs: Inp
         carried.keeps = (mask.bool(), own.bool())
         changed["encoder_attention_mask"] = torch.ones_like(changed["encoder_attention_mask"])
     if stream.merged:
-        extra = _own_tokens(carried, cut, theirs[stream.merged])
+        extra = _own_tokens(carried, cut, theirs[stream.merged], stream)
         changed[stream.merged] = torch.cat([mine[stream.merged], extra.to(mine[stream.merged].dtype)], 1)
         return changed
     for name in stream.text:
@@ -175,7 +177,7 @@ def longer(stream: Stream, carried: Carried, cut: Cut, mine: Inputs, theirs: Inp
 
 def shorter(stream: Stream, carried: Carried, cut: Cut, out: Any) -> Any:
     """The stock results; the negative text is taken out and kept."""
-    if stream.cross:
+    if stream.only_looked_at:
         return out
     if stream.merged:
         carried.stream = _kept(out[:, cut.length :], carried)
@@ -200,10 +202,13 @@ def _tokens(value: Any) -> torch.Tensor:
     return found
 
 
-def _own_tokens(carried: Carried, cut: Cut, merged: torch.Tensor) -> torch.Tensor:
+def _own_tokens(carried: Carried, cut: Cut, merged: torch.Tensor, stream: Stream) -> torch.Tensor:
     """The negative text at a block with one sequence: as the last block gave it, or as the embedders did."""
+    anew = merged[:, : cut.more] if cut.text_first else merged[:, merged.shape[1] - cut.more :]
     if carried.stream is None:
-        return merged[:, : cut.more] if cut.text_first else merged[:, merged.shape[1] - cut.more :]
+        return anew
+    if stream.renewed is not None:
+        return stream.renewed(carried.stream, anew)
     fresh = merged[:, merged.shape[1] - carried.fresh :]
     return torch.cat([carried.stream, fresh], 1) if carried.fresh else carried.stream
 
@@ -212,8 +217,9 @@ def _with_tokens(mine: Any, theirs: Any, carried: Carried, stream: Stream) -> An
     if isinstance(mine, tuple | list):
         return type(mine)((_with_tokens(mine[0], theirs[0], carried, stream), *mine[1:]))
     own = theirs
-    if not stream.cross and carried.stream is not None:
+    if not stream.only_looked_at and carried.stream is not None:
         own = torch.cat([carried.stream, theirs[:, theirs.shape[1] - carried.fresh :]], 1) if carried.fresh else carried.stream
+        own = own if stream.renewed is None else stream.renewed(own, theirs)
     if carried.doubled and mine.shape[1:] != own.shape[1:]:
         raise GenAttnError(
             f"this model tells image tokens from text by its 512 tokens of text, got a negative text of {own.shape[1]} tokens "

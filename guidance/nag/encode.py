@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.guidance.nag.streams import TextWay, way_of
+from genattn.guidance.nag.sequences import like_these
+from genattn.guidance.nag.streams import TextWay
+from genattn.guidance.nag.ways import way_of
 
 Texts = dict[str, Any]
 _TEXT, _MASK = "encoder_hidden_states", "encoder_attention_mask"
@@ -28,6 +30,14 @@ RETURNS: dict[str, tuple[str | None, ...]] = {
     "HunyuanVideoFramepackTransformer3DModel": (_TEXT, None, _MASK),
     "HunyuanVideo15Transformer3DModel": (_TEXT, _MASK, "encoder_hidden_states_2", "encoder_attention_mask_2"),
     "AuraFlowTransformer2DModel": (_TEXT,),
+    "HunyuanImageTransformer2DModel": (_TEXT, _MASK, "encoder_hidden_states_2", "encoder_attention_mask_2"),
+    "BriaFiboTransformer2DModel": (_TEXT, None, "txt_ids", "attention_mask", None, "text_encoder_layers"),
+    "LuminaNextDiT2DModel": (_TEXT, "encoder_mask"),
+    "Kandinsky6Transformer3DModel": (_TEXT, None, _MASK),
+    "NucleusMoEImageTransformer2DModel": (_TEXT, "encoder_hidden_states_mask"),
+    "PRXTransformer2DModel": (_TEXT, "attention_mask"),
+    "LongCatAudioDiTTransformer": (_TEXT, _MASK),
+    "HunyuanDiT2DModel": (_TEXT, "text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5"),
     **dict.fromkeys(
         (
             "PixArtTransformer2DModel",
@@ -35,6 +45,8 @@ RETURNS: dict[str, tuple[str | None, ...]] = {
             "Lumina2Transformer2DModel",
             "MochiTransformer3DModel",
             "LTXVideoTransformer3DModel",
+            "AllegroTransformer3DModel",
+            "Krea2Transformer2DModel",
         ),
         (_TEXT, _MASK),
     ),
@@ -46,6 +58,7 @@ _AS_LONG_AS_THE_TEXT = frozenset({"QwenImageTransformer2DModel", "ZImageTransfor
 _PROMPTS = ("prompt", "prompt_2", "prompt_3", "prompt_4")
 BATCH_AXIS = {"encoder_hidden_states_llama3": 1}
 SHARED = frozenset({"txt_ids"})
+PER_BLOCK = frozenset({"text_encoder_layers"})  # a list with an entry per block, not per sample
 
 
 def encode(pipe: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any], settings: Mapping[str, Any]) -> Texts:
@@ -77,9 +90,15 @@ def encode(pipe: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any
         raise GenAttnError(
             f"encode settings must be arguments of {type(pipe).__name__}.encode_prompt, got {strange}; drop them"
         )
+    missing = _missing(function, {**arguments, **settings})
+    if missing:
+        raise GenAttnError(
+            f"{type(pipe).__name__}.encode_prompt must be told {', '.join(missing)} as well, got a text alone; give it by "
+            "NAG(encode={...}), or the encoded text by negative_embeds"
+        )
     try:
         with torch.no_grad():
-            results = function(**{**arguments, **settings})
+            results = _ENCODERS.get(name, _in_one)(function, {**arguments, **settings}, told)
     except (AttributeError, TypeError) as error:
         if all(getattr(pipe, part, None) is None for part in ("text_encoder", "text_encoder_2", "text_encoder_3")):
             raise GenAttnError(
@@ -91,7 +110,53 @@ def encode(pipe: Any, model: Any, prompts: Sequence[str], told: Mapping[str, Any
         return _through_connectors(pipe, results)
     names = RETURNS.get(name, (_TEXT,))
     found = {key: value for key, value in zip(names, results) if key is not None}
+    if "text_encoder_layers" in found:
+        found["text_encoder_layers"] = _one_per_block(model, found["text_encoder_layers"])
     return {key: value for key, value in found.items() if value is not None or key in told}
+
+
+def _missing(function: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """What a function must be told and is not."""
+    ask = inspect.signature(function).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in ask if p.kind in plain and p.default is inspect.Parameter.empty and p.name not in arguments]
+
+
+def _in_one(function: Any, arguments: dict[str, Any], told: Mapping[str, Any]) -> Any:
+    results = function(**arguments)
+    return (results,) if isinstance(results, torch.Tensor) else results
+
+
+def _by_two_encoders(function: Any, arguments: dict[str, Any], told: Mapping[str, Any]) -> Any:
+    """HunyuanDiT: its second encoder's text is asked for by number, and is of a length of its own."""
+    lengths = {0: told[_TEXT].shape[1], 1: told["encoder_hidden_states_t5"].shape[1]}
+    both = [function(**{**arguments, "text_encoder_index": i, "max_sequence_length": n}) for i, n in lengths.items()]
+    return tuple(part for results in both for part in (results[0], results[2]))
+
+
+def _with_seconds(function: Any, arguments: dict[str, Any], told: Mapping[str, Any]) -> Any:
+    """Stable Audio: behind the text stand two tokens that say where the sound starts and ends."""
+    text = function(**arguments)
+    return (torch.cat([text, told[_TEXT][:1, -2:].to(text).expand(len(text), -1, -1)], 1),)
+
+
+def _with_lengths(function: Any, arguments: dict[str, Any], told: Mapping[str, Any]) -> Any:
+    """LongCat-Audio tells lengths in place of a mask."""
+    text, lengths = function(**arguments)
+    return text, torch.arange(text.shape[1], device=text.device)[None] < lengths.to(text.device)[:, None]
+
+
+_ENCODERS = {
+    "HunyuanDiT2DModel": _by_two_encoders,
+    "StableAudioDiTModel": _with_seconds,
+    "LongCatAudioDiTTransformer": _with_lengths,
+}
+
+
+def _one_per_block(model: Any, layers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Bria FIBO: the encoder's last layers, the last one again where there are more blocks."""
+    blocks = len(model.transformer_blocks) + len(model.single_transformer_blocks)
+    return [*layers[-blocks:], *[layers[-1]] * (blocks - len(layers))]
 
 
 def _text_step(pipe: Any) -> Any:
@@ -124,7 +189,7 @@ def _by_step(
 
 
 def _name_of(model: Any) -> str:
-    known = {*RETURNS, *_CLIP_FIRST, "LTX2VideoTransformer3DModel"}
+    known = {*RETURNS, *_CLIP_FIRST, *_ENCODERS, "LTX2VideoTransformer3DModel"}
     return next((base.__name__ for base in type(model).__mro__ if base.__name__ in known), type(model).__name__)
 
 
@@ -192,14 +257,20 @@ def for_samples(texts: Texts, samples: torch.Tensor, told: Mapping[str, Any], wa
         if name in found or not isinstance(like, torch.Tensor):
             continue
         if name in SHARED:
-            found[name] = _ids(like, length)
+            found[name] = like_these(like, length)
         elif "mask" in name and text in found and like.ndim == 2:
             over_image = like.shape[-1] - told[text].shape[1]
             found[name] = like.new_ones(len(like), found[text].shape[1] + over_image)
     mask = found.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.shape[-1] == length and told["attention_mask"].shape[-1] > before:
+    over = told.get("attention_mask")
+    if (
+        isinstance(mask, torch.Tensor)
+        and isinstance(over, torch.Tensor)
+        and mask.shape[-1] == length
+        and over.shape[-1] > before
+    ):
         # Chroma's mask goes on over the tokens of the image, which are all there
-        image = told["attention_mask"].shape[-1] - before
+        image = over.shape[-1] - before
         found["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), image)], 1)
     return found
 
@@ -208,21 +279,12 @@ def _text_of(mask: str) -> str:
     """The input that a mask belongs to."""
     if mask.endswith("_mask") and mask[: -len("_mask")].endswith("hidden_states"):
         return mask[: -len("_mask")]
-    return mask.replace("attention_mask", "hidden_states") if mask != "attention_mask" else _TEXT
-
-
-def _ids(like: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions of `length` tokens that go on as those of the positive text do."""
-    axis = like.ndim - 2
-    count = like.shape[axis]
-    if length <= count:
-        return like.narrow(axis, 0, length)
-    last, step = like.narrow(axis, count - 1, 1), like.narrow(axis, count - 1, 1) - like.narrow(axis, max(count - 2, 0), 1)
-    more = torch.arange(1, length - count + 1, device=like.device, dtype=like.dtype)[:, None]
-    return torch.cat([like, last + step * more], axis)
+    return _TEXT if mask in ("attention_mask", "encoder_mask") else mask.replace("attention_mask", "hidden_states")
 
 
 def _one(name: str, value: Any, samples: torch.Tensor, like: Any) -> Any:
+    if name in PER_BLOCK:
+        return [_as(part.index_select(0, samples.to(part.device)), near) for part, near in zip(value, like)]
     if isinstance(value, list):
         near = like[0] if isinstance(like, list) and like else None
         return [_as(value[int(i)], near) for i in samples]

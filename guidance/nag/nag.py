@@ -24,8 +24,10 @@ from genattn.guidance.nag.cut import Cut
 from genattn.guidance.nag.defaults import strength_for
 from genattn.guidance.nag.encode import Texts, count_of, encode, for_samples
 from genattn.guidance.nag.negative import check_names, checked_prompts, samples_of
-from genattn.guidance.nag.streams import TextWay, way_of, why_not_carried
-from genattn.guidance.passes.block_swap import Place, swapped
+from genattn.guidance.nag.places import blocks_of, text_sites
+from genattn.guidance.nag.streams import TextWay
+from genattn.guidance.nag.ways import way_of, why_not_carried
+from genattn.guidance.passes.block_swap import swapped
 from genattn.guidance.passes.delta import Window
 from genattn.guidance.passes.pass_role import PassReader, PassRole
 from genattn.guidance.passes.prediction import batch_of
@@ -131,9 +133,8 @@ class NAG(Plugin):
             raise GenAttnError(
                 f"NAG needs a model whose image looks at text, got {name}: {has}; see docs/nag.md for the families"
             )
-        hidden = [site for site in texts if site.unreachable]
-        if len(hidden) == len(texts):
-            raise GenAttnError(f"NAG cannot reach the text of {name}: {hidden[0].unreachable}")
+        if all(site.unreachable for site in texts):
+            raise GenAttnError(f"NAG cannot reach the text of {name}: {texts[0].unreachable}")
         layers = {site.depth: site.heads for site in reversed(texts)}
         heads: dict[int, torch.Tensor] = {}
         if self.heads is not None:
@@ -146,18 +147,15 @@ class NAG(Plugin):
             RootInputs(stock_class(model), family_of(model)),
             PassReader(self.layout),
             heads,
-            any(
-                getattr(model.get_submodule(site.name), "add_k_proj", None) is not None
-                for site in texts
-                if site.kind == "cross"
-            ),
+            any(stream.images_before for stream in way.streams)
+            and any(getattr(model.get_submodule(site.name), "add_k_proj", None) is not None for site in texts),
         )
         self._used[name] = vars(strength_for(name, self.given))
         # in joint attention the negative text needs every layer to go on; heads that are not meant keep their answer
         self._sites |= {(site.model, site.name) for site in text_sites(sites)}
 
     def detach(self, model: nn.Module) -> None:
-        """Forget a denoiser."""
+        """Forget it."""
         self._models.pop(model, None)
 
     def wants(self, site: AttentionSite) -> bool:
@@ -199,7 +197,8 @@ class NAG(Plugin):
         if carried.here.one_by_one:
             return answer.one_by_one(call, inner, carried, sample, blend)
         place = (call.site.model, call.site.name)
-        out = answer.joint(call, inner, carried, blend, self.share and place not in self._alone)
+        asked = answer.keys_only if carried.here.keys_only else answer.joint
+        out = asked(call, inner, carried, blend, self.share and place not in self._alone)
         if call.site.name in carried.twice:
             self._alone.add(place)  # nobody tells the log-sum-exp here: do not ask again in this run
         return out
@@ -212,11 +211,9 @@ class NAG(Plugin):
         self._refuse_company(run.model)
         known = self._models[run.model]
         told = known.inputs.bind(args, kwargs)
-        if told.get("kv_cache_mode") is not None:
-            raise GenAttnError(
-                "NAG does not carry a negative text beside kept keys of reference images (kv_cache_mode is set); "
-                "use the pipeline that runs its references in every step"
-            )
+        reason = known.way.refuses(run.model, told) if known.way.refuses is not None else ""
+        if reason:
+            raise GenAttnError(f"NAG cannot carry a second text through {type(run.model).__name__} here: {reason}")
         role = self._role(run, known, args, kwargs)
         if role.kind != "cond":
             self._tell_if_same(run, known, told, role)
@@ -225,6 +222,8 @@ class NAG(Plugin):
         samples = samples_of(role, count_of(texts, known.way), told.get(known.way.inputs[0]))
         self._tell_if_same(run, known, told, role)
         theirs = for_samples(texts, samples, told, known.way)
+        theirs |= known.way.prepare(run.model, told, theirs) if known.way.prepare is not None else {}
+        theirs = {name: value for name, value in theirs.items() if name in known.inputs.names}
         guided = torch.zeros(role.batch, dtype=torch.bool)
         guided[role.rows] = True
         carried = Carried(known.way, guided, {}, told, known.way.fresh({**told, **theirs}), known.doubled)
@@ -267,14 +266,14 @@ class NAG(Plugin):
         assert run.model is not None
         _refuse_whole_compile(run.model)
         carried.layout, _ = known.inputs.layout(run.model, {**carried.inputs, **theirs})
-        passers = {place: Passer(block, gives) for place, block, gives in _blocks(run.model, known.way, passed=True)}
+        passers = {place: Passer(block, gives) for place, block, gives in blocks_of(run.model, known.way, passed=True)}
         with run.extra_pass("nag"), swapped(run.model, passers):
             _called(inner, known.inputs.names, args, kwargs, theirs)
         carried.theirs = {place: passer.__dict__["seen"] for place, passer in passers.items()}
         streams = {stream.stack: stream for stream in known.way.streams}
         carriers = {
             place: Carrier(block, place, streams[place[0]], carried)
-            for place, block, _ in _blocks(run.model, known.way, passed=False)
+            for place, block, _ in blocks_of(run.model, known.way, passed=False)
         }
         with swapped(run.model, carriers):
             return inner(*args, **kwargs)
@@ -355,24 +354,6 @@ class NAG(Plugin):
             "image_asked_twice_at": sorted(name for _, name in self._alone),
             "counts": dict(self.counts),
         }
-
-
-def text_sites(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
-    """The attention in blocks that sees text; between video and audio no text is seen."""
-    return [
-        site
-        for site in sites
-        if site.depth >= 0 and site.kind in ("joint", "cross") and "_to_" not in site.name.rsplit(".", 1)[-1]
-    ]
-
-
-def _blocks(model: nn.Module, way: TextWay, passed: bool) -> Iterator[tuple[Place, nn.Module, tuple[str, ...] | str]]:
-    """Every block of the text's way; with `passed`, those too that see none."""
-    stacks: dict[str, tuple[str, ...] | str] = {stream.stack: stream.gives for stream in way.streams}
-    for stack, gives in {**stacks, **(way.passed if passed else {})}.items():
-        blocks: Any = model.get_submodule(stack) if hasattr(model, stack) else []
-        for index, block in enumerate(blocks):
-            yield (stack, index), block, gives
 
 
 def _called(inner: Denoise, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], changed: Texts) -> Any:

@@ -28,21 +28,57 @@ def shared_answers(call: AttentionCall, inner: Inner, cut: Cut) -> Pair | None:
         inner: the rest of the chain.
         cut: where the texts stand.
     """
-    if call.is_causal or not cut.text or not (call.mask is None or isinstance(call.mask, torch.Tensor)):
-        return None
     stock, negative = cut.stock(), cut.negative()
     image = stock[cut.image_rows()[0]]
-    alone = _part(call, image, image)
+    itself = _on_itself(call, inner, cut, _part(call, image, image))
+    if itself is None:
+        return None
+    first = _beside(call, stock, cut.image_rows()[0], itself)
+    second = _beside(call, negative, cut.image_rows()[1], itself)
+    return first, second
+
+
+def shared_keys(call: AttentionCall, inner: Inner, cut: Cut) -> Pair | None:
+    """The same where the image alone asks: its answers beside either text, [B, S, H, D] each; None where it cannot be.
+
+    Args:
+        call: the image's queries on a sequence that carries both texts.
+        inner: the rest of the chain.
+        cut: where the texts stand.
+    """
+    stock, negative = cut.stock(), cut.negative()
+    rows = torch.arange(call.query.shape[1])
+    itself = _on_itself(call, inner, cut, _part(call, rows, stock[cut.image_rows()[0]]))
+    if itself is None:
+        return None
+    answers = []
+    for sequence, image in ((stock, cut.image_rows()[0]), (negative, cut.image_rows()[1])):
+        is_text = torch.ones(len(sequence), dtype=torch.bool)
+        is_text[image] = False
+        near = _part(call, rows, sequence[is_text])
+        looked = attention_with_lse(near.query, near.key, near.value, near.mask, near.scale)
+        answers.append(merged(itself, looked).to(itself[0].dtype))
+    return answers[0], answers[1]
+
+
+def _on_itself(call: AttentionCall, inner: Inner, cut: Cut, alone: AttentionCall) -> Pair | None:
+    """The image's answer on itself and its log-sum-exp, by the rest of the chain; None where that is not told.
+
+    Args:
+        call: the call on the carried sequence.
+        inner: the rest of the chain.
+        cut: where the texts stand.
+        alone: the call with the image's queries and keys only.
+    """
+    if call.is_causal or not cut.text or not (call.mask is None or isinstance(call.mask, torch.Tensor)):
+        return None
     alone = replace(alone, layout=_image_alone(call.run.layout, cut), record=CallRecord(wants_lse=True))
     out = inner(alone)
     record = alone.record
     if record.lse is None or record.edited:
         return None
     call.record.sparse, call.record.density, call.record.reason = record.sparse, record.density, record.reason
-    itself = (out, record.lse)
-    first = _beside(call, stock, cut.image_rows()[0], itself)
-    second = _beside(call, negative, cut.image_rows()[1], itself)
-    return first, second
+    return out, record.lse
 
 
 def _beside(call: AttentionCall, sequence: torch.Tensor, image: torch.Tensor, itself: Pair) -> torch.Tensor:
@@ -72,7 +108,7 @@ def _part(call: AttentionCall, rows: torch.Tensor, columns: torch.Tensor) -> Att
         query=pick(call.query, rows, 1),
         key=pick(call.key, columns, 1),
         value=pick(call.value, columns, 1),
-        mask=pick_mask(call.mask, rows, columns, call.query.shape[1]),
+        mask=pick_mask(call.mask, rows, columns, call.key.shape[1]),
     )
 
 

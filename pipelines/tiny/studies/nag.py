@@ -1,9 +1,10 @@
 """Does a negative prompt at guidance scale 1 keep out what it names? NAG on a tiny pipeline, judged by the oracle.
 
-A caption with one word left out (the colour, the shape, or the motion) leaves that attribute to the model. The word for each
-of some values is then the negative prompt, with the same noise. Measured: how often the answer shows the named value, without
-and with NAG, and whether the rest of what the caption asks for is still there. Differences are paired by caption, with 95 %
-bootstrap intervals over the captions.
+A caption with one word left out (the colour, the shape, or the motion) leaves that attribute to the model. Each of some
+values is then named in the negative prompt, with the same noise: by its word alone, or by the caption's own sentence with that
+word in its place. Measured: how often the answer shows the named value, without and with NAG, and whether the rest of what the
+caption asks for is still there. Differences are paired by caption, with 95 % bootstrap intervals over the captions. Settings
+are chosen on other captions (`--first-seed`) than those that the tables report.
 
     python -m genattn.pipelines.tiny.studies.nag --model assets/tiny-sd3 --count 40 --csv assets/bench/nag.csv
 """
@@ -12,7 +13,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ class StudySettings:
         scale: of NAG.
         tau: of NAG.
         alpha: of NAG.
-        max_sequence_length: tokens of T5, >= 1; fewer cost less.
+        max_sequence_length: tokens that the text is filled up to, >= 1; fewer cost less.
+        naming: "word" for the value's word as negative prompt, "sentence" for the caption with it.
+        first_seed: of the captions; >= 1,000,000, below are those of the training.
     """
 
     count: int = 40
@@ -63,10 +66,14 @@ class StudySettings:
     tau: float = 2.5
     alpha: float = 0.25
     max_sequence_length: int = 16
+    naming: str = "sentence"
+    first_seed: int = FIRST_SEED
 
     def __post_init__(self) -> None:
         if self.count < 2 or min(self.steps, self.batch, self.max_sequence_length) < 1:
             raise GenAttnError(f"count must be >= 2, steps, batch and max_sequence_length >= 1, got {self}; correct it")
+        if self.naming not in ("word", "sentence") or self.first_seed < FIRST_SEED:
+            raise GenAttnError(f"naming must be word or sentence and first_seed >= {FIRST_SEED}, got {self}; correct it")
 
 
 def open_caption(scene: Scene, attribute: str) -> str:
@@ -79,6 +86,13 @@ def open_caption(scene: Scene, attribute: str) -> str:
 def negative_word(attribute: str, value: str) -> str:
     """What names a value: "red", "circle", "moves right"."""
     return MOTIONS[value] if attribute == "motion" else value
+
+
+def negative_text(scene: Scene, attribute: str, value: str, naming: str) -> str:
+    """The negative prompt that names a value, by `StudySettings.naming`."""
+    if naming == "word":
+        return negative_word(attribute, value)
+    return caption(replace(scene, objects=(replace(scene.objects[0], **{attribute: value}),)))
 
 
 def read(clip: npt.NDArray[np.uint8]) -> Read:
@@ -102,7 +116,7 @@ class NegativeStudy:
 
     def __init__(self, pipe: Any, size: GenerationDefaults, settings: StudySettings) -> None:
         self.pipe, self.size, self.settings = pipe, size, settings
-        every = [scene for scene in evaluation_scenes(2 * settings.count, FIRST_SEED) if len(scene.objects) == 1]
+        every = [scene for scene in evaluation_scenes(2 * settings.count, settings.first_seed) if len(scene.objects) == 1]
         self.scenes = every[: settings.count]
 
     @property
@@ -149,7 +163,9 @@ class NegativeStudy:
         values = VALUES[attribute]
         pairs = [(i, value) for i in range(len(prompts)) for value in values]
         guided = self.clips(
-            [prompts[i] for i, _ in pairs], [seeds[i] for i, _ in pairs], [negative_word(attribute, v) for _, v in pairs]
+            [prompts[i] for i, _ in pairs],
+            [seeds[i] for i, _ in pairs],
+            [negative_text(self.scenes[i], attribute, v, self.settings.naming) for i, v in pairs],
         )
         names = tuple(name for name in REST[attribute] if name != "motion" or self.size.frames >= 3)
         return {"attribute": attribute, **compare(self.scenes, plain, dict(zip(pairs, guided)), attribute, values, names)}

@@ -19,9 +19,13 @@ from genattn.guidance.nag.formula import Strength, guide_reference
 
 _STOCK_SDPA = F.scaled_dot_product_attention
 TEXT_FIRST = {"flux", "flux-kontext", "flux2", "chroma", "qwen-image", "qwen-image-edit", "lumina2", "aura-flow"}
-TEXT_FIRST |= {"cogvideox", "cogvideox-1.5", "consisid", "bria", "ovis-image", "longcat-image"}
-MERGED = ("single_transformer_blocks", "single_stream_blocks", "layers")
-STACKS = ("transformer_blocks", "joint_transformer_blocks", "double_stream_blocks", *MERGED)
+TEXT_FIRST |= {"cogvideox", "cogvideox-1.5", "consisid", "bria", "ovis-image", "longcat-image", "bria-fibo", "flux3"}
+TEXT_FIRST |= {"cogview3-plus", "cogview4", "easyanimate", "krea2", "minimax-h3", "minimax-h3-reference"}
+STACKS = ("transformer_blocks", "joint_transformer_blocks", "double_stream_blocks", "double_blocks")
+STACKS += ("single_transformer_blocks", "single_stream_blocks", "layers")
+# what an attention module that only looks at the text is told of it
+OF_TEXT = ("encoder_hidden_states", "context", "attention_mask", "attn_mask", "prompt_rotary_emb", "image_rotary_emb")
+HALVES = {"bria-fibo"}  # half of the text's channels come anew with every block
 
 
 class Score:
@@ -67,17 +71,20 @@ class Counting(nn.Module):
 
 
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(type(module).forward).bind(None, *args, **kwargs).arguments
-    named = dict(list(bound.items())[1:])
-    return {**named.pop("kwargs", {}), **named} if "kwargs" in named else named
+    signature = inspect.signature(type(module).forward)
+    named = dict(list(signature.bind(None, *args, **kwargs).arguments.items())[1:])
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named = {**named.pop(name, {}), **named}
+    return named
 
 
 class TwiceCross(nn.Module):
     """A cross-attention module that asks either text; Wan's image tokens come before the text's and are asked as ever."""
 
-    def __init__(self, module: nn.Module, theirs: dict[str, Any], score: Score, added: bool) -> None:
+    def __init__(self, module: nn.Module, theirs: dict[str, Any], score: Score) -> None:
         super().__init__()
-        self.__dict__.update(module=module, theirs=theirs, score=score, added=added)
+        self.__dict__.update(module=module, theirs=theirs, score=score)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["module"], name)
@@ -85,11 +92,11 @@ class TwiceCross(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module, theirs, score = (self.__dict__[name] for name in ("module", "theirs", "score"))
         mine = arguments(module, args, kwargs)
-        other = {**mine, **{k: v for k, v in theirs.items() if k in ("encoder_hidden_states", "attention_mask")}}
+        other = {**mine, **{k: v for k, v in theirs.items() if k in OF_TEXT}}
         score.inside += 1
         score.mode = "keep"
         module(**other)
-        if self.__dict__["added"]:  # the first dot product is the image tokens'; both texts share it
+        if len(score.kept) > 1 and "context" not in mine:  # the first dot product is the image tokens'; both texts share it
             score.kept = score.kept[1:]
             score.mode = "after first"
         else:
@@ -137,8 +144,9 @@ class TwiceJoint(nn.Module):
 class World:
     """The negative text's stream, and where image and text stand."""
 
-    def __init__(self, text_first: bool, score: Score, fresh: int, image: int | None) -> None:
-        self.text_first, self.score, self.fresh, self.image = text_first, score, fresh, image
+    def __init__(self, family: str, score: Score, fresh: int, image: int | None) -> None:
+        self.text_first, self.score, self.fresh, self.image = family in TEXT_FIRST, score, fresh, image
+        self.halves = family in HALVES
         self.stream: torch.Tensor | None = None
 
     def _rows(self, length: int) -> slice:
@@ -148,6 +156,9 @@ class World:
     def _own(self, theirs: torch.Tensor) -> torch.Tensor:
         if self.stream is None:
             return theirs
+        if self.halves:
+            half = theirs.shape[2] // 2
+            return torch.cat([self.stream[:, :, :half], theirs[:, :, half:]], 2)
         return torch.cat([self.stream, theirs[:, theirs.shape[1] - self.fresh :]], 1) if self.fresh else self.stream
 
     def _keep(self, text: torch.Tensor) -> None:
@@ -188,8 +199,8 @@ class World:
         return above
 
 
-def recorded(model: nn.Module, modules: list[nn.Module], inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments that each module gets in a stock forward."""
+def recorded(model: nn.Module, modules: list[nn.Module], inputs: dict[str, Any]) -> list[Any]:
+    """The arguments that each module gets in a stock forward, None for one that is not called."""
     seen: dict[int, dict[str, Any]] = {}
     hooks = []
     for module in modules:
@@ -201,7 +212,7 @@ def recorded(model: nn.Module, modules: list[nn.Module], inputs: dict[str, Any])
     model(**inputs)
     for hook in hooks:
         hook.remove()
-    return [seen[id(module)] for module in modules]
+    return [seen.get(id(module)) for module in modules]
 
 
 @contextlib.contextmanager
@@ -218,10 +229,6 @@ def replaced(model: nn.Module, names: dict[str, nn.Module]) -> Iterator[None]:
             model.get_submodule(parent)._modules[leaf] = module
 
 
-def is_text_cross(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ("attn2", "audio_attn2") and "motion_modules" not in name
-
-
 def guided(
     model: nn.Module,
     mine: dict[str, Any],
@@ -229,32 +236,35 @@ def guided(
     strength: Strength,
     family: str,
     joint: list[str],
+    looking: list[str],
     fresh: int = 0,
     image: int | None = None,
 ) -> Any:
-    """The guided forward. `joint`: names of the joint attention modules, empty for families with cross-attention."""
+    """The guided forward.
+
+    joint: names of the attention modules that text and image share. looking: of those that look at the text as it is.
+    """
     score = Score(strength)
     F.scaled_dot_product_attention = score
     try:
         with torch.no_grad():
             if not joint:
-                names = [name for name, _ in model.named_modules() if is_text_cross(name)]
-                seen = recorded(model, [model.get_submodule(name) for name in names], theirs)
+                seen = recorded(model, [model.get_submodule(name) for name in looking], theirs)
                 pairs = [
                     (name, args)
-                    for name, args in zip(names, seen, strict=True)
-                    if args.get("encoder_hidden_states") is not None
+                    for name, args in zip(looking, seen, strict=True)
+                    if args is not None and args.get("encoder_hidden_states", args.get("context")) is not None
                 ]
                 stand = {}
                 for name, args in pairs:
                     module = model.get_submodule(name)
-                    stand[name] = TwiceCross(module, args, score, getattr(module, "add_k_proj", None) is not None)
+                    stand[name] = TwiceCross(module, args, score)
                 with replaced(model, stand):
                     return model(**mine)
             stacks = [stack for stack in STACKS if hasattr(model, stack)]
             names = [f"{stack}.{i}" for stack in stacks for i in range(len(model.get_submodule(stack)))]
             seen = recorded(model, [model.get_submodule(name) for name in names], theirs)
-            world = World(family in TEXT_FIRST, score, fresh, image)
+            world = World(family, score, fresh, image)
             with replaced(model, {name: Counting(model.get_submodule(name), score) for name in joint}):
                 stand = {
                     name: TwiceJoint(model.get_submodule(name), args, world, args.get("encoder_hidden_states") is None)
