@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny.studies import nag, small_guidance
+from genattn.pipelines.tiny.studies import nag, probe, small_guidance
 from genattn.pipelines.tiny.world import Scene, TinyObject, render
 
 SCENE = Scene((TinyObject("red", "circle", "right", "large"),), "dark")
@@ -19,6 +19,12 @@ def test_one_attribute_is_left_open() -> None:
     assert nag.open_caption(SCENE, "motion") == "a large red circle on a dark background"
     assert nag.negative_word("motion", "up") == "moves up"
     assert nag.negative_word("colour", "blue") == "blue"
+
+
+def test_a_value_is_named_alone_or_in_the_captions_own_sentence() -> None:
+    assert nag.negative_text(SCENE, "shape", "ring", "word") == "ring"
+    assert nag.negative_text(SCENE, "shape", "ring", "sentence") == "a large red ring moves right on a dark background"
+    assert nag.negative_text(SCENE, "motion", "up", "sentence") == "a large red circle moves up on a dark background"
 
 
 def test_reads_what_is_there() -> None:
@@ -58,10 +64,25 @@ def test_gains_are_paired() -> None:
     assert rows["unguided"]["unguided_low"] == rows["unguided"]["unguided_high"] == 0.0
 
 
-@pytest.mark.parametrize(("settings", "match"), [({"count": 1}, "count must be >= 2"), ({"steps": 0}, "steps, batch")])
-def test_refuses(settings: dict[str, int], match: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"count": 1}, "count must be >= 2"),
+        ({"steps": 0}, "steps, batch"),
+        ({"naming": "letter"}, "naming must be word or sentence"),
+        ({"first_seed": 5}, "first_seed >= 1000000"),
+    ],
+)
+def test_refuses(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(GenAttnError, match=match):
         nag.StudySettings(**settings)
+
+
+def test_looks_of_the_probe_come_at_equal_captions_and_at_equal_cost() -> None:
+    every = probe.variants(40)
+    assert {moments for moments, captions in every if captions == 40} == set(probe.LOOKS)
+    assert all(len(moments) * captions <= 40 for moments, captions in every if captions < 40)
+    assert sum(captions < 40 for _, captions in every) == sum(len(moments) > 1 for moments in probe.LOOKS)
 
 
 def test_refuses_another_folder(tmp_path: Path) -> None:
