@@ -10,6 +10,7 @@ texts, and twice. A second forward of the model would be a ratio of 2.
 """
 
 import argparse
+import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -114,6 +115,19 @@ STEPS: dict[str, tuple[str, Callable[[], tuple[Any, dict[str, Any]]]]] = {
     "SD3 at 1,101 tokens": ("joint", build_sd3),
     "Wan at 1,260 tokens": ("cross", build_wan),
 }
+
+
+def markdown(file: Path) -> str:
+    """For the manual: with NAG over without it, a row per model and unit."""
+    with file.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    lines = [["model", "attention", "of a", "image asked", "ratio", "interval of 95 %"], ["---"] * 6]
+    for row in rows:
+        between = f"{float(row['low']):.2f} to {float(row['high']):.2f}"
+        lines.append([row["model"], row["attention"], row["unit"], row["image_asked"], f"{float(row['ratio']):.2f}", between])
+    body, last = "\n".join(f"| {' | '.join(line)} |" for line in lines), rows[-1]
+    where = f"{last['device']}, torch {last['torch']}, diffusers {last['diffusers']}, {last['date']}, commit {last['commit']}"
+    return f"{body}\n\n<sub>Processor time, medians of {last['pairs']} pairs; {where}.</sub>"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ are chosen on other captions (`--first-seed`) than those that the tables report.
 
 import argparse
 import contextlib
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -215,6 +216,36 @@ def _kept(scene: Scene, seen: Read, rest: Sequence[str]) -> float:
     thing = scene.objects[0]
     asked = {"colour": thing.colour, "shape": thing.shape, "motion": thing.motion, "background": scene.background}
     return float(np.mean([seen[name] == asked[name] for name in rest]))
+
+
+def markdown(file: Path, held_out: bool) -> str:
+    """For the manual: a row per setting and attribute; the captions that settings were chosen on, or those that judge.
+
+    Args:
+        file: the study's table.
+        held_out: rows whose captions begin at `FIRST_SEED`, else the others.
+    """
+    with file.open(newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if (int(row["first_seed"]) == FIRST_SEED) is held_out]
+    head = ["model", "named by", "scale, tau, alpha", "left open", "named value there", "change", "rest there", "change"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        strength = ", ".join(f"{float(row[name]):g}" for name in ("scale", "tau", "alpha"))
+        named, rest = (f"{float(row[a]):.3f} to {float(row[b]):.3f}" for a, b in (_NAMED, _REST))
+        cells = [row["model"], row["naming"], strength, f"{row['attribute']} ({row['captions']} captions)"]
+        lines.append([*cells, named, _interval(row, "difference", ""), rest, _interval(row, "rest_difference", "rest_")])
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    places = {f"{row['device']}, torch {row['torch']}, diffusers {row['diffusers']}, {row['date']}" for row in rows}
+    commits = sorted({row["commit"] for row in rows})
+    return f"{body}\n\n<sub>{'; '.join(sorted(places))}, commit {', '.join(commits)}.</sub>"
+
+
+_NAMED, _REST = ("named_without", "named_with"), ("rest_without", "rest_with")
+
+
+def _interval(row: Mapping[str, str], name: str, prefix: str) -> str:
+    low, high = (float(row[f"{prefix or 'difference_'}{side}"]) for side in ("low", "high"))
+    return f"{float(row[name]):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def load(folder: Path) -> tuple[Any, GenerationDefaults]:
