@@ -197,10 +197,10 @@ def _longer_finetuning() -> str:
     return finetune_table(ROOT / "assets" / "bench" / "finetune.csv")
 
 
-def _nag(held_out: bool) -> Callable[[], str]:
+def _nag(held_out: bool) -> str:
     from genattn.pipelines.tiny.studies.nag import markdown
 
-    return lambda: markdown(ROOT / "assets" / "bench" / "nag.csv", held_out)
+    return markdown(ROOT / "assets" / "bench" / "nag.csv", held_out)
 
 
 def _nag_cost() -> str:
@@ -234,7 +234,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "motion-by-caption": _motion_by_caption,
     },
     "docs/long-clip.md": {"long-clip": _long_clip},
-    "docs/nag.md": {"held-out": _nag(True), "tried": _nag(False), "cost": _nag_cost},
+    "docs/nag.md": {"held-out": lambda: _nag(True), "tried": lambda: _nag(False), "cost": _nag_cost},
     "docs/finetuning.md": {"longer": _longer_finetuning},
     "docs/broadway.md": {
         "motion-modules": lambda: study_table("broadway.csv"),
