@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "kernels/reference": "kernels/plan",
     "kernels/triton": "kernels/cpu kernels/plan kernels/reference",
     "genattn": "",
+    "genattn/distributed": "",
     "genattn/functional": "genattn genattn/geometry genattn/patterns kernels kernels/peers kernels/plan kernels/triton",
     "genattn/geometry": "genattn kernels/plan",
     "genattn/layouts": "genattn genattn/geometry",
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "genattn/planning": "genattn genattn/geometry genattn/patterns genattn/selection kernels/plan",
     "genattn/profiling": "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam genattn/selection",
     "genattn/seam": (
-        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning "
+        "genattn genattn/distributed genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning "
         "kernels kernels/cpu kernels/plan"
     ),
     "genattn/selection": "genattn genattn/geometry",

@@ -14,7 +14,7 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.families import family_of
-from genattn.seam.context_parallel import gathered, ulysses, why_not_ulysses
+from genattn.seam.context_parallel import Part, gathered, has_text_apart, held_by_each, places_of, shared_attention, split_of
 from genattn.seam.cores import MARK, Mark, StockCore
 from genattn.seam.denoiser import HERE, RootCalls, current_run, other_cache_context, run_of, stock_state
 from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
@@ -53,6 +53,7 @@ class Injection:
         self.marks: list[Mark] = []
         self.recorded = Recorded()
         self._unseen: set[int] = set()
+        self._cut: tuple[Any, bool] | None = None
         self.root: RootCalls | None = None
         self._plugins: list[Plugin] = []
         self._wrappers: list[Plugin] = []
@@ -110,10 +111,13 @@ class Injection:
             config = self.model.__dict__.get("_parallel_config")
             if getattr(config, "context_parallel_config", None) is None:
                 return
-        reason = why_not_ulysses(config)
-        names = [type(plugin).__name__ for plugin in plugins if plugin.touches_attention]
-        if reason and names:
-            raise GenAttnError(f"{', '.join(names)} on {self.model.__class__.__name__} must see whole sequences, but {reason}")
+        split = split_of(config)
+        why = {type(p).__name__: p.why_not_split(split) for p in plugins if p.touches_attention} if split else {}
+        name, reason = next(((name, reason) for name, reason in why.items() if reason), ("", ""))
+        if reason:
+            raise GenAttnError(
+                f"{name} on {self.model.__class__.__name__} cannot act under {split} context parallelism: {reason}"
+            )
 
     def sync(self) -> None:
         """Mark processors that came after us (fused projections, IP-Adapter, set_attn_processor), let go of those that went,
@@ -283,32 +287,46 @@ class Injection:
         core: StockCore,
         run: Run,
     ) -> torch.Tensor:
-        """The chain on gathered tokens and some of the heads; where that cannot be, stock code for plugins that do nothing."""
-        reason = why_not_ulysses(core.parallel_config)
-        if reason:
-            self.refuse_split((p for p, _ in mark.chain if not _is_off(p, run)), core.parallel_config)
+        """The chain on what this process answers of the whole sequence; stock code where no plugin acts."""
+        acting = [plugin for plugin, _ in mark.chain if plugin.touches_attention and not _is_off(plugin, run)]
+        split = split_of(core.parallel_config)
+        if not acting or not split or flags["is_causal"]:  # stock has its own words for causal calls
+            reason = (
+                "every plugin leaves it to stock code" if split else "the parallel config is not diffusers' context parallelism"
+            )
             return _untouched(mark, tensors, mask, flags, core, reason)
+        self.refuse_split(acting, core.parallel_config)
+        apart, known = self._text_apart(core.parallel_config), run.layout
 
-        def chain(gathered_tensors: Any, given: Any, world: int, rank: int) -> torch.Tensor:
-            tokens, heads = gathered_tensors[0].shape[1:3]
-            whole = gathered(run.layout, world) if run.layout is not None else None
-            layout = layout_at(mark.site, self.family, replace(run, layout=whole), tokens, gathered_tensors[1].shape[1])
-            query, key, value = gathered_tensors
+        def chain(joined: Tensors, given: Any, part: Part) -> torch.Tensor:
+            tokens, world = joined[1].shape[1], len(part.sizes)
+            whole = None
+            if known is not None and held_by_each(known, world, apart) == part.sizes:
+                whole = gathered(known, world, apart, part.first)
+            asking = tokens if part.only_first else joined[0].shape[1]
+            layout = layout_at(mark.site, self.family, replace(run, layout=whole), asking, tokens)
             call = AttentionCall(
-                query,
-                key,
-                value,
+                *joined,
                 given,
                 site=mark.site,
-                run=run,
+                run=replace(run, sample_layouts=()) if run.sample_layouts else run,
                 layout=layout,
                 record=CallRecord(),
-                head_offset=rank * heads,
+                head_offset=part.head_offset,
+                only_first=part.only_first,
                 **flags,
             )
             return _timed(mark, call, StockCore(core.number, core.backend, None))
 
-        return ulysses(tensors, mask, flags["scale"], core.parallel_config, chain)
+        def order(part: Part) -> torch.Tensor | None:
+            return None if known is None else places_of(known, len(part.sizes), apart, part.first)
+
+        return shared_attention(tensors, mask, core.parallel_config, chain, order)
+
+    def _text_apart(self, config: Any) -> bool:
+        if self._cut is None or self._cut[0] is not config:
+            self._cut = (config, has_text_apart(self.model))
+        return self._cut[1]
 
 
 def _untouched(mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], core: StockCore, reason: str) -> torch.Tensor:

@@ -109,6 +109,8 @@ class AttentionCall:
     mask: as the processor gave it (None, bool or additive, [B, Sk], [B, 1, 1, Sk], [B, 1, Sq, Sk], [B, H, Sq, Sk], or flex's
     BlockMask). layout: segments of this call's sequence when known (may differ from run.layout: spatial or temporal sites).
     head_offset: index of the first head, when context parallelism has left this process only some of them.
+    only_first: the queries are the first Sq of the layout's Sk tokens (ring context parallelism), in a call that would have
+        all of them on one process.
     """
 
     query: torch.Tensor
@@ -123,6 +125,12 @@ class AttentionCall:
     layout: TokenLayout | None
     record: CallRecord = field(default_factory=CallRecord)
     head_offset: int = 0
+    only_first: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Queries of the call as one process would make it."""
+        return self.key.shape[1] if self.only_first else self.query.shape[1]
 
     def with_tensors(self, **changes: Any) -> "AttentionCall":
         """A copy with some fields replaced."""
@@ -160,6 +168,14 @@ class Plugin(ABC):  # noqa: B024
     def touches_attention(self) -> bool:
         """Whether `attention` ever does more than hand calls on."""
         return type(self).attention is not Plugin.attention
+
+    def why_not_split(self, split: str) -> str:
+        """Why it cannot act where a sequence is split over devices; empty when it can.
+
+        split: "ulysses", all tokens and an equal number of heads on each; "ulysses_anything", tokens and heads that need not
+        divide; "ring", some of the queries and all keys (`AttentionCall.only_first`).
+        """
+        return "" if split == "ulysses" else "it needs whole sequences and as many heads on every device; use plain Ulysses"
 
     def foresee(self, call: AttentionCall) -> None:  # noqa: B027
         """Called with the first call of a run, also where `stays_out`; raise GenAttnError for what later ones would fail at."""

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention, why_no_tail
+from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention, why_no_tail
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import as_autocast, choose_impl
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.first_queries import of_first_queries
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
@@ -97,6 +98,14 @@ class SparsePlugin(Plugin):
         """A dense pattern never does."""
         return not isinstance(self.pattern, DensePattern)
 
+    def why_not_split(self, split: str) -> str:
+        """Some of the queries cannot choose tiles for all, and boxes that follow the query tile know no part of a sequence."""
+        if split == "ring" and self.pattern.needs_tensors:
+            return f"{type(self.pattern).__name__} chooses tiles by all queries, of which a ring has some; use Ulysses"
+        if split == "ring" and self.impl in ("halo", "natten"):
+            return f"impl={self.impl!r} answers whole sequences; use impl='auto' or Ulysses"
+        return ""
+
     def foresee(self, call: AttentionCall) -> None:
         """A backend that is named must serve; the first steps are dense and would not tell."""
         impl = call.run.options_of(self).get("impl", self.impl)
@@ -120,7 +129,7 @@ class SparsePlugin(Plugin):
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Sparse, or `inner` with a reason."""
         options = call.run.options_of(self)
-        planned = self.stays_out(call.run, call.site, call.query.shape[1])
+        planned = self.stays_out(call.run, call.site, call.tokens)
         if planned:
             return _dense(call, inner, planned)
         if call.layout is None and call.run.sample_layouts:
@@ -135,6 +144,8 @@ class SparsePlugin(Plugin):
         pattern = self._pattern_at(call, impl)
         self._used.add(pattern)
         plan = plan_for(call.query, call.key, pattern, call.layout, impl, self._memory_at(call))
+        if call.only_first:
+            plan = _for_own_rows(plan, call)
         flags: dict[str, Any] = {"impl": impl, "scale": call.scale, "key_mask": keys}
         tail = plan.tail if isinstance(plan, BlockPlan | HeadTiles) else None
         call.record.ran_sparse(plan.density, None if tail is None else tail.kind)
@@ -261,6 +272,15 @@ class SparsePlugin(Plugin):
             "impl": self.impl,
             **({"preset": self.origin} if self.origin else {}),
         }
+
+
+def _for_own_rows(plan: AnyPlan, call: AttentionCall) -> BlockPlan:
+    """The plan for the rows that this process has of a ring."""
+    if not isinstance(plan, BlockPlan):
+        raise GenAttnError(
+            "under ring context parallelism a plan must have fixed tiles, got one that has none; use impl='auto'"
+        )
+    return of_first_queries(plan, call.query.shape[1])
 
 
 def _rows_of(call: AttentionCall, rows: torch.Tensor) -> AttentionCall:

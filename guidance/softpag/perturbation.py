@@ -113,13 +113,23 @@ def image_rows(call: AttentionCall) -> torch.Tensor | None:
                 f"image rows must be known, got no layout for the joint sequence of {call.site.name}; use target 'identity'"
             )
         return None
-    if call.layout.seqlen != call.query.shape[1]:
+    if call.layout.seqlen != call.tokens:
         raise GenAttnError(
-            f"the layout must cover the sequence, got {call.layout.describe()} for {call.query.shape[1]} tokens "
+            f"the layout must cover the sequence, got {call.layout.describe()} for {call.tokens} tokens "
             f"at {call.site.name}; use target 'identity'"
         )
     positions = call.layout.grid_positions
+    if call.only_first:
+        positions = positions[positions < call.query.shape[1]]
     return None if len(positions) == call.query.shape[1] else positions.to(call.query.device)
+
+
+def _text_keys(call: AttentionCall) -> torch.Tensor:
+    """Bool [Sk]: the keys that are no image token; of a call whose layout is known."""
+    assert call.layout is not None
+    text = torch.ones(call.key.shape[1], dtype=torch.bool, device=call.key.device)
+    text[call.layout.grid_positions.to(text.device)] = False
+    return text
 
 
 def key_mask(call: AttentionCall) -> torch.Tensor | None:
@@ -147,12 +157,12 @@ def key_mask(call: AttentionCall) -> torch.Tensor | None:
 
 
 def _values(call: AttentionCall, selected: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    if call.query.shape[1] != call.key.shape[1]:
+    if call.tokens != call.key.shape[1]:
         raise GenAttnError(
             f"an identity map needs as many keys as queries, got {call.key.shape[1]} and {call.query.shape[1]} "
             f"at {call.site.name}; use target 'uniform'"
         )
-    return select_heads(call.value, heads, call.query.shape[2])
+    return select_heads(call.value[:, : call.query.shape[1]], heads, call.query.shape[2])
 
 
 def _values_image(call: AttentionCall, selected: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
@@ -171,10 +181,10 @@ def _values_text(call: AttentionCall, selected: torch.Tensor, heads: torch.Tenso
 
 def _image_to_image(call: AttentionCall, selected: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
     rows = image_rows(call)
-    if rows is None:
+    if call.layout is None or len(call.layout.grid_positions) == call.key.shape[1]:
         return _values(call, selected, heads)
-    text = torch.ones(call.query.shape[1], dtype=torch.bool, device=rows.device)
-    text[rows] = False
+    rows = torch.arange(call.query.shape[1], device=call.query.device) if rows is None else rows
+    text = _text_keys(call)
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     query, key, value = (select_heads(t, heads, call.query.shape[2]) for t in (call.query, call.key, call.value))
     key_text, value_text = key[:, text].float(), value[:, text].float()

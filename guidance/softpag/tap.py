@@ -171,6 +171,14 @@ class HeadTap(Plugin):
         """Perturb every attention call from now on; None ends it."""
         self._everywhere = mixes
 
+    def why_not_split(self, split: str) -> str:
+        """Every target but the mean of all queries is told by one's own queries and all keys."""
+        if split == "ring" and self.target == "mean_query":
+            return (
+                "target='mean_query' asks with the mean of all queries, of which a ring has some; use Ulysses or another target"
+            )
+        return ""
+
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """The chain's answer, with heads perturbed where the pass is marked."""
         out = inner(call)

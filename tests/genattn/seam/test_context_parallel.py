@@ -1,4 +1,4 @@
-"""Diffusers' own context parallelism: two gloo processes on the CPU give what one gives, with the pattern on."""
+"""Diffusers' own context parallelism: gloo processes on the CPU give what one gives, with plugins on."""
 
 import sys
 from pathlib import Path
@@ -8,16 +8,35 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hypothesis import given, settings, strategies as st
 
-from genattn import GenAttnError, TokenLayout
+sys.path.insert(0, str(Path(__file__).parent))  # so do the processes
+import shared_sequence
+
+from genattn import GenAttnError, NeighborhoodPattern, TokenLayout
 from genattn.geometry.token_layout import Segment
-from genattn.seam.context_parallel import enable_ulysses, gathered, why_not_enable, why_not_ulysses
+from genattn.kernels.plan.first_queries import of_first_queries
+from genattn.kernels.reference.attention import reference_attention
+from genattn.pipelines.tiny.random.build import build_model
+from genattn.seam.context_parallel import (
+    Part,
+    _heads_of_each,
+    _ordered,
+    enable_ulysses,
+    gathered,
+    has_text_apart,
+    held_by_each,
+    places_of,
+    split_of,
+    why_not_enable,
+)
 
 
 def test_gathered_order() -> None:
-    assert gathered(TokenLayout.from_grid((3, 4, 2)), 2) == TokenLayout.from_grid((3, 4, 2))
+    assert gathered(TokenLayout.from_grid((3, 4, 2)), 2) == TokenLayout(
+        (Segment("grid", (3, 4, 2), 0, 12), Segment("grid", (3, 4, 2), 12, 24))
+    )
     joint = gathered(TokenLayout.from_grid((4, 6), text_before=10), 2)
-    assert joint is not None
     assert joint.segments == (
         Segment("text", (5,)),
         Segment("grid", (4, 6), 0, 12),
@@ -26,26 +45,98 @@ def test_gathered_order() -> None:
     )
     assert joint.grid_positions.tolist() == [*range(5, 17), *range(22, 34)]
     with_reference = TokenLayout((Segment("text", (4,)), Segment("grid", (2, 6)), Segment("reference", (2, 2))))
-    cut = gathered(with_reference, 2)
-    assert cut is not None
-    assert [(s.kind, s.length) for s in cut.segments] == [
+    assert [(s.kind, s.length) for s in gathered(with_reference, 2).segments] == [
         *[("text", 2), ("grid", 8)],
         *[("text", 2), ("grid", 4), ("reference", 4)],
     ]
-    assert gathered(TokenLayout.from_grid((4, 6), text_before=9), 2) is None
 
 
-def test_what_is_refused() -> None:
-    config = SimpleNamespace(ring_degree=2, ulysses_degree=1, ulysses_anything=False)
-    assert "LSE" in why_not_ulysses(SimpleNamespace(context_parallel_config=config))
-    config = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=True)
-    assert "unevenly" in why_not_ulysses(SimpleNamespace(context_parallel_config=config))
-    assert "not diffusers'" in why_not_ulysses(object())
+def test_lengths_that_do_not_divide_are_cut_as_tensor_split_cuts() -> None:
+    layout = TokenLayout.from_grid((4, 6), text_before=10)
+    cut = gathered(layout, 3)
+    assert [(s.kind, s.length) for s in cut.segments] == [
+        (k, n) for pair in ((4, 8), (3, 8), (3, 8)) for k, n in zip(("text", "grid"), pair)
+    ]
+    assert held_by_each(layout, 3) == (12, 11, 11)
+    assert held_by_each(layout, 3, text_apart=False) == (12, 11, 11)
+    packed = gathered(layout, 3, text_apart=False)
+    assert [(s.kind, s.length) for s in packed.segments] == [("text", 10), ("grid", 2), ("grid", 11), ("grid", 11)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 9), st.integers(1, 5), st.integers(1, 7), st.integers(0, 9), st.integers(1, 4), st.booleans(), st.data())
+def test_every_token_has_one_place(
+    before: int, rows: int, columns: int, after: int, world: int, apart: bool, data: Any
+) -> None:
+    layout = TokenLayout.from_grid((rows, columns), text_before=before, text_after=after)
+    first = data.draw(st.integers(0, world - 1))
+    cut, places = gathered(layout, world, apart, first), places_of(layout, world, apart, first)
+    assert places.sort().values.tolist() == list(range(layout.seqlen))
+    assert torch.equal(cut.raster_index, layout.raster_index[places])
+    own = held_by_each(layout, world, apart)[first]
+    streams = (
+        [(0, before), (before, before + rows * columns), (before + rows * columns, layout.seqlen)]
+        if apart
+        else [(0, layout.seqlen)]
+    )
+    assert places[:own].tolist() == [
+        n for low, high in streams for n in torch.arange(low, high).tensor_split(world)[first].tolist()
+    ]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_ring_in_one_process(apart: bool) -> None:
+    """Each process's rows, under the plan cut to them, are the rows of the whole answer."""
+    layout, world = TokenLayout.from_grid((3, 7, 5), text_before=8), 3
+    pattern = NeighborhoodPattern((3, 3, 3), tail="mean")
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, layout.seqlen, 2, 8, generator=draw, dtype=torch.float64) for _ in range(3))
+    wanted = reference_attention(query, key, value, pattern.plan(layout, 16, 16))[0]
+    for rank in range(world):
+        places = places_of(layout, world, apart, rank)
+        own = held_by_each(layout, world, apart)[rank]
+        plan = of_first_queries(pattern.plan(gathered(layout, world, apart, rank), 16, 16), own)
+        q, k, v = (x.index_select(1, places) for x in (query, key, value))
+        torch.testing.assert_close(reference_attention(q[:, :own], k, v, plan)[0], wanted.index_select(1, places[:own]))
+
+
+def test_whether_text_is_cut_by_itself_is_read_from_the_plan() -> None:
+    assert has_text_apart(build_model("flux"))
+    assert not has_text_apart(build_model("minimax-h3"))
+    model = build_model("minimax-h3")
+    hook = SimpleNamespace(metadata={"encoder_hidden_states": object()})
+    model.transformer_blocks[0]._diffusers_hook = SimpleNamespace(hooks={"cp_input---blocks": hook})
+    assert has_text_apart(model)  # the user's own plan
+
+
+def test_kinds_of_splits() -> None:
+    def config(**changes: Any) -> Any:
+        return SimpleNamespace(context_parallel_config=SimpleNamespace(**{"ring_degree": 1, "ulysses_degree": 1, **changes}))
+
+    assert split_of(config(ring_degree=2)) == split_of(config(ring_degree=2, ulysses_degree=2)) == "ring"
+    assert split_of(config(ulysses_degree=2)) == "ulysses"
+    assert split_of(config(ulysses_degree=2, ulysses_anything=True)) == "ulysses_anything"
+    assert split_of(object()) == ""
+
+
+def test_every_process_needs_a_head() -> None:
+    assert _heads_of_each(10, 5, 3) == ([2, 2, 1], [4, 4, 2])
+    with pytest.raises(GenAttnError, match="every process needs a head, got 2 heads for ulysses_degree=3; use at most 2"):
+        _heads_of_each(4, 2, 3)
+
+
+def test_a_mask_over_all_tokens_follows_their_order() -> None:
+    layout = TokenLayout.from_grid((2, 3), text_before=2)
+    part = Part(held_by_each(layout, 2), 1, 0, 1)
+    assert part.only_first
+    places = places_of(layout, 2, True, 1)
+    square = torch.arange(64).view(1, 1, 8, 8)
+    assert torch.equal(_ordered(square, part, places), square[:, :, places[:4]][..., places])
+    assert torch.equal(_ordered(square[:, :, :1], part, places), square[:, :, :1][..., places])
+    assert _ordered(square, part, None) is square
 
 
 def test_sharing_a_clip_is_refused_with_the_reason() -> None:
-    from genattn.pipelines.tiny.random.build import build_model
-
     model = build_model("wan")
     enable_ulysses(model, 1, 7)  # nothing to do
     with pytest.raises(GenAttnError, match="context_parallel=2 cannot be served"):
@@ -56,85 +147,9 @@ def test_sharing_a_clip_is_refused_with_the_reason() -> None:
     assert "no context-parallel plan" in why_not_enable(build_model("animatediff"), 2, 48)
 
 
-def _gradients(model: Any, inputs: dict[str, Any], world: int) -> dict[str, torch.Tensor]:
-    """Of the query and output projections; each rank holds the part of its own tokens."""
-    import torch.distributed as dist
-
-    model.zero_grad()
-    model(**inputs, return_dict=False)[0].square().mean().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and ("to_q." in n or "to_out.0." in n)}
-    assert found
-    if world > 1:
-        for gradient in found.values():
-            dist.all_reduce(gradient)
-    return {name: gradient.clone() for name, gradient in found.items()}
-
-
-def _rank(rank: int, folder: str, family: str) -> None:
-    """One of two processes: dense and sparse under Ulysses against the results of one process."""
-    import torch.distributed as dist
-    from diffusers import ContextParallelConfig
-
-    from genattn import DensePattern, NeighborhoodPattern, RadialPattern
-    from genattn.guidance.softpag.softpag import SoftPAG
-    from genattn.patterns.combine import PerHead
-    from genattn.pipelines.tiny.random.build import build_inputs, build_model
-    from genattn.seam.handle import apply
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.accelerator.device_count = lambda: 1  # it is 0 without an accelerator
-    torch._C._get_accelerator = lambda *a: torch.device("cpu")
-    inputs = build_inputs(family)
-    single, model = build_model(family), build_model(family)
-
-    def forward(of: Any) -> torch.Tensor:
-        with torch.no_grad():
-            out: torch.Tensor = of(**inputs, return_dict=False)[0]
-        return out
-
-    settings = {"dense_steps": 0, "dense_layers": 0}
-    # over one frame Radial shows everything, so the joint order of an image's tokens needs another pattern
-    pattern = RadialPattern() if family == "wan" else NeighborhoodPattern(3)
-    with apply(single, pattern, **settings):
-        sparse = forward(single)
-        wanted = _gradients(single, inputs, 1)
-    dense = forward(single)
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    stock = forward(model)
-    torch.testing.assert_close(stock, dense, atol=1e-5, rtol=1e-5)
-    with apply(model, DensePattern()):
-        assert torch.equal(forward(model), stock)
-    assert not torch.allclose(sparse, dense, atol=1e-4)
-    with apply(model, pattern, **settings) as handle:
-        torch.testing.assert_close(forward(model), sparse, atol=1e-5, rtol=1e-5)
-        report = handle.report()
-        assert report.sparse_calls == report.calls > 0, report.dense_reasons
-        for name, gradient in _gradients(model, inputs, 2).items():
-            torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
-    assert torch.equal(forward(model), stock)
-    # what differs by head: each rank must take its own heads' part
-    for plugin in (PerHead((pattern, DensePattern()), (0, 1)), PerHead((pattern, DensePattern()), (1, 0))):
-        with apply(single, plugin, **settings):
-            wanted_here = forward(single)
-        with apply(model, plugin, **settings) as handle:
-            torch.testing.assert_close(forward(model), wanted_here, atol=1e-5, rtol=1e-5)
-            assert handle.report().sparse_calls == handle.report().calls > 0
-        assert not torch.allclose(wanted_here, dense, atol=1e-4)
-    for head in ("L1H0", "L1H1"):
-        with apply(single, SoftPAG(head, u=1.0, scale=2.0, layout="single")):
-            wanted_here = forward(single)
-        with apply(model, SoftPAG(head, u=1.0, scale=2.0, layout="single")):
-            torch.testing.assert_close(forward(model), wanted_here, atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(wanted_here, dense, atol=1e-4)
-    Path(folder, f"done{rank}").write_text("ok")
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan", "flux"])
-def test_two_processes(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("diffusers", minversion="0.37", reason="context parallelism came later")
-    sys.path.insert(0, str(Path(__file__).parent))
-    mp.spawn(_rank, args=(str(tmp_path), family), nprocs=2, join=True)
-    assert sorted(p.name for p in tmp_path.glob("done*")) == ["done0", "done1"]
+@pytest.mark.parametrize("world", shared_sequence.CASES)
+def test_processes_give_what_one_gives(world: int, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", minversion="0.40", reason="splits of any length came later")
+    mp.spawn(shared_sequence.rank_of, args=(world, str(tmp_path)), nprocs=world, join=True)
+    assert len(list(tmp_path.glob("done*"))) == world

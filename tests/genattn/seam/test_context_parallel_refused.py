@@ -7,10 +7,14 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_wan
 
-from genattn import DensePattern, GenAttnError, RadialPattern
+from genattn import DensePattern, GenAttnError, NeighborhoodPattern, RadialPattern
+from genattn.guidance.broadway.enhance_a_video import EnhanceAVideo
+from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.patterns.adaptive import AdaptivePattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
 from genattn.seam.cores import MARK
 from genattn.seam.handle import apply
+from genattn.seam.sparse_plugin import SparsePlugin
 
 
 def parallel(**changes: Any) -> Any:
@@ -19,10 +23,14 @@ def parallel(**changes: Any) -> Any:
 
 
 RING = parallel(ring_degree=2)
+CONTENT = AdaptivePattern()
 REFUSED = [
-    (RING, "ring context parallelism shows a part of the keys at a time, and merging needs LSE; use ulysses_degree"),
-    (parallel(ulysses_degree=2, ring_degree=2), "merging needs LSE"),
-    (parallel(ulysses_degree=2, ulysses_anything=True), "ulysses_anything splits unevenly; use plain Ulysses"),
+    (RING, CONTENT, "AdaptivePattern chooses tiles by all queries, of which a ring has some; use Ulysses"),
+    (parallel(ulysses_degree=2, ring_degree=2), CONTENT, "of which a ring has some"),
+    (RING, SparsePlugin(NeighborhoodPattern((3, 3, 3)), impl="halo"), "impl='halo' answers whole sequences; use impl='auto'"),
+    (RING, EnhanceAVideo(), "it needs whole sequences and as many heads on every device; use plain Ulysses"),
+    (parallel(ulysses_degree=2, ulysses_anything=True), EnhanceAVideo(), "use plain Ulysses"),
+    (RING, SoftPAG("L0H0", target="mean_query"), "target='mean_query' asks with the mean of all queries"),
 ]
 
 
@@ -32,12 +40,12 @@ def forward(model: Any, **more: Any) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize(("config", "match"), REFUSED)
-def test_apply_refuses_and_changes_nothing(config: Any, match: str) -> None:
+@pytest.mark.parametrize(("config", "plugin", "match"), REFUSED)
+def test_apply_refuses_and_changes_nothing(config: Any, plugin: Any, match: str) -> None:
     model = build_model("wan")
     model._parallel_config = config
     with pytest.raises(GenAttnError, match=match):
-        apply(model, RadialPattern())
+        apply(model, plugin)
     assert not any(MARK in module.__dict__ for module in model.modules())
     apply(model, DensePattern()).remove()  # does nothing, so nothing can go wrong
 
@@ -45,9 +53,11 @@ def test_apply_refuses_and_changes_nothing(config: Any, match: str) -> None:
 def test_parallelism_that_came_after_apply_is_refused_at_the_next_forward() -> None:
     model = build_model("wan")
     stock = forward(model)
-    with apply(model, RadialPattern(), dense_steps=0) as handle:
+    with apply(model, CONTENT, dense_steps=0) as handle:
         model._parallel_config = RING
-        with pytest.raises(GenAttnError, match="SparsePlugin on WanTransformer3DModel must see whole sequences, but ring"):
+        with pytest.raises(
+            GenAttnError, match="SparsePlugin on WanTransformer3DModel cannot act under ring context parallelism"
+        ):
             forward(model)
         assert handle.report().calls == 0
         with handle.options(enabled=False):
@@ -69,12 +79,12 @@ def test_a_processor_with_a_config_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     seen.clear()
     for block in model.blocks:
         block.attn1.processor._parallel_config = RING
-    with apply(model, RadialPattern(), dense_steps=0), pytest.raises(GenAttnError, match="merging needs LSE"):
+    with apply(model, CONTENT, dense_steps=0), pytest.raises(GenAttnError, match="of which a ring has some"):
         forward(model)
     assert not seen
     with apply(model, DensePattern()) as handle:
         assert torch.equal(forward(model), stock)
-        assert list(handle.report().dense_reasons) == [REFUSED[0][1]]
+        assert list(handle.report().dense_reasons) == ["every plugin leaves it to stock code"]
     assert seen.count(RING) == len(model.blocks)
 
 
