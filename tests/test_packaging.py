@@ -83,6 +83,9 @@ def test_metadata_is_whole() -> None:
     assert PROJECT["authors"]
     assert {"readme", "urls"} == set(PROJECT["dynamic"])
     assert PROJECT["version"] == genattn.__version__
+    newest = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert newest.startswith(f"{genattn.__version__} - ")
+    assert len(newest.splitlines()) <= 30
     assert not any("OS Independent" in line for line in PROJECT["classifiers"]), "only Linux was tested"
 
 

@@ -20,6 +20,7 @@ from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.patterns.radial import RadialPattern
 from genattn.patterns.rotating_anchors import RotatingAnchors
+from genattn.reading import read_json, whole
 from genattn.selection.budget import Budget
 from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
@@ -69,17 +70,17 @@ def _to_dict(value: Any) -> dict[str, Any]:
 
 def pattern_from_dict(settings: Mapping[str, Any]) -> Pattern:
     """The pattern that `pattern_to_dict` described. Raises GenAttnError for unknown types and settings."""
+    if not isinstance(settings, Mapping):
+        raise GenAttnError(f"a pattern must be an object with a type and settings, got {settings!r}")
     given = dict(settings)
     name = given.pop("type", None)
-    if name not in TYPES:
+    if not isinstance(name, str) or name not in TYPES:
         raise GenAttnError(f"a pattern's type must be one of {', '.join(TYPES)}, got {name!r}")
     arguments = {key: from_plain(value) for key, value in given.items()}
-    try:
+    with whole(f"the description of a {name}"):
         if name in ("Union", "Intersection"):
             return TYPES[name](*arguments.pop("patterns", ()), **arguments)
         return TYPES[name](**arguments)
-    except TypeError as error:
-        raise GenAttnError(f"settings of {name}: {error}") from None
 
 
 def save_pattern(pattern: Pattern, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
@@ -95,13 +96,10 @@ def save_pattern(pattern: Pattern, path: str | Path, notes: Mapping[str, Any] | 
 
 def load_pattern(path: str | Path) -> Pattern:
     """The pattern in a file of `save_pattern`. Raises GenAttnError for a file that is missing or is something else."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise GenAttnError(f"{path} cannot be read as a pattern file: {error}") from None
+    content = read_json(path, "a pattern file")
     if not isinstance(content, dict) or content.get("format") != "genattn-pattern-1":
         raise GenAttnError(f'{path} must hold {{"format": "genattn-pattern-1", "pattern": ...}}, as save_pattern writes it')
-    return pattern_from_dict(content["pattern"])
+    return pattern_from_dict(content.get("pattern"))
 
 
 def plain(value: Any) -> Any:
@@ -118,14 +116,14 @@ def plain(value: Any) -> Any:
 def from_plain(value: Any) -> Any:
     """What `plain` gave back to patterns, parts and tuples."""
     if isinstance(value, dict):
-        return _part(value) if value.get("type") in PARTS else pattern_from_dict(value)
+        name = value.get("type")
+        return _part(value) if isinstance(name, str) and name in PARTS else pattern_from_dict(value)
     return tuple(from_plain(v) for v in value) if isinstance(value, list) else value
 
 
 def _part(settings: Mapping[str, Any]) -> Any:
     given = dict(settings)
     name = given.pop("type")
-    try:
-        return PARTS[name](**{key: from_plain(value) for key, value in given.items()})
-    except TypeError as error:
-        raise GenAttnError(f"settings of {name}: {error}") from None
+    arguments = {key: from_plain(value) for key, value in given.items()}
+    with whole(f"the description of a {name}"):
+        return PARTS[name](**arguments)

@@ -68,6 +68,11 @@ class RadialPattern(Pattern):
         _one_of("model", self.model, ("wan", "hunyuan"))
         if self.window == "box" and self.variant != "genattn":
             raise GenAttnError(f"window='box' needs variant='genattn', got variant={self.variant!r}; use window='strip'")
+        if self.half_window and (self.variant, self.model) != ("official", "wan"):
+            raise GenAttnError(
+                "half_window needs variant='official' and model='wan', whose release had it, "
+                f"got {self.variant!r} and {self.model!r}; leave it out"
+            )
         if self.block is not None and not (isinstance(self.block, int) and self.block >= 1):
             raise GenAttnError(f"block must be an integer >= 1, got {self.block!r}; use None for the default")
         if not isinstance(self.floor, int) or self.floor < 0:

@@ -17,6 +17,7 @@ from diffusers.utils import PushToHubMixin
 
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
+from genattn.reading import whole
 from genattn.seam.plugin import Plugin
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
@@ -47,6 +48,8 @@ class PluginConfig(ConfigMixin, PushToHubMixin):  # type: ignore[misc]
                 f"format_version must be {FORMAT_VERSION}, got {format_version!r}; "
                 "the file was written by another version of genattn"
             )
+        if not isinstance(plugins, Sequence) or isinstance(plugins, str):
+            raise GenAttnError(f"plugins must be a list of settings, got {plugins!r}")
         self._made = [_plugin(settings) for settings in plugins]
 
     @classmethod
@@ -87,16 +90,19 @@ def _settings(plugin: Plugin) -> dict[str, Any]:
 
 
 def _plugin(settings: Mapping[str, Any]) -> Plugin:
+    if not isinstance(settings, Mapping):
+        raise GenAttnError(f"a plugin must be an object with a type and settings, got {settings!r}")
     given = dict(settings)
     name = given.pop("type", None)
-    if name not in _MODULES:
+    if not isinstance(name, str) or name not in _MODULES:
         raise GenAttnError(f"a plugin's type must be one of {', '.join(_MODULES)}, got {name!r}")
     cls = _class(name)
     known = list(inspect.signature(cls).parameters)
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise GenAttnError(f"unknown settings {unknown}; a {name} has {', '.join(known)}")
-    return cls.from_settings(given)
+    with whole(f"the settings of {name}"):
+        return cls.from_settings(given)
 
 
 def _class(name: str) -> type[Plugin]:

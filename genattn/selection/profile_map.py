@@ -162,9 +162,32 @@ def _header(path: Path, about: dict[str, str]) -> ProfileHeader:
             raise ValueError(f"unknown entries {sorted(unknown)}")
         entries: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         header = ProfileHeader(**entries)
-    except (KeyError, TypeError, ValueError) as error:
+        reason = _why_no_header(header)
+        if reason is not None:
+            raise ValueError(reason)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise GenAttnError(f"{path} has a damaged header ({error}); copy or profile it again") from None
     return header
+
+
+def _why_no_header(header: ProfileHeader) -> str | None:
+    """What in a header's entries cannot be; None where all can."""
+    for name in ("model", "layout"):
+        if not isinstance(getattr(header, name), str):
+            return f"{name} must be a text"
+    numbers = {"layers": header.layers, "heads": header.heads, "prompts": header.prompts}
+    grid = header.grid if isinstance(header.grid, tuple) and len(header.grid) == 3 else (None,)
+    for name, value in (*numbers.items(), *(("grid", size) for size in grid)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return f"{name} must be made of whole numbers >= 1, got {value!r}"
+    if isinstance(header.target_density, bool) or not 0 < header.target_density <= 1:
+        return f"target_density must lie in (0, 1], got {header.target_density!r}"
+    for name, rising in (("bands", header.bands), ("shares", header.shares)):
+        if not isinstance(rising, tuple) or not rising or rising[-1] != 1 or list(rising) != sorted(set(rising)):
+            return f"{name} must rise to 1, got {rising!r}"
+        if not rising[0] > 0:
+            return f"{name} must be > 0, got {rising!r}"
+    return None
 
 
 def _check_tensors(path: Path, header: ProfileHeader, tensors: dict[str, torch.Tensor]) -> None:

@@ -33,6 +33,9 @@ class _Record:
     numbers: torch.Tensor
 
 
+UNRELATED = 0.25
+
+
 class BroadWayReport:
     """The guided attentions of the last runs, oldest dropped after 20,000."""
 
@@ -74,8 +77,13 @@ class BroadWayReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """`by_block`, `rows` and the suggestion, ready for JSON."""
-        return {"by_block": self.by_block(), "rows": self.rows(), "suggestion": self.suggest() if len(self) else None}
+        """`by_block`, `rows`, the suggestion and the warning, ready for JSON."""
+        return {
+            "by_block": self.by_block(),
+            "rows": self.rows(),
+            "suggestion": self.suggest() if len(self) else None,
+            "warning": self.warning(),
+        }
 
     def save_json(self, path: str | Path) -> None:
         """Write `to_dict`."""
@@ -112,6 +120,21 @@ class BroadWayReport:
         # |M + alpha D|^2 of the moving part, with <M, D> = -|D|^2 / 2: anchor and map have the same energy
         left = max(1.0 - alpha * (1.0 - alpha) * relative**2, 1e-6)
         return {"alpha": round(alpha, 3), "beta": round(max(1.0, left**-0.5), 3), "relative_disparity": round(relative, 4)}
+
+    def warning(self) -> str | None:
+        """What speaks against self-guidance here, or None: anchor and guided maps that are nearly unrelated.
+
+        Of two maps of one energy that correlate by r, the squared distance is 2 (1 - r) of the motion of one.
+        """
+        if not any(r["disparity"] > 0 for r in self.rows()):
+            return None
+        alike = 1 - self.suggest()["relative_disparity"] ** 2 / 2
+        if alike > UNRELATED:
+            return None
+        return (
+            f"anchor and guided maps are nearly unrelated (correlation about {alike:.2f}): self-guidance then swaps a map for "
+            "another; take a smaller alpha or another anchor"
+        )
 
     def plot(self, path: str | Path) -> None:
         """Energy kept (E2/E1, E3/E1), beta and disparity over steps, one line per block; written as an image.

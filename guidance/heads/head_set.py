@@ -26,6 +26,7 @@ from genattn.guidance.heads.names import (
     parse_head,
     resolve_heads,
 )
+from genattn.reading import read_json, whole
 
 FORMAT = "genattn-head-set"
 VERSION = 1
@@ -68,6 +69,9 @@ class HeadSet:
         object.__setattr__(self, "heads", resolve_heads(self.heads, self.layer_map))
         if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
             raise GenAttnError(f"scale must be a finite number, got {self.scale!r}; the usual range is 1 to 8")
+        for name in ("model", "model_id", "target", "objective"):
+            if not isinstance(getattr(self, name), str):
+                raise GenAttnError(f"{name} of a head set must be a text, got {getattr(self, name)!r}")
         if not 0.0 <= self.start <= self.stop <= 1.0:
             raise GenAttnError(f"start and stop must be fractions with start <= stop, got {self.start} and {self.stop}")
 
@@ -133,11 +137,7 @@ class HeadSet:
         Raises:
             GenAttnError: if the file is missing, is no head set, or is of another version.
         """
-        try:
-            plain = json.loads(Path(path).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise GenAttnError(f"a head set must be a readable JSON file, got {path} ({error}); check the path") from error
-        return cls.from_dict(plain, str(path))
+        return cls.from_dict(read_json(path, "a head set"), str(path))
 
     @classmethod
     def from_dict(cls, plain: Any, source: str = "a dict") -> "HeadSet":
@@ -156,4 +156,5 @@ class HeadSet:
             known["layer_map"] = {int(layer): int(count) for layer, count in plain["layer_map"].items()}
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise GenAttnError(f"a head set needs heads and layer_map, got {source} ({error}); save it again") from error
-        return cls(**known)
+        with whole(f"the head set in {source}"):
+            return cls(**known)

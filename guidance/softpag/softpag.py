@@ -120,7 +120,11 @@ class SoftPAG(HeadTap):
 
     @classmethod
     def pag(cls, layers: str, scale: float = 3.0, **settings: Any) -> "SoftPAG":
-        """Perturbed-attention guidance of whole layers, "L7,L8" (arXiv 2403.17377)."""
+        """Perturbed-attention guidance of whole layers, "L7,L8" (arXiv 2403.17377).
+
+        Every token keeps its own value, text tokens too, as in HeadHunter's code. diffusers' PAG pipeline of SD3 lets the
+        text look as before: that is `target="image_to_image"`.
+        """
         return cls(layers, **{"u": 1.0, "scale": scale, **settings})
 
     @classmethod

@@ -35,6 +35,7 @@ from genattn.pipelines.long_video.run import LongVideo, LongVideoResult, RunPart
 from genattn.pipelines.long_video.settings import LongVideoSettings
 from genattn.pipelines.long_video.single_step_caches import single_step_caches_off
 from genattn.pipelines.long_video.start_frames import StartFrames, clip_from_frames, given_latents
+from genattn.reading import whole
 
 FILM = "video.mp4"
 
@@ -227,22 +228,26 @@ def resume_video(
     with group.preparing(base.device), _held(folder, group) as lock:
         # read again under the lock: a run that ended just now may have written another
         record, stored = read_checkpoint(folder)
-        settings = _resumed_settings(record, num_frames, window_batch)
+        with whole(f"the checkpoint in {folder}"):
+            settings = _resumed_settings(record, num_frames, window_batch)
         build = _Build(base, settings, group)
         tensors = {name: tensor.to(base.device) for name, tensor in stored.items()}
-        fifo = build.fifo(LatentQueue.from_checkpoint(build.shape, tensors, record["queue"]))
-        check_same(record["identity"], build.identity(fifo), "settings or another model")
-        build.decoder.load(tensors, record["decoder"])
-        for hook in fifo.hooks:
-            hook.load(tensors, record["hooks"])
+        with whole(f"the checkpoint in {folder}"):
+            fifo = build.fifo(LatentQueue.from_checkpoint(build.shape, tensors, record["queue"]))
+            check_same(record["identity"], build.identity(fifo), "settings or another model")
+            build.decoder.load(tensors, record["decoder"])
+            for hook in fifo.hooks:
+                hook.load(tensors, record["hooks"])
+            frames, drift = int(record["frames"]), DriftMonitor()
+            drift.load(record["drift"])
         writer = None
         if record["film"] is not None and group.is_main:
-            mark = WriterMark(int(record["film"]["frames"]), int(record["film"]["bytes"]))
+            with whole(f"the checkpoint in {folder}"):
+                mark = WriterMark(int(record["film"]["frames"]), int(record["film"]["bytes"]))
             writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark, sync=True)
         parts = build.parts(fifo, writer, folder, progress, lock)
-        parts.frames = int(record["frames"])
+        parts.frames, parts.monitor = frames, drift
         parts.pending = tensors.get("run.pending")
-        parts.monitor.load(record["drift"])
         return LongVideo(parts)
 
 

@@ -97,7 +97,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     folder = Path(folder)
     try:
         record = _read(folder)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise GenAttnError(
             f"{folder / _NAME} is no valid JSON ({error}); it was changed by hand, start the run anew"
         ) from error

@@ -62,6 +62,20 @@ def test_suggestion_follows_the_disparity() -> None:
     assert suggestion["beta"] == pytest.approx(float(scalars.beta), rel=0.05)
 
 
+def test_unrelated_maps_are_told_and_related_ones_are_not() -> None:
+    warning = measured().warning()
+    assert warning is not None
+    assert "nearly unrelated (correlation about" in warning
+    assert measured().to_dict()["warning"] == warning
+    report, generator = BroadWayReport(), torch.Generator().manual_seed(1)
+    assert report.warning() is None
+    logits = torch.randn(4, 16, 16, generator=generator)
+    rows, anchor = logits.softmax(-1), (logits + 0.3 * torch.randn(4, 16, 16, generator=generator)).softmax(-1)
+    _, scalars = edit_map(rows, anchor, MapEdit(0.0, 1.0))
+    report.add("up_blocks.2.attn0", "up_blocks.2", 16, Run(step=0, num_steps=10, pass_name="cond"), scalars)
+    assert report.warning() is None
+
+
 def test_nothing_measured(tmp_path: Path) -> None:
     report = BroadWayReport()
     assert report.rows() == []

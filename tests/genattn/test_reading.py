@@ -1,0 +1,151 @@
+"""Files damaged at random places: refused with a line that names them, or read as what they were; never half of each."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genattn.errors import GenAttnError
+from genattn.guidance.heads.head_set import HeadSet
+from genattn.patterns.adaptive import AdaptivePattern
+from genattn.patterns.as_json import load_pattern, save_pattern
+from genattn.patterns.combine import PerHead, Union
+from genattn.patterns.dense import DensePattern
+from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.radial import RadialPattern
+from genattn.reading import read_json, whole
+from genattn.seam.plugin_config import PluginConfig
+from genattn.seam.schedule import Schedule
+
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1e308,
+    10**30,
+    "",
+    "x",
+    "ä",
+    [],
+    [[]],
+    {},
+    {"type": "x"},
+    {"type": []},
+    ["a", 1],
+    {"a": {"b": None}},
+]
+
+
+def test_json_of_any_editor_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"ä": 1}, ensure_ascii=False).encode())
+    assert read_json(file, "a file") == {"ä": 1}
+    for content in (b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, "ä".encode("latin-1")):
+        file.write_bytes(content)
+        with pytest.raises(GenAttnError, match="a file must be a readable JSON file"):
+            read_json(file, "a file")
+    with pytest.raises(GenAttnError, match="a file must be a readable JSON file"):
+        read_json(tmp_path, "a file")
+
+
+def test_errors_of_values_name_what_is_read() -> None:
+    with pytest.raises(GenAttnError, match=r"the set is damaged or was changed by hand \(KeyError: 'a'\)"), whole("the set"):
+        {}["a"]
+    with pytest.raises(GenAttnError, match="as it is"), whole("the set"):
+        raise GenAttnError("as it is")
+    with pytest.raises(RuntimeError, match="not ours"), whole("the set"):
+        raise RuntimeError("not ours")
+
+
+def damaged(value: Any, generator: random.Random) -> Any:
+    """A JSON value with one place replaced, left out or doubled."""
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], (dict, list)):
+                walk(node[key])
+
+    copy = json.loads(json.dumps(value))
+    walk(copy)
+    node, key = generator.choice(places)
+    how = generator.random()
+    if how < 0.2:
+        del node[key]
+    elif how < 0.3 and isinstance(node, dict):
+        node["unknown"] = node.pop(key)
+    else:
+        node[key] = generator.choice(STRANGE)
+    return copy
+
+
+def scrambled(content: bytes, generator: random.Random) -> bytes:
+    """Bytes cut short, or with a few of them changed."""
+    if generator.random() < 0.3:
+        return content[: generator.randrange(len(content))]
+    changed = bytearray(content)
+    for _ in range(generator.randint(1, 4)):
+        changed[generator.randrange(len(changed))] = generator.randrange(256)
+    return bytes(changed)
+
+
+def _patterns(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
+    file = folder / "pattern.json"
+    parts = (RadialPattern(decay=(0.2, 0.5)), NeighborhoodPattern((3, 5, 5), stride=(1, 2, 2)))
+    save_pattern(PerHead((Union(DensePattern(), parts[1]), parts[0], AdaptivePattern()), (0, 1, 2)), file)
+    return file, load_pattern
+
+
+def _heads(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
+    file = folder / "heads.json"
+    HeadSet({(1, 1): 0.5}, {0: 4, 1: 4}, model="M", scores={(1, 1): 2.0}).save(file)
+    return file, HeadSet.load
+
+
+def _plugins(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
+    from genattn.guidance.softpag.softpag import SoftPAG
+
+    PluginConfig.of(RadialPattern(), SoftPAG("L1H1"), schedule=Schedule(dense_steps=0.3)).save_pretrained(folder)
+    return folder / "genattn_config.json", lambda file: PluginConfig.from_dict(_public(json.loads(file.read_text()))).plugins()
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+KINDS = {"pattern": _patterns, "head set": _heads, "plugins": _plugins}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_settings_are_refused_or_whole(kind: str, tmp_path: Path) -> None:
+    file, load = KINDS[kind](tmp_path)
+    load(file)
+    stock, generator = json.loads(file.read_text()), random.Random(kind)
+    refused = 0
+    for _ in range(300):
+        file.write_text(json.dumps(damaged(stock, generator)))
+        try:
+            load(file)
+        except GenAttnError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("kind", ["pattern", "head set"])
+def test_scrambled_files_are_refused_or_whole(kind: str, tmp_path: Path) -> None:
+    file, load = KINDS[kind](tmp_path)
+    content, generator = file.read_bytes(), random.Random(kind)
+    refused = 0
+    for _ in range(200):
+        file.write_bytes(scrambled(content, generator))
+        try:
+            load(file)
+        except GenAttnError:
+            refused += 1
+    assert refused > 50
