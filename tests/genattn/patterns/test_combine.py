@@ -1,5 +1,8 @@
 """Unions, intersections, per-head and per-layer choice, and global tokens: masks by logic, plans by the rule."""
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -9,6 +12,7 @@ from plan_checks import assert_plan_is_exact
 from genattn.errors import GenAttnError
 from genattn.geometry import plan_build
 from genattn.geometry.token_layout import TokenLayout
+from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.global_tokens import GlobalTokens
@@ -67,8 +71,48 @@ def test_beyond_the_exact_budget_nothing_visible_is_lost(monkeypatch: pytest.Mon
     exact = pattern.build_plan(VIDEO, 8, 8)
     monkeypatch.setattr(plan_build, "EXACT_ELEMENTS", 0)
     loose = pattern.build_plan(VIDEO, 8, 8)
-    assert loose.columns.numel() >= exact.columns.numel()
+    assert bool((visited(exact) <= visited(loose)).all())
     assert int(loose.num_full.sum()) <= int(exact.num_full.sum())
+
+
+def visited(plan: BlockPlan) -> torch.Tensor:
+    """Bool [N, NQ, NK], the tile pairs that a plan lists."""
+    out = torch.zeros(plan.num_heads, plan.query_tiles.shape[0], plan.key_tiles.shape[0], dtype=torch.bool)
+    for head, pointers in enumerate(plan.row_ptr.tolist()):
+        for row, (first, last) in enumerate(pairwise(pointers)):
+            out[head, row, plan.columns[first:last].long()] = True
+    return out
+
+
+def test_the_budget_counts_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one tile pair of 8 x 8 tokens is room for none of 16 x 16."""
+    pattern = Intersection(SINGLE[0], NeighborhoodPattern((3, 3, 3)))
+    looked: dict[int, tuple[Any, int]] = {}  # every choice of tiles that is weighed has a budget of its own
+    stock = plan_build.CombinedCodes._look
+
+    def look(self: Any, head: int, row: Any, column: Any, step: int = 1) -> Any:
+        if step == 1:
+            before = looked.get(id(self), (self, 0))[1]
+            looked[id(self)] = self, before + row.size * self.tiles[0].shape[1] * self.tiles[1].shape[1]
+        return stock(self, head, row, column, step)
+
+    monkeypatch.setattr(plan_build.CombinedCodes, "_look", look)
+    for budget in (100, 3000, 100_000):
+        monkeypatch.setattr(plan_build, "EXACT_ELEMENTS", budget)
+        monkeypatch.setattr(plan_build, "_LOOKED_UP", 64)
+        looked.clear()
+        pattern.build_plan(VIDEO, 8, 8)
+        assert all(elements <= budget for _, elements in looked.values())
+    assert looked
+
+
+@pytest.mark.parametrize("pattern", [Union(SINGLE[0], NeighborhoodPattern((3, 3, 3))), Intersection(SINGLE[0], SINGLE[1])])
+def test_long_sequences_are_planned_in_turns(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = visited(pattern.build_plan(VIDEO, 8, 8))
+    monkeypatch.setattr(plan_build, "_CHUNK", 1)  # one query tile at a time
+    plan = pattern.build_plan(VIDEO, 8, 8)
+    assert torch.equal(visited(plan), whole)
+    assert_plan_is_exact(plan, pattern.mask(VIDEO), VIDEO.raster_index == -2)
 
 
 def test_per_head_takes_the_cheaper_tiles() -> None:

@@ -115,3 +115,13 @@ def test_guards() -> None:
 def test_refusals(make: object, says: str) -> None:
     with pytest.raises(GenAttnError, match=says):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_short_tiles_are_ranked_as_long_ones(levels: int) -> None:
+    """Equal keys give equal scores, however many pieces of a tile hold tokens."""
+    tiles = torch.arange(48).view(3, 16)
+    tiles[-1, 4:] = -1
+    query, key = torch.randn(1, 36, 1, 8), torch.ones(1, 36, 1, 8)
+    found = estimate(query, key, tiles, tiles, PooledScore(levels=levels))
+    torch.testing.assert_close(found.score, found.score[..., :1].expand_as(found.score))

@@ -9,7 +9,10 @@ from hypothesis import given, settings, strategies as st
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.temporal_map import (
     AUTO_DISPARITY,
+    BETA_LIMIT,
+    Energies,
     MapEdit,
+    _beta,
     band_projection,
     basis_maps,
     combine,
@@ -224,3 +227,12 @@ def test_energy_is_read(text: str | float | None, value: float | None) -> None:
 def test_energy_that_is_no_number_is_refused(text: object) -> None:
     with pytest.raises(GenAttnError, match="energy must be a percentage"):
         parse_energy(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("edit", [MapEdit(0.5, 1.5), MapEdit(0.5, "auto"), MapEdit(0.5, 1.0, energy=2.0)])
+def test_beta_is_bounded_where_the_band_is_nearly_empty(edit: MapEdit) -> None:
+    """Keeping the energy may not multiply what is hardly more than rounding without bound."""
+    nearly_empty = Energies(*(torch.tensor(value) for value in (1.0, 0.5, 0.0, 1e-7, 0.1)))
+    assert float(_beta(edit, nearly_empty)) == BETA_LIMIT
+    empty = Energies(*(torch.tensor(value) for value in (1.0, 0.5, 0.0, 0.0, 0.1)))
+    assert float(_beta(edit, empty)) == (1.5 if edit.beta == 1.5 else 1.0)

@@ -97,6 +97,16 @@ def test_probe_chooses_who_gets_the_full_check() -> None:
     assert not any(t.kind == "full" and len(t.heads) == 1 for t in trusting.asked)
 
 
+def test_the_probe_of_later_rounds_looks_from_the_heads_chosen_so_far() -> None:
+    world = World(dict(zip(POOL, range(12))))
+    _, result = search(world, probe_keep=4, rounds=3, top_k=1)
+    chosen = [added for done in result.rounds for added in done.added]
+    bases = {len(t.base): tuple(sorted(t.base)) for t in world.asked if t.kind == "probe" and t.heads}
+    assert bases == {count: tuple(sorted(chosen[:count])) for count in range(3)}
+    assert all(set(t.base) < set(t.heads) for t in world.asked if t.kind == "probe" and t.heads)
+    assert {t.base for t in world.asked if t.kind == "full"} == {()}
+
+
 def test_keeps_the_best_round_and_stops_when_nothing_is_gained() -> None:
     worth = dict.fromkeys(POOL, -1.0) | {(0, 0): 5.0, (0, 1): 4.0}
     _, result = search(World(worth), rounds=5, patience=2)

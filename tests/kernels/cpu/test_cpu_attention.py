@@ -127,6 +127,21 @@ def test_scores_far_apart_and_rows_that_see_nothing(size):
     torch.testing.assert_close(block_sparse_attention(*inputs, plan, impl="grouped"), got[0])
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("impl", ["grouped", "cpu"])
+def test_rows_whose_visible_keys_are_all_masked_give_zeros_without_lse_too(seed: int, impl: str):
+    plan = random_plan(seed, globals_=0, padding=3)
+    inputs = _inputs(plan, 2, 2, 16, 2, torch.float32, 8)
+    seen = visible_mask(plan)
+    key_mask = torch.rand(2, plan.seqlen_k) < 0.5
+    key_mask[0, seen[0, plan.seqlen_q // 2]] = False  # one row, in the middle of a tile, sees nothing any more
+    want, lse = reference_attention(*inputs, plan, key_mask=key_mask)
+    assert bool((lse == -torch.inf).any())
+    with torch.no_grad():
+        got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
 def test_without_lse_there_is_none_and_no_gradient():
     plan = random_plan(2)
     inputs = [x.requires_grad_() for x in _inputs(plan, 2, 2, 16, 1, torch.float32, 8)]
