@@ -3,10 +3,13 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
@@ -19,6 +22,17 @@ from genattn.patterns.radial import RadialPattern
 from genattn.reading import read_json, whole
 from genattn.seam.plugin_config import PluginConfig
 from genattn.seam.schedule import Schedule
+from genattn.selection.profile_map import (
+    _TABLES,
+    FORMAT,
+    VALUES,
+    VERSION,
+    CellGrid,
+    ProfileHeader,
+    ProfileMap,
+    read_map,
+    write_map,
+)
 
 STRANGE = [
     None,
@@ -149,3 +163,56 @@ def test_scrambled_files_are_refused_or_whole(kind: str, tmp_path: Path) -> None
         except GenAttnError:
             refused += 1
     assert refused > 50
+
+
+def _map() -> ProfileMap:
+    header = ProfileHeader("M", 1, 2, (2, 2, 3), (0.5, 1.0), 0.3, 4, (0.2, 1.0))
+    first, cells = (1, 2, 2), CellGrid(*header.grid)
+    tensors = {
+        name: torch.rand(*first, *(cells.offset_shape if name.startswith("relative") else cells.shape)) for name in _TABLES
+    }
+    return ProfileMap(header, tensors | {f"error.{value}": torch.rand(*first, 2) for value in VALUES})
+
+
+def test_damaged_maps_are_refused_or_whole(tmp_path: Path) -> None:
+    file = write_map(_map(), tmp_path / "map.safetensors")
+    assert read_map(file).header == _map().header
+    content, generator = file.read_bytes(), random.Random("map")
+    start = 8 + int.from_bytes(content[:8], "little")
+    for turn in range(150):
+        changed = bytearray(content)
+        changed[generator.randrange(start)] = generator.randrange(256)
+        if generator.random() < 0.3:
+            changed = changed[: generator.randrange(len(changed))]
+        place = tmp_path / f"{turn}.safetensors"
+        place.write_bytes(changed)
+        try:
+            found = read_map(place)
+        except GenAttnError:
+            continue
+        assert found.cells == CellGrid(*found.header.grid)
+        assert 0 < found.header.target_density <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": 3}, "model must be a text"),
+        ({"layers": 0}, "layers must be made of whole numbers >= 1, got 0"),
+        ({"heads": True}, "heads must be made of whole numbers"),
+        ({"grid": [2, 2]}, "grid must be made of whole numbers"),
+        ({"grid": [2, 2, -3]}, "grid must be made of whole numbers"),
+        ({"target_density": 2.0}, r"target_density must lie in \(0, 1\]"),
+        ({"target_density": "x"}, "damaged header"),
+        ({"bands": [0.5]}, "bands must rise to 1"),
+        ({"bands": 1}, "bands must rise to 1"),
+        ({"shares": [0.5, 0.2, 1.0]}, "shares must rise to 1"),
+        ({"shares": [0.0, 1.0]}, "shares must be > 0"),
+    ],
+)
+def test_headers_that_cannot_be(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    stock = _map()
+    about = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(asdict(stock.header) | change)}
+    save_file(stock.tensors, tmp_path / "map.safetensors", metadata=about)
+    with pytest.raises(GenAttnError, match=message):
+        read_map(tmp_path / "map.safetensors")

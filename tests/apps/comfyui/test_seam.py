@@ -21,6 +21,7 @@ from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
+from genattn.seam.plugin import Plugin
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 
@@ -240,3 +241,41 @@ def test_the_diffusers_seam_in_the_inference_mode_of_comfyui(family: str) -> Non
             out = model(**fresh, return_dict=False)[0]
     torch.testing.assert_close(out, stock, atol=1e-4, rtol=1e-4)
     assert handle.report().sparse_calls
+
+
+class Counting(Plugin):
+    """Counts attachments; refuses the model where told."""
+
+    def __init__(self, refusing: bool = False) -> None:
+        self.refusing, self.attached = refusing, 0
+
+    def attach(self, model: Any, sites: Any) -> None:
+        if self.refusing:
+            raise GenAttnError("not this model")
+        self.attached += 1
+
+    def detach(self, model: Any) -> None:
+        self.attached -= 1
+
+
+def test_a_refused_plugin_leaves_none_attached(wan: Patcher) -> None:
+    first = Counting()
+    patched = patch_model(wan, first)
+    with pytest.raises(GenAttnError, match="not this model"):
+        patch_model(patched, Counting(refusing=True)).sample(X)
+    assert first.attached == 0
+
+
+def test_a_call_through_somebodys_override_above_ours_is_counted_once(wan: Patcher) -> None:
+    once = patch_model(wan, sparse())
+    once.sample(X)
+    above = patch_model(wan, sparse())
+    before = above.model_options["transformer_options"][OVERRIDE]
+    above.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: before(func, *args, **kwargs)
+    again = patch_model(above, SparsePlugin(DensePattern(), ALWAYS))
+    again.sample(X)
+
+    def calls(patcher: Patcher) -> dict[str, tuple[int, int]]:
+        return {name: (stats.calls, stats.sparse) for name, stats in chain_of(patcher).tally.stats.items()}
+
+    assert {name: count[0] for name, count in calls(again).items()} == {name: count[0] for name, count in calls(once).items()}

@@ -64,6 +64,15 @@ def test_pictures_are_known_by_their_content(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 30), "red").save(path)
     assert read_picture(path, limits, (16, 16)).size == (16, 16)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a phone's: turn a quarter to the right when shown
+    lying = Image.new("RGB", (20, 10), "red")
+    lying.paste("blue", (10, 0, 20, 10))
+    lying.save(path, exif=turned)
+    upright = read_picture(path, limits, (20, 10))
+    assert upright.size == (10, 20)
+    assert upright.getpixel((5, 2)) == (255, 0, 0)
+    assert upright.getpixel((5, 17)) == (0, 0, 255)
     Image.new("RGB", (60, 60)).save(path)
     with pytest.raises(GenAttnError, match="pictures of at most 1,600 pixels"):
         read_picture(path, limits, (16, 16))

@@ -59,6 +59,9 @@ def test_steps_and_passes(family: str) -> None:
         sigmas = [run.sigma for run in runs]
         assert None not in sigmas
         assert sigmas == sorted(sigmas, reverse=True)
+        known = getattr(pipe.scheduler, "sigmas", None)
+        if known is not None:
+            assert sigmas[:: len(passes)] == pytest.approx(known[:4].tolist(), abs=1e-6)
         sample(pipe, kwargs, num_inference_steps=2)  # a second run starts at zero
         assert [run.step for run in log.take()] == [i for i in range(2) for _ in passes]
         assert log.begun == 2
@@ -138,6 +141,7 @@ def test_image_to_image_counts_what_it_visits() -> None:
     runs = log.take()
     assert [run.step for run in runs] == [0, 1, 2, 3]
     assert {run.num_steps for run in runs} == {4}
+    assert [run.sigma for run in runs] == pytest.approx(image.scheduler.sigmas[4:8].tolist(), abs=1e-6)
 
 
 def test_per_token_timesteps_use_the_largest() -> None:

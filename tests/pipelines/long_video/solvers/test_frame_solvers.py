@@ -259,3 +259,22 @@ def test_custom_timesteps_set_the_number_of_levels():
     assert solver.grid.timesteps.tolist() == [0, 199, 599, 999]
     assert isinstance(solver, SingleStepSolver)
     assert isinstance(solver.grid, NoiseGrid)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("case", ["ddim", "euler"])
+def test_direction_gain_is_what_a_push_does_to_the_result(case: str, eta: float) -> None:
+    """By the definition: the noise direction moved by one, the clean latent held."""
+    solver = solver_from_scheduler(CASES[case][0], 6, eta=eta)
+    grid, levels = solver.grid, torch.arange(6)
+    sample, clean, noise = (torch.randn(1, 2, 6, 3, 3, dtype=torch.float64) for _ in range(3))
+
+    def stepped(direction: torch.Tensor) -> torch.Tensor:
+        noisy = grid.at(grid.alpha, levels, sample) * clean + grid.at(grid.sigma, levels, sample) * direction
+        prediction = grid.prediction_from_clean(noisy, clean, levels)
+        return solver.step(noisy, prediction, levels, solver.empty_state(noisy), noise if solver.needs_noise else None)[0]
+
+    moved = stepped(sample + 1) - stepped(sample)
+    gain = solver.direction_gain(levels, sample)
+    torch.testing.assert_close(moved, gain.expand_as(moved).to(moved), atol=1e-5, rtol=1e-5)
+    assert float(gain.flatten()[0]) == pytest.approx(0.0, abs=0.05)
