@@ -9,6 +9,7 @@ from explicit_guidance import guided_latents, halve
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.guidance.passes.delta import Projection
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.pipelines.tiny.random.build import build_model, build_pipeline
 
@@ -201,3 +202,15 @@ def test_refuses_a_layer_that_never_comes_by(monkeypatch: pytest.MonkeyPatch) ->
     )
     with genattn.apply(pipe, SoftPAG("L1,L2")), pytest.raises(GenAttnError, match=r"no call from layers \[1\]"):
         call()
+
+
+@pytest.mark.parametrize("family", ["sd3", "wan"])
+def test_momentum_ends_with_its_run(family: str) -> None:
+    """The same seed twice under one handle is the same picture twice."""
+    pipe, call = pipeline(family, guidance_scale=1.0)
+    with genattn.apply(pipe, SoftPAG("L1H1", u=0.7, scale=3.0)):
+        without = call()
+    with genattn.apply(pipe, SoftPAG("L1H1", u=0.7, scale=3.0, projection=Projection(momentum=-0.5))):
+        first, second = call(), call()
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, without, atol=1e-4), "momentum did something"
