@@ -11,6 +11,8 @@ from genattn.errors import GenAttnError
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure: correctness first, ratios interleaved, rows to a CSV.")
 
+_LARGEST_HEAD = 4096  # far beyond any model; an answer takes a tensor of that size
+
 
 @bench_app.callback()
 def _bench() -> None:
@@ -88,8 +90,8 @@ def doctor_command(
     """
     from genattn.apps.bench.doctor import describe_doctor, doctor
 
-    if head_dim < 1:
-        raise GenAttnError(f"--head-dim must be >= 1, got {head_dim}")
+    if not 1 <= head_dim <= _LARGEST_HEAD:
+        raise GenAttnError(f"--head-dim must be >= 1 and at most {_LARGEST_HEAD}, got {head_dim}")
     facts = doctor(head_dim)
     if as_json:
         print_json(facts)

@@ -68,6 +68,18 @@ def test_a_trial_is_the_picture_that_a_user_would_get(tmp_path: Path) -> None:
         assert scores["red"] == pytest.approx(mean_red(alone.clamp(0, 1), None)[0], abs=1e-5)
 
 
+def test_pictures_come_from_the_seeds_that_were_given(tmp_path: Path) -> None:
+    hunt = hunter(tmp_path, seeds=[7, 5])
+    for prompt, (text, seed) in enumerate((("a cat", 7), ("a dog", 5))):
+        generator = torch.Generator().manual_seed(seed)
+        wanted = hunt.pipe(prompt=text, generator=generator, output_type="pt", return_dict=False, **hunt.call)[0]
+        torch.testing.assert_close(hunt.generate(prompt, 1), as_samples(wanted))
+    other = hunt.pipe(
+        prompt="a dog", generator=torch.Generator().manual_seed(1), output_type="pt", return_dict=False, **hunt.call
+    )
+    assert not torch.allclose(hunt.generate(1, 1), as_samples(other[0]), atol=1e-3)
+
+
 def test_resumes_after_a_kill_with_the_same_result(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     expected = hunter(tmp_path / "whole").run()
