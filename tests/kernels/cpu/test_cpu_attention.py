@@ -10,6 +10,7 @@ from genattn.kernels.cpu import grouped as cpu_grouped, groups as cpu_groups
 from genattn.kernels.operators import block_sparse_forward
 from genattn.kernels.plan.random_plan import random_plan
 from genattn.kernels.reference.attention import reference_attention, visible_mask
+from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
@@ -139,6 +140,20 @@ def test_rows_whose_visible_keys_are_all_masked_give_zeros_without_lse_too(seed:
     assert bool((lse == -torch.inf).any())
     with torch.no_grad():
         got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_masked_rows_of_tiles_that_are_served_in_one_go(size: int):
+    """Here nothing but the key mask asks for a log-sum-exp."""
+    plan = NeighborhoodPattern((3, 3)).plan(TokenLayout.from_grid((size, size)), 16, 16)
+    inputs = _inputs(plan, 1, 1, 16, 1, torch.float32, 3)
+    key_mask = torch.ones(1, plan.seqlen_k, dtype=torch.bool)
+    key_mask[0, visible_mask(plan)[0, size]] = False
+    want, lse = reference_attention(*inputs, plan, key_mask=key_mask)
+    assert bool(lse[0, size].isneginf().all())
+    with torch.no_grad():
+        got = block_sparse_attention(*inputs, plan, impl="grouped", key_mask=key_mask)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
