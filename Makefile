@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-all lint types bench tables evidence clean
+.PHONY: install demo test test-all test-comfyui lint types bench tables evidence clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,15 @@ test: install $(VENV)/.quantizers
 
 test-all: install $(VENV)/.quantizers
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+# in a ComfyUI that is there already: COMFYUI_DIR holds main.py, COMFYUI_PYTHON is its Python and sees this package
+COMFYUI_PYTHON ?= $(COMFYUI_DIR)/venv/bin/python
+test-comfyui: export COMFYUI_DIR := $(COMFYUI_DIR)
+test-comfyui: export COMFYUI_PYTHON := $(COMFYUI_PYTHON)
+test-comfyui: install
+	@test -f "$(COMFYUI_DIR)/main.py" || { echo "COMFYUI_DIR must be a ComfyUI, a folder with main.py; got '$(COMFYUI_DIR)'"; exit 2; }
+	@$(COMFYUI_PYTHON) -c 'import genattn' || { echo "$(COMFYUI_PYTHON) must see genattn: $(COMFYUI_PYTHON) -m pip install --no-deps -e ."; exit 2; }
+	$(BIN)/python -m pytest -q tests/apps/comfyui
 
 lint: install
 	$(BIN)/ruff check .

@@ -95,12 +95,13 @@ MAY_IMPORT = {
     ),
     "apps/comfyui": (
         "apps/sampling apps/comfyui/hosts apps/comfyui/patching "
-        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
-        "guidance/heads guidance/softpag pipelines/long_video pipelines/long_video/ouroboros"
+        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/profiling "
+        "genattn/seam genattn/selection guidance/heads guidance/softpag kernels/plan "
+        "pipelines/long_video pipelines/long_video/ouroboros"
     ),
     "apps/comfyui/hosts": "genattn genattn/geometry genattn/layouts genattn/seam",
     "apps/comfyui/patching": (
-        "apps/comfyui/hosts genattn genattn/geometry genattn/layouts genattn/seam guidance/heads guidance/softpag "
+        "apps/comfyui/hosts genattn genattn/geometry genattn/layouts genattn/planning genattn/seam guidance/heads guidance/softpag "
         "pipelines/long_video/queue pipelines/long_video/solvers"
     ),
     "apps/comfyui/pack": "apps/comfyui",

@@ -1,7 +1,7 @@
 """Widgets that several nodes share: one name, one meaning, one tooltip everywhere."""
 
 from genattn.apps.comfyui.schema import Field
-from genattn.apps.comfyui.settings import METHODS, PATTERNS
+from genattn.apps.comfyui.settings import METHODS, PATTERNS, TAIL_CHOICES
 from genattn.errors import GenAttnError
 from genattn.guidance.softpag.perturbation import TARGETS
 
@@ -9,7 +9,13 @@ IMPLS = ("auto", "triton", "flex", "cpu", "sdpa", "reference")
 SEED = Field("seed", "INT", "Seed of the noise; same seed, same result.", 0, 0, 2**32 - 1, 1, seed=True)
 
 SPARSE = (
-    Field("pattern", "COMBO", "Which token may see which; dense switches the node off.", "radial", options=PATTERNS),
+    Field(
+        "pattern",
+        "COMBO",
+        "Which token may see which; dense switches the node off, auto takes what suits the model.",
+        "radial",
+        options=PATTERNS,
+    ),
     Field("decay", "FLOAT", "Radial: width of the windows, larger is denser; 0 takes the variant's own.", 0.0, 0.0, 16.0, 0.05),
     Field("window", "STRING", "Neighborhood: keys per axis, frames,height,width (or one number); -1 is all.", "5,12,12"),
     Field(
@@ -22,6 +28,21 @@ SPARSE = (
     Field("impl", "COMBO", "Backend of the sparse calls; a named one that cannot serve says why.", "auto", options=IMPLS),
     Field("pattern_options", "STRING", 'Further settings of the pattern as JSON, e.g. {"sink": false}.', ""),
 )
+
+# widgets that came later stand last and are optional, so that workflows saved before them still load
+LATER = (
+    Field("path", "STRING", "profile: the map that the Profile node or genattn profile wrote.", "", optional=True),
+    Field(
+        "tail", "COMBO", "What stands in for skipped tiles: auto is what measured best for the pattern, none drops them.",
+        "auto", optional=True, options=TAIL_CHOICES,
+    ),
+    Field(
+        "min_tokens", "INT", "Shorter sequences stay dense; -1 is the length from which sparse is faster here, 0 is never.",
+        -1, -1, 1 << 30, 1, optional=True,
+    ),
+    Field("start_percent", "FLOAT", "Sparse from this share of the sampling on.", 0.0, 0.0, 1.0, 0.01, optional=True),
+    Field("end_percent", "FLOAT", "Sparse up to this share of the sampling.", 1.0, 0.0, 1.0, 0.01, optional=True),
+)  # fmt: skip
 
 SIGMAS = (
     Field("sigma_start", "FLOAT", "Act from this noise level down; 1 is the beginning.", 1.0, 0.0, 1.0, 0.01),
@@ -43,13 +64,21 @@ TARGET = Field("target", "COMBO", "softpag: what the heads are drawn towards.", 
 
 
 def check_sparse(
-    cls: type, dense_blocks: str, pattern: str, decay: float, window: str, stride: str, pattern_options: str
+    cls: type,
+    dense_blocks: str,
+    pattern: str,
+    decay: float,
+    window: str,
+    stride: str,
+    pattern_options: str,
+    path: str = "",
+    tail: str = "auto",
 ) -> bool | str:
     """At submit time: can the pattern be made, and can the blocks be read."""
     from genattn.apps.comfyui.settings import blocks_of, pattern_of
 
     try:
-        pattern_of(pattern, decay, window, stride, pattern_options)
+        pattern_of(pattern, decay, window, stride, pattern_options, path, tail)
         blocks_of(dense_blocks, 10_000)
     except GenAttnError as error:
         return str(error)

@@ -7,8 +7,11 @@ from genattn.apps.comfyui.schema import Field, NodeSpec
 
 ADVICE = {
     "GenAttn_SparseAttention": """
-- Start with `radial`, `dense_steps` 0.25 and `dense_blocks` 0. The first steps decide layout and motion and stay dense.
-- Radial attention thins out frames that are far apart, so it does nothing for pictures: take `neighborhood` for FLUX and SD3.
+- `auto` takes what suits the model. By hand, start with `radial`, `dense_steps` 0.25 and `dense_blocks` 0.
+- The first steps decide layout and motion, and stay dense for that.
+- Radial attention thins out frames that are far apart, so it does nothing for pictures: take `gna` or `adaptive` there.
+- `profile` needs a map from the Profile node. `adaptive` chooses tiles in every call and needs nothing.
+- `min_tokens` -1 keeps calls dense that a sparse one would not make faster. The report says so; 0 switches that off.
 - `window` and `stride` count tokens, not pixels: one token is 16 x 16 pixels and 4 frames for Wan and HunyuanVideo.
 - A stride equal to the window, or a multiple of 8 tokens, gives fuller tiles and more speed than stride 1.
 - `dense_steps` counts the steps of the sampler that runs. With two samplers (Wan 2.2's two experts) use `sigma_start` instead.
@@ -39,6 +42,12 @@ ADVICE = {
 - Blocks with a large error are the ones to list in `dense_blocks`.
 - One forward at one noise level. Errors at high noise (sigma near 1) and low noise differ; look at both.
 - An empty latent gives pure noise as the picture; a sampled one gives errors at a real picture.
+""",
+    "GenAttn_Profile": """
+- Runs dense `runs` + 2 times with `sampling_steps` steps each, so it costs as much as that many short samplings. Do it once.
+- The map fits the model it was made on; other sizes and lengths of that model may use it too.
+- Connect `path` to Sparse Attention and set its `pattern` to `profile`. `genattn generate --attention FILE` takes it too.
+- Two different prompts make a better map than two seeds: run it again with another name and compare the tables.
 """,
     "GenAttn_Report": """
 - Connect the MODEL that the sampler got, and the sampler's latent.

@@ -1,28 +1,36 @@
-"""Nodes on ComfyUI's own MODEL: Wan, HunyuanVideo, FLUX, SD3."""
+"""Nodes on ComfyUI's own MODEL, for the families in `hosts.families`."""
 
 import json
 from dataclasses import asdict
 from typing import Any
 
-from genattn.apps.comfyui.fields import HEAD_SET, HEADS, METHOD, SEED, SIGMAS, SPARSE, TARGET, check_sparse
+from genattn.apps.comfyui.fields import HEAD_SET, HEADS, LATER, METHOD, SEED, SIGMAS, SPARSE, TARGET, check_sparse
 from genattn.apps.comfyui.schema import Answer, Field, NodeSpec, Out
 from genattn.errors import GenAttnError
 
 _CATEGORY = "GenAttn/model"
-_MODEL = Field("model", "MODEL", "Wan, HunyuanVideo, FLUX or SD3.")
+_MODEL = Field("model", "MODEL", "A video or image model that ComfyUI loaded: Wan, HunyuanVideo, LTX, FLUX, Qwen-Image, ...")
 _MODEL_OUT = Out("MODEL", "MODEL", "A patched clone; the model that came in stays as it was.")
 _LATENT = Field("latent", "LATENT", "Latents of the size that will be sampled.")
 
 
 def sparse_attention(model: Any, **widgets: Any) -> tuple[Any, ...]:
     """MODEL with a pattern on its self and joint attention."""
-    from genattn.apps.comfyui.hosts.families import host_of
+    from genattn.apps.comfyui.patching.known import known_model, percents_as_sigmas
     from genattn.apps.comfyui.patching.seam import patch_model
     from genattn.apps.comfyui.settings import sparse_of
 
-    inner = model.model.diffusion_model
-    blocks = 1 + max(site.depth for site in host_of(inner).sites(inner))
-    return (patch_model(model, sparse_of(blocks=blocks, **widgets)),)
+    percents = [widgets.pop(name, None) for name in ("start_percent", "end_percent")]
+    window = percents_as_sigmas(model, *percents)
+    widgets["sigma_start"], widgets["sigma_end"] = min(widgets["sigma_start"], window[0]), max(widgets["sigma_end"], window[1])
+    return (patch_model(model, sparse_of(known_model(model), **widgets)),)
+
+
+def profile_model(model: Any, positive: Any, negative: Any, latent: dict[str, Any], **widgets: Any) -> Answer:
+    """A map of what the layers and heads of a MODEL look at."""
+    from genattn.apps.comfyui.profiling import write_profile
+
+    return write_profile(model, positive, negative, latent["samples"], **widgets)
 
 
 def guidance(
@@ -117,14 +125,14 @@ def _plain(value: Any) -> Any:
 MODEL_NODES = (
     NodeSpec(
         "GenAttn_SparseAttention", "Sparse Attention (GenAttn)", _CATEGORY,
-        "Radial or (generalized) neighborhood attention on Wan, HunyuanVideo, FLUX and SD3, with blocks, steps and noise "
-        "levels to keep dense. Chains with other attention overrides.",
+        "Radial, neighborhood, adaptive or profiled attention on ComfyUI's video and image models, with blocks, steps and "
+        "noise levels to keep dense. Chains with other attention overrides.",
         ("radial attention", "neighborhood attention", "gna", "natten", "sparse attention", "speed up", "nabla", "sparge"),
-        (_MODEL, *SPARSE, *SIGMAS), (_MODEL_OUT,), sparse_attention, check=check_sparse,
+        (_MODEL, *SPARSE, *SIGMAS, *LATER), (_MODEL_OUT,), sparse_attention, check=check_sparse, reads=("path",),
     ),
     NodeSpec(
         "GenAttn_Guidance", "DiT Guidance (GenAttn)", _CATEGORY,
-        "SoftPAG on chosen heads, PAG and SEG on layers, for Wan, HunyuanVideo, FLUX and SD3. One more pass per guided step.",
+        "SoftPAG on chosen heads, PAG and SEG on layers, for the same models. One more pass per guided step.",
         ("softpag", "pag", "perturbed attention guidance", "seg", "smoothed energy guidance", "headhunter", "quality"),
         (
             _MODEL, METHOD, *HEADS, TARGET,
@@ -183,6 +191,27 @@ MODEL_NODES = (
             Out("worst", "FLOAT", "Largest relative error."),
         ),
         block_probe, is_output=True,
+    ),
+    NodeSpec(
+        "GenAttn_Profile", "Profile (GenAttn)", _CATEGORY,
+        "Runs the MODEL dense a few times, measures what each layer and head looks at, and writes a map for Sparse Attention "
+        "with pattern profile. Do it once per model and size.",
+        ("profile", "map", "measure", "attention map", "per head"),
+        (
+            _MODEL, Field("positive", "CONDITIONING", "What the model is told."),
+            Field("negative", "CONDITIONING", "What the model is not to show."), _LATENT, SEED,
+            Field("sampling_steps", "INT", "Steps of each run; fewer than usual will do.", 8, 2, 200, 1),
+            Field("cfg", "FLOAT", "Classifier-free guidance of the runs.", 1.0, 1.0, 30.0, 0.1),
+            Field("runs", "INT", "Runs, each with other noise; two more check the map.", 2, 2, 16, 1),
+            Field("density", "FLOAT", "Share of the scores that the map visits.", 0.3, 0.02, 1.0, 0.01),
+            Field("name", "STRING", "File in ComfyUI's output folder.", "genattn_map"),
+        ),
+        (
+            Out("path", "STRING", "The map; connect it to path of Sparse Attention."),
+            Out("IMAGE", "IMAGE", "What each layer and head looks at."),
+            Out("text", "STRING", "Share and expected error per layer."),
+        ),
+        profile_model, is_output=True,
     ),
     NodeSpec(
         "GenAttn_Report", "Attention Report (GenAttn)", _CATEGORY,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from genattn.apps.comfyui.fields import HEAD_SET, HEADS, SEED, SPARSE, TARGET, check_sparse
+from genattn.apps.comfyui.fields import HEAD_SET, HEADS, LATER, SEED, SPARSE, TARGET, check_sparse
 from genattn.apps.comfyui.schema import Answer, Field, NodeSpec, Out
 from genattn.apps.comfyui.settings import METHODS, first_of, size_multiple
 
@@ -42,7 +42,7 @@ def apply_node(
 
     plugins: list[Any] = []
     if widgets["pattern"] != "dense":
-        plugins.append(sparse_of(blocks=pipe.blocks, **widgets))
+        plugins.append(sparse_of(pipe.known, **widgets))
     if method != "none":
         plugins.append(guidance_of(method, heads, u, scale, head_set, target=target, reuse_prefix="auto"))
     return (pipe.with_plugins(*plugins),)
@@ -133,8 +133,9 @@ PIPE_NODES = (
         (
             _PIPE, *SPARSE,
             Field("method", "COMBO", "Head guidance.", "none", options=("none", *METHODS)), *HEADS, TARGET, HEAD_SET,
+            *LATER,
         ),
-        (_PIPE_OUT,), apply_node, check=check_sparse,
+        (_PIPE_OUT,), apply_node, check=check_sparse, reads=("path",),
     ),
     NodeSpec(
         "GenAttn_SampleImage", "Sample Image (GenAttn)", _CATEGORY,

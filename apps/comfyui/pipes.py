@@ -16,10 +16,10 @@ from genattn.apps.sampling.pipeline_calls import sample_frames, taken_arguments
 from genattn.apps.sampling.preview import clean_estimate, first_frame
 from genattn.apps.sampling.run import SamplingSettings, call_arguments, makes_video, own_defaults
 from genattn.errors import GenAttnError
-from genattn.layouts.families import family_of
+from genattn.planning.ladder import Model as Known
 from genattn.seam.handle import denoisers
 from genattn.seam.plugin import Plugin
-from genattn.seam.sites import find_sites
+from genattn.seam.sparse_plugin import describe_model
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Pipe:
         return replace(self, plugins=(*self.plugins, *plugins))
 
     @property
-    def blocks(self) -> int:
-        """Blocks of its (first) denoiser, over all stacks."""
+    def known(self) -> Known:
+        """What the planner asks of its (first) denoiser."""
         name, model = next(iter(denoisers(self.pipe).items()))
-        return 1 + max(site.depth for _, site in find_sites(model, name, family_of(model)))
+        return describe_model(name, model, tuple(getattr(self.pipe, "components", ())))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[Any]:

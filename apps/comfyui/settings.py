@@ -3,50 +3,83 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from genattn.apps.sampling.attention_names import ATTENTIONS, pattern_from_name
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
 from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.kernels.plan.tail import TAILS
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
+from genattn.planning.break_even import break_even
+from genattn.planning.ladder import Model as Known, rung
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 
-PATTERNS = tuple(ATTENTIONS)
+NAMES = ("auto", "gna")  # what these stand for depends on the model
+PATTERNS = (*ATTENTIONS, *NAMES)
+TAIL_CHOICES = ("auto", "none", *TAILS)
 METHODS = ("softpag", "pag", "seg")
 _BLOCK = re.compile(r"(-?\d+)(?:-(\d+))?")
 
 
-def pattern_of(name: str, decay: float, window: str, stride: str, options: str) -> Pattern:
-    """The pattern that the widgets describe.
+def pattern_of(
+    name: str, decay: float, window: str, stride: str, options: str, path: str = "", tail: str = "auto"
+) -> Pattern | None:
+    """The pattern that the widgets describe; None for a name that the model has to be asked about.
 
     decay: of the radial patterns, 0 for their own. window, stride: of the neighborhood, "frames,height,width" tokens or one
-    number for all axes. options: further settings of the pattern, a JSON object.
+    number for all axes. options: further settings of the pattern, a JSON object. path: of a map, for profile. tail: a key of
+    TAIL_CHOICES; the options win.
     """
+    if tail not in TAIL_CHOICES:
+        raise GenAttnError(f"tail must be one of {', '.join(TAIL_CHOICES)}, got {tail!r}")
     settings = _json(options)
+    if name in NAMES:
+        if settings:
+            raise GenAttnError(f"pattern_options belong to a pattern that is named, got {options!r} for {name}")
+        return None
     if name.startswith("radial") and decay:
         settings.setdefault("decay", decay)
     if name == "neighborhood":
         settings.setdefault("window_size", _axes("window", window))
         settings.setdefault("stride", _axes("stride", stride))
+    if name == "profile" and path.strip():
+        settings.setdefault("path", path.strip())
+    if name != "dense" and tail != "auto":
+        settings.setdefault("tail", None if tail == "none" else tail)
     return pattern_from_name(name, json.dumps(settings) if settings else None) or DensePattern()
 
 
 def schedule_of(
-    dense_steps: float, dense_blocks: str, blocks: int, sigma_start: float = 1.0, sigma_end: float = 0.0
+    dense_steps: float,
+    dense_blocks: str,
+    blocks: int,
+    sigma_start: float = 1.0,
+    sigma_end: float = 0.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
 ) -> Schedule:
-    """What stays dense. dense_steps: share of the steps below 1, else their number. blocks: how many the model has."""
+    """What stays dense. dense_steps: share of the steps below 1, else their number. blocks: how many the model has.
+
+    start_percent, end_percent: shares of the steps between which sparse may run.
+    """
+    if start_percent > end_percent:
+        raise GenAttnError(f"start_percent must not be above end_percent, got {start_percent} and {end_percent}")
     whole = sigma_start >= 1 and sigma_end <= 0
+    steps = int(dense_steps) if dense_steps >= 1 else max(float(dense_steps), start_percent)
     return Schedule(
-        dense_steps=int(dense_steps) if dense_steps >= 1 else float(dense_steps),
+        dense_steps=steps,
+        dense_last_steps=round(1 - end_percent, 6),
         dense_layers=blocks_of(dense_blocks, blocks),
         sigma=None if whole else (sigma_end, sigma_start),
     )
 
 
 def sparse_of(
+    known: Known,
     pattern: str,
     decay: float,
     window: str,
@@ -55,13 +88,31 @@ def sparse_of(
     impl: str,
     dense_steps: float,
     dense_blocks: str,
-    blocks: int,
-    sigma_start: float = 1.0,
-    sigma_end: float = 0.0,
+    path: str | None = None,
+    tail: str | None = None,
+    min_tokens: int | None = None,
+    **moments: float | None,
 ) -> SparsePlugin:
-    """Pattern, schedule and backend as the plugin that both routes apply."""
-    schedule = schedule_of(dense_steps, dense_blocks, blocks, sigma_start, sigma_end)
-    return SparsePlugin(pattern_of(pattern, decay, window, stride, pattern_options), schedule, impl)
+    """Pattern, schedule and backend as the plugin that both routes apply.
+
+    known: the model that will run. moments: of `schedule_of`; None is its default.
+    """
+    given = {name: value for name, value in moments.items() if value is not None}
+    schedule = schedule_of(dense_steps, dense_blocks, known.layers, **given)
+    tail = tail or "auto"
+    found, why = pattern_of(pattern, decay, window, stride, pattern_options, path or "", tail), ""
+    if found is None:
+        named = rung(pattern, known)
+        found, why = named.pattern, f"{pattern}: {named.why}"
+        if tail != "auto":
+            found = found.with_tail(None if tail == "none" else tail)
+    least = -1 if min_tokens is None else min_tokens
+    if least < 0:
+        # what a pattern visits depends on the size; half of the scores is what the measured lengths are between
+        least = break_even(known.device, known.backend, 0.5, known.heads, known.head_dim, found.needs_tensors).tokens
+    plugin = SparsePlugin(found, replace(schedule, min_tokens=least), impl)
+    plugin.origin, plugin.known_as = why, known.name
+    return plugin
 
 
 def blocks_of(text: str, blocks: int) -> tuple[int, ...]:

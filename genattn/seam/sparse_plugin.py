@@ -46,6 +46,7 @@ class SparsePlugin(Plugin):
             raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
         self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
         self.origin = ""  # which name and preset it comes from, for the report
+        self.known_as = ""  # the diffusers class of a model that holds its weights under another name
         self._tailed = pattern.with_measured_tail()
         self._blocks: dict[int, int] = {}
         self._mask: tuple[Any, Any] | None = None
@@ -56,7 +57,7 @@ class SparsePlugin(Plugin):
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         """Refuse models whose self-attention cannot be made sparse."""
         wanted = [site for site in sites if self.wants(site)]
-        name = model.__class__.__name__
+        name = self.known_as or model.__class__.__name__
         if not wanted:
             raise GenAttnError(f"{name} has no self or joint attention for a pattern; its sites are {_kinds(sites)}")
         hidden = [site for site in wanted if site.unreachable]
@@ -343,7 +344,7 @@ def named_plugin(
     Says once per model where no preset is known. Raises GenAttnError for an unknown name.
     """
     component, model = next(iter(models.items()))
-    found = rung(name, _describe(component, model, components, impl))
+    found = rung(name, describe_model(component, model, components, impl))
     if not found.known and found.why not in _SAID:
         _SAID.add(found.why)
         _LOG.warning("%s: %s", name, found.why)
@@ -355,7 +356,8 @@ def named_plugin(
     return plugin
 
 
-def _describe(component: str, model: nn.Module, components: Sequence[str], impl: str) -> Model:
+def describe_model(component: str, model: nn.Module, components: Sequence[str], impl: str = "auto") -> Model:
+    """What the planner asks of a denoiser. Raises GenAttnError when it has no attention for a pattern."""
     sites = find_sites(model, component, family_of(model))
     inside = [site for _, site in sites if site.kind in ("self", "joint") and site.depth >= 0]
     if not inside:

@@ -36,8 +36,9 @@ HOSTS = {
     "MiniTrainDIT": Host(
         "Cosmos", "CosmosTransformer3DModel", (Stack("blocks", "", "self"),), orders.cosmos_patch, orders.cosmos, text=False
     ),
+    # by their index: ComfyUI 0.33 offers to replace these blocks, but calls what was replaced by a wrong name
     "Kandinsky5": Host(
-        "Kandinsky 5", "Kandinsky5Transformer3DModel", (Stack("visual_transformer_blocks", "double_block", "self"),),
+        "Kandinsky 5", "Kandinsky5Transformer3DModel", (Stack("visual_transformer_blocks", "", "self"),),
         orders.patches, orders.grid_alone, text=False,
     ),
 }  # fmt: skip

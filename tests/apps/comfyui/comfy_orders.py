@@ -127,7 +127,7 @@ def made(family):
         from comfy.ldm.kandinsky5.model import Kandinsky5
 
         model = Kandinsky5(
-            in_text_dim=WIDTH, in_text_dim2=32, time_dim=32, model_dim=WIDTH, ff_dim=64, visual_embed_dim=16,
+            in_text_dim=WIDTH, in_text_dim2=32, time_dim=32, model_dim=WIDTH, ff_dim=64, visual_embed_dim=64,
             num_text_blocks=1, num_visual_blocks=1, axes_dims=(16, 8, 8), **COMMON,
         )  # fmt: skip
         return model, VIDEO, (1, TEXT, WIDTH), {**FLUX_IN}
@@ -141,7 +141,7 @@ def made(family):
     from comfy.ldm.minimax.model import PackedLayout
 
     payload = {"layout": PackedLayout(TEXT, 3, 6, 8, 4)}
-    return model, [VIDEO, (1, 32, 4)], (1, TEXT, WIDTH), {"minimax_payload": payload}
+    return model, [VIDEO, (1, 32, 2, 4)], (1, TEXT, WIDTH), {"minimax_payload": payload}
 
 
 class Recorder(Plugin):
@@ -216,3 +216,5 @@ for name in FAMILIES:
         print(json.dumps(checked(name)), flush=True)
     except ModuleNotFoundError as error:
         print(json.dumps({"family": name, "absent": str(error)}), flush=True)
+    except Exception as error:
+        print(json.dumps({"family": name, "why": f"{type(error).__name__}: {error}"}), flush=True)

@@ -20,13 +20,15 @@ from genattn.apps.comfyui.model_nodes import check_head_set
 from genattn.apps.comfyui.nodes import node_specs
 from genattn.apps.comfyui.pipe_nodes import check_sizes
 from genattn.apps.comfyui.schema import Field, NodeSpec
-from genattn.apps.comfyui.settings import blocks_of, guidance_of, pattern_of, schedule_of, sigma_bounds
+from genattn.apps.comfyui.settings import blocks_of, guidance_of, pattern_of, schedule_of, sigma_bounds, sparse_of
 from genattn.apps.comfyui.workflows import node_definitions, to_workflow, write_workflows
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
+from genattn.planning.fitted import FittedNeighborhood
+from genattn.planning.ladder import Model
 
 SPECS = {spec.id: spec for spec in node_specs()}
 PACK = pack_folder()
@@ -64,7 +66,7 @@ def test_the_function_takes_the_inputs_and_the_check_some_of_them(spec: NodeSpec
     assert open_ended or named == names
     for field in spec.inputs:
         if field.optional:
-            assert parameters[field.id].default is None
+            assert open_ended or parameters[field.id].default is None
     if spec.check is not None:
         first, *rest = inspect.signature(spec.check).parameters
         assert first == "cls"
@@ -186,6 +188,76 @@ def test_patterns_from_widgets() -> None:
     assert pattern_of("neighborhood", 0.0, "3,4,4", "1", "") == NeighborhoodPattern((3, 4, 4), 1)
     assert pattern_of("neighborhood", 0.0, "5", "1,2,2", '{"dilation": 2}') == NeighborhoodPattern(5, (1, 2, 2), 2)
     assert pattern_of("dense", 0.0, "", "", "") == DensePattern()
+
+
+KNOWN = Model("WanTransformer3DModel", 12, 30, 128, (), "cpu", "cpu")
+WIDGETS = {
+    "pattern": "radial", "decay": 0.0, "window": "5,12,12", "stride": "1", "pattern_options": "", "impl": "auto",
+    "dense_steps": 0.25, "dense_blocks": "0",
+}  # fmt: skip
+
+
+def test_later_widgets_have_the_meaning_that_they_had_before_they_came() -> None:
+    old, new = sparse_of(KNOWN, **WIDGETS), sparse_of(KNOWN, **WIDGETS, path="", tail="auto", min_tokens=-1)
+    assert (old.pattern, old.schedule) == (new.pattern, new.schedule)
+    assert old.schedule.min_tokens == 256, "measured on the CPU for half of the scores"
+    assert sparse_of(KNOWN, **WIDGETS, min_tokens=0).schedule.min_tokens == 0
+    assert sparse_of(KNOWN, **WIDGETS, tail="none").pattern == RadialPattern(tail=None)
+    assert sparse_of(KNOWN, **WIDGETS, tail="mean").pattern == RadialPattern(tail="mean")
+
+
+def test_names_that_the_model_is_asked_about() -> None:
+    auto = sparse_of(KNOWN, **{**WIDGETS, "pattern": "auto"})
+    assert auto.pattern == RadialPattern(decay=0.2)
+    assert "wan-1.3b" in auto.origin
+    windows = sparse_of(KNOWN, **{**WIDGETS, "pattern": "gna"}, tail="none").pattern
+    assert windows == FittedNeighborhood(0.4, tail=None)
+    assert sparse_of(KNOWN, **{**WIDGETS, "pattern": "adaptive"}).schedule.min_tokens == 2048
+    with pytest.raises(GenAttnError, match="belong to a pattern that is named"):
+        sparse_of(KNOWN, **{**WIDGETS, "pattern": "auto", "pattern_options": '{"decay": 1}'})
+    with pytest.raises(GenAttnError, match="tail must be one of auto, none"):
+        pattern_of("radial", 0.0, "", "", "", tail="half")
+    with pytest.raises(GenAttnError, match="needs the file of a map"):
+        pattern_of("profile", 0.0, "", "", "")
+    assert isinstance(check_sparse(object, "0", "profile", 0.0, "", "", "", "/nowhere.safetensors"), str)
+
+
+def test_shares_of_the_sampling() -> None:
+    schedule = schedule_of(0.1, "", 4, start_percent=0.3, end_percent=0.9)
+    assert (schedule.dense_steps, schedule.dense_last_steps) == (0.3, 0.1)
+    assert schedule_of(3.0, "", 4, end_percent=1.0).dense_last_steps == 0
+    with pytest.raises(GenAttnError, match="must not be above end_percent"):
+        schedule_of(0.1, "", 4, start_percent=0.9, end_percent=0.3)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "previous").glob("[!a]*.json")), ids=lambda f: f.stem)
+def test_workflows_of_the_previous_version_load(file: Path) -> None:
+    """The page hands out saved values by place, so old widgets must keep theirs; what came later takes its default."""
+    for node in json.loads(file.read_text())["nodes"]:
+        spec = SPECS.get(node["type"])
+        if spec is None:
+            continue
+        widgets = [field for field in spec.inputs if field.is_widget for _ in range(1 + field.seed)]
+        saved, later = node["widgets_values"], widgets[len(node["widgets_values"]) :]
+        assert len(saved) <= len(widgets)
+        assert all(field.optional for field in later), "an optional one may be missing in a saved graph"
+        for field, value in zip(widgets, saved):
+            if field.type == "COMBO":
+                assert value in field.options
+            elif field.type in ("INT", "FLOAT") and not field.seed:
+                assert field.low <= value <= field.high
+        # a socket that was there keeps its name and type
+        sockets = {field.id: field.type for field in spec.inputs}
+        assert all(sockets[socket["name"]] == socket["type"] for socket in node["inputs"] if socket["name"] in sockets)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "previous").glob("api_*.json")), ids=lambda f: f.stem)
+def test_graphs_of_the_previous_version_have_all_that_is_required(file: Path) -> None:
+    for node in json.loads(file.read_text()).values():
+        spec = SPECS.get(node["class_type"])
+        if spec is not None:
+            required = {field.id for field in spec.inputs if not field.optional}
+            assert required <= set(node["inputs"]) <= {field.id for field in spec.inputs}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ pytestmark = [
 SPARSE = {
     "pattern": "neighborhood", "decay": 0.2, "window": "3,4,4", "stride": "1", "dense_steps": 0.0, "dense_blocks": "0",
     "impl": "auto", "pattern_options": '{"tail": null}', "sigma_start": 1.0, "sigma_end": 0.0,
+    "min_tokens": 0,
 }  # fmt: skip
 DENSE = {**SPARSE, "pattern": "dense"}
 FULL = {**SPARSE, "window": "-1", "dense_blocks": ""}
