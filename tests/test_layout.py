@@ -101,7 +101,8 @@ MAY_IMPORT = {
     ),
     "apps/comfyui/hosts": "genattn genattn/geometry genattn/layouts genattn/seam",
     "apps/comfyui/patching": (
-        "apps/comfyui/hosts genattn genattn/geometry genattn/layouts genattn/planning genattn/seam guidance/heads guidance/softpag "
+        "apps/comfyui/hosts genattn genattn/geometry genattn/layouts genattn/planning genattn/seam "
+        "guidance/heads guidance/softpag "
         "pipelines/long_video/queue pipelines/long_video/solvers"
     ),
     "apps/comfyui/pack": "apps/comfyui",
