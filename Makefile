@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-all test-comfyui lint types bench tables evidence clean
+.PHONY: install demo test test-all test-comfyui docs lint types bench tables evidence clean
 
 install: $(VENV)/.installed
 
@@ -54,6 +54,13 @@ types: install
 	@rm -rf build/types && mkdir -p build/types/genattn
 	@ln -s $(CURDIR)/genattn/* $(CURDIR)/kernels $(CURDIR)/guidance $(CURDIR)/pipelines $(CURDIR)/apps build/types/genattn/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p genattn
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m genattn.apps.pages.site.build --out build/site
 
 bench: install
 	$(BIN)/genattn bench attention --quick

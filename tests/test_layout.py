@@ -122,6 +122,7 @@ MAY_IMPORT = {
         "guidance/broadway guidance/nag guidance/softpag "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"
     ),
+    "apps/pages/site": "genattn",
     "apps/sampling": (
         "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling genattn/seam "
         "genattn/selection "

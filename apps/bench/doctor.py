@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from typing import Any
 
 import torch
@@ -74,6 +75,22 @@ def describe_doctor(facts: dict[str, Any]) -> str:
     for group in ("backends", "dense"):
         lines += [f"{group:14} {name:16} {'yes' if why is None else f'no: {why}'}" for name, why in facts[group].items()]
     return "\n".join([*lines, *(f"{'peer':14} {name:16} {why}" for name, why in facts["peers"].items())])
+
+
+# what a maintainer asks first; those that are not installed are said to be so
+_ASKED = ("genattn", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "gguf", "xformers", "gradio")
+
+
+def bug_report(facts: dict[str, Any]) -> str:
+    """The examination for a bug report: Markdown, with the versions of other packages, without this machine's folders."""
+    known = {name: _version(name) for name in _ASKED}
+    lines = [f"{name:14} {version}" for name, version in known.items()]
+    return "\n".join(["```", f"system         {platform.platform()}", *lines, without_folders(describe_doctor(facts)), "```"])
+
+
+def without_folders(text: str) -> str:
+    """`text` with absolute folders cut to their last part: a bug report is public, a home folder bears a name."""
+    return re.sub(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^\s,;:'\"/\\]+)+(?=[/\\])", "...", text)
 
 
 def _why_not(name: str, probe: torch.Tensor, plan: Any) -> str | None:

@@ -82,18 +82,28 @@ def autotune_command(
 
 def doctor_command(
     head_dim: Annotated[int, typer.Option(help="Head dimension to ask for.")] = 128,
+    report: Annotated[bool, typer.Option(help="One text to paste into a bug report: versions too, no private paths.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """What this machine can run, and why not the rest.
+    """What this machine can run, and what the other backends lack.
 
-    Example: genattn doctor
+    Example: genattn doctor --report
     """
-    from genattn.apps.bench.doctor import describe_doctor, doctor
+    from genattn.apps.bench.doctor import bug_report, describe_doctor, doctor
 
+<<<<<<< HEAD
     if not 1 <= head_dim <= _LARGEST_HEAD:
         raise GenAttnError(f"--head-dim must be >= 1 and at most {_LARGEST_HEAD}, got {head_dim}")
+=======
+    if head_dim < 1:
+        raise GenAttnError(f"--head-dim must be >= 1, got {head_dim}")
+    if report and as_json:
+        raise GenAttnError("give --report or --json, got both: a report is text")
+>>>>>>> 2443707 (docs/ as a site, six new pages, genattn doctor --report)
     facts = doctor(head_dim)
-    if as_json:
+    if report:
+        print_lines(bug_report(facts))
+    elif as_json:
         print_json(facts)
     else:
         print_lines(describe_doctor(facts))

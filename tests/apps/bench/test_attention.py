@@ -7,7 +7,7 @@ import torch
 
 from genattn.apps.bench import attention as bench
 from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
-from genattn.apps.bench.doctor import describe_doctor, doctor
+from genattn.apps.bench.doctor import bug_report, describe_doctor, doctor, without_folders
 from genattn.functional.dispatch import attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -71,6 +71,27 @@ def test_cases_have_plans_of_their_names():
     names = [case.name for case in (*cpu_cases(), *gpu_cases())]
     assert all(len(names) > 5 and case.layout.seqlen >= 4096 for case in (*cpu_cases(), *gpu_cases()))
     assert len(cpu_cases(quick=True)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("cache /home/ada/.cache/genattn", "cache .../genattn"),
+        (r"cache C:\Users\ada\genattn", r"cache ...\genattn"),
+        ("radial 41x16x32, a/b and 0.28/1", "radial 41x16x32, a/b and 0.28/1"),
+    ],
+)
+def test_a_report_names_no_private_folder(text: str, wanted: str) -> None:
+    assert without_folders(text) == wanted
+
+
+def test_a_bug_report_has_versions_and_the_examination() -> None:
+    facts = {"python": "3.11", "cache": "/home/ada/.cache/genattn", "backends": {"flex": "no"}, "dense": {}, "peers": {}}
+    told = bug_report(facts)
+    assert told.startswith("```\nsystem")
+    assert "ada" not in told
+    assert "diffusers" in told
+    assert "no: no" in told
 
 
 def test_doctor_says_why_not():
