@@ -91,15 +91,10 @@ def doctor_command(
     """
     from genattn.apps.bench.doctor import bug_report, describe_doctor, doctor
 
-<<<<<<< HEAD
     if not 1 <= head_dim <= _LARGEST_HEAD:
         raise GenAttnError(f"--head-dim must be >= 1 and at most {_LARGEST_HEAD}, got {head_dim}")
-=======
-    if head_dim < 1:
-        raise GenAttnError(f"--head-dim must be >= 1, got {head_dim}")
     if report and as_json:
         raise GenAttnError("give --report or --json, got both: a report is text")
->>>>>>> 2443707 (docs/ as a site, six new pages, genattn doctor --report)
     facts = doctor(head_dim)
     if report:
         print_lines(bug_report(facts))
