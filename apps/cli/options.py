@@ -19,6 +19,10 @@ Command = Callable[..., None]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or hub id of a diffusers pipeline; default: the shipped tiny-wan.")
 ]
+FirstModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Folder or hub id of a diffusers pipeline; default: the shipped tiny-wan-long."),
+]
 Prompt = Annotated[str, typer.Option(help="What to show.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid: by guidance, or by NAG at guidance scale 1.")]
 FrameCount = Annotated[int | None, typer.Option("--frames", help="Frames; default: what the model was made for.")]
@@ -49,6 +53,21 @@ DenseSteps = Annotated[
     float, typer.Option(help="First steps kept dense: a share of them (below 1) or a number (1, 2, ...).", show_default=True)
 ]
 DenseLayers = Annotated[int, typer.Option(help="First layers kept dense.", show_default=True)]
+OwnAttention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        help="radial, radial-paper, radial-official, neighborhood (with --window), adaptive, sol, sparge, svg2, dense, "
+        "or a map.safetensors of `genattn profile`. Default: radial; without --model, the shipped model's map.",
+    ),
+]
+OwnDenseSteps = Annotated[
+    float | None,
+    typer.Option("--dense-steps", help="First steps kept dense: a share or a number. Default: 0.25; 0 with the shipped map."),
+]
+OwnDenseLayers = Annotated[
+    int | None, typer.Option("--dense-layers", help="First layers kept dense. Default: 1; 0 with the shipped map.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.", show_default=True)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
 CpuOffload = Annotated[str | None, typer.Option(help="model or group: keep weights on the CPU between uses.")]
@@ -94,6 +113,12 @@ ATTENTION: dict[str, tuple[Any, Any]] = {
     "dense_steps": (DenseSteps, 0.25),
     "dense_layers": (DenseLayers, 1),
 }
+# where the model may be the shipped one: what is left out is chosen for it
+OWN_ATTENTION = ATTENTION | {
+    "attention": (OwnAttention, None),
+    "dense_steps": (OwnDenseSteps, None),
+    "dense_layers": (OwnDenseLayers, None),
+}
 GUIDANCE: dict[str, tuple[Any, Any]] = {
     "softpag": (SoftPagHeads, None),
     "softpag_u": (SoftPagU, 0.5),
@@ -112,9 +137,12 @@ def sampling_options(**instead: Any) -> Callable[[Command], Command]:
     return functools.partial(_offer, "settings", options, _sampling_settings)
 
 
-def attention_options() -> Callable[[Command], Command]:
-    """In place of a command's parameter `attention`: the options of ATTENTION, gathered as AttentionSettings."""
-    return functools.partial(_offer, "attention", ATTENTION, _attention_settings)
+def attention_options(own: bool = False) -> Callable[[Command], Command]:
+    """In place of a command's parameter `attention`: the options of ATTENTION, gathered as AttentionSettings.
+
+    own: options left out are noted as such, so that the command may choose for the model.
+    """
+    return functools.partial(_offer, "attention", OWN_ATTENTION if own else ATTENTION, _attention_settings)
 
 
 def guidance_options() -> Callable[[Command], Command]:
@@ -136,21 +164,28 @@ def _sampling_settings(**given: Any) -> Any:
 
 
 def _attention_settings(
-    attention: str,
+    attention: str | None,
     window: str | None,
     stride: str | None,
     pattern_options: str | None,
     pattern_file: Path | None,
-    dense_steps: float,
-    dense_layers: int,
+    dense_steps: float | None,
+    dense_layers: int | None,
 ) -> Any:
     from genattn.apps.sampling.attention_names import pattern_from_file, pattern_from_name
     from genattn.apps.sampling.run import AttentionSettings
 
-    if pattern_file is None:
-        pattern = pattern_from_name(attention, pattern_options, window, stride)
-        return AttentionSettings(attention, pattern, dense_steps, dense_layers)
-    return AttentionSettings(pattern_file.stem, pattern_from_file(pattern_file), dense_steps, dense_layers)
+    named = {"attention": attention or pattern_file or pattern_options or window or stride}
+    named |= {"dense_steps": dense_steps, "dense_layers": dense_layers}
+    dense: dict[str, Any] = {
+        "dense_steps": ATTENTION["dense_steps"][1] if dense_steps is None else dense_steps,
+        "dense_layers": ATTENTION["dense_layers"][1] if dense_layers is None else dense_layers,
+        "given": frozenset(name for name, value in named.items() if value is not None),
+    }
+    if pattern_file is not None:
+        return AttentionSettings(pattern_file.stem, pattern_from_file(pattern_file), **dense)
+    name = attention or ATTENTION["attention"][1]
+    return AttentionSettings(name, pattern_from_name(name, pattern_options, window, stride), **dense)
 
 
 def _offer(parameter: str, options: dict[str, tuple[Any, Any]], gather: Callable[..., Any], command: Command) -> Command:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from genattn.apps.sampling.run import AttentionSettings, SamplingSettings
 
 
-@options.sampling_options()
-@options.attention_options()
+@options.sampling_options(model=options.FirstModel)
+@options.attention_options(own=True)
 @options.guidance_options()
 def generate_command(
     settings: "SamplingSettings",
@@ -38,9 +38,11 @@ def generate_command(
 
     Example: genattn generate --prompt "a red circle moves right on a dark background" --compare-dense --out out.mp4
     """
+    from genattn.apps.sampling.first_run import first_run
     from genattn.apps.sampling.generate import GenerateRequest, generate_all, numbered
     from genattn.apps.sampling.prompt_file import read_prompts
 
+    settings, attention = first_run(settings, attention)
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
         raise GenAttnError("generate needs something to show; give --prompt or a --prompts file")

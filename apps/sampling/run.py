@@ -88,13 +88,17 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """One attention to sample with: its name, the pattern behind it (None: dense), what stays dense, and guidance inside it."""
+    """One attention to sample with: its name, the pattern behind it (None: dense), what stays dense, and guidance inside it.
+
+    given: which of these a user named; the rest may yet be changed to what suits the model.
+    """
 
     name: str
     pattern: Pattern | None
     dense_steps: float = 0.25
     dense_layers: int = 1
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    given: frozenset[str] = frozenset(("attention", "dense_steps", "dense_layers"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense_steps < np.inf or (self.dense_steps >= 1 and self.dense_steps != int(self.dense_steps)):

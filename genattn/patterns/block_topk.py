@@ -44,8 +44,8 @@ class BlockTopK(ContentPattern):
 
     @property
     def measured_tail(self) -> TailName:
-        """Means halved the error at every share tried."""
-        return "mean"
+        """That of a top-k share over boxes."""
+        return self.choice.measured_tail
 
     @property
     def choice(self) -> AdaptivePattern:

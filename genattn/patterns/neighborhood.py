@@ -27,7 +27,7 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule, GridRule
 from genattn.patterns.dense import dense_rule, dense_tiles
-from genattn.patterns.pattern import Pattern, TailName
+from genattn.patterns.pattern import Pattern
 
 AXES = ("frames", "height", "width")
 
@@ -71,11 +71,6 @@ class NeighborhoodPattern(Pattern):
     def hides_on_purpose(self) -> bool:
         """Whether an axis is causal."""
         return any(_as_tuple(self.is_causal))
-
-    @property
-    def measured_tail(self) -> TailName:
-        """Means halved the error of every window tried; what a causal axis hides stays hidden."""
-        return None if self.hides_on_purpose else "mean"
 
     def _check_values(self) -> None:
         lowest = {"window_size": 1, "stride": 1, "dilation": 1}

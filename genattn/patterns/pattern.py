@@ -174,7 +174,7 @@ class Pattern(ABC):
 
     @property
     def measured_tail(self) -> TailName:
-        """The tail that measured best for this pattern on a model trained dense; None where none helped."""
+        """The tail with which clips came out nearest to dense on a model trained dense; None where none helped."""
         return None
 
     def with_tail(self, tail: TailName) -> "Pattern":

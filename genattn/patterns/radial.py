@@ -29,7 +29,7 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule, GridRule
 from genattn.patterns.dense import dense_rule, dense_tiles
-from genattn.patterns.pattern import Pattern, TailName
+from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial_official import official_rule
 
 Variant = Literal["paper", "official", "genattn"]
@@ -98,11 +98,6 @@ class RadialPattern(Pattern):
         """The decays of some of the heads."""
         one = len(self.decays) == 1
         return self if one else replace(self, decay=self.decays[first : first + count])
-
-    @property
-    def measured_tail(self) -> TailName:
-        """Means helped in both laws of the paper; the released mask was worse with them in a third of the calls."""
-        return None if self.variant == "official" else "mean"
 
     @property
     def decays(self) -> tuple[float, ...]:
