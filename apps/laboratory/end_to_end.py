@@ -32,6 +32,7 @@ from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings
 from genattn.errors import GenAttnError
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.patterns.pattern import TailName
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.patterns.radial import RadialPattern
 from genattn.selection.estimate import PooledScore
@@ -42,6 +43,14 @@ MODEL = "tiny-wan-long"
 ORACLE = ("colour", "shape", "motion", "size")
 SAMPLES, CLOCK = Path("out/end_to_end.jsonl"), Path("out/end_to_end_clock.jsonl")
 TABLE = Path("assets/bench/end_to_end.csv")
+# (share visited, tail, dense steps)
+_PROFILED: tuple[tuple[float, TailName, int], ...] = (
+    (0.15, "mean4", 0),
+    (0.25, "mean", 0),
+    (0.25, "mean4", 0),
+    (0.4, "mean4", 0),
+    (0.4, "mean4", 2),
+)
 
 
 def settings_by_name(profile: Path) -> dict[str, AttentionSettings]:
@@ -50,13 +59,13 @@ def settings_by_name(profile: Path) -> dict[str, AttentionSettings]:
     clusters = AdaptivePattern(TopK(0.15), PooledScore(0), Clusters(32, 32))
     found = {
         "window": AttentionSettings("window", window.with_tail(None), 0, 0),
-        "window + tail": AttentionSettings("window + tail", window.with_tail("mean"), 0, 0),
-        "radial + tail": AttentionSettings("radial + tail", radial.with_tail("mean"), 0, 0),
-        "clusters + tail": AttentionSettings("clusters + tail", clusters.with_tail("mean"), 0, 0),
+        "window + mean": AttentionSettings("window + mean", window.with_tail("mean"), 0, 0),
+        "radial + mean": AttentionSettings("radial + mean", radial.with_tail("mean"), 0, 0),
+        "clusters + mean": AttentionSettings("clusters + mean", clusters.with_tail("mean"), 0, 0),
     }
-    for share, dense_steps in ((0.15, 0), (0.25, 0), (0.4, 0), (0.4, 2)):
-        name = f"profiled {share:g} + tail" + (f", {dense_steps} dense steps" if dense_steps else "")
-        found[name] = AttentionSettings(name, ProfiledPattern(str(profile), density=share, tail="mean"), dense_steps, 0)
+    for share, tail, dense_steps in _PROFILED:
+        name = f"profiled {share:g} + {tail}" + (f", {dense_steps} dense steps" if dense_steps else "")
+        found[name] = AttentionSettings(name, ProfiledPattern(str(profile), density=share, tail=tail), dense_steps, 0)
     return {"dense": DENSE} | found
 
 

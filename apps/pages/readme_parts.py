@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from genattn.apps.pages import rooms
-from genattn.apps.pages.adaptive_table import adaptive_table, break_even_table, selection_table
+from genattn.apps.pages.adaptive_table import (
+    adaptive_table,
+    break_even_table,
+    end_to_end_table,
+    first_screen_table,
+    selection_table,
+)
 from genattn.apps.pages.tables import Row, markdown_table, read_rows
 from genattn.errors import GenAttnError
 
@@ -116,21 +122,6 @@ def speed_table(file: Path) -> str:
     return f"{markdown_table(header, body)}\n\n<sub>{note}</sub>"
 
 
-def short_speed_table(file: Path) -> str:
-    """One row per case for the first screen: what a pattern computes, and how much faster than dense its best backend is."""
-    rows = read_rows(file)
-    newest = [r for r in rows if (r["date"], r["commit"]) == (rows[-1]["date"], rows[-1]["commit"]) and r["correct"] == "True"]
-    best: dict[str, Row] = {}
-    for row in newest:
-        if row["case"] not in best or float(row["speedup"]) > float(best[row["case"]]["speedup"]):
-            best[row["case"]] = row
-    body = [[r["case"], f"{float(r['speedup']):.1f}x", f"{float(r['density']):.0%}", r["impl"]] for r in best.values()]
-    first = newest[0]
-    header = ["pattern and grid of tokens", "faster than dense", "scores computed", "backend"]
-    measured = f"{first['device']}, torch {first['torch_version']}, {first['date']}; results checked before they were timed."
-    return f"{markdown_table(header, body)}\n\n<sub>{measured} All backends: [kernels](docs/kernels.md).</sub>"
-
-
 def families_table() -> str:
     """How many of diffusers' attention models have a layout, in one sentence."""
     from genattn.apps.pages.family_table import claim
@@ -216,12 +207,13 @@ def _rooms(show: Callable[[dict[str, rooms.Room]], str]) -> Callable[[], str]:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "families": families_table,
-        "speed": lambda: short_speed_table(ROOT / "assets" / "bench" / "attention.csv"),
+        "first": lambda: first_screen_table(ROOT / "assets" / "bench" / "end_to_end.csv"),
     },
     "docs/radial.md": {"quality": lambda: quality_table(ROOT / "assets" / "bench" / "compare.csv")},
     "docs/kernels.md": {"speed": lambda: speed_table(ROOT / "assets" / "bench" / "attention.csv")},
     "docs/adaptive.md": {
         "shares": lambda: adaptive_table(ROOT / "assets" / "bench" / "adaptive.csv"),
+        "whole": lambda: end_to_end_table(ROOT / "assets" / "bench" / "end_to_end.csv"),
         "selection": lambda: selection_table(ROOT / "assets" / "bench" / "selection.csv"),
         "break-even": lambda: break_even_table(ROOT / "assets" / "bench" / "break_even.csv"),
     },

@@ -1,14 +1,17 @@
-"""README's picture: frames of one prompt, dense above radial, and the mask that lies between them.
+"""README's picture: frames of one prompt, dense above sparse with their seconds, and how much of the scores was computed.
 
-`python -m genattn.apps.pages.readme_picture` draws assets/figures/dense_beside_radial.png with the shipped model.
+`python -m genattn.apps.pages.readme_picture` draws assets/figures/dense_beside_sparse.png with what `genattn generate` takes
+where no model is named. Seconds are of a second call, by the clock: draw it on a quiet machine.
 """
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from genattn.apps.sampling.attention_names import pattern_from_name
+from genattn.apps.sampling.first_run import first_run
 from genattn.apps.sampling.run import (
     DENSE,
     AttentionSettings,
@@ -21,22 +24,24 @@ from genattn.apps.sampling.run import (
 from genattn.geometry.token_layout import TokenLayout
 from genattn.patterns.pattern import Pattern
 
-PROMPT = "a red circle moves right on a dark background"
-OUT = Path(__file__).resolve().parents[2] / "assets" / "figures" / "dense_beside_radial.png"
+PROMPT = "a large yellow ring moves right on a dark background"
+OUT = Path(__file__).resolve().parents[2] / "assets" / "figures" / "dense_beside_sparse.png"
 
 
 def draw(out: Path = OUT, prompt: str = PROMPT, seed: int = 0, shown: int = 6) -> None:
-    """Sample dense and radial with the shipped model and draw `shown` frames of each beside the mask."""
-    settings = SamplingSettings()
+    """Sample dense and sparse with the shipped model and draw `shown` frames of each beside the visited share."""
+    settings, attention = first_run(SamplingSettings(), AttentionSettings("sparse", None, 0, 0, given=frozenset()))
+    assert attention.pattern is not None
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
-    pattern = pattern_from_name("radial")
-    assert pattern is not None
-    runs = [run_once(pipe, call, prompt, seed, a, a.name) for a in (DENSE, AttentionSettings("radial", pattern))]
+    for each in (DENSE, attention):  # the first call pays for plans and kernels
+        run_once(pipe, call, prompt, seed, each, each.name)
+    runs = [run_once(pipe, call, prompt, seed, each, each.name) for each in (DENSE, attention)]
     layout = TokenLayout.from_grid(latent_grid(pipe, call))
+    visited = visited_shares(attention.pattern, layout, pipe.transformer.config.num_layers)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure = _figure(runs, pattern, layout, prompt, shown)
-    figure.savefig(out, dpi=110)
+    title = f"{Path(str(settings.model)).name}, {layout.seqlen:,} tokens: {prompt!r}, same seed"
+    _figure(runs, visited, title, shown).savefig(out, dpi=110)
 
 
 def latent_grid(pipe: Any, call: dict[str, Any]) -> tuple[int, int, int]:
@@ -46,7 +51,21 @@ def latent_grid(pipe: Any, call: dict[str, Any]) -> tuple[int, int, int]:
     return frames, call["height"] // step, call["width"] // step
 
 
-def _figure(runs: list[RunResult], pattern: Pattern, layout: TokenLayout, prompt: str, shown: int) -> Any:
+def visited_shares(pattern: Pattern, layout: TokenLayout, layers: int, cells: int = 32) -> npt.NDArray[np.float32]:
+    """Float32 [cells, cells] in [0, 1]: share of the scores computed between parts of the sequence, all layers and heads.
+
+    The middle of a run stands for it.
+    """
+    side = layout.seqlen // cells
+    found = torch.zeros(cells, cells)
+    for layer in range(layers):
+        mask = pattern.for_layer(layer, layers).for_step(fraction=0.5).mask(layout)
+        mask = mask.reshape(-1, layout.seqlen, layout.seqlen)[:, : side * cells, : side * cells]
+        found += mask.float().view(-1, cells, side, cells, side).mean((0, 2, 4)) / layers
+    return found.numpy()
+
+
+def _figure(runs: list[RunResult], visited: npt.NDArray[np.float32], title: str, shown: int) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,25 +73,22 @@ def _figure(runs: list[RunResult], pattern: Pattern, layout: TokenLayout, prompt
 
     figure = pyplot.figure(figsize=(10, 3.4), layout="constrained")
     grid = figure.add_gridspec(2, shown + 3)
-    for row, run in enumerate(runs):
+    for row, (run, name) in enumerate(zip(runs, ("dense", "sparse"), strict=True)):
         for column, at in enumerate(np.linspace(0, len(run.frames) - 1, shown).round().astype(int)):
             axis = figure.add_subplot(grid[row, column])
             axis.imshow(run.frames[at])
             axis.set(xticks=[], yticks=[])
             if column == 0:
-                axis.set_ylabel(run.attention, fontsize=12)
+                axis.set_ylabel(f"{name}\n{run.seconds:.1f} s", fontsize=12)
             if row == 0:
                 axis.set_title(f"frame {at}", fontsize=8)
     axis = figure.add_subplot(grid[:, shown:])
-    mask = pattern.mask(layout)
-    axis.imshow(mask, cmap="Blues", interpolation="nearest")
-    axis.set_title(f"radial mask: {float(mask.float().mean()):.0%} of the scores", fontsize=9)
-    tokens = layout.seqlen // layout.grid3[0]
-    axis.set(xticks=range(0, layout.seqlen + 1, tokens), yticks=range(0, layout.seqlen + 1, tokens))
-    axis.tick_params(labelsize=6)
-    axis.set_xlabel("key token (a tick every frame)", fontsize=8)
-    axis.set_ylabel("query token", fontsize=8)
-    figure.suptitle(f"tiny-wan: {prompt!r}, same seed", fontsize=10)
+    axis.imshow(visited, cmap="Blues", interpolation="nearest", vmin=0, vmax=1)
+    axis.set_title(f"computed: {float(visited.mean()):.0%} of the scores", fontsize=9)
+    axis.set(xticks=[], yticks=[])
+    axis.set_xlabel("keys, frame by frame", fontsize=8)
+    axis.set_ylabel("queries", fontsize=8)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

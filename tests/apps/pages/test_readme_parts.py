@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from genattn.apps.pages.readme_parts import fill, main, markdown_table, quality_table, short_speed_table, speed_table
+from genattn.apps.pages.readme_parts import fill, main, markdown_table, quality_table, speed_table
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
 
@@ -82,16 +82,3 @@ def test_speed_table_leaves_out_what_was_wrong(tmp_path: Path) -> None:
     assert "| radial 41x16x32, float32, D 64 | cpu | 0.250 | 500 | 4.00x | 1.00 |" in table
     assert "grouped" not in table
     assert "load average 1.5" in table
-
-
-def test_the_short_table_has_one_row_a_case_with_its_fastest_right_backend(tmp_path: Path) -> None:
-    common = {"dtype": "float32", "head_dim": 64, "density": 0.25, "loadavg": 1.5, "dense": "sdpa:flash", "ratio": 1.0}
-    rows = [
-        {"case": "radial", "impl": "cpu", "correct": True, "seconds": 0.5, "speedup": 4.0},
-        {"case": "radial", "impl": "flex", "correct": True, "seconds": 1.0, "speedup": 2.0},
-        {"case": "radial", "impl": "grouped", "correct": False, "seconds": 0.1, "speedup": 20.0},
-        {"case": "gna", "impl": "grouped", "correct": True, "seconds": 0.2, "speedup": 10.0},
-    ]
-    append_rows(tmp_path / "a.csv", [common | row | provenance("cpu") for row in rows])
-    table = short_speed_table(tmp_path / "a.csv").splitlines()
-    assert table[2:4] == ["| radial | 4.0x | 25% | cpu |", "| gna | 10.0x | 25% | grouped |"]
