@@ -34,7 +34,6 @@ from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import TailName
 from genattn.patterns.profiled import ProfiledPattern
-from genattn.patterns.radial import RadialPattern
 from genattn.selection.estimate import PooledScore
 from genattn.selection.rules import TopK
 from genattn.selection.tiling import Clusters
@@ -55,12 +54,11 @@ _PROFILED: tuple[tuple[float, TailName, int], ...] = (
 
 def settings_by_name(profile: Path) -> dict[str, AttentionSettings]:
     """Everything compared, dense first; sparse in every step and layer but where the name says otherwise."""
-    window, radial = NeighborhoodPattern((4, 16, 16)), RadialPattern(decay=0.1, floor=0)
+    window = NeighborhoodPattern((4, 16, 16))
     clusters = AdaptivePattern(TopK(0.15), PooledScore(0), Clusters(32, 32))
     found = {
         "window": AttentionSettings("window", window.with_tail(None), 0, 0),
         "window + mean": AttentionSettings("window + mean", window.with_tail("mean"), 0, 0),
-        "radial + mean": AttentionSettings("radial + mean", radial.with_tail("mean"), 0, 0),
         "clusters + mean": AttentionSettings("clusters + mean", clusters.with_tail("mean"), 0, 0),
     }
     for share, tail, dense_steps in _PROFILED:
