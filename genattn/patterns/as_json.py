@@ -99,7 +99,7 @@ def load_pattern(path: str | Path) -> Pattern:
     content = read_json(path, "a pattern file")
     if not isinstance(content, dict) or content.get("format") != "genattn-pattern-1":
         raise GenAttnError(f'{path} must hold {{"format": "genattn-pattern-1", "pattern": ...}}, as save_pattern writes it')
-    return pattern_from_dict(content.get("pattern"))
+    return pattern_from_dict(content.get("pattern") or {})
 
 
 def plain(value: Any) -> Any:
