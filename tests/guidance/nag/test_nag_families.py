@@ -32,7 +32,13 @@ STRENGTH = Strength(scale=4.0, tau=1.3, alpha=0.6)
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask", "encoder_mask", "text_embedding_mask"]
 PER_LAYER = {"encoder_hidden_states_llama3"}  # layers before samples
 # what diffusers and torch say of stock models
-SAID = ("In CPU autocast", "CPU Autocast", ".Transformer2DModelOutput", "flex_attention called without")
+SAID = (
+    "In CPU autocast",
+    "CPU Autocast",
+    ".Transformer2DModelOutput",
+    "flex_attention called without",
+    "Mismatch dtype between",
+)
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{start}") for start in SAID]
 
 
