@@ -175,7 +175,7 @@ def _attention_settings(
     from genattn.apps.sampling.attention_names import pattern_from_file, pattern_from_name
     from genattn.apps.sampling.run import AttentionSettings
 
-    named = {"attention": attention or pattern_file or pattern_options or window or stride}
+    named: dict[str, Any] = {"attention": attention or pattern_file or pattern_options or window or stride}
     named |= {"dense_steps": dense_steps, "dense_layers": dense_layers}
     dense: dict[str, Any] = {
         "dense_steps": ATTENTION["dense_steps"][1] if dense_steps is None else dense_steps,

@@ -1,6 +1,7 @@
 """What `genattn generate` takes where no model is named: the shipped model on which sparse attention pays, and its map."""
 
 from dataclasses import replace
+from typing import Any
 
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.run import AttentionSettings, SamplingSettings
@@ -28,6 +29,6 @@ def first_run(settings: SamplingSettings, attention: AttentionSettings) -> tuple
     profile = folder.parent / "maps" / f"{FIRST_MODEL}.safetensors"
     if "attention" in attention.given or not profile.is_file():
         return settings, attention
-    sparse = {name: 0 for name in ("dense_steps", "dense_layers") if name not in attention.given}
+    sparse: dict[str, Any] = {name: 0 for name in ("dense_steps", "dense_layers") if name not in attention.given}
     pattern = ProfiledPattern(str(profile), density=DENSITY, tail="mean4")
     return settings, replace(attention, name="profiled", pattern=pattern, **sparse)

@@ -110,7 +110,7 @@ WAYS: dict[str, TextWay] = {
     "BriaFiboTransformer2DModel": TextWay(
         (
             replace(apart("transformer_blocks", _TEXT, _HIDDEN, text_first=True, **_FIBO_MASK), renewed=sequences.halves),
-            replace(merged("single_transformer_blocks", text_first=True, **_FIBO_MASK), renewed=sequences.halves),
+            replace(merged("single_transformer_blocks", "hidden_states", True, **_FIBO_MASK), renewed=sequences.halves),
         ),
         (*_FLUX_IDS, "text_encoder_layers"),
         prepare=sequences.bria_fibo,

@@ -93,7 +93,8 @@ def negative_text(scene: Scene, attribute: str, value: str, naming: str) -> str:
     """The negative prompt that names a value, by `StudySettings.naming`."""
     if naming == "word":
         return negative_word(attribute, value)
-    return caption(replace(scene, objects=(replace(scene.objects[0], **{attribute: value}),)))
+    changed: dict[str, Any] = {attribute: value}
+    return caption(replace(scene, objects=(replace(scene.objects[0], **changed),)))
 
 
 def read(clip: npt.NDArray[np.uint8]) -> Read:
