@@ -87,7 +87,7 @@ def doctor_command(
 ) -> None:
     """What this machine can run, and what the other backends lack.
 
-    Example: genattn doctor --report
+    Example: genattn doctor
     """
     from genattn.apps.bench.doctor import bug_report, describe_doctor, doctor
 

@@ -71,7 +71,7 @@ def test_paper_is_equation_4(grid: tuple[int, ...], sink: bool) -> None:
 def test_promises_of_every_mask(pattern: RadialPattern, layout: TokenLayout) -> None:
     """No query without keys; own frame and position; same position in every kept frame; sink; text and padding."""
     if pattern.variant == "official":
-        pattern = replace(pattern, variant="genattn")
+        pattern = replace(pattern, variant="genattn", half_window=False)
     mask, index = pattern.mask(layout), layout.raster_index
     padding = index == -2
     assert not mask[:, padding].any()

@@ -18,7 +18,7 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
 from genattn.profiling.measure import Measurement, measure_patterns, measured_budget, sparsest_above, with_and_without_tail
-from genattn.selection.rules import TopK
+from genattn.selection.rules import ErrorAware, TopK
 
 CANDIDATES = [
     RadialPattern(block=4, decay=0.2, sink=False, tail=None),
@@ -151,9 +151,9 @@ def test_refusals(pipe: Any, found: Measurement, tmp_path: Path) -> None:
             found.choose(**arguments)
     with pytest.raises(GenAttnError, match="type must be one of"):
         pattern_from_dict({"type": "os.system"})
-    with pytest.raises(GenAttnError, match="settings of RadialPattern"):
+    with pytest.raises(GenAttnError, match="the description of a RadialPattern is damaged"):
         pattern_from_dict({"type": "RadialPattern", "speed": 3})
-    with pytest.raises(GenAttnError, match="cannot be read"):
+    with pytest.raises(GenAttnError, match="must be a readable JSON file"):
         load_pattern(tmp_path / "none.json")
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(GenAttnError, match="genattn-pattern-1"):
@@ -168,14 +168,15 @@ def test_refusals(pipe: Any, found: Measurement, tmp_path: Path) -> None:
 
 def test_tails_are_switched_by_layer_and_head() -> None:
     window = NeighborhoodPattern((2, 4, 4))
-    candidates = with_and_without_tail([window, window.with_tail("mean2"), RadialPattern(variant="official")])
+    candidates = with_and_without_tail([window, window.with_tail("mean"), RadialPattern(variant="official")])
     tails = [p.tail for p in candidates]
-    assert tails == [None, "mean", "mean2", None]
-    errors = torch.full((2, 2, 5), 9.0, dtype=torch.float64)
+    assert tails == [None, "mean", None]
+    assert [p.tail for p in with_and_without_tail([AdaptivePattern(ErrorAware(0.3))])] == [None, "mean"]
+    errors = torch.full((2, 2, 4), 9.0, dtype=torch.float64)
     errors[..., 0] = 0
     for layer, head, best in ((0, 0, 2), (0, 1, 1), (1, 0, 2), (1, 1, 2)):
         errors[layer, head, best] = 0.1
-    densities = torch.tensor([1.0, 0.3, 0.3, 0.3, 0.3], dtype=torch.float64)
+    densities = torch.tensor([1.0, 0.3, 0.3, 0.3], dtype=torch.float64)
     found = Measurement((DensePattern(), *candidates), errors, densities, 1).choose(target_density=0.3)
     layers = [found.for_layer(n, 2) for n in range(2)]
     assert layers[0].tail_of_heads() == ("mean", None)
