@@ -75,19 +75,21 @@ def make_latents(
     minutes: float,
     clip_frames: int = CLIP_FRAMES,
     settled: tuple[int, int] | None = None,
+    pairs: float = 0.15,
 ) -> tuple[int, int]:
     """Encode shards of training clips and stills, and settled ones; returns how many of the first there are.
 
     settled: shards of settled clips and of settled stills; None for half as many as of the others.
+    pairs: share of scenes with two objects.
     """
     still, moving = settled[1] if settled else (len(stills) + 1) // 2, settled[0] if settled else (len(clips) + 1) // 2
     vae = load_vae(run_dir).to(accelerator.device)
     counts = (
-        cache_latents(vae, run_dir / "stills", stills, minutes, frames=1),
-        cache_latents(vae, run_dir / "clips", clips, minutes, clip_frames),
+        cache_latents(vae, run_dir / "stills", stills, minutes, frames=1, two_objects=pairs),
+        cache_latents(vae, run_dir / "clips", clips, minutes, clip_frames, two_objects=pairs),
     )
     for kind, shards, frames in (("stills", still, 1), ("clips", moving, clip_frames)):
-        cache_latents(vae, run_dir / f"settled-{kind}", range(shards), minutes, frames, settled=True)
+        cache_latents(vae, run_dir / f"settled-{kind}", range(shards), minutes, frames, two_objects=pairs, settled=True)
     statistics = run_dir / "latents.json"
     if not statistics.exists() and counts[1]:
         mean, std = measure_latents(load_latents(run_dir / "clips")[0])
@@ -159,7 +161,16 @@ def run_training(options: argparse.Namespace) -> None:
     if "latents" in options.phases:
         clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
         with journal(run_dir, stage("latents"), device, typed) as done:
-            shards = make_latents(run_dir, accelerator, clips, stills, options.minutes, options.frames, options.settled_shards)
+            shards = make_latents(
+                run_dir,
+                accelerator,
+                clips,
+                stills,
+                options.minutes,
+                options.frames,
+                options.settled_shards,
+                options.two_objects,
+            )
             done["stills"], done["clips"] = (SHARD * count for count in shards)
     if "transformer" in options.phases:
         settings = TrainSettings(options.steps, learning_rate=options.learning_rate, decay=options.decay, **common)
@@ -236,6 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--settled-shards", type=int, nargs=2, help="shards of settled clips and of settled stills; default: half as many"
     )
+    training.add_argument("--two-objects", type=float, default=0.15, help="share of the scenes that hold two objects")
     training.add_argument("--steps", type=int, default=20000, help="last step of the transformer")
     training.add_argument("--still-steps", type=int, default=1000, help="of these, on stills")
     training.add_argument("--frame-steps", type=int, default=16000, help="step until which the rest are single frames of clips")

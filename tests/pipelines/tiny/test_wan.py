@@ -14,6 +14,7 @@ from genattn.pipelines.tiny import card as tiny_card, wan as tiny_wan
 from genattn.pipelines.tiny.curriculum import Curriculum, latent_statistics
 from genattn.pipelines.tiny.denoiser import DenoiserSize
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, assemble, export
+from genattn.pipelines.tiny.latents import load_latents
 from genattn.pipelines.tiny.resume import adopt
 from genattn.pipelines.tiny.vae import build_vae, training_clips
 from genattn.pipelines.training.places import POSITION_CHANNELS
@@ -114,6 +115,16 @@ def test_how_many_settled_shards_can_be_said(tmp_path):
     assert len(list((tmp_path / "stills").iterdir())) == 1
     assert len(list((tmp_path / "settled-stills").iterdir())) == 2
     assert not list((tmp_path / "settled-clips").iterdir())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_pairs_reaches_every_kind_of_scene(tmp_path, share):
+    torch.manual_seed(0)
+    build_vae(z_dim=4, base_dim=4, decoder_base_dim=4).save_pretrained(tmp_path / "vae")
+    tiny_wan.make_latents(tmp_path, Accelerator(cpu=True), range(1), range(1), minutes=10, clip_frames=5, pairs=share)
+    for kind in ("stills", "clips", "settled-stills", "settled-clips"):
+        captions = load_latents(tmp_path / kind)[1]
+        assert sum(" and " in caption for caption in captions) == share * len(captions), kind
 
 
 def train_small(run_dir, steps, **changes):
