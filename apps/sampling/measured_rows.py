@@ -28,10 +28,7 @@ def provenance(device: str) -> dict[str, str]:
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a CSV; new columns are added to the file's header, missing ones stay empty."""
-    old: list[dict[str, Any]] = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            old = list(csv.DictReader(file))
+    old = read_rows(path)
     names = list(dict.fromkeys(k for row in [*old, *rows] for k in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -40,3 +37,11 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows([*old, *rows])
     part.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV, every value as it stands there; none without the file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from genattn.apps.laboratory import adaptive
 from genattn.apps.laboratory.adaptive import SHARES, interval, read_samples, rivals, run_samples, summary
 from genattn.apps.laboratory.break_even import choice_thresholds, fastest, thresholds
 from genattn.apps.sampling.load_pipeline import shipped_model
+from genattn.apps.sampling.measured_rows import read_rows
+from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 
 MAP = shipped_model().parent / "maps" / "tiny-wan.safetensors"
@@ -48,11 +51,35 @@ def test_static_rivals_are_at_the_share_they_stand_for() -> None:
         assert density == pytest.approx(share, abs=0.02)
 
 
+def test_the_long_models_windows_are_at_the_share_they_stand_for() -> None:
+    layout = TokenLayout.from_grid((16, 16, 16))
+    for share in SHARES:
+        found = rivals("tiny-wan-long", share, MAP.with_name("tiny-wan-long.safetensors"))
+        assert "radial" not in found
+        assert found["window"].plan(layout, 128, 128).density == pytest.approx(share, abs=0.03)
+
+
+def test_unknown_models_and_shares_are_refused() -> None:
+    with pytest.raises(GenAttnError, match="model must be one of tiny-wan, tiny-wan-long, tiny-sd3, got 'wan'"):
+        rivals("wan", 0.25, MAP)
+    with pytest.raises(GenAttnError, match=r"share must be one of 0\.15, 0\.25, 0\.4, got 0\.3"):
+        rivals("tiny-wan", 0.3, MAP)
+
+
+def test_a_new_table_keeps_the_rows_that_it_does_not_speak_of(tmp_path: Path) -> None:
+    table, samples = tmp_path / "table.csv", tmp_path / "samples.jsonl"
+    samples.write_text("".join(json.dumps(_sample(0, name, None, 20.0, [])) + "\n" for name in ("radial", "top-k")))
+    adaptive.table_command(samples, table)
+    samples.write_text(json.dumps(_sample(0, "top-k", None, 30.0, [])) + "\n")
+    adaptive.table_command(samples, table)
+    assert {row["pattern"]: float(row["psnr"]) for row in read_rows(table)} == {"radial": 20.0, "top-k": 30.0}
+
+
 def test_a_run_adds_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "samples.jsonl"
     one = {"window": rivals("tiny-wan", 0.25, MAP)["window"], "profiled": rivals("tiny-wan", 0.25, MAP)["profiled"]}
     monkeypatch.setattr(adaptive, "rivals", lambda model, share, profile: one)
-    monkeypatch.setattr(adaptive, "PROBED", 1)
+    monkeypatch.setitem(adaptive.GROUNDS, "tiny-wan", replace(adaptive.GROUNDS["tiny-wan"], probed=1))
     out.write_text(json.dumps(_sample(0, "window", None, 1.0, [])) + "\n")
     run_samples("tiny-wan", 1, (0.25,), MAP, out)
     samples = read_samples(out)
