@@ -72,7 +72,7 @@ class Ground:
 
 
 _MASS = {0.15: 0.375, 0.25: 0.585, 0.4: 0.79}
-_CLUSTERS = {0.15: 0.115, 0.25: 0.21, 0.4: 0.345}
+_CLUSTERS = {0.15: 0.097, 0.25: 0.172, 0.4: 0.285}
 GROUNDS = {
     "tiny-wan": Ground(
         12,
@@ -163,8 +163,11 @@ class _Errors(Plugin):
         return out
 
 
-def run_samples(model: str, count: int, shares: Sequence[float], profile: Path, out: Path) -> None:
-    """Append one line per caption, share, pattern and tail to `out`; those that are there already are left out."""
+def run_samples(model: str, count: int, shares: Sequence[float], profile: Path, out: Path, only: Sequence[str] = ()) -> None:
+    """Append one line per caption, share, pattern and tail to `out`; those that are there already are left out.
+
+    only: names of the patterns to sample; all where empty.
+    """
     here = ground(model)
     settings = SamplingSettings(str(shipped_model(model)), steps=here.steps, device="cpu")
     pipe = open_pipeline(settings)
@@ -172,7 +175,8 @@ def run_samples(model: str, count: int, shares: Sequence[float], profile: Path, 
     done = {(s["model"], s["caption"], s["share"], s["pattern"], s["tail"]) for s in read_samples(out)}
     out.parent.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(captions(count)):
-        todo = [t for t in _rows(model, shares, profile) if (model, number, t[0], t[1], t[2]) not in done]
+        rows = [row for row in _rows(model, shares, profile) if not only or row[1] in only]
+        todo = [row for row in rows if (model, number, *row[:3]) not in done]
         if not todo:
             continue
         dense = run_once(pipe, call, text, number, DENSE, f"{number} dense")
@@ -247,11 +251,12 @@ def run_command(
     model: Annotated[str, typer.Option(help="tiny-wan, tiny-wan-long or tiny-sd3.")] = "tiny-wan",
     count: Annotated[int, typer.Option("--captions", help="Held-out captions.")] = 20,
     share: Annotated[list[float] | None, typer.Option(help="Visited shares; default: all three.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Patterns to sample; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Samples, one line each.")] = SAMPLES,
 ) -> None:
     """Sample what is still missing; several processes may share the file."""
     profile = shipped_model(model).parent / "maps" / f"{model}.safetensors"
-    run_samples(model, count, share or SHARES, profile, out)
+    run_samples(model, count, share or SHARES, profile, out, only or ())
 
 
 @app.command("table")

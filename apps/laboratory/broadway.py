@@ -24,9 +24,10 @@ from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.broadway.broadway import BroadWay
-from genattn.guidance.broadway.frame_marginal import KeyFrames, edited_attention, key_frames
+from genattn.guidance.broadway.frame_marginal import edited_attention
 from genattn.guidance.broadway.frame_marginal_approx import pooled_edit
 from genattn.guidance.broadway.frame_marginal_reference import reference_edit
+from genattn.guidance.broadway.key_frames import KeyFrames, key_frames
 from genattn.guidance.broadway.temporal_map import MapEdit
 
 Row = dict[str, Any]

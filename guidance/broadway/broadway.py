@@ -9,9 +9,8 @@ Bu et al., CVPR 2025. Motion modules: `motion`; full three-dimensional attention
 """
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,6 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.broadway.blocks import GuidedSites, choose_sites
 from genattn.guidance.broadway.calls import (
-    ClipShape,
     clip_shape,
     conditional_part,
     entries,
@@ -30,12 +28,14 @@ from genattn.guidance.broadway.calls import (
     sample_groups,
     samples_in,
 )
-from genattn.guidance.broadway.frame_marginal import EditedAttention, KeyFrames, edited_attention, key_frames
+from genattn.guidance.broadway.forward_maps import ForwardMaps, batch_of, no_anchor
+from genattn.guidance.broadway.frame_marginal import EditedAttention, edited_attention
 from genattn.guidance.broadway.frame_marginal_approx import pooled_edit
+from genattn.guidance.broadway.key_frames import KeyFrames, key_frames
 from genattn.guidance.broadway.motion import motion_attention, motion_map
 from genattn.guidance.broadway.neighbours import has_wrapper_outside, neighbours_inside, sparse_plan
 from genattn.guidance.broadway.report import BroadWayReport
-from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, mean_scalars, parse_energy, resize_anchor
+from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, mean_scalars, parse_energy
 from genattn.guidance.passes.delta import Window
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.layouts.site import AttentionSite
@@ -48,32 +48,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "animatediff": {"alpha": 0.6, "beta": 1.5, "tau": 7.0},
     "videocrafter2": {"alpha": 0.1, "beta": 10.0, "tau": 7.0},
 }
-
-
-@dataclass
-class _Forward:
-    """One forward of the denoiser: what the guided attentions of it share. Keys of maps begin with the extra pass's name.
-
-    samples: of the pipeline; each is edited by its own energies, so that its neighbours in the batch do not matter.
-    """
-
-    conditional: tuple[float, float]
-    clip: ClipShape | None
-    calls: Counter[tuple[str | None, str]] = field(default_factory=Counter)
-    maps: dict[tuple[str | None, str, int], torch.Tensor] = field(default_factory=dict)
-    mean: dict[str | None, tuple[torch.Tensor, int]] = field(default_factory=dict)
-    key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
-    samples: int = 1
-
-    def anchor(self, extra: str | None, source: str, index: int) -> torch.Tensor | None:
-        """The anchor's map; an extra pass that skipped the anchor shares it with the pass it belongs to."""
-        own = self.maps.get((extra, source, index))
-        return self.maps.get((None, source, index)) if own is None else own
-
-    def of_main_pass(self) -> "_Forward":
-        """The maps alone, for an extra pass that another plugin runs as a forward of its own."""
-        maps = {k: v for k, v in self.maps.items() if k[0] is None}
-        return _Forward(self.conditional, self.clip, maps=maps, samples=self.samples)
 
 
 class BroadWay(Plugin):
@@ -145,8 +119,8 @@ class BroadWay(Plugin):
         self.keep_first_frame = keep_first_frame
         self.report = BroadWayReport()
         self._guided: GuidedSites | None = None
-        self._forwards: dict[tuple[int, int], _Forward] = {}
-        self._last: dict[tuple[int, int], tuple[int, _Forward]] = {}
+        self._forwards: dict[tuple[int, int], ForwardMaps] = {}
+        self._last: dict[tuple[int, int], tuple[int, ForwardMaps]] = {}
         self._betas: dict[tuple[int, int, str, int], tuple[int, list[torch.Tensor]]] = {}
         self._frames: dict[tuple[TokenLayout, torch.device], KeyFrames] = {}
 
@@ -235,8 +209,8 @@ class BroadWay(Plugin):
         if run.extra and last is not None:
             samples = last.samples
         else:
-            samples = run.samples or samples_in(part, run.pass_name, clip.batch if clip else _batch_of(args, kwargs))
-        self._forwards[place] = state = _Forward(part, clip, maps=dict(shared), samples=samples)
+            samples = run.samples or samples_in(part, run.pass_name, clip.batch if clip else batch_of(args, kwargs))
+        self._forwards[place] = state = ForwardMaps(part, clip, maps=dict(shared), samples=samples)
         try:
             return inner(*args, **kwargs)
         finally:
@@ -263,7 +237,7 @@ class BroadWay(Plugin):
         call.record.edited = True
         return answer(call, inner, state, index)
 
-    def _motion(self, call: AttentionCall, inner: Inner, state: _Forward, index: int) -> torch.Tensor:
+    def _motion(self, call: AttentionCall, inner: Inner, state: ForwardMaps, index: int) -> torch.Tensor:
         """A motion module: [B * h * w, F, H, D]."""
         guided, name = self._guided, call.site.name
         assert guided is not None
@@ -278,8 +252,8 @@ class BroadWay(Plugin):
         if name == source:
             state.maps[call.run.extra, name, index] = rows
         else:
-            anchor = self._motion_anchor(rows, state, call.run.extra, source, index)
-        groups = self._motion_groups(state, rows)
+            anchor = state.motion_anchor(rows, call.run.extra, source, index)
+        groups = state.sequences(rows)
         edit = self._edit_with(call.run.options_of(self))
         outs, scalars = [], []
         for place, group in enumerate(groups):
@@ -298,31 +272,7 @@ class BroadWay(Plugin):
         self._note(call, index, rows.shape[-1], scalars)
         return put_together(outs, groups)
 
-    def _motion_groups(self, state: _Forward, rows: torch.Tensor) -> list[torch.Tensor | None]:
-        """The sequences of each sample; those of one entry of the batch lie together."""
-        if state.clip is None:
-            return [None]
-        height, width = state.clip.places(rows.shape[0])
-        batch = rows.shape[0] // (height * width)
-        groups = sample_groups(state.samples, batch, rows.device)
-        inside = torch.arange(height * width, device=rows.device)
-        return [None if group is None else (group[:, None] * (height * width) + inside).flatten() for group in groups]
-
-    def _motion_anchor(self, rows: torch.Tensor, state: _Forward, extra: str | None, source: str, index: int) -> torch.Tensor:
-        anchor = state.anchor(extra, source, index)
-        if anchor is None:
-            raise _no_anchor(source)
-        if anchor.shape == rows.shape:
-            return anchor
-        if state.clip is None:
-            raise GenAttnError(
-                f"an anchor of another resolution needs latents of shape [B, C, F, H, W], got maps {tuple(anchor.shape)} "
-                f"and {tuple(rows.shape)} and no such input; guide blocks of one resolution with `blocks`"
-            )
-        there, here = state.clip.places(anchor.shape[0]), state.clip.places(rows.shape[0])
-        return resize_anchor(anchor, there, here, rows.shape[1])
-
-    def _clip(self, call: AttentionCall, inner: Inner, state: _Forward, index: int) -> torch.Tensor:
+    def _clip(self, call: AttentionCall, inner: Inner, state: ForwardMaps, index: int) -> torch.Tensor:
         """Full attention over the clip: [B, S, H, D]."""
         frames = self._key_frames(call)
         near = neighbours_inside(call, self)
@@ -365,7 +315,7 @@ class BroadWay(Plugin):
             return pooled_edit(query, key, value, frames, call.layout.grid3[1:], edit, base, self.pool, **shared)
         return edited_attention(query, key, value, frames, edit, plan=plan, base=base, **shared)
 
-    def _clip_anchor(self, call: AttentionCall, state: _Forward, index: int) -> torch.Tensor | None:
+    def _clip_anchor(self, call: AttentionCall, state: ForwardMaps, index: int) -> torch.Tensor | None:
         guided, extra = self._guided, call.run.extra
         assert guided is not None
         if guided.running_mean:
@@ -376,12 +326,12 @@ class BroadWay(Plugin):
             return None
         anchor = state.anchor(extra, source, index)
         if anchor is None:
-            raise _no_anchor(source)
+            raise no_anchor(source)
         batch = call.query.shape[0]
         # an extra pass may run the conditional half alone
         return anchor[-batch:] if extra and anchor.shape[0] > batch else anchor
 
-    def _keep_rows(self, call: AttentionCall, state: _Forward, index: int, rows: torch.Tensor) -> None:
+    def _keep_rows(self, call: AttentionCall, state: ForwardMaps, index: int, rows: torch.Tensor) -> None:
         guided, name, extra = self._guided, call.site.name, call.run.extra
         assert guided is not None
         if guided.running_mean:
@@ -403,7 +353,7 @@ class BroadWay(Plugin):
             self._frames[key] = key_frames(layout, self.keep_first_frame).to(call.query.device)
         return self._frames[key]
 
-    def _key_mask(self, call: AttentionCall, state: _Forward) -> torch.Tensor | None:
+    def _key_mask(self, call: AttentionCall, state: ForwardMaps) -> torch.Tensor | None:
         """Bool [B, S] or None; read once per forward, since all layers share its content and reading waits for the device."""
         if call.mask is None:
             return None
@@ -438,17 +388,5 @@ def _place_of(run: Run) -> tuple[int, int]:
     return threading.get_ident(), id(run.model)
 
 
-def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    given = next((x for x in (*args[:1], kwargs.get("sample"), kwargs.get("hidden_states")) if x is not None), None)
-    return len(given) if given is not None else 1
-
-
-def _measured_part(state: _Forward, run: Run) -> tuple[float, float]:
+def _measured_part(state: ForwardMaps, run: Run) -> tuple[float, float]:
     return (0.0, 1.0) if run.extra else state.conditional
-
-
-def _no_anchor(source: str) -> GenAttnError:
-    return GenAttnError(
-        f"the anchor must run before the blocks it guides, got no call of {source!r} in this forward; a cache may have skipped "
-        "it: take the cache off, or name another anchor"
-    )

@@ -17,8 +17,8 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.blocks import block_name, pick_blocks
-from genattn.guidance.broadway.frame_marginal import key_frames
 from genattn.guidance.broadway.frame_marginal_approx import same_place_rows
+from genattn.guidance.broadway.key_frames import key_frames
 from genattn.guidance.passes.delta import Window
 from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import AttentionCall, Inner, Plugin

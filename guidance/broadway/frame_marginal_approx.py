@@ -10,7 +10,8 @@ trained video model it is further from the exact change than no change at all, a
 import torch
 import torch.nn.functional as F
 
-from genattn.guidance.broadway.frame_marginal import CHUNK_BYTES, EditedAttention, KeyFrames, edited_attention
+from genattn.guidance.broadway.frame_marginal import CHUNK_BYTES, EditedAttention, edited_attention
+from genattn.guidance.broadway.key_frames import KeyFrames
 from genattn.guidance.broadway.temporal_map import MapEdit
 
 

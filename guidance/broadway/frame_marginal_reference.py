@@ -5,7 +5,7 @@ A[q, (t, s)] = M[q, t] C[q, s | t],   A'[q, (t, s)] = A M'/M   for edited frames
 
 import torch
 
-from genattn.guidance.broadway.frame_marginal import KeyFrames
+from genattn.guidance.broadway.key_frames import KeyFrames
 from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, band_projection, basis_maps, combine, gram, solve
 
 

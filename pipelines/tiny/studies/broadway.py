@@ -27,8 +27,9 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.blocks import choose_sites
 from genattn.guidance.broadway.broadway import BroadWay
-from genattn.guidance.broadway.frame_marginal import edited_attention, key_frames
+from genattn.guidance.broadway.frame_marginal import edited_attention
 from genattn.guidance.broadway.frame_marginal_approx import pooled_edit
+from genattn.guidance.broadway.key_frames import key_frames
 from genattn.guidance.broadway.temporal_map import MapEdit
 from genattn.layouts.site import AttentionSite
 from genattn.pipelines.long_video.quality.video_metrics import dynamic_degree, motion_smoothness, temporal_flickering

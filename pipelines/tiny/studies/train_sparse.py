@@ -35,7 +35,7 @@ from genattn.pipelines.tiny.resume import adopt
 from genattn.pipelines.tiny.wan import train_transformer
 from genattn.pipelines.training.trainer import TrainSettings, step_generator
 
-PATTERN = RadialPattern(decay=0.3, floor=0)
+PATTERN = RadialPattern(decay=0.1, floor=0)
 ARMS: dict[str, Pattern | None] = {"untrained": None, "dense": None, "radial": PATTERN}
 FRESH_STEP = 1_000_000
 

@@ -11,8 +11,8 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.blocks import choose_sites
 from genattn.guidance.broadway.broadway import BroadWay
-from genattn.guidance.broadway.frame_marginal import KeyFrames, key_frames
 from genattn.guidance.broadway.frame_marginal_reference import frame_rows, full_map, reference_edit
+from genattn.guidance.broadway.key_frames import KeyFrames, key_frames
 from genattn.guidance.broadway.temporal_map import MapEdit
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.patterns.combine import PerHead

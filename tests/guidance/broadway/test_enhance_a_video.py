@@ -9,8 +9,8 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.broadway.enhance_a_video import WEIGHTS, EnhanceAVideo, enhance_score
-from genattn.guidance.broadway.frame_marginal import key_frames
 from genattn.guidance.broadway.frame_marginal_approx import same_place_rows
+from genattn.guidance.broadway.key_frames import key_frames
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 

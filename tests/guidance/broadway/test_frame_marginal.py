@@ -8,9 +8,10 @@ from hypothesis import given, settings, strategies as st
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.guidance.broadway.frame_marginal import KeyFrames, edited_attention, key_frames, restrict_keys
+from genattn.guidance.broadway.frame_marginal import edited_attention, restrict_keys
 from genattn.guidance.broadway.frame_marginal_approx import pooled_edit, same_place_rows
 from genattn.guidance.broadway.frame_marginal_reference import frame_rows, full_map, reference_edit
+from genattn.guidance.broadway.key_frames import KeyFrames, key_frames
 from genattn.guidance.broadway.motion import motion_attention, motion_map
 from genattn.guidance.broadway.temporal_map import MapEdit
 from genattn.kernels.block_sparse import block_sparse_attention
