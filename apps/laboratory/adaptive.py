@@ -27,7 +27,7 @@ from genattn.apps.laboratory.sweeps import captions
 from genattn.apps.sampling.clip_quality import psnr, ssim
 from genattn.apps.sampling.generate import oracle_scores
 from genattn.apps.sampling.load_pipeline import shipped_model
-from genattn.apps.sampling.measured_rows import append_rows, provenance, read_rows
+from genattn.apps.sampling.measured_rows import append_rows, merged, provenance, read_rows
 from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, run_once
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import plan_for, planned_attention
@@ -266,15 +266,10 @@ def table_command(
 ) -> None:
     """Write the table: rows that the samples speak of anew, the others as they stand."""
     facts = provenance("cpu")
-    rows = merged(read_rows(table), [row | facts for row in summary(read_samples(samples))])
+    keys = ("model", "share", "pattern", "tail")
+    rows = merged(read_rows(table), [row | facts for row in summary(read_samples(samples))], keys, order=keys)
     table.unlink(missing_ok=True)
     append_rows(table, rows)
-
-
-def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of both in order; where both have a model, share, pattern and tail, the new one."""
-    found = {tuple(str(row[key]) for key in ("model", "share", "pattern", "tail")): row for row in (*old, *new)}
-    return [found[key] for key in sorted(found)]
 
 
 if __name__ == "__main__":

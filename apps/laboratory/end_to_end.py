@@ -4,8 +4,9 @@
     python -m genattn.apps.laboratory.end_to_end clock                  seconds and peak memory, a process for each setting
     python -m genattn.apps.laboratory.end_to_end table                  assets/bench/end_to_end.csv from both
 
-The model is tiny-wan-long: 4,096 tokens a clip. Held-out captions, the same noise for all settings of a caption. Dense is
-torch's fastest attention here; the oracle's difference to dense is paired by caption.
+The model is tiny-wan-long: 4,096 tokens in a clip of 61 frames, 8,192 in one of 125 (`--frames`), twice its trained length.
+Held-out captions, the same noise for all settings of a caption. Dense is torch's fastest attention here; the oracle's
+difference to dense is paired by caption.
 """
 
 import json
@@ -27,7 +28,7 @@ from genattn.apps.laboratory.sweeps import captions
 from genattn.apps.sampling.clip_quality import psnr, ssim
 from genattn.apps.sampling.generate import oracle_scores
 from genattn.apps.sampling.load_pipeline import shipped_model
-from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.apps.sampling.measured_rows import append_rows, merged, provenance, read_rows
 from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, run_once
 from genattn.errors import GenAttnError
 from genattn.patterns.adaptive import AdaptivePattern
@@ -39,6 +40,7 @@ from genattn.selection.rules import TopK
 from genattn.selection.tiling import Clusters
 
 MODEL = "tiny-wan-long"
+FRAMES = 61
 ORACLE = ("colour", "shape", "motion", "size")
 SAMPLES, CLOCK = Path("out/end_to_end.jsonl"), Path("out/end_to_end_clock.jsonl")
 TABLE = Path("assets/bench/end_to_end.csv")
@@ -52,9 +54,14 @@ _PROFILED: tuple[tuple[float, TailName, int], ...] = (
 )
 
 
-def settings_by_name(profile: Path) -> dict[str, AttentionSettings]:
-    """Everything compared, dense first; sparse in every step and layer but where the name says otherwise."""
-    window = NeighborhoodPattern((4, 16, 16))
+def settings_by_name(profile: Path, frames: int = FRAMES) -> dict[str, AttentionSettings]:
+    """Everything compared, dense first; sparse in every step and layer but where the name says otherwise.
+
+    Args:
+        profile: the map.
+        frames: of a clip, 1 + 4 n; the window holds a quarter of them.
+    """
+    window = NeighborhoodPattern((latent_frames(frames) // 4, 16, 16))
     clusters = AdaptivePattern(TopK(0.15), PooledScore(0), Clusters(32, 32))
     found = {
         "window": AttentionSettings("window", window.with_tail(None), 0, 0),
@@ -65,6 +72,19 @@ def settings_by_name(profile: Path) -> dict[str, AttentionSettings]:
         name = f"profiled {share:g} + {tail}" + (f", {dense_steps} dense steps" if dense_steps else "")
         found[name] = AttentionSettings(name, ProfiledPattern(str(profile), density=share, tail=tail), dense_steps, 0)
     return {"dense": DENSE} | found
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of a clip of `frames`, 1 + 4 n.
+
+    Raises:
+        GenAttnError: for another number, or a clip shorter than four latent frames.
+    """
+    if frames % 4 != 1 or frames < 13:
+        raise GenAttnError(
+            f"frames must be 1 + 4 n and at least 13, got {frames}; the nearest is {max(13, frames // 4 * 4 + 1)}"
+        )
+    return frames // 4 + 1
 
 
 class Stopwatch:
@@ -103,18 +123,18 @@ def timed_run(
     }
 
 
-def opened(model: str) -> tuple[Any, dict[str, Any]]:
+def opened(model: str, frames: int) -> tuple[Any, dict[str, Any]]:
     """The pipeline on the CPU, and its call's arguments."""
-    settings = SamplingSettings(str(shipped_model(model)), device="cpu")
+    settings = SamplingSettings(str(shipped_model(model)), frames=frames, device="cpu")
     pipe = open_pipeline(settings)
     return pipe, call_arguments(pipe, settings)
 
 
-def run_samples(model: str, count: int, names: Sequence[str], profile: Path, out: Path) -> None:
+def run_samples(model: str, count: int, names: Sequence[str], profile: Path, out: Path, frames: int = FRAMES) -> None:
     """Append one line per caption and setting; those that are there already are left out."""
-    pipe, call = opened(model)
-    known = settings_by_name(profile)
-    done = {(s["caption"], s["setting"]) for s in read_samples(out)}
+    pipe, call = opened(model, frames)
+    known = settings_by_name(profile, frames)
+    done = {(s["caption"], s["setting"]) for s in read_samples(out) if s["frames"] == frames}
     out.parent.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(captions(count)):
         todo = [name for name in names if (number, name) not in done]
@@ -125,7 +145,7 @@ def run_samples(model: str, count: int, names: Sequence[str], profile: Path, out
             result, clock = (dense, dense_clock) if name == "dense" else timed_run(pipe, call, text, number, known[name])
             same = name == "dense"
             sample = {
-                **{"caption": number, "setting": name, "density": result.density},
+                **{"frames": frames, "caption": number, "setting": name, "density": result.density},
                 **{"psnr": None if same else psnr(result.frames, dense.frames)},
                 **{"ssim": 1.0 if same else ssim(result.frames, dense.frames)},
                 **{key: (oracle_scores(result.frames, text) or {})[key] for key in ORACLE},
@@ -136,49 +156,60 @@ def run_samples(model: str, count: int, names: Sequence[str], profile: Path, out
                 file.write(json.dumps(sample) + "\n")
 
 
-def clock_one(model: str, name: str, profile: Path) -> dict[str, Any]:
+def clock_one(model: str, name: str, profile: Path, frames: int = FRAMES) -> dict[str, Any]:
     """Seconds by the clock of a second call (the first pays for plans and kernels), and the process's peak memory."""
-    pipe, call = opened(model)
+    pipe, call = opened(model, frames)
     text = captions(1)[0]
     for _ in range(2):
-        result, clock = timed_run(pipe, call, text, 0, settings_by_name(profile)[name])
+        result, clock = timed_run(pipe, call, text, 0, settings_by_name(profile, frames)[name])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {"setting": name, "threads": torch.get_num_threads(), "peak_gb": peak, "density": result.density, **clock}
+    facts = {"frames": frames, "setting": name, "threads": torch.get_num_threads()}
+    return {**facts, "peak_gb": peak, "density": result.density, **clock}
 
 
 def summary(samples: Sequence[dict[str, Any]], clocked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per setting: means with 95 % bootstrap intervals over captions, the oracle paired with dense."""
-    groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    """A row per length and setting: means with 95 % bootstrap intervals over captions, the oracle paired with dense."""
+    groups: dict[tuple[int, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for s in samples:
-        groups[s["setting"]][s["caption"]] = s
-    seen = {c["setting"]: c for c in clocked}
+        groups[s["frames"], s["setting"]][s["caption"]] = s
+    seen = {(c["frames"], c["setting"]): c for c in clocked}
     rows = []
-    for name, found in groups.items():
-        row: dict[str, Any] = {"setting": name, "captions": len(found)}
-        row["density"] = round(statistics.fmean(s["density"] for s in found.values()), 4)
-        for column in ("speedup_processor", "speedup_denoiser_processor"):
-            row |= interval(column, [s[column] for s in found.values()])
-        if name != "dense":
-            row |= interval("psnr", [s["psnr"] for s in found.values()])
-        row |= interval("ssim", [s["ssim"] for s in found.values()])
-        oracle = {c: statistics.fmean(s[k] for k in ORACLE) for c, s in found.items()}
-        base = {c: statistics.fmean(s[k] for k in ORACLE) for c, s in groups["dense"].items()}
-        row |= interval("oracle", list(oracle.values()))
-        row |= interval("oracle_change", [oracle[c] - base[c] for c in oracle])
-        row |= {key: round(statistics.fmean(s[key] for s in found.values()), 4) for key in ORACLE}
-        if name in seen and "dense" in seen:
-            mine, dense = seen[name], seen["dense"]
-            row |= {key: round(mine[key], 3) for key in ("seconds", "denoiser_seconds", "peak_gb")} | {
-                "threads": mine["threads"]
-            }
-            row["speedup"] = round(dense["seconds"] / mine["seconds"], 3)
-            row["speedup_denoiser"] = round(dense["denoiser_seconds"] / mine["denoiser_seconds"], 3)
+    for (frames, name), found in groups.items():
+        row = _nearness(frames, name, found, groups[frames, "dense"])
+        if (frames, name) in seen and (frames, "dense") in seen:
+            row |= _clock(seen[frames, name], seen[frames, "dense"])
         rows.append(row)
     return rows
 
 
+def _nearness(frames: int, name: str, found: dict[int, dict[str, Any]], dense: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    tokens = latent_frames(frames) * 256
+    row: dict[str, Any] = {"frames": frames, "tokens": tokens, "setting": name, "captions": len(found)}
+    row["density"] = round(statistics.fmean(s["density"] for s in found.values()), 4)
+    for column in ("speedup_processor", "speedup_denoiser_processor"):
+        row |= interval(column, [s[column] for s in found.values()])
+    if name != "dense":
+        row |= interval("psnr", [s["psnr"] for s in found.values()])
+    row |= interval("ssim", [s["ssim"] for s in found.values()])
+    oracle = {c: statistics.fmean(s[k] for k in ORACLE) for c, s in found.items()}
+    base = {c: statistics.fmean(s[k] for k in ORACLE) for c, s in dense.items()}
+    row |= interval("oracle", list(oracle.values()))
+    row |= interval("oracle_change", [oracle[c] - base[c] for c in oracle])
+    return row | {key: round(statistics.fmean(s[key] for s in found.values()), 4) for key in ORACLE}
+
+
+def _clock(mine: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: round(mine[key], 3) for key in ("seconds", "denoiser_seconds", "peak_gb")},
+        "threads": mine["threads"],
+        "speedup": round(dense["seconds"] / mine["seconds"], 3),
+        "speedup_denoiser": round(dense["denoiser_seconds"] / mine["denoiser_seconds"], 3),
+    }
+
+
 app = typer.Typer(help=__doc__)
 _PROFILE = "The map to run; default: the shipped one."
+_FRAMES = "Frames of a clip, 1 + 4 n."
 
 
 def _map(given: Path | None) -> Path:
@@ -191,30 +222,32 @@ def run_command(
     setting: Annotated[list[str] | None, typer.Option(help="Settings by name; default: all.")] = None,
     profile: Annotated[Path | None, typer.Option("--map", help=_PROFILE)] = None,
     model: Annotated[str, typer.Option(help="A shipped model.")] = MODEL,
+    frames: Annotated[int, typer.Option(help=_FRAMES)] = FRAMES,
     out: Annotated[Path, typer.Option(help="Samples, one line each.")] = SAMPLES,
 ) -> None:
     """Sample what is still missing."""
-    known = settings_by_name(_map(profile))
+    known = settings_by_name(_map(profile), frames)
     unknown = sorted(set(setting or ()) - set(known))
     if unknown:
         raise GenAttnError(f"settings must be among {', '.join(known)}; got {', '.join(unknown)}")
-    run_samples(model, count, setting or list(known), _map(profile), out)
+    run_samples(model, count, setting or list(known), _map(profile), out, frames)
 
 
 @app.command("clock")
 def clock_command(
     profile: Annotated[Path | None, typer.Option("--map", help=_PROFILE)] = None,
     model: Annotated[str, typer.Option(help="A shipped model.")] = MODEL,
+    frames: Annotated[int, typer.Option(help=_FRAMES)] = FRAMES,
     out: Annotated[Path, typer.Option(help="One line a setting.")] = CLOCK,
     only: Annotated[str | None, typer.Option(help="One setting, in this process; what the command calls itself with.")] = None,
 ) -> None:
     """Time every setting on a quiet machine."""
     if only is not None:
-        print(json.dumps(clock_one(model, only, _map(profile))), flush=True)
+        print(json.dumps(clock_one(model, only, _map(profile), frames)), flush=True)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name in settings_by_name(_map(profile)):
-        words = ["clock", "--only", name, "--model", model, "--map", str(_map(profile))]
+    for name in settings_by_name(_map(profile), frames):
+        words = ["clock", "--only", name, "--model", model, "--frames", str(frames), "--map", str(_map(profile))]
         answer = subprocess.run(
             [sys.executable, "-m", "genattn.apps.laboratory.end_to_end", *words], capture_output=True, text=True, check=True
         )
@@ -229,10 +262,12 @@ def table_command(
     clocked: Annotated[Path, typer.Option(help="Lines of `clock`.")] = CLOCK,
     table: Annotated[Path, typer.Option(help="The file to write.")] = TABLE,
 ) -> None:
-    """Write the table anew."""
+    """Write the table: rows that the samples speak of anew, the others as they stand."""
     facts = provenance("cpu")
+    new = [row | facts for row in summary(read_samples(samples), read_samples(clocked))]
+    rows = merged(read_rows(table), new, ("frames", "setting"))
     table.unlink(missing_ok=True)
-    append_rows(table, [row | facts for row in summary(read_samples(samples), read_samples(clocked))])
+    append_rows(table, rows)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,20 @@ def break_even_table(file: Path) -> str:
 
 
 def end_to_end_table(file: Path) -> str:
-    """Whole calls of tiny-wan-long, sparse against dense: every setting and every column."""
+    """Whole calls of tiny-wan-long, sparse against dense: a block per length, every setting and every column."""
     rows = read_rows(file)
+    lengths = sorted({int(row["frames"]) for row in rows})
+    blocks = [_whole_calls([row for row in rows if int(row["frames"]) == frames]) for frames in lengths]
+    note = (
+        "tiny-wan-long, 8 steps, every step and layer sparse but where the name says otherwise; held-out captions, the same "
+        "noise for all settings of a caption; dense is torch's own. Times faster than dense: by the clock where two figures "
+        "stand, the second, in brackets, by the processor's time over all captions. Oracle: share of colour, shape, motion and "
+        "size found as asked, and its change against dense, paired by caption. Square brackets: 95 % bootstrap intervals."
+    )
+    return "\n\n".join([*blocks, f"<sub>{note}</sub>"])
+
+
+def _whole_calls(rows: Sequence[Row]) -> str:
     header = ["attention", "computed", "whole call", "denoiser", "PSNR dB", "SSIM", "oracle", "against dense", "peak GB"]
     body = [
         [
@@ -111,14 +123,10 @@ def end_to_end_table(file: Path) -> str:
     ]
     timed = next((r for r in rows if r.get("seconds")), rows[0])
     clock = f" Seconds by the clock, {timed['threads']} threads." if timed.get("seconds") else ""
-    note = (
-        "tiny-wan-long: 4,096 tokens, 8 steps, every step and layer sparse but where the name says otherwise; "
-        f"{rows[0]['captions']} held-out captions, the same noise for all settings of a caption; dense is torch's own. "
-        "Times faster than dense: by the clock where two figures stand, the second, in brackets, by the processor's time "
-        f"over all captions.{clock} Oracle: share of colour, shape, motion and size found as asked, and its change against "
-        "dense, paired by caption. Square brackets: 95 % bootstrap intervals."
-    )
-    return _with_note(header, body, rows, note)
+    first = rows[0]
+    title = f"**{first['frames']} frames, {int(first['tokens']):,} tokens**"
+    note = f"{first['captions']} captions.{clock}"
+    return f"{title}\n\n{_with_note(header, body, rows, note)}"
 
 
 def _times(row: Row, part: str) -> str:
@@ -128,12 +136,13 @@ def _times(row: Row, part: str) -> str:
     return f"{float(by_clock):.2f}x, {float(seconds or 0):.1f} s ({by_processor})" if by_clock else f"({by_processor})"
 
 
+SHOWN_FRAMES = 61
 SHOWN_FIRST = ("dense", "profiled 0.4 + mean4", "profiled 0.25 + mean4", "profiled 0.15 + mean4", "window")
 
 
 def first_screen_table(file: Path) -> str:
     """What matters, for README: how much faster a whole call is, and what of the clip is kept."""
-    found = {row["setting"]: row for row in read_rows(file)}
+    found = {row["setting"]: row for row in read_rows(file) if int(row["frames"]) == SHOWN_FRAMES}
     rows = [found[name] for name in SHOWN_FIRST if name in found]
     header = ["attention", "whole call", "faster", "nearness to dense", "what was asked is there"]
     body = [
@@ -148,8 +157,9 @@ def first_screen_table(file: Path) -> str:
     ]
     first = rows[0]
     note = (
-        f"tiny-wan-long, a clip of 4,096 tokens, {first['captions']} held-out captions. {first['device']}, torch "
-        f"{first['torch_version']}, {first['date']}. All settings, with intervals: [by content](docs/adaptive.md#a-whole-call)."
+        f"tiny-wan-long, a clip of {int(first['tokens']):,} tokens, {first['captions']} held-out captions. {first['device']}, "
+        f"torch {first['torch_version']}, {first['date']}. "
+        "All settings, with intervals: [by content](docs/adaptive.md#a-whole-call)."
     )
     return f"{markdown_table(header, body)}\n\n<sub>{note}</sub>"
 

@@ -45,3 +45,18 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def merged(
+    old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], keys: Sequence[str], order: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The rows of both; where both have the same values under `keys`, the new one.
+
+    Args:
+        old: rows as they stand.
+        new: rows made now.
+        keys: columns that name a row.
+        order: columns to sort by, as text; the rows stay as they come where empty.
+    """
+    found = {tuple(str(row[key]) for key in keys): row for row in (*old, *new)}
+    return sorted(found.values(), key=lambda row: [str(row[name]) for name in order])

@@ -18,9 +18,15 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 MAP = shipped_model().parent / "maps" / "tiny-wan.safetensors"
 
 
-def _sample(caption: int, setting: str, oracle: float, speed: float) -> dict[str, Any]:
+def _sample(caption: int, setting: str, oracle: float, speed: float, frames: int = 61) -> dict[str, Any]:
     return {
-        **{"caption": caption, "setting": setting, "density": 0.25, "psnr": None if setting == "dense" else 30.0 + caption},
+        **{
+            "frames": frames,
+            "caption": caption,
+            "setting": setting,
+            "density": 0.25,
+            "psnr": None if setting == "dense" else 30.0 + caption,
+        },
         **{"ssim": 0.9, "colour": oracle, "shape": oracle, "motion": oracle, "size": oracle},
         **{"speedup_processor": speed, "speedup_denoiser_processor": 2 * speed},
     }
@@ -30,8 +36,8 @@ def test_rows_are_paired_with_dense_by_caption() -> None:
     samples = [_sample(n, "dense", float(n % 2), 1.0) for n in range(4)]
     samples += [_sample(n, "window", 0.5, 2.0) for n in (1, 3)]
     clocked = [
-        {"setting": "dense", "seconds": 9.0, "denoiser_seconds": 8.0, "peak_gb": 1.0, "threads": 2},
-        {"setting": "window", "seconds": 3.0, "denoiser_seconds": 2.0, "peak_gb": 0.5, "threads": 2},
+        {"frames": 61, "setting": "dense", "seconds": 9.0, "denoiser_seconds": 8.0, "peak_gb": 1.0, "threads": 2},
+        {"frames": 61, "setting": "window", "seconds": 3.0, "denoiser_seconds": 2.0, "peak_gb": 0.5, "threads": 2},
     ]
     rows = {row["setting"]: row for row in summary(samples, clocked)}
     assert rows["dense"]["oracle_change"] == 0
@@ -43,6 +49,23 @@ def test_rows_are_paired_with_dense_by_caption() -> None:
     assert (rows["window"]["speedup"], rows["window"]["speedup_denoiser"]) == (3.0, 4.0)
     assert rows["window"]["speedup_processor"] == 2.0
     assert rows["window"]["peak_gb"] == 0.5
+
+
+def test_lengths_are_rows_of_their_own() -> None:
+    samples = [_sample(0, "dense", 1.0, 1.0), _sample(0, "dense", 0.0, 1.0, 125), _sample(0, "window", 0.5, 2.0, 125)]
+    rows = {(row["frames"], row["setting"]): row for row in summary(samples, [])}
+    assert list(rows) == [(61, "dense"), (125, "dense"), (125, "window")]
+    assert rows[125, "window"]["oracle_change"] == 0.5
+    assert (rows[61, "dense"]["tokens"], rows[125, "window"]["tokens"]) == (4096, 8192)
+
+
+def test_the_window_holds_a_quarter_of_any_clip() -> None:
+    for frames, size in ((61, 4), (125, 8)):
+        pattern = settings_by_name(MAP, frames)["window"].pattern
+        assert isinstance(pattern, NeighborhoodPattern)
+        assert pattern.window_size == (size, 16, 16)
+    with pytest.raises(end_to_end.GenAttnError, match=r"frames must be 1 \+ 4 n and at least 13, got 60; the nearest is 61"):
+        settings_by_name(MAP, 60)
 
 
 def test_the_settings_are_sparse_in_every_step_unless_named() -> None:
@@ -82,14 +105,14 @@ def test_a_stopwatch_counts_one_module_and_leaves(monkeypatch: pytest.MonkeyPatc
 
 def test_a_run_goes_on_and_the_dense_clip_is_the_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     window = AttentionSettings("window", NeighborhoodPattern((2, 8, 8)).with_tail(None), 0, 0)
-    monkeypatch.setattr(end_to_end, "settings_by_name", lambda profile: {"dense": DENSE, "window": window})
+    monkeypatch.setattr(end_to_end, "settings_by_name", lambda profile, frames: {"dense": DENSE, "window": window})
     opened = end_to_end.opened
     monkeypatch.setattr(
-        end_to_end, "opened", lambda model: (opened(model)[0], opened(model)[1] | {"num_inference_steps": 2, "num_frames": 13})
+        end_to_end, "opened", lambda *given: (opened(*given)[0], opened(*given)[1] | {"num_inference_steps": 2})
     )
     out = tmp_path / "samples.jsonl"
-    run_samples("tiny-wan", 1, ["dense"], MAP, out)
-    run_samples("tiny-wan", 1, ["dense", "window"], MAP, out)
+    run_samples("tiny-wan", 1, ["dense"], MAP, out, 13)
+    run_samples("tiny-wan", 1, ["dense", "window"], MAP, out, 13)
     dense, sparse = read_samples(out)
     assert (dense["setting"], sparse["setting"]) == ("dense", "window")
     assert dense["psnr"] is None
@@ -99,7 +122,7 @@ def test_a_run_goes_on_and_the_dense_clip_is_the_measure(tmp_path: Path, monkeyp
     assert 0.2 < sparse["density"] < 0.6
     for sample in (dense, sparse):
         assert 0 < sample["denoiser_seconds"] < sample["seconds"]
-    once = clock_one("tiny-wan", "window", MAP)
+    once = clock_one("tiny-wan", "window", MAP, 13)
     assert once["setting"] == "window"
     assert 0.05 < once["peak_gb"] < 20
     assert once["density"] == sparse["density"]
