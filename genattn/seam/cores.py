@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from genattn.functional.log_sum_exp import dense_with_lse, is_native
 from genattn.kernels.block_sparse import as_autocast
 from genattn.layouts.site import AttentionSite
+from genattn.seam.plugin import AttentionCall
 
 MARK = "_genattn_mark"
 SDPA = -1
@@ -279,6 +280,15 @@ class StockCore:
             return out  # type: ignore[no-any-return]
         finally:
             CURRENT.mark = before
+
+    def answer(self, call: AttentionCall) -> torch.Tensor:
+        """The end of a chain: stock's answer to what plugins left of a call, with its log-sum-exp where one asked for it."""
+        if call.record.wants_lse and not call.is_causal:  # a causal call's would not mean what it says
+            told = self.with_lse(call.query, call.key, call.value, call.mask, call.scale)
+            if told is not None:
+                call.record.lse = told[1]
+                return told[0]
+        return self(call.query, call.key, call.value, call.mask, call.scale, call.is_causal, call.enable_gqa)
 
     def with_lse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float | None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from genattn.seam.cores import MARK
-from genattn.seam.plugin import Run
+from genattn.seam.plugin import Plugin, Run
 from genattn.seam.processors import FunctionProcessor
 
 INJECTION = "_genattn_injection"
@@ -173,3 +173,20 @@ def other_cache_context(model: nn.Module, stock: type, noted: list[Any], suffix:
     again = stock.cache_context(model, name, **told)  # type: ignore[attr-defined]
     again.__enter__()  # leaving a context clears it, but the pipeline is still inside its own
     noted.append(again)
+
+
+def same_objects(given: tuple[Any, ...], args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a plugin passed on exactly what it got."""
+    if len(given) != len(args) or named.keys() != kwargs.keys():
+        return False
+    return all(a is b for a, b in zip(given, args)) and all(named[name] is kwargs[name] for name in named)
+
+
+def wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of the denoiser within `plugin`'s."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        assert HERE.run is not None
+        return plugin.forward(HERE.run, args, kwargs, inner)
+
+    return call

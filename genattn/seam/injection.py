@@ -16,7 +16,7 @@ from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import Part, gathered, has_text_apart, held_by_each, places_of, shared_attention, split_of
 from genattn.seam.cores import MARK, Mark, StockCore
-from genattn.seam.denoiser import HERE, RootCalls, current_run, other_cache_context, run_of, stock_state
+from genattn.seam.denoiser import RootCalls, current_run, other_cache_context, run_of, same_objects, stock_state, wrapped
 from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
 from genattn.seam.processors import (
     Claim,
@@ -29,7 +29,7 @@ from genattn.seam.processors import (
 from genattn.seam.recompute import Recorded
 from genattn.seam.report import event_pair
 from genattn.seam.root_inputs import RootInputs
-from genattn.seam.sites import asking_layout, find_sites, gather_queries, layout_at, spread_queries
+from genattn.seam.sites import TheirRows, asking_layout, find_sites, gather_queries, layout_at, spread_queries
 from genattn.seam.steps import StepTracker
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Injection:
         chain = self._stock_with_layout(stock, args, kwargs) if self._wrappers else stock
         for plugin in reversed(self._wrappers):
             if not _is_off(plugin, run):
-                chain = _wrapped(plugin, chain)
+                chain = wrapped(plugin, chain)
         with current_run(run), self.recorded.recording(run):
             result = chain(*args, **kwargs)
         for handle in self.handles if again is None else ():
@@ -220,7 +220,7 @@ class Injection:
 
         def call(*given: Any, **named: Any) -> Any:
             run = run_of(self.model)
-            if run is None or _same_objects(given, args, named, kwargs):
+            if run is None or same_objects(given, args, named, kwargs):
                 return stock(*given, **named)
             layout, why = self.inputs.layout(self.model, self.inputs.bind(given, named))
             if layout == run.layout and self.inputs.of_samples == run.sample_layouts:
@@ -337,21 +337,6 @@ def _untouched(mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], c
     return out
 
 
-class _TheirRows:
-    """Stock code for the rows that asked, at their places among all rows."""
-
-    def __init__(self, core: StockCore, whole: TokenLayout, kinds: tuple[SegmentKind, ...]) -> None:
-        self.core, self.whole, self.kinds = core, whole, kinds
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, *flags: Any) -> torch.Tensor:
-        answer = self.core(gather_queries(q, self.whole, self.kinds), k, v, mask, *flags)
-        return spread_queries(answer, self.whole, self.kinds)
-
-    def with_lse(self, *call: Any) -> None:
-        """Not told: rows that nobody asked for have none."""
-        return
-
-
 def _asked_by_some(
     mark: Mark,
     run: Run,
@@ -370,10 +355,10 @@ def _asked_by_some(
 
     everywhere = spread_queries(query, whole, kinds)
     call = AttentionCall(everywhere, key, value, mask, site=mark.site, run=run, layout=whole, record=CallRecord(), **flags)
-    return gather_queries(_timed(mark, call, _TheirRows(core, whole, kinds)), whole, kinds)
+    return gather_queries(_timed(mark, call, TheirRows(core, whole, kinds)), whole, kinds)
 
 
-def _timed(mark: Mark, call: AttentionCall, core: "StockCore | _TheirRows") -> torch.Tensor:
+def _timed(mark: Mark, call: AttentionCall, core: StockCore | TheirRows) -> torch.Tensor:
     """The call through the chain, counted by every handle that has a plugin in it."""
     events, began = event_pair(call.query), time.perf_counter()
     out = _through(mark.chain, 0, call, core)
@@ -403,34 +388,10 @@ def _is_off(plugin: Plugin, run: Run) -> bool:
     return not run.options_of(plugin).get("enabled", True)
 
 
-def _same_objects(given: tuple[Any, ...], args: tuple[Any, ...], named: dict[str, Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a plugin passed on exactly what it got."""
-    if len(given) != len(args) or named.keys() != kwargs.keys():
-        return False
-    return all(a is b for a, b in zip(given, args)) and all(named[name] is kwargs[name] for name in named)
-
-
-def _wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        assert HERE.run is not None
-        return plugin.forward(HERE.run, args, kwargs, inner)
-
-    return call
-
-
-def _may_tell(call: AttentionCall) -> bool:
-    """Whether the log-sum-exp of a dense answer is asked for and means what it says."""
-    return call.record.wants_lse and not call.is_causal
-
-
-def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: "StockCore | _TheirRows") -> torch.Tensor:
+def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: StockCore | TheirRows) -> torch.Tensor:
     """The call through the plugins from `place` on, then to the user's own backend."""
     if place == len(chain):
-        told = core.with_lse(call.query, call.key, call.value, call.mask, call.scale) if _may_tell(call) else None
-        if told is not None:
-            call.record.lse = told[1]
-            return told[0]
-        return core(call.query, call.key, call.value, call.mask, call.scale, call.is_causal, call.enable_gqa)
+        return core.answer(call)
     plugin = chain[place][0]
     if _is_off(plugin, call.run):
         call.record.stayed_dense(_OFF)

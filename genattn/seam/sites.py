@@ -10,10 +10,11 @@ import re
 import torch
 from torch import nn
 
-from genattn.geometry.token_layout import TokenLayout
+from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.family import Family
 from genattn.layouts.site import AttentionSite, SiteKind
-from genattn.seam.plugin import Run
+from genattn.seam.cores import StockCore
+from genattn.seam.plugin import AttentionCall, Run
 
 _UNREACHABLE = {
     "AttnProcessor": "multiplies by torch.baddbmm; use AttnProcessor2_0 (drop set_default_attn_processor)",
@@ -160,6 +161,19 @@ def gather_queries(whole_rows: torch.Tensor, whole: TokenLayout, kinds: tuple[st
     """The inverse of `spread_queries`: rows [B, S, H, D] of the whole sequence to those of the segments that ask."""
     pieces = zip(whole.offsets, whole.segments)
     return torch.cat([whole_rows[:, at : at + s.length] for at, s in pieces if s.kind in kinds], dim=1)
+
+
+class TheirRows:
+    """Stock code for the rows of a sequence that asked, at their places among all rows."""
+
+    def __init__(self, core: StockCore, whole: TokenLayout, kinds: tuple[SegmentKind, ...]) -> None:
+        self.core, self.whole, self.kinds = core, whole, kinds
+
+    def answer(self, call: AttentionCall) -> torch.Tensor:
+        """See `StockCore.answer`; no log-sum-exp is told, for rows that nobody asked for have none."""
+        rows = gather_queries(call.query, self.whole, self.kinds)
+        answer = self.core(rows, call.key, call.value, call.mask, call.scale, call.is_causal, call.enable_gqa)
+        return spread_queries(answer, self.whole, self.kinds)
 
 
 @functools.lru_cache(maxsize=64)
