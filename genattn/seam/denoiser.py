@@ -16,7 +16,7 @@ from torch import nn
 
 from genattn.seam.cores import MARK
 from genattn.seam.plugin import Plugin, Run
-from genattn.seam.processors import FunctionProcessor
+from genattn.seam.processors import FunctionProcessor, is_exporting, refuse_export
 
 INJECTION = "_genattn_injection"
 
@@ -24,9 +24,11 @@ INJECTION = "_genattn_injection"
 # torch.compiler.disable has no inverse: plugins must run untraced, the stock forward under them must not
 try:
     from torch._C._dynamo import eval_frame as _eval_frame
+    from torch._dynamo.decorators import skip as _skip
 
     _set_eval_frame: Callable[[Any], Any] = _eval_frame.set_eval_frame
 except ImportError:  # pragma: no cover
+    _skip = functools.partial(torch.compiler.disable, recursive=False)
 
     def _set_eval_frame(callback: Any) -> Any:
         return None
@@ -100,9 +102,12 @@ class _Entry:
         self.model, self.below = model, below
 
     # torch.compile puts a frame of its own around what it may not trace, except under this name; and it looks through a
-    # function that is not traced, but not through a method
-    @functools.partial(torch.compiler.disable, recursive=False)
+    # function that is not traced, but not through a method. `skip` is torch.compiler.disable(recursive=False) without the
+    # wrapper that turns torch.export away
+    @_skip
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        if is_exporting():
+            return self._exported(*args, **kwargs)
         injection, stock = self.model.__dict__.get(INJECTION), self.below()
         if injection is None or (HERE.run is not None and HERE.run.model is injection.model):
             return stock(*args, **kwargs)
@@ -119,6 +124,26 @@ class _Entry:
             return injection.forward(under, args, kwargs)
         finally:
             _set_eval_frame(compiler)
+
+    def _inside_a_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """What Dynamo sees where it would trace through `_call_impl`: a way for torch.export, a graph break for the rest."""
+        if is_exporting():
+            return self._exported(*args, **kwargs)
+        return _never_traced(self, args, kwargs)
+
+    def _exported(self, *args: Any, **kwargs: Any) -> Any:
+        injection = self.model.__dict__.get(INJECTION)
+        if injection is not None:
+            refuse_export(injection)
+        return self.below()(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _never_traced(entry: _Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return entry._call_impl(*args, **kwargs)
+
+
+_Entry._call_impl._torchdynamo_inline = _Entry._inside_a_graph  # type: ignore[attr-defined]
 
 
 def _replica(model: nn.Module, before: dict[str, Any]) -> nn.Module:

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from genattn.errors import GenAttnError
 from genattn.seam.cores import CURRENT, MARK, close_namespace, has_seam, open_namespace
+from genattn.seam.plugin import Plugin
 
 _SUBCLASSES: dict[type, type] = {}
 _CLAIMS: dict[int, "Claim"] = {}
@@ -33,8 +35,7 @@ def _marking_call(cls: Any) -> Callable[..., Any]:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         mark = attn.__dict__.get(MARK)
-        # a compiled graph takes every mark along: plugins may come to it later
-        if mark is None or not (torch.compiler.is_compiling() or mark.chain):
+        if mark is None or not _comes_along(mark):
             return cls.__call__(self, attn, *args, **kwargs)
         before = CURRENT.mark
         CURRENT.mark = mark
@@ -48,6 +49,14 @@ def _marking_call(cls: Any) -> Callable[..., Any]:
     return __call__
 
 
+def _comes_along(mark: Any) -> bool:
+    """Whether calls go to the mark's owner: a compiled graph takes every mark along, plugins may come to it later; an exported
+    program takes none."""
+    if is_exporting():
+        return not refuse_export(mark.owner)
+    return torch.compiler.is_compiling() or bool(mark.chain)
+
+
 class FunctionProcessor:
     """A function in a processor's place: what stock lets through to it, it gets, with the module's mark current."""
 
@@ -56,7 +65,7 @@ class FunctionProcessor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mark = args[0].__dict__.get(MARK) if args else None
-        if mark is None or not (torch.compiler.is_compiling() or mark.chain):
+        if mark is None or not _comes_along(mark):
             return self.function(*args, **kwargs)
         before = CURRENT.mark
         CURRENT.mark = mark
@@ -257,3 +266,33 @@ def signature_of(stock: type) -> inspect.Signature:
 @functools.cache
 def _signature(stock: type) -> inspect.Signature:
     return inspect.signature(inspect.unwrap(stock.forward))  # type: ignore[attr-defined]
+
+
+# ---- torch.export
+
+# An exported program outlives its process, the marks of our operator do not: it holds stock attention alone. Plugins that do
+# nothing (a dense pattern, one that is switched off) are exported so; with any other, exporting is refused.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not in PyTorch 2.6
+
+
+class ExportRefused(GenAttnError, AssertionError):
+    """A GenAttnError that strict export lets through: Dynamo wraps what it does not know, and knows AssertionError."""
+
+
+@torch.compiler.assume_constant_result  # strict export traces with Dynamo, which is to call this and not to look inside
+def refuse_export(injection: Any) -> bool:
+    """Raise GenAttnError when a plugin of `injection` would have to be part of an exported program; else True."""
+    plugins = [plugin for handle in injection.handles for plugin in handle.plugins if _acts(plugin, handle)]
+    acting = dict.fromkeys(type(getattr(plugin, "pattern", plugin)).__name__ for plugin in plugins)
+    if acting:
+        raise ExportRefused(
+            f"torch.export of {type(injection.model).__name__} must find no plugin that acts: an exported program keeps no "
+            f"plugins, and {' + '.join(acting)} would be left out of it; export before genattn.apply or after "
+            "genattn.remove(model), or inside `with handle.options(enabled=False)`"
+        )
+    return True
+
+
+def _acts(plugin: Plugin, handle: Any) -> bool:
+    idle = not plugin.touches_attention and type(plugin).forward is Plugin.forward
+    return not idle and bool(handle.current_options.get("enabled", True))

@@ -1,0 +1,106 @@
+"""torch.export while plugins are on: stock's own program where they do nothing, else a refusal in our words."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from genattn import DensePattern, GenAttnError, NeighborhoodPattern, RadialPattern
+from genattn.guidance.nag import NAG
+from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.pipelines.tiny.random.build import build_inputs, build_model
+from genattn.seam.handle import apply
+from genattn.seam.plugin import Plugin, Run
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+HOW = [pytest.param("wan", False), pytest.param("wan", True)] + [
+    pytest.param("flux", how, marks=pytest.mark.slow) for how in (False, True)
+]
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_uninitialised_memory() -> None:
+    """Off here: Dynamo cannot trace the look at the caller's frame."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def exported(model: torch.nn.Module, inputs: dict[str, Any], strict: bool) -> Any:
+    return torch.export.export(model, (), {**inputs, "return_dict": False}, strict=strict)
+
+
+class Mixing(Plugin):
+    """Guidance that works around the forward alone."""
+
+    def forward(self, run: Run, args: Any, kwargs: Any, inner: Any) -> Any:
+        return inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("family", "strict"), HOW)
+def test_a_dense_pattern_exports_stocks_program(family: str, strict: bool) -> None:
+    """No operator of ours, whose marks another process does not have, and the same bits."""
+    model, inputs = build_model(family, num_layers=1), build_inputs(family)
+    stock = exported(model, inputs, strict)
+    with torch.no_grad():
+        reference = model(**inputs, return_dict=False)[0]
+    with apply(model, DensePattern()) as handle:
+        program = exported(model, inputs, strict)
+        assert handle.report().calls == 0
+        with torch.no_grad():
+            assert torch.equal(model(**inputs, return_dict=False)[0], reference)
+        assert handle.report().calls > 0  # and is still on
+    assert program.graph_module.code == stock.graph_module.code
+    assert [m.fqn for m in program.module_call_graph] == [m.fqn for m in stock.module_call_graph]
+    assert torch.equal(program.module()(**inputs, return_dict=False)[0], reference)
+
+
+@pytest.mark.parametrize(("family", "strict"), HOW)
+def test_whatever_acts_is_refused(family: str, strict: bool) -> None:
+    model, inputs = build_model(family, num_layers=1), build_inputs(family)
+    plugins = {
+        "RadialPattern": RadialPattern(),
+        "NeighborhoodPattern": NeighborhoodPattern(3),
+        "SoftPAG": SoftPAG({(0, 0): 1.0}, layout="single"),
+        "NAG": NAG("blurry"),
+        "Mixing": Mixing(),
+    }
+    for name, plugin in plugins.items():
+        words = f"torch.export of {type(model).__name__} must find no plugin that acts: .*{name} would be left out"
+        with apply(model, plugin), pytest.raises(GenAttnError, match=words):
+            exported(model, inputs, strict)
+    handle = apply(model, DensePattern(), Mixing())
+    with pytest.raises(GenAttnError, match="and Mixing would be left out of it; export before genattn.apply or after"):
+        exported(model, inputs, strict)
+    handle.remove()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_switched_off_may_go_and_parts_are_held_to_the_same(strict: bool) -> None:
+    """A block alone, and a module around the model, are asked as the model is."""
+    torch.manual_seed(0)
+    model = build_model("wan", num_layers=1)
+    inputs = build_inputs("wan")
+    block = model.blocks[0]
+    attention, hidden = block.attn1, torch.randn(1, 6, block.norm1.normalized_shape[0])
+    around = torch.nn.Sequential(torch.nn.Identity(), attention)
+    handle = apply(model, RadialPattern(), dense_steps=0)
+    with handle.options(enabled=False):
+        program = exported(model, inputs, strict)
+    with torch.no_grad():
+        assert torch.equal(program.module()(**inputs, return_dict=False)[0], _without(model, inputs, handle))
+    for part in (attention, around):
+        with pytest.raises(GenAttnError, match="RadialPattern would be left out"):
+            torch.export.export(part, (hidden,), strict=strict)
+    handle.remove()
+    torch.export.export(around, (hidden,), strict=strict)
+
+
+def _without(model: Any, inputs: dict[str, Any], handle: Any) -> torch.Tensor:
+    with handle.options(enabled=False):
+        out: torch.Tensor = model(**inputs, return_dict=False)[0]
+    return out
