@@ -115,9 +115,10 @@ MAY_IMPORT = {
         "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
         "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"
     ),
+    "apps/laboratory/models": "genattn genattn/layouts genattn/patterns genattn/seam",
     "apps/laboratory/mutation": "genattn",
     "apps/pages": (
-        "apps/cli apps/laboratory apps/sampling "
+        "apps/cli apps/laboratory apps/laboratory/models apps/sampling "
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
         "guidance/broadway guidance/nag guidance/softpag "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"

@@ -1,10 +1,11 @@
 """The table of model families: what holds for each, tried out on its tiny model and written to assets/families.csv.
 
     python -m genattn.apps.pages.family_table              all families; rows that are there already are kept
+    python -m genattn.apps.pages.family_table --compile    only the compile columns that are still empty
     python -m genattn.apps.pages.family_table --page       write docs/families.md from the file and the judged models
 
 A row that fails says why. Nothing here needs a GPU or a download; the compile columns count Dynamo frames with the eager
-backend.
+backend, and give up on a model after `COMPILE_SECONDS` of this processor.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import csv
 import functools
 import io
 import platform
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +25,9 @@ from typing import Any
 import diffusers
 import torch
 
+from genattn.apps.laboratory.models import stock_testers
+from genattn.apps.laboratory.models.before_and_after import changed, identities
+from genattn.apps.laboratory.models.stock_testers import summary
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.layouts.families import FAMILIES, family_of
 from genattn.layouts.judged import judged
@@ -38,6 +43,7 @@ from genattn.seam.plugin import AttentionCall, Inner, Plugin
 from genattn.seam.sites import find_sites
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPILE_SECONDS = 150
 TABLE, PAGE = ROOT / "assets" / "families.csv", ROOT / "docs" / "families.md"
 COLUMNS = (
     "family",
@@ -91,19 +97,6 @@ def forward(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return out
 
 
-def identities(model: Any) -> dict[str, Any]:
-    """Classes, attributes, processors and the globals of the processors' modules, by identity."""
-    kept: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        kept[name] = (type(module), {key: id(value) for key, value in module.__dict__.items()})
-        processor = getattr(module, "processor", None)
-        if processor is not None:
-            spaces = [vars(sys.modules[base.__module__]) for base in type(processor).__mro__]
-            named = [{k: id(v) for k, v in space.items() if k in ("F", "dispatch_attention_fn")} for space in spaces]
-            kept[f"{name} processor"] = (id(processor), type(processor), dict(vars(processor)), named)
-    return kept
-
-
 def row_of(family: str, with_compile: bool = True) -> dict[str, str]:
     """One row, everything tried out."""
     model, inputs = build_model(family), build_inputs(family)
@@ -113,7 +106,7 @@ def row_of(family: str, with_compile: bool = True) -> dict[str, str]:
     row |= {"diffusers": diffusers.__version__, "torch": torch.__version__, "device": platform.machine() + " CPU"}
     first, stock = identities(model), forward(model, inputs)
     before = identities(model)
-    own = {key for key in before if before[key] != first[key]}  # what stock code makes anew in a forward
+    own = set(changed(first, before))  # what stock code makes anew in a forward
     layouts = _Layouts()
     handle = apply(model, layouts)
     row["sites"] = str(len([site for site in handle.sites if not site.unreachable]))
@@ -122,16 +115,40 @@ def row_of(family: str, with_compile: bool = True) -> dict[str, str]:
     row["layout"] = layouts.described
     row["layout_exact"] = "; ".join(layouts.wrong) or ("yes" if layouts.described else "no attention reached")
     row["dense_bit_exact"] = "yes" if same else "output differs"
-    row["removed_exactly"] = "yes" if _without(identities(model), own) == _without(before, own) else "something was left behind"
+    left = [name for name in changed(before, identities(model)) if name not in own]
+    row["removed_exactly"] = f"left behind at {', '.join(left[:3])}" if left else "yes"
     row["radial_runs"] = _attempt(lambda: _runs(model, inputs, RadialPattern()))
     _more(family, row, model, inputs)
-    for how in ("regional", "full"):
-        row[f"compile_{how}"] = "" if not with_compile else _attempt(functools.partial(_compiles, family, inputs, how, stock))
-    return row
+    return row | (compile_columns(family) if with_compile else {})
 
 
-def _without(kept: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in kept.items() if name not in names}
+def compile_columns(family: str) -> dict[str, str]:
+    """Blocks compiled one by one, and the whole model, each against stock compiled alike."""
+    inputs = build_inputs(family)
+    stock = forward(build_model(family), inputs)
+    tries = {how: functools.partial(_compiles, family, inputs, how, stock) for how in ("regional", "full")}
+    return {f"compile_{how}": _attempt(functools.partial(_within, COMPILE_SECONDS, run)) for how, run in tries.items()}
+
+
+class _TooLong(BaseException):
+    """Not an Exception: Dynamo turns those into its own."""
+
+
+def _within(seconds: float, try_out: Callable[[], str]) -> str:
+    """The answer, or "not tried" after so many seconds of processor time."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        return try_out()
+    except _TooLong:
+        return f"not tried: tracing took longer than {seconds:g} s on one core"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _sparse(model: Any, inputs: dict[str, Any], pattern: Pattern) -> str:
@@ -174,10 +191,10 @@ def _more(family: str, row: dict[str, str], model: Any, inputs: dict[str, Any]) 
     large = MODELS[family].large
     if large is not None:
         wide = build_inputs(family, grid=large)
-        row["radial_density"] = (
-            _attempt(lambda: _sparse(model, wide, RadialPattern(tail=None))) if len(large) == 3 else "picture"
-        )
-        shape = large[-2:] if family in ("latte", "animatediff") else large
+        by_frame = family in ("latte", "animatediff")
+        thinned = "picture" if len(large) < 3 else "1 frame" if by_frame else ""
+        row["radial_density"] = thinned or _attempt(lambda: _sparse(model, wide, RadialPattern(tail=None)))
+        shape = large[-2:] if by_frame else large
         row["gna_density"] = _attempt(lambda: _sparse(model, wide, _window(shape, tail=None)))
         row["tail_runs"] = _attempt(lambda: _runs(model, wide, _window(shape, tail="mean")))
     row["softpag_runs"] = _attempt(lambda: _softpag(model, inputs))
@@ -197,7 +214,12 @@ def _compiles(family: str, inputs: dict[str, Any], how: str, stock: torch.Tensor
     try:
         frames, _ = _frames(family, inputs, how, None)
     except Exception as error:
-        return f"stock itself does not: {_first_line(error)}"
+        return f"not tried: stock itself does not: {_first_line(error)}"
+    if not frames:
+        return "not tried: no attention of stock's stands in a stack of blocks"
+    refusal = next((site.unreachable for site in apply_sites(build_model(family)) if site.unreachable), "")
+    if refusal:
+        return f"refused: {refusal}"
     mine, out = _frames(family, inputs, how, lambda model: apply(model, DensePattern()))
     if mine != frames:
         return f"{mine} frames where stock has {frames}"
@@ -229,11 +251,15 @@ def _frames(family: str, inputs: dict[str, Any], how: str, put_on: Callable[[Any
 
 
 def _blocks(model: Any) -> list[Any]:
-    """The blocks that `compile_repeated_blocks` takes, or those of the family's stacks."""
+    """The blocks that `compile_repeated_blocks` takes; where a model names none, the members of its stacks that attend."""
     names = getattr(model, "_repeated_blocks", None)
     if names:
         return [module for module in model.modules() if type(module).__name__ in names]
-    return [module for module in model.modules() if type(module).__name__.endswith("TransformerBlock")]
+    attending = {id(module) for module, _ in find_sites(model, "", family_of(model))}
+    stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    members = [block for stack in stacks for block in stack if any(id(part) in attending for part in block.modules())]
+    inner = {id(part) for block in members for part in block.modules() if part is not block}
+    return [block for block in members if id(block) not in inner]
 
 
 def _attempt(try_out: Callable[[], str]) -> str:
@@ -323,8 +349,20 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
 
-def page(rows: list[dict[str, str]]) -> str:
-    """docs/families.md."""
+def _not_run(testers: list[dict[str, str]]) -> dict[str, list[str]]:
+    """Testers by the reason for which diffusers itself does not run them here."""
+    found: dict[str, list[str]] = {}
+    for row in testers:
+        if row["stock"] != "yes":
+            reason = row["stock"].replace("|", " ")
+            wants_hub = "expected input[" in reason or "cannot be multiplied" in reason
+            reason = "its inputs fit a checkpoint of the hub, not its own small settings" if wants_hub else reason
+            found.setdefault(reason, []).append(row["tester"].split(":")[-1])
+    return found
+
+
+def page(rows: list[dict[str, str]], testers: list[dict[str, str]]) -> str:
+    """docs/families.md from the rows of families and those of diffusers' testers."""
     generic = sorted(family.name for family in FAMILIES if family.generic)
     refused = [f"| {name} | {reason} |" for name, reason in judged().items()]
     return "\n".join(
@@ -335,11 +373,22 @@ def page(rows: list[dict[str, str]]) -> str:
             "[assets/families.csv](../assets/families.csv): every row was tried on a tiny model with random weights, on a CPU.",
             "",
             "Densities are those of the sparse calls on some hundred tokens, nothing standing in for what is left out;",
-            "Radial thins out over frames, so a picture has none. `-`: not tried in this run.",
+            "Radial thins out over frames, so a picture has none, nor has a model that looks at one frame at a time.",
+            "`compile`: a forward with plugins has as many graphs as stock's and the same bits, and gets no further ones while",
+            "schedule and pattern change; eager backend, blocks one by one and the whole model.",
             "",
             f"The layout is read from the model's own positions (`genattn/layouts/positions.py`) in: {', '.join(generic)}.",
             "",
             markdown(rows),
+            "",
+            "## In the configurations of diffusers' own tests",
+            "",
+            f"{summary(testers)} A row each: [assets/stock_testers.csv](../assets/stock_testers.csv), by",
+            "`python -m genattn.apps.laboratory.models.stock_testers --checkout DIFFUSERS`. The others do not run here:",
+            "",
+            "| reason | testers |",
+            "|---|---|",
+            *(f"| {reason} | {', '.join(names)} |" for reason, names in _not_run(testers).items()),
             "",
             "## Models without a layout",
             "",
@@ -357,23 +406,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write docs/families.md from the file")
     parser.add_argument("--only", nargs="*", default=None, metavar="FAMILY", help="try these again")
+    parser.add_argument("--compile", action="store_true", help="try only the compile columns")
     parser.add_argument("--no-compile", action="store_true", help="leave the compile columns for a later run")
     parser.add_argument("--out", type=Path, default=TABLE)
     given = parser.parse_args(arguments)
     rows = {row["family"]: row for row in read_rows(given.out)}
     if given.page:
-        PAGE.write_text(page([rows[name] for name in families() if name in rows]))
+        PAGE.write_text(page([rows[name] for name in families() if name in rows], stock_testers.read_rows()))
         return 0
     warnings.filterwarnings("ignore")
+    wanted = ("softpag_runs",) if given.no_compile else ("compile_regional", "compile_full")
     for family in given.only if given.only is not None else families():
-        done = "softpag_runs" if given.no_compile else "compile_full"
-        if given.only is None and rows.get(family, {}).get(done):
+        known = rows.get(family, {})
+        if given.only is None and all(known.get(column) for column in wanted):
             continue
-        kept = {key: rows.get(family, {}).get(key) or "" for key in ("compile_regional", "compile_full")}
-        fresh = row_of(family, not given.no_compile)
-        rows[family] = {**fresh, **{key: fresh[key] or kept[key] for key in kept}}
+        fresh = compile_columns(family) if given.compile and known else row_of(family, not given.no_compile)
+        rows[family] = {**known, **{key: value for key, value in fresh.items() if value or key not in known}}
         write_rows([rows[name] for name in families() if name in rows], given.out)
-        print(family, {k: v for k, v in rows[family].items() if k in COLUMNS[2:10]}, flush=True)
+        print(family, {k: v for k, v in fresh.items() if k in COLUMNS[2:15]}, flush=True)
     return 0
 
 

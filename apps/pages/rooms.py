@@ -11,7 +11,14 @@ from pathlib import Path
 from genattn.errors import GenAttnError
 
 TOPS = ("kernels", "genattn", "guidance", "pipelines", "apps")
-LABORATORY = ("apps/laboratory", "apps/laboratory/mutation", "apps/pages", "apps/pages/site", "pipelines/tiny/studies")
+LABORATORY = (
+    "apps/laboratory",
+    "apps/laboratory/models",
+    "apps/laboratory/mutation",
+    "apps/pages",
+    "apps/pages/site",
+    "pipelines/tiny/studies",
+)
 """Rooms that are in the repository and not in the wheel."""
 PACK = "apps/comfyui/pack"
 """What ComfyUI loads: a folder of files, entered from outside."""

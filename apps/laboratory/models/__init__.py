@@ -1,0 +1,1 @@
+"""What holds for the model configurations of diffusers' own tests. Not in the wheel."""
