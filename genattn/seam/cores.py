@@ -220,6 +220,18 @@ def _dispatch_shim(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- from the seam to the owner
 
+_PARALLEL: list[Any] = [None]  # the parallel configs that compiled graphs name, by number
+
+
+@torch.compiler.assume_constant_result  # process groups cannot pass an operator, a number can
+def _number_of(parallel_config: Any) -> int:
+    """Its place in `_PARALLEL`; all layers of a model have one config."""
+    for number, known in enumerate(_PARALLEL):
+        if known is parallel_config:
+            return number
+    _PARALLEL.append(parallel_config)
+    return len(_PARALLEL) - 1
+
 
 def _hand_over(
     q: torch.Tensor,
@@ -235,16 +247,18 @@ def _hand_over(
 ) -> torch.Tensor:
     mark = CURRENT.mark
     assert mark is not None
-    plain = parallel_config is None and (mask is None or isinstance(mask, torch.Tensor))
     if torch.compiler.is_compiling():
-        if not plain:  # block masks and process groups cannot pass an operator; stock code traces them
+        if mask is not None and not isinstance(
+            mask, torch.Tensor
+        ):  # a block mask cannot pass an operator; stock code traces it
             return _CORES[core][0](  # type: ignore[no-any-return]
                 q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, backend=backend, parallel_config=parallel_config
             )
         # inside of the operator autocast is off, so what it does to SDPA's inputs is traced here
         q, k, v = as_autocast(q, k, v)
         name = "" if backend is None else str(getattr(backend, "value", backend))
-        return attention_op(q, k, v, mask, mark.handle, scale, is_causal, enable_gqa, core, name)
+        shared = 0 if parallel_config is None else _number_of(parallel_config)
+        return attention_op(q, k, v, mask, mark.handle, scale, is_causal, enable_gqa, core, name, shared)
     flags = {"is_causal": is_causal, "enable_gqa": enable_gqa}
     under = StockCore(core, backend, parallel_config)
     return mark.owner.attend(mark, (q, k, v), mask, {"scale": scale, **flags}, under)
@@ -318,10 +332,11 @@ def attention_op(
     enable_gqa: bool,
     core: int,
     backend: str,
+    parallel: int = 0,
 ) -> torch.Tensor:
     """One attention call inside a compiled graph; which mark it belongs to is read from `handle` when it runs."""
     mark = Mark.living.get(int(handle))
-    under = StockCore(core, backend or None, None)
+    under = StockCore(core, backend or None, _PARALLEL[parallel])
     flags: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "enable_gqa": enable_gqa}
     if mark is None:  # a graph that outlived its plugins
         out = under(query, key, value, mask, **flags)

@@ -43,6 +43,16 @@ for family in sys.argv[2:]:
         assert [type(m.processor) for m in model.modules() if hasattr(m, "processor")] == processors
         assert torch.equal(model(**inputs, return_dict=False)[0], stock), family
     ran += 1
+from genattn.apps.sampling.load_pipeline import load_pipeline
+from genattn.pipelines.tiny.random.build import build_pipeline
+pipe, call = build_pipeline("wan")
+pipe.save_pretrained("saved")
+pipe = load_pipeline("saved", dtype="bfloat16")
+assert pipe.transformer.dtype == torch.bfloat16
+pipe.set_progress_bar_config(disable=True)
+with apply(pipe, RadialPattern()) as handle:
+    pipe(**call)
+    assert handle.report().sparse_calls > 0
 print("families:", ran)
 """
 

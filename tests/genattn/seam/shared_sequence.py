@@ -104,6 +104,23 @@ def _check(family: str, split: dict[str, Any]) -> None:
                 torch.testing.assert_close(forward(model, inputs), wanted, **_CLOSE)
             assert not torch.allclose(wanted, dense, atol=1e-4)
 
+    if family == "wan":
+        _check_compiled(single, model, static, inputs)
+
+
+def _check_compiled(single: Any, model: Any, static: Any, inputs: dict[str, Any]) -> None:
+    """Blocks compiled one by one: what is sent between processes is sent inside of our operator."""
+    from genattn.seam.handle import apply
+
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(backend="eager")
+    with apply(single, static, dense_steps=0, dense_layers=0):
+        wanted = forward(single, inputs)
+    with apply(model, static, dense_steps=0, dense_layers=0) as handle:
+        torch.testing.assert_close(forward(model, inputs), wanted, **_CLOSE)
+        report = handle.report()
+        assert report.sparse_calls == report.calls > 0, report.dense_reasons
+
 
 def forward(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """torch.compile: as many frames as stock, in every order, and no recompile while schedule, pattern and options change."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,26 @@ def test_nine_layers_share_one_frame() -> None:
         forward(compiled(model, "regional", counter), inputs)
         assert [row["sparse"] for row in handle.report().sites] == [0] + [1] * 9
     assert counter.frame_count == 1
+
+
+def test_context_parallelism_stays_in_the_graph() -> None:
+    """A parallel config cannot pass an operator; its number can, and plugins act as in an eager forward."""
+    inputs, counter = build_inputs("wan"), CompileCounterWithBackend("eager")
+    eager, model = build_model("wan"), build_model("wan")
+    alone = SimpleNamespace(ulysses_degree=1, ring_degree=1, ulysses_anything=False, _ulysses_mesh=None, _ring_mesh=None)
+    config = SimpleNamespace(context_parallel_config=alone)  # of one process
+    for block in model.blocks:
+        block.attn1.processor._parallel_config = config
+    runner = compiled(model, "regional", counter)
+    sparse = {"dense_steps": 0, "dense_layers": 0}  # dense calls would go to stock's own exchange between processes
+    with apply(eager, RadialPattern(), **sparse), apply(model, RadialPattern(), **sparse) as handle:
+        assert torch.equal(forward(runner, inputs), forward(eager, inputs))
+        report = handle.report()
+        assert report.sparse_calls == report.calls > 0
+        assert counter.frame_count == 1
+        for block in model.blocks:  # another one is another graph
+            block.attn1.processor._parallel_config = SimpleNamespace(context_parallel_config=alone)
+        assert torch.equal(forward(runner, inputs), forward(eager, inputs))
 
 
 @pytest.mark.slow
