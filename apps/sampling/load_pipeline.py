@@ -124,13 +124,21 @@ def load_pipeline(
         if names_modular(source):
             pipe = _load_modular(source, kind)
         else:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=kind)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_precision(kind))
     except (OSError, ValueError) as error:
         if isinstance(error, GenAttnError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None
     return _placed(pipe, place, cpu_offload)
+
+
+def _precision(kind: Any) -> dict[str, Any]:
+    """The argument by which diffusers is told it: `dtype` from 0.40 on, `torch_dtype` before, which 1.0 takes no more."""
+    import diffusers
+
+    numbers = [int(part) for part in diffusers.__version__.split(".")[:2]]
+    return {"dtype" if numbers >= [0, 40] else "torch_dtype": kind}
 
 
 def names_modular(source: str) -> bool:
@@ -162,7 +170,7 @@ def _load_modular(source: str, kind: Any) -> Any:
             spec.pretrained_model_name_or_path, spec.subfolder = source, name
         if spec.default_creation_method == "from_pretrained" and spec.pretrained_model_name_or_path:
             wanted.append(name)
-    pipe.load_components(wanted, dtype=kind)
+    pipe.load_components(wanted, **_precision(kind))
     missing = [name for name in wanted if getattr(pipe, name, None) is None]
     if missing:
         raise GenAttnError(f"{source} is incomplete: {', '.join(missing)} cannot be loaded; copy the model again")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 
 from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, names_modular, pick_device, shipped_model
 from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, makes_video, run_once
@@ -24,6 +25,25 @@ def test_a_whole_folder_loads(random_wan_folder: Path) -> None:
     assert type(pipe).__name__ == "WanPipeline"
     assert str(pipe.transformer.dtype) == "torch.float32"
     assert str(load_pipeline(random_wan_folder, dtype="bfloat16").transformer.dtype) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [("0.36.0", "torch_dtype"), ("0.39.2", "torch_dtype"), ("0.40.0.dev0", "dtype"), ("1.0.0", "dtype")]
+)
+def test_each_version_is_told_the_precision_in_its_own_words(
+    version: str, name: str, random_wan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def from_pretrained(source: str, **told: object) -> None:
+        asked.append(told)
+        raise OSError("enough")
+
+    monkeypatch.setattr(diffusers, "__version__", version)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(GenAttnError, match="cannot be loaded: enough"):
+        load_pipeline(random_wan_folder, dtype="bfloat16")
+    assert asked == [{"use_safetensors": True, name: torch.bfloat16}]
 
 
 def test_missing_index(folder: Path) -> None:
