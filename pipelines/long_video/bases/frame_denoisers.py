@@ -211,6 +211,7 @@ _REASONS = {
     "Helios": "it has its own memory for long video; use it as it comes",
     "LTXCondition": "its later conditions need a clip of known length; LTXImageToVideoPipeline takes the same weights",
     "LTX2": "it makes sound along with the picture, which the queue does not carry",
+    "MiniMaxH3": "its rows would take a timestep each, but sound is made in the same sequence, which the queue does not carry",
 }
 
 
