@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "kernels/reference": "kernels/plan",
     "kernels/triton": "kernels/cpu kernels/plan kernels/reference",
     "genattn": "",
+    "genattn/decoding": "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/seam",
     "genattn/distributed": "",
     "genattn/functional": "genattn genattn/geometry genattn/patterns kernels kernels/peers kernels/plan kernels/triton",
     "genattn/geometry": "genattn kernels/plan",
@@ -108,8 +109,8 @@ MAY_IMPORT = {
     "apps/comfyui/pack": "apps/comfyui",
     "apps/laboratory": (
         "apps/bench apps/sampling "
-        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
-        "genattn/selection "
+        "genattn genattn/decoding genattn/functional genattn/geometry genattn/layouts genattn/patterns "
+        "genattn/planning genattn/seam genattn/selection "
         "guidance/broadway guidance/nag guidance/softpag "
         "kernels kernels/plan kernels/reference "
         "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from genattn.errors import GenAttnError
+
 Command = Callable[..., None]
 
 Model = Annotated[
@@ -48,7 +50,14 @@ Window = Annotated[
 Stride = Annotated[
     str | None, typer.Option(help="Queries per axis that share a window; default 1 (sliding).", metavar="16x8x8")
 ]
-PatternFile = Annotated[Path | None, typer.Option(help="Settings from `genattn plan --auto --out`.")]
+Settings = Annotated[
+    Path | None,
+    typer.Option(
+        "--settings",
+        "--pattern-file",
+        help="A settings file of `genattn tune` or `genattn plan --out`, in place of --attention.",
+    ),
+]
 DenseSteps = Annotated[
     float, typer.Option(help="First steps kept dense: a share of them (below 1) or a number (1, 2, ...).", show_default=True)
 ]
@@ -109,7 +118,7 @@ ATTENTION: dict[str, tuple[Any, Any]] = {
     "window": (Window, None),
     "stride": (Stride, None),
     "pattern_options": (PatternOptions, None),
-    "pattern_file": (PatternFile, None),
+    "settings_file": (Settings, None),
     "dense_steps": (DenseSteps, 0.25),
     "dense_layers": (DenseLayers, 1),
 }
@@ -168,22 +177,27 @@ def _attention_settings(
     window: str | None,
     stride: str | None,
     pattern_options: str | None,
-    pattern_file: Path | None,
+    settings_file: Path | None,
     dense_steps: float | None,
     dense_layers: int | None,
 ) -> Any:
-    from genattn.apps.sampling.attention_names import pattern_from_file, pattern_from_name
+    from genattn.apps.sampling.attention_names import pattern_from_name
     from genattn.apps.sampling.run import AttentionSettings
+    from genattn.apps.sampling.saved_settings import attention_from_file
 
-    named: dict[str, Any] = {"attention": attention or pattern_file or pattern_options or window or stride}
+    if settings_file is not None:
+        beside = {"--window": window, "--stride": stride, "--pattern-options": pattern_options}
+        told = [name for name, value in beside.items() if value]
+        if told:
+            raise GenAttnError(f"--settings names the whole pattern, got {', '.join(told)} beside it; leave one of them out")
+        return attention_from_file(settings_file, dense_steps, dense_layers)
+    named: dict[str, Any] = {"attention": attention or pattern_options or window or stride}
     named |= {"dense_steps": dense_steps, "dense_layers": dense_layers}
     dense: dict[str, Any] = {
         "dense_steps": ATTENTION["dense_steps"][1] if dense_steps is None else dense_steps,
         "dense_layers": ATTENTION["dense_layers"][1] if dense_layers is None else dense_layers,
         "given": frozenset(name for name, value in named.items() if value is not None),
     }
-    if pattern_file is not None:
-        return AttentionSettings(pattern_file.stem, pattern_from_file(pattern_file), **dense)
     name = attention or ATTENTION["attention"][1]
     return AttentionSettings(name, pattern_from_name(name, pattern_options, window, stride), **dense)
 

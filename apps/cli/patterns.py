@@ -106,7 +106,7 @@ def plan_command(
         kept = f"dense_steps={dense_steps:g}, dense_layers={dense_layers}"
         print_lines("the first setting in Python:", f"    genattn.apply(pipe, {_python(best.pattern)}, {kept})")
         asked = f"--out {out}" if out else "--out settings.json"
-        use = f"genattn generate --model FOLDER_OR_ID --pattern-file {out or 'settings.json'}"
+        use = f"genattn generate --model FOLDER_OR_ID --settings {out or 'settings.json'}"
         print_lines(f"on the command line{'' if out else ' (run plan with ' + asked + ' first)'}:", f"    {use}")
 
 
@@ -168,9 +168,9 @@ def _measure(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    from genattn.apps.sampling.measured_plan import measured_plan
     from genattn.apps.sampling.output_files import check_out
     from genattn.apps.sampling.run import SamplingSettings
+    from genattn.apps.tuning.measured_plan import measured_plan
 
     if out is not None:
         check_out(out, (".json",))
@@ -184,7 +184,7 @@ def _measure(
     if found.psnr is not None:
         print_lines(f"PSNR {found.psnr:.1f} dB against dense")
     if out is not None:
-        print_lines(f"wrote {out}; use it with: genattn generate --pattern-file {out}")
+        print_lines(f"wrote {out}; use it with: genattn generate --settings {out}")
 
 
 def _chosen(pattern: Any) -> str:

@@ -18,6 +18,7 @@ from genattn.apps.cli import (
     profile as commands_profile,
     sampling as commands_sampling,
     stopping,
+    tune as commands_tune,
 )
 from genattn.errors import GenAttnError
 
@@ -52,6 +53,7 @@ app.command("explain")(commands_sampling.explain_command)
 app.command("measure")(commands_long.measure_command)
 app.command("long")(commands_long.long_command)
 app.command("profile")(commands_profile.profile_command)
+app.command("tune")(commands_tune.tune_command)
 app.command("hunt")(commands_hunt.hunt_command)
 app.command("finetune")(commands_finetune.finetune_command)
 app.command("simulate")(commands_patterns.simulate_command)

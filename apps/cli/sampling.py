@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -90,7 +90,7 @@ def compare_command(
     if out is not None:
         check_out(out, (".csv",))
     wanted = [parse_attention(text, dense_layers) for text in attention or ["radial"]]
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else []), *_held_out_captions(held_out)]
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else []), *held_out_captions(held_out)]
     with progress_bar("clips") as on_sample:
         rows = compare(texts, wanted, settings, seed, on_sample)
     if out is not None:
@@ -104,7 +104,8 @@ def compare_command(
 _COMPARED = ("attention", "n", "seconds", "speedup", "density", "peak_memory_gb", "psnr", "ssim", "colour", "shape", "motion")
 
 
-def _held_out_captions(count: int) -> list[str]:
+def held_out_captions(count: int) -> list[str]:
+    """Captions that no tiny model was trained on."""
     if count == 0:
         return []
     from genattn.pipelines.tiny.world import caption, sample_scene
@@ -132,8 +133,7 @@ def explain_command(
     refuse_early(settings)
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
-    kept: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
-    with genattn.apply(pipe, attention.pattern, **kept) as handle:
+    with genattn.apply(pipe, attention.pattern, **attention.schedule) as handle:
         found = handle.explain(**call, prompt=prompt, output_type="latent")
     if as_json:
         print_json(found.to_dict())

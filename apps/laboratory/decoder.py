@@ -27,7 +27,7 @@ def measure(route: str, grid: tuple[int, int, int], kernel: tuple[int, int, int]
     """Seconds and peak bytes of one attention module, head dim 64; route "flex" is stock's, else an impl of ours."""
     from diffusers.models.autoencoders.ltx2_diffusion_decoder import LTX2VideoVaeNeighborhoodAttention
 
-    from genattn.seam.neighborhood_decoder import NeighborhoodProcessor
+    from genattn.decoding.neighborhood_decoder import NeighborhoodProcessor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -11,7 +11,6 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal
 
 from genattn.apps.sampling.shapes import parse_shape
@@ -109,18 +108,6 @@ def _check_names(name: str, cls: type[Pattern], options: dict[str, Any], fixed: 
             near = difflib.get_close_matches(option, known, n=1)
             guess = f"; did you mean {near[0]!r}?" if near else "."
             raise GenAttnError(f"{name} has no setting {option!r}{guess} It has: {', '.join(known)}")
-
-
-def pattern_from_file(path: Path) -> Pattern:
-    """The pattern in a settings file, as `genattn plan --auto --out` writes it.
-
-    Raises GenAttnError when the file cannot be read as one.
-    """
-    from genattn.patterns.as_json import load_pattern
-
-    if not path.is_file():
-        raise GenAttnError(f"--pattern-file must name a file, but there is no {str(path)!r}")
-    return load_pattern(path)
 
 
 def pattern_from_name(

@@ -90,7 +90,8 @@ class SamplingSettings:
 class AttentionSettings:
     """One attention to sample with: its name, the pattern behind it (None: dense), what stays dense, and guidance inside it.
 
-    given: which of these a user named; the rest may yet be changed to what suits the model.
+    given: which of these a user named; the rest may yet be changed to what suits the model. more: further settings of the
+    schedule, as a settings file may hold them.
     """
 
     name: str
@@ -99,6 +100,7 @@ class AttentionSettings:
     dense_layers: int = 1
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     given: frozenset[str] = frozenset(("attention", "dense_steps", "dense_layers"))
+    more: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense_steps < np.inf or (self.dense_steps >= 1 and self.dense_steps != int(self.dense_steps)):
@@ -110,6 +112,11 @@ class AttentionSettings:
     def steps_to_keep(self) -> float | int:
         """Dense steps as a Schedule takes them: a float is a share, an int a number."""
         return self.dense_steps if self.dense_steps < 1 else int(self.dense_steps)
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What stays dense, as `genattn.apply` takes it by name."""
+        return {"dense_steps": self.steps_to_keep, "dense_layers": self.dense_layers, **dict(self.more)}
 
 
 DENSE = AttentionSettings("dense", None)
@@ -264,8 +271,7 @@ def run_once(
         if guidance:
             stack.enter_context(genattn.apply(pipe, *guidance))
         if attention.pattern is not None:
-            settings: dict[str, Any] = {"dense_steps": attention.steps_to_keep, "dense_layers": attention.dense_layers}
-            handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **settings))
+            handle = stack.enter_context(genattn.apply(pipe, attention.pattern, **attention.schedule))
         try:
             sampled = sample_frames(pipe, **call, prompt=prompt, generator=torch.Generator().manual_seed(seed))
         except ValueError as error:
@@ -297,7 +303,7 @@ def _why_nothing_skipped(pipe: Any, attention: AttentionSettings) -> str:
 
 def warm_up(pipe: Any, call: Mapping[str, Any], prompt: str, attention: AttentionSettings) -> None:
     """One step dense and one sparse: the first pass through a model, a plan and a kernel pays for its set-up."""
-    for each in (replace(DENSE, guidance=attention.guidance), replace(attention, dense_steps=0, dense_layers=0)):
+    for each in (replace(DENSE, guidance=attention.guidance), replace(attention, dense_steps=0, dense_layers=0, more=())):
         run_once(pipe, {**call, "num_inference_steps": 1}, prompt, 0, each, "warm-up")
 
 

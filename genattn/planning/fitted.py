@@ -11,6 +11,7 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule
+from genattn.patterns.as_json import TYPES
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.planning.planner import neighborhood_settings
@@ -46,6 +47,9 @@ class FittedNeighborhood(Pattern):
     def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
         """The window's plan."""
         return self.at(layout).build_plan(layout, block_q, block_k)
+
+
+TYPES[FittedNeighborhood.__name__] = FittedNeighborhood  # patterns know nothing of the planner
 
 
 @lru_cache(maxsize=64)

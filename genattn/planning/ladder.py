@@ -4,6 +4,7 @@
     apply(pipe, "gna")            windows of whole tiles, made for the size that comes
     apply(pipe, "adaptive")       clusters of like tokens, chosen in every call, means standing in for the rest
     apply(pipe, "profile:PATH")   a map written by `genattn profile`
+    apply(pipe, "settings:PATH")  whatever a file of `genattn tune` holds (seam/settings_file.py)
     apply(pipe, "auto")           the model's preset, and dense where a sparse call would not be faster
 
 Each gives a pattern, a schedule and a line that says which preset it is and why.
@@ -25,7 +26,7 @@ from genattn.selection.estimate import PooledScore
 from genattn.selection.rules import TopK
 from genattn.selection.tiling import Clusters
 
-LADDER = ("radial", "gna", "adaptive", "profile:PATH", "auto")
+LADDER = ("radial", "gna", "adaptive", "profile:PATH", "settings:PATH", "auto")
 GNA_DENSITY, ADAPTIVE_DENSITY = 0.4, 0.3
 # the least error and the highest PSNR of all choices at a like share, see docs/adaptive.md
 ADAPTIVE = AdaptivePattern(TopK(0.2), PooledScore(0), Clusters(), tail="mean")

@@ -47,12 +47,13 @@ class SiteForecast:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A forecast for one guidance pass of one sampling run."""
+    """A forecast for one guidance pass of one sampling run. grid: tokens (frames, height, width), None where unknown."""
 
     sites: list[SiteForecast]
     layout: str
     num_steps: int | None
     notes: tuple[str, ...]
+    grid: tuple[int, int, int] | None = None
 
     @property
     def flops_share(self) -> float | None:
@@ -102,7 +103,8 @@ def explain_run(stop: FirstForward, sites: list[AttentionSite], plugin: SparsePl
         notes.append("the number of steps is unknown: give num_steps=...")
     forecasts = [_site_forecast(stop, site, plugin, head_dims.get(site.name, 64)) for site in sites]
     layout = run.layout.describe() if run.layout is not None else "unknown"
-    return Explanation(forecasts, layout, run.num_steps, tuple(notes))
+    grid = None if run.layout is None or run.layout.grid is None else run.layout.grid3
+    return Explanation(forecasts, layout, run.num_steps, tuple(notes), grid)
 
 
 def _site_forecast(stop: FirstForward, site: AttentionSite, plugin: SparsePlugin, head_dim: int) -> SiteForecast:

@@ -18,6 +18,7 @@ from genattn.seam.injection import Injection
 from genattn.seam.plugin import CallRecord, Plugin, Run
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
+from genattn.seam.settings_file import PREFIX, loaded_for
 from genattn.seam.sites import head_dims
 from genattn.seam.sparse_plugin import SparsePlugin, named_plugin
 from genattn.seam.steps import StepTracker
@@ -44,7 +45,8 @@ def apply(
     target: a pipeline (all its denoisers, both experts of Wan 2.2 included) or one model. A Pattern becomes a SparsePlugin
     with `schedule`, or with settings of Schedule by name: `apply(pipe, RadialPattern(), dense_steps=0.25, dense_layers=1)`.
     A name stands for the model's own preset: "radial", "gna", "adaptive", "profile:PATH", or "auto", which stays dense where a
-    sparse call would not be faster; settings by name win over the preset's. impl: backend of the patterns, as in
+    sparse call would not be faster; settings by name win over the preset's. "settings:PATH" stands for all plugins in a file of
+    `genattn tune` or of `PluginConfig`. impl: backend of the patterns, as in
     `genattn.attention`.
 
     Raises GenAttnError, before anything is changed, when a plugin cannot serve one of the models.
@@ -60,14 +62,14 @@ def apply(
         raise GenAttnError("a schedule belongs to a pattern, and none was given; other plugins have windows of their own")
     plan = schedule or Schedule(**settings)
     parts = tuple(getattr(target, "components", None) or ())
-    ready = [
-        named_plugin(p, denoisers(target), parts, schedule, settings, impl)
-        if isinstance(p, str)
-        else SparsePlugin(p, plan, impl)
-        if isinstance(p, Pattern)
-        else p
-        for p in plugins
-    ]
+    ready: list[Plugin] = []
+    for p in plugins:
+        if isinstance(p, str) and p.startswith(PREFIX):
+            ready += loaded_for(p.removeprefix(PREFIX), schedule, settings, impl)
+        elif isinstance(p, str):
+            ready.append(named_plugin(p, denoisers(target), parts, schedule, settings, impl))
+        else:
+            ready.append(SparsePlugin(p, plan, impl) if isinstance(p, Pattern) else p)
     for plugin in ready:
         if not isinstance(plugin, Plugin):
             raise GenAttnError(f"plugins must be Pattern or Plugin objects, got {type(plugin).__name__}: {plugin!r}")

@@ -54,7 +54,7 @@ def test_plan_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "published settings first" in printed
     assert "genattn.apply(pipe, genattn.RadialPattern(decay=0.2), dense_steps=0.25, dense_layers=1)" in printed
     assert "480x832" in printed
-    assert "genattn generate --model FOLDER_OR_ID --pattern-file settings.json" in printed
+    assert "genattn generate --model FOLDER_OR_ID --settings settings.json" in printed
     assert "legal sizes nearby" in printed
 
 
@@ -85,7 +85,7 @@ def test_plan_writes_a_setting_that_can_be_used(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "settings.json"
     plan_command("wan-14b", "720x1280", 81, target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None, out=out)
     assert pattern_from_file(out) == RadialPattern(decay=0.2)
-    assert f"genattn generate --model FOLDER_OR_ID --pattern-file {out}" in capsys.readouterr().out.replace("\n", "")
+    assert f"genattn generate --model FOLDER_OR_ID --settings {out}" in capsys.readouterr().out.replace("\n", "")
     with pytest.raises(GenAttnError, match="--out must end in .json"):
         plan_command("wan-14b", out=tmp_path / "a.txt", target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None)
 

@@ -84,7 +84,7 @@ def test_adaptive_and_auto() -> None:
 
 
 def test_names_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(GenAttnError, match="must be one of radial, gna, adaptive, profile:PATH, auto, got 'fast'"):
+    with pytest.raises(GenAttnError, match="must be one of radial, gna, adaptive, .*, auto, got 'fast'"):
         rung("fast", WAN)
     with pytest.raises(GenAttnError, match="there is no"):
         rung(f"profile:{tmp_path / 'none.safetensors'}", WAN)

@@ -85,7 +85,7 @@ def test_settings_win_over_the_presets_and_a_schedule_keeps_the_break_even() -> 
 def test_a_bare_model_and_refusals(tmp_path: Path) -> None:
     model = build_model("wan")
     genattn.apply(model, "radial").remove()
-    with pytest.raises(GenAttnError, match="must be one of radial, gna, adaptive, profile:PATH, auto, got 'radail'"):
+    with pytest.raises(GenAttnError, match="must be one of radial, gna, adaptive, .*, auto, got 'radail'"):
         genattn.apply(model, "radail")
     with pytest.raises(GenAttnError, match="there is no"):
         genattn.apply(model, f"profile:{tmp_path / 'no.safetensors'}")

@@ -9,7 +9,6 @@ import diffusers.configuration_utils
 import diffusers.utils.hub_utils
 import pytest
 
-import genattn.seam.plugin_config
 from genattn import GenAttnError, NeighborhoodPattern, RadialPattern, Schedule
 from genattn.guidance.broadway.broadway import BroadWay
 from genattn.guidance.broadway.enhance_a_video import EnhanceAVideo
@@ -22,7 +21,8 @@ from genattn.guidance.tag import TAG
 from genattn.pipelines.tiny.random.build import build_model
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin
-from genattn.seam.plugin_config import FORMAT_VERSION, PluginConfig
+from genattn.seam.plugin_config import PluginConfig
+from genattn.seam.settings_file import FORMAT_VERSION, MODULES
 from genattn.seam.sparse_plugin import SparsePlugin
 
 SCHEDULE = Schedule(dense_steps=0.4, dense_last_steps=1, dense_layers=(0, 3), sigma=(0.1, 0.9), passes=("cond",), min_tokens=7)
@@ -117,7 +117,7 @@ def test_every_setting_is_saved() -> None:
 
 
 def test_every_plugin_of_the_table_is_tried_here() -> None:
-    assert {type(plugin).__name__ for plugin in PLUGINS.values()} == set(genattn.seam.plugin_config._MODULES)
+    assert {type(plugin).__name__ for plugin in PLUGINS.values()} == set(MODULES)
 
 
 def test_loaded_plugins_can_be_applied(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import genattn
+from genattn.decoding.neighborhood_decoder import NeighborhoodDecoder, NeighborhoodProcessor
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.random.build import build_model
-from genattn.seam.neighborhood_decoder import NeighborhoodDecoder, NeighborhoodProcessor
 
 decoders = pytest.importorskip("diffusers.models.autoencoders.ltx2_diffusion_decoder", reason="diffusers before LTX-2.5")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")

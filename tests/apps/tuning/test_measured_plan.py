@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from genattn.apps.cli.patterns import plan_command
-from genattn.apps.sampling.attention_names import pattern_from_file
-from genattn.apps.sampling.measured_plan import measured_plan
 from genattn.apps.sampling.run import SamplingSettings
+from genattn.apps.tuning.measured_plan import measured_plan
 from genattn.errors import GenAttnError
+from genattn.seam.settings_file import load_sparse
 
 SIZE = {"frames": 17, "height": 128, "width": 128, "steps": 2}
 
@@ -23,7 +23,7 @@ def test_chosen_settings_round_trip(settings: SamplingSettings, tmp_path: Path) 
     plan = measured_plan(settings, "a cat", target_density=0.6, out=tmp_path / "s.json")
     assert plan.psnr is None
     assert plan.measurement.calls > 0
-    assert pattern_from_file(tmp_path / "s.json") == plan.pattern
+    assert load_sparse(tmp_path / "s.json").pattern == plan.pattern
 
 
 def test_a_psnr_is_kept(settings: SamplingSettings) -> None:
@@ -42,8 +42,6 @@ def test_the_command(random_wan_folder: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_refusals(random_wan_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(GenAttnError, match="--pattern-file must name a file"):
-        pattern_from_file(tmp_path / "none.json")
     with pytest.raises(GenAttnError, match=r"--out must end in \.json"):
         plan_command(str(random_wan_folder), auto=True, out=tmp_path / "s.txt")
     with pytest.raises(GenAttnError, match="target_density must be between"):

@@ -52,7 +52,7 @@ def measured_plan(
     Args:
         target_density: mean share of scores; used unless min_psnr is given.
         min_psnr: dB against the dense video; the sparsest settings that keep it are searched with whole runs.
-        out: JSON file for `genattn generate --pattern-file`.
+        out: JSON file for `genattn generate --settings`.
 
     Raises:
         GenAttnError: a picture pipeline, or a density below what the candidates reach.

@@ -1,0 +1,83 @@
+"""The journal of `genattn tune`: a line per finished run, so that a stop loses the run at hand and nothing else.
+
+    {"request": {"model": ..., "prompts": [...], ...}}            what all lines belong to
+    {"setting": "radial", "prompt": 0, "seconds": 5.1, ...}       one setting on one prompt, against dense run beside it
+
+Another goal, or more settings to try, may come back to the same journal; another model, size, prompt or seed may not.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genattn.errors import GenAttnError
+
+
+class Journal:
+    """The lines of one request in `path`; `begin` makes the file.
+
+    request: JSON-ready. Raises GenAttnError for a file that was begun for another request, or that is no journal.
+    """
+
+    def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
+        self.path = path
+        self.request = json.loads(json.dumps(request))
+        self.samples: list[dict[str, Any]] = []
+        lines = _read(path)
+        if not lines:
+            return
+        begun = lines[0].get("request")
+        if not isinstance(begun, dict):
+            raise GenAttnError(f"{path} must begin with the request that it belongs to; name another --out, or delete the file")
+        other = sorted(name for name in {*begun, *self.request} if begun.get(name) != self.request.get(name))
+        if other:
+            raise GenAttnError(
+                f"{path} belongs to a request with another {', '.join(other)}; name another --out, or delete the file"
+            )
+        self.samples = lines[1:]
+
+    def done(self, setting: str, prompt: int) -> bool:
+        """Whether this run stands in the journal."""
+        return any(s["setting"] == setting and s["prompt"] == prompt for s in self.samples)
+
+    def begin(self) -> None:
+        """Make the file where there is none."""
+        if not self.path.is_file():
+            self._append({"request": self.request})
+
+    def add(self, sample: Mapping[str, Any]) -> None:
+        """Append one finished run; it is on the disk when this returns."""
+        self._append(sample)
+        self.samples.append(dict(sample))
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines; a last one that a kill cut off is taken out of the file.
+
+    Raises GenAttnError for a line in the middle that cannot be read.
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise GenAttnError(f"line {number} of {path} is damaged ({error}); delete the file to begin anew") from None
+    if not all(isinstance(line, dict) for line in found):
+        raise GenAttnError(f"{path} must hold one JSON object a line; delete the file to begin anew")
+    if not whole:
+        path.unlink()
+    return found

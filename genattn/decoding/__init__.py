@@ -1,0 +1,1 @@
+"""Attention inside decoders: plugins for what turns latents into frames."""

@@ -1,0 +1,61 @@
+"""The journal: nothing that was finished is lost, and nothing of another request is taken."""
+
+from pathlib import Path
+
+import pytest
+
+from genattn.apps.tuning.journal import Journal
+from genattn.errors import GenAttnError
+
+REQUEST = {"model": "a", "prompts": ["a cat"]}
+
+
+def written(path: Path) -> Journal:
+    journal = Journal(path, REQUEST)
+    journal.begin()
+    journal.add({"setting": "radial", "prompt": 0, "psnr": float("inf")})
+    return journal
+
+
+def test_finished_runs_are_there_again(tmp_path: Path) -> None:
+    written(tmp_path / "j.jsonl").add({"setting": "radial", "prompt": 1})
+    found = Journal(tmp_path / "j.jsonl", REQUEST)
+    assert found.done("radial", 0)
+    assert found.done("radial", 1)
+    assert not found.done("radial", 2)
+    assert not found.done("gna", 0)
+    assert found.samples[0]["psnr"] == float("inf")
+
+
+@pytest.mark.parametrize("cut", range(1, 60))
+def test_a_line_that_a_kill_cut_off_is_forgotten(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    written(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    found = Journal(path, REQUEST)
+    assert found.samples == []
+    found.begin()
+    found.add({"setting": "radial", "prompt": 0, "psnr": float("inf")})
+    assert path.read_bytes() == whole
+
+
+def test_an_unused_journal_leaves_no_file(tmp_path: Path) -> None:
+    Journal(tmp_path / "j.jsonl", REQUEST)
+    assert not (tmp_path / "j.jsonl").exists()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    written(path)
+    with pytest.raises(GenAttnError, match="belongs to a request with another model, seed"):
+        Journal(path, {"model": "b", "prompts": ["a cat"], "seed": 3})
+    path.write_text('{"setting": "radial"}\n')
+    with pytest.raises(GenAttnError, match="must begin with the request"):
+        Journal(path, REQUEST)
+    path.write_text('{"request": {}}\nnonsense\n{}\n')
+    with pytest.raises(GenAttnError, match="line 2 of .* is damaged"):
+        Journal(path, REQUEST)
+    path.write_text('{"request": {}}\n[3]\n')
+    with pytest.raises(GenAttnError, match="one JSON object a line"):
+        Journal(path, REQUEST)

@@ -1,0 +1,166 @@
+"""Tuning on a tiny random model: the files, the way back from a stop, and what is refused before work."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import genattn
+from genattn.apps.cli import root as cli
+from genattn.apps.sampling.run import SamplingSettings
+from genattn.apps.sampling.saved_settings import attention_from_file
+from genattn.apps.tuning import tune as tuning
+from genattn.apps.tuning.candidates import Ground, candidates, with_dense_start
+from genattn.apps.tuning.goal import Goal
+from genattn.apps.tuning.tune import left_out, tune
+from genattn.errors import GenAttnError
+from genattn.patterns.profiled import ProfiledPattern
+from genattn.planning.ladder import Model
+
+PROMPTS = ["a cat", "a dog"]
+WAN = Model("WanTransformer3DModel", 2, 2)
+
+
+@pytest.fixture
+def settings(random_wan_folder: Path) -> SamplingSettings:
+    return SamplingSettings(str(random_wan_folder), frames=17, height=128, width=128, steps=2, guidance_scale=1.0, device="cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse runs take a third of the time of dense ones: the choice must not hang on the machine."""
+    stock = tuning.run_once
+
+    def run_once(pipe: Any, call: Any, prompt: str, seed: int, setting: Any, title: str) -> Any:
+        found = stock(pipe, call, prompt, seed, setting, title)
+        return replace(found, seconds=3.0 if setting.pattern is None else 1.0 + found.density / 10)
+
+    monkeypatch.setattr(tuning, "run_once", run_once)
+    monkeypatch.setattr(tuning, "warm_up", lambda *_: None)
+
+
+@pytest.mark.usefixtures("clock")
+def test_from_prompts_to_one_file_that_runs(settings: SamplingSettings, tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    found = tune(
+        settings, PROMPTS, Goal(budget=2), tmp_path, families=("window", "profiled"), densities=(0.4,),
+        tell=lambda *at: told.append(at),
+    )  # fmt: skip
+    assert found.chosen is not None
+    assert found.chosen.speedup >= 2
+    assert {"window 2 of 5 frames", "profiled 0.4 + mean", "profiled 0.4 + mean4"} <= {row.name for row in found.rows}
+    assert any(row.name.endswith("dense start") for row in found.rows)
+    assert found.chosen.psnr == max(row.psnr for row in found.rows if row.prompts == 2 and row.speedup >= 2)
+    assert (tmp_path / "front.png").stat().st_size > 5000
+    assert told[0][2] == "profile"
+    assert all(done <= total for done, total, _ in told)
+    notes = json.loads((tmp_path / "settings.json").read_text())["_notes"]
+    assert notes["goal"] == {"budget": 2}
+    assert notes["size"]["num_frames"] == 17
+    # every way in reads it: the command line, and Python
+    moved = tmp_path.with_name("moved")
+    tmp_path.rename(moved)
+    attention = attention_from_file(moved / "settings.json")
+    assert attention.schedule in ({"dense_steps": 0, "dense_layers": 0}, {"dense_steps": 0.25, "dense_layers": 1})
+    pipe = tuning.open_pipeline(settings)
+    with genattn.apply(pipe, f"settings:{moved / 'settings.json'}") as handle:
+        result = tuning.run_once(pipe, tuning.call_arguments(pipe, settings), "a cat", 0, tuning.DENSE, "again")
+        assert result.frames.shape[0] == 17
+        assert handle.report().density < 1  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_stop_at_any_run_loses_nothing_and_changes_nothing(
+    settings: SamplingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: dict[str, Any] = {"families": ("window", "radial"), "densities": (0.4,)}
+    whole = tune(settings, PROMPTS, Goal(min_psnr=1), tmp_path / "whole", **wanted)
+    lines = (tmp_path / "whole" / "journal.jsonl").read_text().splitlines()
+    stock, counter = tuning.run_once, itertools.count(1)
+
+    def stopping(*given: Any) -> Any:
+        if next(counter) % 4 == 0:
+            raise KeyboardInterrupt
+        return stock(*given)
+
+    monkeypatch.setattr(tuning, "run_once", stopping)
+    for _ in range(20):
+        try:
+            again = tune(settings, PROMPTS, Goal(min_psnr=1), tmp_path / "stopped", **wanted)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert [(r.name, r.prompts, r.psnr, r.speedup) for r in again.rows] == [
+        (r.name, r.prompts, r.psnr, r.speedup) for r in whole.rows
+    ]
+    assert again.chosen == whole.chosen or (again.chosen and whole.chosen and again.chosen.name == whole.chosen.name)
+    assert len((tmp_path / "stopped" / "journal.jsonl").read_text().splitlines()) == len(lines)
+    # another goal asks nothing anew
+    monkeypatch.setattr(tuning, "run_once", lambda *_: pytest.fail("all of it is in the journal"))
+    missed = tune(settings, PROMPTS, Goal(min_psnr=1, budget=50), tmp_path / "whole", **wanted)
+    assert missed.chosen is None
+    assert "no setting reaches" in missed.why
+    assert not (tmp_path / "whole" / "settings.json").exists()
+    with pytest.raises(GenAttnError, match="belongs to a request with another prompts"):
+        tune(settings, ["a bird"], Goal(budget=2), tmp_path / "whole", **wanted)
+
+
+def test_refused_before_a_model_is_opened(settings: SamplingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "open_pipeline", lambda *_: pytest.fail("opened"))
+    goal = Goal(budget=2)
+    for wrong, says in (
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": [" "]}, "at least one prompt"),
+        ({"goal": Goal(min_oracle=0.9)}, "needs a model of the tiny world"),
+        ({"families": ()}, "--try must be among"),
+        ({"densities": ()}, "--densities must be shares"),
+    ):
+        given: dict[str, Any] = {"prompts": PROMPTS, "goal": goal, "out": tmp_path / "out"} | wrong
+        with pytest.raises(GenAttnError, match=says):
+            tune(settings, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(
+    random_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"tune --model {random_wan_folder} --frames 9 --height 64 --width 64 --steps 1 --device cpu --prompt cat"
+    words += f" --min-psnr 500 --try radial --densities 0.4 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", ["genattn", *words.split(), "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1  # ran, and did not reach the goal
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found["chosen"] is None
+    assert found["settings"] is None
+    assert "genattn: no setting" in told.err
+    monkeypatch.setattr("sys.argv", ["genattn", *words.split()])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "on the front" in capsys.readouterr().out
+
+
+def test_what_is_tried() -> None:
+    video = candidates(Ground(WAN, (8, 16, 16)))
+    names = [setting.name for setting in video]
+    assert names[:4] == ["window 1 of 8 frames", "window 2 of 8 frames", "window 3 of 8 frames", "window 5 of 8 frames"]
+    assert {"radial", "gna 0.25", "adaptive 0.17"} <= set(names)
+    assert len(set(names)) == len(names) == len({setting.pattern for setting in video})
+    assert all(setting.schedule == {"dense_steps": 0, "dense_layers": 0} for setting in video)
+    assert with_dense_start(video[0]).schedule == {"dense_steps": 0.25, "dense_layers": 1}
+    picture = candidates(Ground(WAN, (1, 32, 32)))
+    assert not any(setting.name.startswith(("window", "radial")) for setting in picture)
+    shipped = Path(tuning.__file__).resolve().parents[2] / "assets" / "maps" / "tiny-wan.safetensors"
+    mapped = candidates(Ground(WAN, (8, 16, 16), shipped), ("profiled",), (0.25,))
+    assert [s.pattern for s in mapped] == [ProfiledPattern(str(shipped), density=0.25, tail=t) for t in ("mean", "mean4")]  # type: ignore[arg-type]
+    with pytest.raises(GenAttnError, match="have nothing to try"):
+        candidates(Ground(WAN, (1, 32, 32)), ("window", "radial"))
+
+
+def test_what_is_left_out_is_said() -> None:
+    assert left_out(["a"], None, None) == ["profiled maps are left out: they need 2 different prompts, or --map"]
+    assert left_out(["a", "b"], None, None) == left_out(["a"], ["radial"], None) == left_out(["a"], None, Path("m")) == []
