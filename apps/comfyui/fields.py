@@ -12,7 +12,7 @@ SPARSE = (
     Field(
         "pattern",
         "COMBO",
-        "Which token may see which; dense switches the node off, auto takes what suits the model.",
+        "Which token may see which; dense switches the node off, auto takes what suits the model, settings reads a file.",
         "radial",
         options=PATTERNS,
     ),
@@ -31,7 +31,10 @@ SPARSE = (
 
 # widgets that came later stand last and are optional, so that workflows saved before them still load
 LATER = (
-    Field("path", "STRING", "profile: the map that the Profile node or genattn profile wrote.", "", optional=True),
+    Field(
+        "path", "STRING", "profile: the map of the Profile node or genattn profile. settings: the file of genattn tune, which "
+        "also says what stays dense.", "", optional=True,
+    ),
     Field(
         "tail", "COMBO", "What stands in for skipped tiles: auto is what measured best for the pattern, none drops them.",
         "auto", optional=True, options=TAIL_CHOICES,

@@ -16,10 +16,12 @@ from genattn.patterns.pattern import Pattern
 from genattn.planning.break_even import break_even
 from genattn.planning.ladder import Model as Known, rung
 from genattn.seam.schedule import Schedule
+from genattn.seam.settings_file import load_sparse
 from genattn.seam.sparse_plugin import SparsePlugin
 
 NAMES = ("auto", "gna")  # what these stand for depends on the model
-PATTERNS = (*ATTENTIONS, *NAMES)
+SAVED = "settings"  # the file says all of it
+PATTERNS = (*ATTENTIONS, *NAMES, SAVED)
 TAIL_CHOICES = ("auto", "none", *TAILS)
 METHODS = ("softpag", "pag", "seg")
 _BLOCK = re.compile(r"(-?\d+)(?:-(\d+))?")
@@ -31,12 +33,14 @@ def pattern_of(
     """The pattern that the widgets describe; None for a name that the model has to be asked about.
 
     decay: of the radial patterns, 0 for their own. window, stride: of the neighborhood, "frames,height,width" tokens or one
-    number for all axes. options: further settings of the pattern, a JSON object. path: of a map, for profile. tail: a key of
-    TAIL_CHOICES; the options win.
+    number for all axes. options: further settings of the pattern, a JSON object. path: of a map, for profile, or of a settings
+    file. tail: a key of TAIL_CHOICES; the options win.
     """
     if tail not in TAIL_CHOICES:
         raise GenAttnError(f"tail must be one of {', '.join(TAIL_CHOICES)}, got {tail!r}")
     settings = _json(options)
+    if name == SAVED:
+        return _saved(path).pattern
     if name in NAMES:
         if settings:
             raise GenAttnError(f"pattern_options belong to a pattern that is named, got {options!r} for {name}")
@@ -95,8 +99,14 @@ def sparse_of(
 ) -> SparsePlugin:
     """Pattern, schedule and backend as the plugin that both routes apply.
 
-    known: the model that will run. moments: of `schedule_of`; None is its default.
+    known: the model that will run. moments: of `schedule_of`; None is its default. Where a settings file is named, it says what
+    stays dense, and the widgets for that are not read.
     """
+    if pattern == SAVED:
+        saved = _saved(path or "")
+        plugin = SparsePlugin(saved.pattern, saved.schedule, impl if saved.impl == "auto" else saved.impl)
+        plugin.origin, plugin.known_as = f"settings {path}", known.name
+        return plugin
     given = {name: value for name, value in moments.items() if value is not None}
     schedule = schedule_of(dense_steps, dense_blocks, known.layers, **given)
     tail = tail or "auto"
@@ -113,6 +123,12 @@ def sparse_of(
     plugin = SparsePlugin(found, replace(schedule, min_tokens=least), impl)
     plugin.origin, plugin.known_as = why, known.name
     return plugin
+
+
+def _saved(path: str) -> SparsePlugin:
+    if not path.strip():
+        raise GenAttnError("path must name a settings file of `genattn tune`, got nothing; write it into path")
+    return load_sparse(path.strip())
 
 
 def blocks_of(text: str, blocks: int) -> tuple[int, ...]:

@@ -29,6 +29,9 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
 from genattn.planning.fitted import FittedNeighborhood
 from genattn.planning.ladder import Model
+from genattn.seam.schedule import Schedule
+from genattn.seam.settings_file import save_settings
+from genattn.seam.sparse_plugin import SparsePlugin
 
 SPECS = {spec.id: spec for spec in node_specs()}
 PACK = pack_folder()
@@ -220,6 +223,19 @@ def test_names_that_the_model_is_asked_about() -> None:
     with pytest.raises(GenAttnError, match="needs the file of a map"):
         pattern_of("profile", 0.0, "", "", "")
     assert isinstance(check_sparse(object, "0", "profile", 0.0, "", "", "", "/nowhere.safetensors"), str)
+
+
+def test_a_settings_file_says_all_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    saved = SparsePlugin(RadialPattern(decay=0.3), Schedule(dense_steps=2, dense_layers=3))
+    save_settings(file, [saved])
+    found = sparse_of(KNOWN, **{**WIDGETS, "pattern": "settings"}, path=str(file))
+    assert (found.pattern, found.schedule, found.impl) == (saved.pattern, saved.schedule, WIDGETS["impl"])
+    assert found.known_as == KNOWN.name
+    with pytest.raises(GenAttnError, match="path must name a settings file of `genattn tune`, got nothing"):
+        sparse_of(KNOWN, **{**WIDGETS, "pattern": "settings"})
+    with pytest.raises(GenAttnError, match="a settings file must be a readable JSON file"):
+        pattern_of("settings", 0, "", "", "", str(tmp_path / "none.json"))
 
 
 def test_shares_of_the_sampling() -> None:
