@@ -88,7 +88,7 @@ MAY_IMPORT = {
         "kernels kernels/cpu kernels/peers kernels/plan kernels/reference kernels/triton"
     ),
     "apps/cli": (
-        "apps/bench apps/comfyui apps/sampling apps/webui apps/webui/verbs "
+        "apps/bench apps/comfyui apps/sampling apps/tuning apps/webui apps/webui/verbs "
         "genattn genattn/geometry genattn/patterns genattn/planning genattn/profiling "
         "guidance/headhunter "
         "pipelines/finetune pipelines/long_video pipelines/long_video/ouroboros pipelines/long_video/quality "
@@ -126,10 +126,14 @@ MAY_IMPORT = {
     ),
     "apps/pages/site": "genattn",
     "apps/sampling": (
-        "genattn genattn/functional genattn/patterns genattn/planning genattn/profiling genattn/seam "
-        "genattn/selection "
+        "genattn genattn/patterns genattn/planning genattn/seam genattn/selection "
         "guidance/broadway guidance/heads guidance/nag guidance/softpag "
         "pipelines/long_video/output pipelines/tiny pipelines/video"
+    ),
+    "apps/tuning": (
+        "apps/sampling "
+        "genattn genattn/functional genattn/geometry genattn/patterns genattn/planning genattn/profiling genattn/seam "
+        "genattn/selection pipelines/tiny"
     ),
     "apps/webui": "apps/webui/tabs apps/webui/verbs genattn",
     "apps/webui/tabs": "apps/bench apps/sampling apps/webui/verbs genattn genattn/planning guidance/heads guidance/softpag",

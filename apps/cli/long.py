@@ -79,7 +79,9 @@ def long_command(
     else:
         print_lines(*(f"{name}: {value}" for name, value in asdict(result).items() if name != "video"))
     if result.stopped == "interrupted":
-        raise typer.Exit(130)
+        from genattn.pipelines.long_video.run_stop import StopRequest
+
+        raise typer.Exit(128 + StopRequest.last_signal)
 
 
 def _check_long(context: typer.Context, prompt: str, folder: Path, resume: Path | None, fps: float | None) -> None:

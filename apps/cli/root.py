@@ -1,5 +1,9 @@
-"""The `genattn` command. A request that cannot be served gives one line on standard error and exit code 2."""
+"""The `genattn` command. A request that cannot be served gives one line on standard error and exit code 2.
 
+0 done, 1 the work failed, 2 what was asked cannot be, 130 Ctrl-C, 143 SIGTERM: the same for every command.
+"""
+
+import errno
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -16,11 +20,12 @@ from genattn.apps.cli import (
     long as commands_long,
     patterns as commands_patterns,
     profile as commands_profile,
+    quiet,
     sampling as commands_sampling,
     stopping,
     tune as commands_tune,
 )
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 
 app = typer.Typer(
     name="genattn",
@@ -71,6 +76,10 @@ _REFUSALS = tuple(
 )
 
 
+_MACHINE = (errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.EIO))  # the request was fine, the disk is not
+_SMALLER = "try --cpu-offload model, fewer frames, or a smaller size"
+
+
 def main() -> None:
     """Entry point of `genattn` and `python -m genattn`."""
     stopping.say_when_stopped(stopping.USUAL)  # whoever calls this twice must not see the last command's line
@@ -78,9 +87,13 @@ def main() -> None:
         # a code page without box drawing must not cost a run's report
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    quiet.quieten()
     try:
-        code = app(prog_name="genattn", standalone_mode=False)
+        with stopping.heeding_terminate():
+            code = app(prog_name="genattn", standalone_mode=False)
         sys.stdout.flush()
+    except RunFailed as error:
+        _fail(str(error), 1)
     except GenAttnError as error:
         _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
@@ -91,11 +104,15 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:  # a name that is too long, a file where a folder must be, a full disk
         where = f"{error.filename!r}: " if getattr(error, "filename", None) else ""
-        _fail(f"{where}{error.strerror or error}", 2)
+        _fail(f"{where}{error.strerror or error}", 1 if error.errno in _MACHINE else 2)
     except _REFUSALS as error:
         _refuse(error)
-    if code == 130:  # typer turns an interrupt into this exit code and says nothing
-        _fail(stopping.MESSAGE.text, 130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}; {_SMALLER}", 1)
+    if code in (130, 143):  # typer turns an interrupt into 130 and says nothing
+        _fail(stopping.MESSAGE.text, max(code, stopping.MESSAGE.code))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -10,7 +10,7 @@ from genattn.apps.cli.printing import print_json, print_lines, print_table
 from genattn.apps.cli.progress import progress_bar
 from genattn.apps.cli.sampling import held_out_captions
 from genattn.apps.sampling.prompt_file import read_prompts
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 
 if TYPE_CHECKING:
     from genattn.apps.sampling.run import SamplingSettings
@@ -57,7 +57,8 @@ def tune_command(
     need_matplotlib()
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else []), *held_out_captions(held_out)]
     wanted = _named(families) or None
-    print_notes(as_json, left_out(texts, wanted, profile_map))
+    for note in left_out(texts, wanted, profile_map):
+        typer.echo(f"note: {note}", err=True)
     stopping.say_when_stopped(f"stopped; the same command goes on from {out}")
     chosen: dict[str, Any] = {} if wanted is None else {"families": wanted}
     with progress_bar("runs") as tell:
@@ -73,14 +74,7 @@ def tune_command(
             print_lines(f"wrote {path}", f"use it: genattn generate --settings {path} --prompt ...")
             print_lines(f'        genattn.apply(pipe, "settings:{path}")')
     if found.chosen is None:
-        typer.echo(f"genattn: {found.why}", err=True)
-        raise typer.Exit(1)
-
-
-def print_notes(as_json: bool, notes: Any) -> None:
-    """What will not be tried, on standard error beside JSON."""
-    for note in notes:
-        typer.echo(f"note: {note}", err=as_json)
+        raise RunFailed(found.why)
 
 
 def _named(families: list[str] | None) -> list[str]:

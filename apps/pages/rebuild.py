@@ -5,7 +5,7 @@ from pathlib import Path
 from genattn.apps.pages import evidence, scale_page
 from genattn.apps.pages.evidence_plots import draw_all, plots
 from genattn.apps.pages.evidence_tables import Tables
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 
 
 def rebuild(root: Path | None = None, check: bool = False) -> list[evidence.Evidence]:
@@ -23,7 +23,7 @@ def rebuild(root: Path | None = None, check: bool = False) -> list[evidence.Evid
         stale = [name for name, text in pages.items() if not _same(root / "docs" / name, text)]
         stale += [name for name, _ in figures if not (root / "assets" / "figures" / name).is_file()]
         if stale:
-            raise GenAttnError(f"{', '.join(stale)} must be what the files say; run: genattn evidence")
+            raise RunFailed(f"{', '.join(stale)} must be what the files say; run: genattn evidence")
         return found
     draw_all(tables, root / "assets" / "figures")
     for name, text in pages.items():

@@ -5,7 +5,9 @@ A folder is looked through before anything is loaded: a model that was copied ha
 
 import contextlib
 import json
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +123,11 @@ def load_pipeline(
         raise GenAttnError(f"dtype must be auto, {', '.join(kinds)}, got {dtype!r}")
     kind = kinds.get(dtype, torch.float32 if place == "cpu" else torch.bfloat16)
     try:
-        if names_modular(source):
-            pipe = _load_modular(source, kind)
-        else:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_precision(kind))
+        with _bars_for_terminals():
+            if names_modular(source):
+                pipe = _load_modular(source, kind)
+            else:
+                pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_precision(kind))
     except (OSError, ValueError) as error:
         if isinstance(error, GenAttnError):
             raise
@@ -139,6 +142,22 @@ def _precision(kind: Any) -> dict[str, Any]:
 
     numbers = [int(part) for part in diffusers.__version__.split(".")[:2]]
     return {"dtype" if numbers >= [0, 40] else "torch_dtype": kind}
+
+
+@contextlib.contextmanager
+def _bars_for_terminals() -> Iterator[None]:
+    """While entered, diffusers' and transformers' bars for the loading of files are off where nobody watches them."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    on = [each for each in (of_diffusers, of_transformers) if each.is_progress_bar_enabled() and not sys.stderr.isatty()]
+    for each in on:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in on:
+            each.enable_progress_bar()
 
 
 def names_modular(source: str) -> bool:

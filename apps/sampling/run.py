@@ -27,7 +27,7 @@ from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from genattn.apps.sampling.pipeline_calls import is_modular, own_size, sample_frames, source_of, taken_arguments
 from genattn.apps.sampling.pipeline_shell import pipeline_shell
 from genattn.apps.sampling.preview import StepPreview
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 from genattn.patterns.pattern import Pattern
 
 Frames = npt.NDArray[np.uint8]
@@ -256,7 +256,7 @@ def run_once(
     """
     import torch
 
-    pipe.set_progress_bar_config(desc=title, leave=title != "warm-up")
+    pipe.set_progress_bar_config(desc=title, leave=title != "warm-up", disable=None)  # None: a bar for terminals only
     if preview is not None and "callback_on_step_end" in taken_arguments(pipe):
         call = {**call, "callback_on_step_end": preview}
     if torch.cuda.is_available():
@@ -310,12 +310,12 @@ def warm_up(pipe: Any, call: Mapping[str, Any], prompt: str, attention: Attentio
 def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> Frames:
     """Frames in [0, 1] as uint8 [T, H, W, 3].
 
-    Raises GenAttnError when a value is not finite: such a clip is not worth a file.
+    Raises RunFailed when a value is not finite: such a clip is not worth a file.
     """
     frames = np.asarray(frames)
     bad = int(np.size(frames) - np.isfinite(frames).sum())
     if bad:
-        raise GenAttnError(f"the output holds {bad} values that are not finite; nothing was written (try --dtype float32)")
+        raise RunFailed(f"the output holds {bad} values that are not finite; nothing was written (try --dtype float32)")
     return (frames * 255).round().clip(0, 255).astype(np.uint8)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 from genattn.geometry.tiles import best_box
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.site import AttentionSite
@@ -84,7 +84,7 @@ class Recorder(Plugin):
         cells = self.cells.to(call.query.device)
         found = cell_mass(call.query, call.key, cells, call.scale, hidden, self.samples)
         if not all(bool(torch.isfinite(x).all()) for x in found):
-            raise GenAttnError(
+            raise RunFailed(
                 f"attention at {call.site.name}, step {call.run.step}, holds values that are not finite; nothing was written "
                 "(try float32)"
             )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser
 from genattn.pipelines.long_video.forecast import duration
 from genattn.pipelines.long_video.output.checkpoint import save_checkpoint
@@ -198,7 +198,7 @@ class LongVideo:
             return []
         latents = latents[:, :, : len(wanted)]
         if not bool(torch.isfinite(latents).all()):
-            raise GenAttnError(
+            raise RunFailed(
                 f"the model gave latents that are not finite at latent {numbers[wanted[0]]}; try float32, or less guidance"
             )
         for i, z in zip(wanted, latents.unbind(2)):

@@ -5,20 +5,23 @@ import signal
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM sets `asked`; the second acts as it always did. Does nothing off the main
-    thread."""
+    thread. last_signal: the number of the one that came last, for the exit code of a process."""
+
+    last_signal: ClassVar[int] = signal.SIGINT
 
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        type(self).last_signal = number
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

@@ -1,0 +1,136 @@
+"""One meaning of an exit code in every command, clean standard error, and completion."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import typer
+from typer.models import CommandInfo
+
+from genattn.apps.cli import quiet, root as cli
+from genattn.errors import GenAttnError, RunFailed
+
+
+def commands() -> dict[str, CommandInfo]:
+    """Every command by its words; what typer calls for it may be changed."""
+    found = {str(info.name): info for info in cli.app.registered_commands}
+    for group in cli.app.registered_groups:
+        assert group.typer_instance is not None
+        found |= {f"{group.name} {info.name}": info for info in group.typer_instance.registered_commands}
+    return found
+
+
+NAMES = sorted(commands())
+
+
+@pytest.fixture
+def outcome(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a command of which only the name is left: it does `work`. Gives its exit code and standard error."""
+
+    def run(name: str, work: Callable[[], Any], *words: str) -> tuple[int, str]:
+        def command() -> None:
+            work()
+
+        monkeypatch.setattr(commands()[name], "callback", command)
+        monkeypatch.setattr(sys, "argv", ["genattn", *name.split(), *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def raising(error: BaseException) -> Callable[[], NoReturn]:
+    def work() -> NoReturn:
+        raise error
+
+    return work
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names it."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_meaning_everywhere(name: str, outcome: Callable[..., tuple[int, str]]) -> None:
+    assert outcome(name, lambda: None) == (0, "")
+    assert outcome(name, raising(RunFailed("it went wrong"))) == (1, "genattn: it went wrong\n")
+    assert outcome(name, raising(GenAttnError("it cannot be"))) == (2, "genattn: it cannot be\n")
+    assert outcome(name, raising(OSError(errno.ENOSPC, "No space left on device")))[0] == 1
+    assert outcome(name, raising(OSError(errno.ENOTDIR, "Not a directory", "a/b"))) == (2, "genattn: 'a/b': Not a directory\n")
+    code, told = outcome(name, raising(OutOfMemoryError("CUDA out of memory.\nTried to allocate")))
+    assert (code, told.count("\n")) == (1, 1)
+    assert told.startswith("genattn: out of memory: CUDA out of memory.; try")
+    assert outcome(name, raising(MemoryError()))[0] == 1
+    code, told = outcome(name, lambda: None, "--no-such-option")
+    assert (code, told.count("\n")) == (2, 1)
+    assert f"see: genattn {name} --help" in told
+    assert outcome(name, raising(KeyboardInterrupt()))[0] == 130
+    assert outcome(name, raising(typer.Abort()))[0] == 130
+    before = signal.getsignal(signal.SIGTERM)
+    code, told = outcome(name, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert (code, told) == (143, "genattn: stopped; no unfinished file was left\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert outcome(name, raising(KeyboardInterrupt()))[0] == 130, "the next one is no longer a SIGTERM"
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands()["doctor"], "callback", raising(RuntimeError("a bug")))
+    monkeypatch.setattr(sys, "argv", ["genattn", "doctor"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+def called(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "genattn", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
+    )
+
+
+SMALL = "--frames 5 --height 64 --width 64 --steps 2 --device cpu --prompt cat --attention adaptive --out a.mp4"
+
+
+def test_generate_writes_nothing_on_standard_error(random_wan_folder: Path, tmp_path: Path) -> None:
+    done = called("generate", "--model", str(random_wan_folder), *SMALL.split(), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "a.mp4").is_file()
+
+
+def test_doctor_writes_nothing_on_standard_error(tmp_path: Path) -> None:
+    done = called("doctor", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_only_the_known_lines_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    quiet.quieten()
+    quiet.quieten()
+    for name, parts in quiet._LINES.items():
+        logger = logging.getLogger(name)
+        assert len([f for f in logger.filters if isinstance(f, quiet._LeftOut)]) == 1
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger=name):
+            logger.propagate, before = True, logger.propagate
+            for part in parts:
+                logger.warning("x %s y", part)
+                logger.error("x %s y", part)
+            logger.warning("something else")
+            logger.propagate = before
+        told = [(record.levelname, record.getMessage()) for record in caplog.records]
+        assert told == [("ERROR", f"x {part} y") for part in parts] + [("WARNING", "something else")], name
+
+
+def test_completion(tmp_path: Path) -> None:
+    done = called(cwd=tmp_path, _GENATTN_COMPLETE="complete_bash", COMP_WORDS="genattn gener", COMP_CWORD="1")
+    assert done.stdout.strip() == "generate"
+    done = called("--show-completion", "bash", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "_GENATTN_COMPLETE=complete_bash" in done.stdout
