@@ -113,7 +113,8 @@ class Handle:
     """Plugins on a pipeline. `with apply(...) as handle:` removes them at the end."""
 
     def __init__(self, target: Any, plugins: list[Plugin]) -> None:
-        self.target, self.plugins = target, plugins
+        self.target: Any = target
+        self.plugins = plugins
         self._options: list[dict[str, Any]] = [{}]
         self._stats: dict[tuple[str, str], SiteStats] = {}
         self._forwards = self._runs = 0
@@ -121,6 +122,8 @@ class Handle:
         self._told = self._stop_first = self._ended = False
         self._device = "cpu"
         self._injections = _injections(target)
+        self._models = ", ".join(sorted({type(injection.model).__name__ for injection in self._injections}))
+        self._sites: list[AttentionSite] | None = None
         attached: list[tuple[Plugin, Injection]] = []
         joined: list[Injection] = []
         for injection in self._injections:
@@ -153,9 +156,8 @@ class Handle:
 
     def __repr__(self) -> str:
         """What is on what, and how it fared."""
-        models = ", ".join(sorted({type(injection.model).__name__ for injection in self._injections}))
         state = self.report().verdict if self._active else "removed"
-        return f"<genattn {self._names()} on {models}: {state}>"
+        return f"<genattn {self._names()} on {self._models}: {state}>"
 
     def _names(self) -> str:
         return " + ".join(type(getattr(plugin, "pattern", plugin)).__name__ for plugin in self.plugins)
@@ -170,19 +172,26 @@ class Handle:
     @property
     def sites(self) -> list[AttentionSite]:
         """The sites at which at least one plugin acts."""
+        if self._sites is not None:
+            return self._sites
         found = [site for injection in self._injections for _, site in injection.found]
         return [site for site in found if any(plugin.wants(site) for plugin in self.plugins)]
 
     def remove(self) -> None:
-        """Take the plugins off; the last handle to leave restores the model exactly. A second call does nothing."""
+        """Take the plugins off; the last handle to leave restores the model exactly. A second call does nothing.
+
+        The report can still be read. The handle lets go of the pipeline, so that it can be freed.
+        """
         if not self._active:
             return
         self._active = False
+        self._sites = self.sites
         for injection in self._injections:
             injection.leave(self)
             for plugin in self.plugins:
                 plugin.detach(injection.model)
         self._tell_if_blind()
+        self.target, self._injections = None, []  # the report stays readable; the model is the user's to drop
 
     def __enter__(self) -> "Handle":
         return self

@@ -9,9 +9,10 @@ import functools
 import inspect
 import sys
 import threading
+import types
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _SUBCLASSES: dict[type, type] = {}
 _CLAIMS: dict[int, "Claim"] = {}
 _ENDED: deque[Any] = deque()  # claims of models that went, and keys of processors that went
 _LOCK = threading.Lock()
+_EMPTY_CELL = types.CellType()
 
 
 def _marking_call(cls: Any) -> Callable[..., Any]:
@@ -232,17 +234,60 @@ def release_processors(claims: dict[int, Claim]) -> None:
 
 
 def _namespaces(processor: Any) -> list[dict[str, Any]]:
-    """The module dicts in which the code of a processor looks up its names, as far as there is something to open."""
-    found = []
-    if isinstance(processor, FunctionProcessor):
-        functions = [_plain(processor.function)]
+    """The module dicts in which the code of a processor, and of what it hands its work to, looks up its names, as far as there
+    is something to open."""
+    unique = {id(names): names for item in _workers(processor) for names in _names_of(item)}
+    plain = [names for names in unique.values() if not str(names.get("__name__")).startswith("torch.")]
+    return [names for names in plain if has_seam(names)]
+
+
+def _names_of(item: Any) -> Iterator[dict[str, Any]]:
+    function = _plain(item)
+    if not inspect.isfunction(function):
+        cls: Any = stock_class(item)
+        yield from (vars(sys.modules[base.__module__]) for base in cls.__mro__ if base.__module__ in sys.modules)
+        function = _plain(cls.__call__)
+    if hasattr(function, "__globals__"):
+        yield function.__globals__
+
+
+def _workers(processor: Any) -> Iterator[Any]:
+    """A processor and, where it wraps others, those: in its attributes, in a function's closure, defaults and module."""
+    waiting, seen = [processor], set()
+    while waiting:
+        item = waiting.pop()
+        if id(item) not in seen:
+            seen.add(id(item))
+            yield item
+            waiting += [held for held in _held(item) if _may_work(held)]
+
+
+def _held(item: Any) -> Iterator[Any]:
+    if isinstance(item, functools.partial):
+        yield from (item.func, *item.args, *item.keywords.values())
+    elif inspect.ismethod(item):
+        yield from (item.__func__, item.__self__)
+    elif inspect.isfunction(item):
+        yield from (cell.cell_contents for cell in item.__closure__ or () if cell != _EMPTY_CELL)
+        yield from (*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values())
+        named = (item.__globals__.get(name) for name in item.__code__.co_names)
+        yield from (held for held in named if not inspect.isfunction(held))
     else:
-        cls: Any = stock_class(processor)
-        functions = [_plain(cls.__call__)]
-        found = [vars(sys.modules[base.__module__]) for base in cls.__mro__ if base.__module__ in sys.modules]
-    found += [function.__globals__ for function in functions if hasattr(function, "__globals__")]
-    unique = {id(names): names for names in found if not str(names.get("__name__")).startswith("torch.")}
-    return [names for names in unique.values() if has_seam(names)]
+        own = getattr(item, "__dict__", {})
+        yield from (*own.values(), *own.get("_modules", {}).values())
+
+
+def _may_work(held: Any) -> bool:
+    """Whether it may be a processor: a function, or an object that is called with an attention module."""
+    if isinstance(held, type):
+        return False
+    if isinstance(held, functools.partial) or inspect.ismethod(held) or inspect.isfunction(held):
+        return True
+    function: Any = (
+        getattr(type(held), "forward", None) if isinstance(held, torch.nn.Module) else type(held).__dict__.get("__call__")
+    )
+    code = getattr(_plain(function), "__code__", None)
+    return code is not None and "attn" in code.co_varnames[1:2]
 
 
 def _plain(function: Any) -> Any:

@@ -60,7 +60,13 @@ class _Progress:
     def _jumped_back(self, timestep: float | None, rising: bool) -> bool:
         if timestep is None or self.timestep is None:
             return False
-        return timestep < self.timestep if rising else timestep > self.timestep
+        back = timestep < self.timestep if rising else timestep > self.timestep
+        return back and not self._rises_here()
+
+    def _rises_here(self) -> bool:
+        """Whether the scheduler's own list goes up after this step, as between the two halves of an ancestral KDPM2 step."""
+        here, after = self.step, self.step + 1
+        return here >= 0 and after < len(self.visits) and self.visits[after][0] > self.visits[here][0]
 
 
 _RUNNING: "weakref.WeakKeyDictionary[Any, _Progress]" = weakref.WeakKeyDictionary()

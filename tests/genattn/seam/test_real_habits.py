@@ -269,6 +269,20 @@ def test_processors_are_freed(swap: bool) -> None:
     assert transformer_wan.dispatch_attention_fn.__module__.startswith("diffusers")
 
 
+def test_a_removed_handle_lets_go_of_the_model_and_keeps_its_report() -> None:
+    pipe, call = build_pipeline("sd3")
+    handle = apply(pipe, RadialPattern(), dense_steps=0)
+    pipe(**{**call, "output_type": "latent"})
+    before = handle.report().to_dict()
+    handle.remove()
+    held = weakref.ref(pipe), weakref.ref(pipe.transformer)
+    del pipe
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    assert handle.report().to_dict() == before
+    assert repr(handle) == "<genattn RadialPattern on SD3Transformer2DModel: removed>"
+
+
 # ---- the backward pass, and modes
 
 

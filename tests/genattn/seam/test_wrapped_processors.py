@@ -1,0 +1,77 @@
+"""Processors that wrap the stock one: what is wrapped runs in a module of its own, and its attention comes to the plugins."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from genattn import DensePattern, RadialPattern, apply
+from genattn.pipelines.tiny.random.build import build_inputs, build_model
+
+
+class Wrapper:
+    """As packages write it: some work around the processor that was there."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, attn: Any, *args: Any, **named: Any) -> Any:
+        return self.inner(attn, *args, **named)
+
+
+class WrapperModule(torch.nn.Module):
+    """The same with weights of its own, as adapters have."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(1, 1)
+        self.inner = inner
+
+    def forward(self, attn: Any, *args: Any, **named: Any) -> Any:
+        return self.inner(attn, *args, **named)
+
+
+def closure(inner: Any) -> Callable[..., Any]:
+    """A function around it."""
+    return lambda attn, *args, **named: inner(attn, *args, **named)
+
+
+def default(inner: Any) -> Callable[..., Any]:
+    """A function that has it as a default."""
+
+    def call(attn: Any, *args: Any, inner: Any = inner, **named: Any) -> Any:
+        return inner(attn, *args, **named)
+
+    return call
+
+
+def twice(inner: Any) -> Any:
+    """A wrapper around a partial around a bound method."""
+    return Wrapper(functools.partial(inner.__call__))
+
+
+def output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", ["wan", "sd3"])  # one through dispatch_attention_fn, one through torch.nn.functional
+@pytest.mark.parametrize("wrap", [Wrapper, WrapperModule, closure, default, twice])
+def test_what_is_wrapped_is_reached(family: str, wrap: Callable[[Any], Any]) -> None:
+    model, inputs = build_model(family), build_inputs(family)
+    stock = output(model, inputs)
+    with apply(model, RadialPattern(decay=0.2, floor=0), dense_steps=0, dense_layers=0) as handle:
+        sparse, calls = output(model, inputs), handle.report().sparse_calls
+    assert not torch.equal(sparse, stock)
+    for module in model.modules():
+        if hasattr(module, "processor"):
+            module.processor = wrap(module.processor)
+    assert torch.equal(output(model, inputs), stock)
+    with apply(model, DensePattern()):
+        assert torch.equal(output(model, inputs), stock)
+    with apply(model, RadialPattern(decay=0.2, floor=0), dense_steps=0, dense_layers=0) as handle:
+        assert torch.equal(output(model, inputs), sparse)
+        assert handle.report().sparse_calls == calls
+    assert torch.equal(output(model, inputs), stock)
