@@ -4,7 +4,6 @@
 """
 
 import errno
-import os
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -23,6 +22,7 @@ from genattn.apps.cli import (
     quiet,
     sampling as commands_sampling,
     stopping,
+    streams,
     tune as commands_tune,
 )
 from genattn.errors import GenAttnError, RunFailed
@@ -83,10 +83,7 @@ _SMALLER = "try --cpu-offload model, fewer frames, or a smaller size"
 def main() -> None:
     """Entry point of `genattn` and `python -m genattn`."""
     stopping.say_when_stopped(stopping.USUAL)  # whoever calls this twice must not see the last command's line
-    for stream in (sys.stdout, sys.stderr):
-        # a code page without box drawing must not cost a run's report
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    streams.prepare()
     quiet.quieten()
     try:
         with stopping.heeding_terminate():
@@ -98,11 +95,13 @@ def main() -> None:
         _fail(str(error), 2)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:
-        # who read has gone (`| head`); nothing is wrong, and the interpreter must not complain at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except SystemExit as stop:
+        if not streams.reader_has_gone(stop.__context__):
+            raise
+        _leave_quietly()
     except OSError as error:  # a name that is too long, a file where a folder must be, a full disk
+        if streams.reader_has_gone(error):
+            _leave_quietly()
         where = f"{error.filename!r}: " if getattr(error, "filename", None) else ""
         _fail(f"{where}{error.strerror or error}", 1 if error.errno in _MACHINE else 2)
     except _REFUSALS as error:
@@ -114,6 +113,12 @@ def main() -> None:
     if code in (130, 143):  # typer turns an interrupt into 130 and says nothing
         _fail(stopping.MESSAGE.text, max(code, stopping.MESSAGE.code))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_quietly() -> NoReturn:
+    """Who read has gone (`| head`): nothing is wrong, and the interpreter must not complain at its end."""
+    streams.drop(sys.stdout)
+    sys.exit(0)
 
 
 def _refuse(error: Any) -> NoReturn:
@@ -128,5 +133,6 @@ def _refuse(error: Any) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"genattn: {' '.join(message.split())}", file=sys.stderr)
+    streams.settle()
+    print(f"genattn: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -191,8 +191,7 @@ def test_interrupts_and_closed_pipes(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert run(monkeypatch) == 130
     assert capsys.readouterr().err == "genattn: stopped; no unfinished file was left\n"
     monkeypatch.setattr(cli, "app", raises(BrokenPipeError()))
-    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(sys, "stdout", type("Pipe", (io.StringIO,), {"fileno": lambda self: 1})())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert run(monkeypatch) == 0
 
 
