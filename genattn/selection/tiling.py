@@ -42,7 +42,7 @@ class Runs:
         """See Boxes.tiles."""
         block_q, block_k = self.block or (block_q, block_k)
         total = int(np.prod(layout.grid3))
-        runs = [run_raster(total, block) if total else empty_raster(block) for block in (block_q, block_k)]
+        runs = [run_raster(total, block) for block in (block_q, block_k)]
         return query_key_tiles(layout, runs[0], runs[0] if block_q == block_k else runs[1])
 
 

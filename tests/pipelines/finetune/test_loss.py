@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.finetune.cache import ClipSize
-from genattn.pipelines.finetune.loss import target
+from genattn.pipelines.finetune.loss import TrainingDraw, denoising_loss, target
 from genattn.pipelines.finetune.tune import Batches, FinetuneSettings
 from genattn.pipelines.long_video.solvers.noise_grid import NoiseGrid, grid_from_alphas
 
@@ -50,6 +50,24 @@ def test_the_target_of_rectified_flow_leads_to_the_clean_latents() -> None:
     found = target(grid, latents, noise, LEVELS)
     at = sigma[LEVELS + 1].view(-1, 1, 1, 1, 1)
     torch.testing.assert_close((1 - at) * latents + at * noise - at * found, latents)
+
+
+def test_every_clip_of_a_batch_is_noised_at_its_own_level_in_all_its_frames() -> None:
+    latents, noise = _draws()
+    sigma = torch.linspace(0, 1, 8, dtype=torch.float64)
+    grid = NoiseGrid(1 - sigma, sigma, sigma * 1000, "flow_prediction")
+    seen: list[Any] = []
+
+    def predict(noisy: torch.Tensor, times: torch.Tensor, embeds: Any, where: Any) -> torch.Tensor:
+        seen.extend((noisy, times))
+        return torch.zeros_like(noisy)
+
+    base: Any = SimpleNamespace(predict=predict)
+    loss = denoising_loss(base, grid, latents, {}, TrainingDraw(noise, LEVELS))
+    at = sigma[LEVELS + 1].view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(seen[0], (1 - at) * latents + at * noise)
+    torch.testing.assert_close(seen[1], grid.model_timesteps(LEVELS)[:, None].repeat(1, latents.shape[2]))
+    torch.testing.assert_close(loss, (noise - latents).square().mean())
 
 
 def test_an_unknown_prediction_is_refused() -> None:
