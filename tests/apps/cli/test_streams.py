@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_line(
     line: str, full: TextIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdout", full)
-    assert run(monkeypatch, line) == 2
+    assert run(monkeypatch, line) == 1
     full.flush()
     assert capsys.readouterr().err == "genattn: No space left on device\n"
 
