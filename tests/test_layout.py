@@ -103,7 +103,7 @@ MAY_IMPORT = {
     "apps/comfyui/hosts": "genattn genattn/geometry genattn/layouts genattn/seam",
     "apps/comfyui/patching": (
         "apps/comfyui/hosts genattn genattn/geometry genattn/layouts genattn/planning genattn/seam "
-        "guidance/heads guidance/softpag "
+        "guidance/heads guidance/nag guidance/softpag "
         "pipelines/long_video/queue pipelines/long_video/solvers"
     ),
     "apps/comfyui/pack": "apps/comfyui",

@@ -25,6 +25,16 @@ ADVICE = {
 - Too much shows as hard contrast: lower `scale`, or raise `rescale`.
 - Several of these nodes on one MODEL add up. Sparse attention works in the extra pass too.
 """,
+    "GenAttn_NAG": """
+- For models that run at CFG 1: FLUX schnell and dev, turbo and lightning LoRAs, self-forcing Wan. The sampler's own negative
+  prompt has no effect there; connect the unwanted words here instead.
+- Each step costs one attention more over the text, not a second pass of the model.
+- Too strong shows as hard contrast or broken shapes: lower `nag_scale` first, then `nag_alpha`.
+- Cross-attention: Wan, LTX and LTX 2, Cosmos-Predict 2, SD 1.5 and SDXL. Joint attention: FLUX, FLUX.2, Chroma, HunyuanVideo,
+  Qwen-Image, SD3. Other families are refused with the reason.
+- With a CFG above 1 it acts on the positive pass alone. Sparse Attention and DiT Guidance may stand before or after it.
+- ComfyUI's own Normalized Attention Guidance runs the negative prompt as a whole second pass. Use one of the two.
+""",
     "GenAttn_FifoSampler": """
 - Use it in SamplerCustom with a BasicScheduler, and an empty video latent as long as the film is to be.
 - Only text-to-video Wan: it takes one timestep per frame. For other bases use the Long Video node over diffusers.

@@ -59,6 +59,16 @@ def guidance(
     return (guide_model(model, softpag),)
 
 
+def nag(
+    model: Any, negative: Any, nag_scale: float, nag_tau: float, nag_alpha: float, start_percent: float, end_percent: float
+) -> tuple[Any, ...]:
+    """MODEL with a negative prompt inside its attention."""
+    from genattn.apps.comfyui.patching.nag import nag_model
+
+    given = {"scale": nag_scale or None, "tau": nag_tau or None, "alpha": nag_alpha or None}
+    return (nag_model(model, negative, **given, start_percent=start_percent, end_percent=end_percent),)
+
+
 def fifo_sampler(**settings: Any) -> tuple[Any, ...]:
     """SAMPLER that runs a latent queue."""
     from comfy.samplers import KSAMPLER
@@ -106,15 +116,21 @@ def block_probe(model: Any, positive: Any, latent: dict[str, Any], sigma: float,
 def report(model: Any, latent: dict[str, Any]) -> Answer:
     """What ran sparse and why not the rest, after the sampler."""
     from genattn.apps.comfyui.hosts.families import host_of
+    from genattn.apps.comfyui.patching.nag import nag_of
     from genattn.apps.comfyui.patching.seam import chain_of
 
-    chain = chain_of(model)
-    if not chain.plugins:
+    chain, negative = chain_of(model), nag_of(model)
+    if not chain.plugins and negative is None:
         raise GenAttnError("this MODEL carries no GenAttn node; connect the patched MODEL that the sampler got")
     inner = model.model.diffusion_model
-    found = chain.tally.report(chain.plugins, host_of(inner).sites(inner))
-    plain = {**found.to_dict(), "removed": chain.tally.removed}
-    told = "\n".join(line for line in (chain.tally.removed, found.table()) if line)
+    sites = host_of(inner).sites(inner) if chain.plugins else []
+    found = chain.tally.report(chain.plugins, sites)
+    plain = {**found.to_dict(), "removed": chain.tally.removed if chain.plugins else ""}
+    lines = [chain.tally.removed, found.table()] if chain.plugins else []
+    if negative is not None:
+        plain["plugins"] = [*plain["plugins"], negative.describe()]
+        lines.append(negative.told())
+    told = "\n".join(line for line in lines if line)
     return Answer((latent, told, json.dumps(plain, default=_plain)), told)
 
 
@@ -143,6 +159,20 @@ MODEL_NODES = (
             HEAD_SET,
         ),
         (_MODEL_OUT,), guidance,
+    ),
+    NodeSpec(
+        "GenAttn_NAG", "NAG: Negative Prompt (GenAttn)", _CATEGORY,
+        "A negative prompt for distilled models at CFG 1: inside the attention over the text, without a second pass.",
+        ("nag", "normalized attention guidance", "negative prompt", "distilled", "turbo", "schnell", "cfg 1"),
+        (
+            _MODEL, Field("negative", "CONDITIONING", "What is to be kept out: one encoded prompt."),
+            Field("nag_scale", "FLOAT", "How far away from the negative prompt; 0 for the family's own.", 0.0, 0.0, 30.0, 0.1),
+            Field("nag_tau", "FLOAT", "The most by which a token's answer may grow; 0 for the family's own.", 0.0, 0.0, 10.0, 0.1),
+            Field("nag_alpha", "FLOAT", "Share of the guided answer; 0 for the family's own.", 0.0, 0.0, 1.0, 0.01),
+            Field("start_percent", "FLOAT", "Act from this share of the sampling on.", 0.0, 0.0, 1.0, 0.01),
+            Field("end_percent", "FLOAT", "Act up to this share of the sampling.", 1.0, 0.0, 1.0, 0.01),
+        ),
+        (_MODEL_OUT,), nag,
     ),
     NodeSpec(
         "GenAttn_FifoSampler", "FIFO Sampler (GenAttn)", _CATEGORY,

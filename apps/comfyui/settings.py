@@ -45,6 +45,8 @@ def pattern_of(
         if settings:
             raise GenAttnError(f"pattern_options belong to a pattern that is named, got {options!r} for {name}")
         return None
+    if name == "dense":  # a switch: what the other widgets say is for the pattern that comes back
+        return DensePattern()
     if name.startswith("radial") and decay:
         settings.setdefault("decay", decay)
     if name == "neighborhood":
@@ -52,9 +54,9 @@ def pattern_of(
         settings.setdefault("stride", _axes("stride", stride))
     if name == "profile" and path.strip():
         settings.setdefault("path", path.strip())
-    if name != "dense" and tail != "auto":
+    if tail != "auto":
         settings.setdefault("tail", None if tail == "none" else tail)
-    return pattern_from_name(name, json.dumps(settings) if settings else None) or DensePattern()
+    return pattern_from_name(name, json.dumps(settings) if settings else None)
 
 
 def schedule_of(

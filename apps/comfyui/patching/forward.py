@@ -39,7 +39,7 @@ class Forward:
     inside: bool = False
     calls: int = 0
     missed: list[str] = field(default_factory=list)
-    _layouts: dict[int, TokenLayout | str] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int | None], TokenLayout | str] = field(default_factory=dict)
     _mask: tuple[Any, torch.Tensor] | None = None
 
     def replacements(self, before: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -74,31 +74,32 @@ class Forward:
                 self.left(self.visit)
             self.visit = next((self.enter(site) for site in self.sites if site.depth == index), None)
 
-    def preferred(self) -> Attend | None:
-        """What the running layer would attend with if nobody stood in the slot."""
+    def preferred(self, again: bool = False) -> Attend | None:
+        """What the running layer would attend with if nobody stood in the slot. again: the call of before, once more."""
         if self.visit is None:
             return agreed(preferred_of(self.model))
-        self.visit.place += 1
+        self.visit.place += not again
         return preference(self.visit.preferred, self.visit.place - 1)
 
-    def site_of(self, queries: int, keys: int) -> AttentionSite | None:
+    def site_of(self, queries: int, keys: int, again: bool = False) -> AttentionSite | None:
         """Which attention of the running block this call is; None for those that are left alone."""
         if self.visit is None or queries != keys:
             return None
-        self.visit.calls += 1
+        self.visit.calls += not again
         if self.visit.calls == 1:
             return self.visit.site
         second = f"{self.visit.site.name}.x_block.attn2"
         return next((site for site in self.sites if site.name == second), None) if self.visit.calls == 2 else None
 
-    def layout(self, tokens: int) -> TokenLayout | str:
-        """The order of the tokens, or why it is not known."""
-        if tokens not in self._layouts:
+    def layout(self, tokens: int, text: int | None = None) -> TokenLayout | str:
+        """The order of the tokens, or why it is not known. text: context tokens where they are not the entry's."""
+        if (tokens, text) not in self._layouts:
+            entry = self.entry if text is None else replace(self.entry, text=text)
             try:
-                self._layouts[tokens] = self.host.layout(self.model, self.entry, tokens)
+                self._layouts[tokens, text] = self.host.layout(self.model, entry, tokens)
             except GenAttnError as error:
-                self._layouts[tokens] = str(error)
-        return self._layouts[tokens]
+                self._layouts[tokens, text] = str(error)
+        return self._layouts[tokens, text]
 
     def mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """The mask with four axes; one object per forward, and no inference tensor, whose version nobody may ask for."""
@@ -111,15 +112,15 @@ class Forward:
             self._mask = (mask, shaped)
         return self._mask[1]
 
-    def attend(self, raw: RawCall) -> torch.Tensor:
-        """One attention call of a marked block through the plugins."""
+    def attend(self, raw: RawCall, text: int | None = None) -> torch.Tensor:
+        """One attention call of a marked block through the plugins. text: the same call again, over another text's tokens."""
         self.calls += 1
         query, key, value = raw.heads_last()
-        site = self.site_of(query.shape[1], key.shape[1])
+        site = self.site_of(query.shape[1], key.shape[1], text is not None)
         plugins = [] if site is None else self.chain.plugins_at(site)
         if site is None or not plugins:
             return raw.stock()
-        layout = self.layout(query.shape[1])
+        layout = self.layout(query.shape[1], text)
         run = self.run if isinstance(layout, TokenLayout) else replace(self.run, why_no_layout=layout)
         call = AttentionCall(
             query,

@@ -11,6 +11,7 @@ Nothing of the model itself changes: an unpatched clone of it gives what it alwa
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from genattn.apps.comfyui.hosts.families import host_of
 from genattn.apps.comfyui.hosts.host import Entry
 from genattn.apps.comfyui.patching.chain import Chain
 from genattn.apps.comfyui.patching.forward import Forward
+from genattn.apps.comfyui.patching.two_texts import TEXTS, TwoTexts
 from genattn.seam.plugin import Plugin, Run
 
 KEY = "genattn"
@@ -64,15 +66,24 @@ class Override:
 
     def __call__(self, func: Attend, q: Any, k: Any, v: Any, heads: int, *rest: Any, **options: Any) -> torch.Tensor:
         """One attention call of the model."""
-        named = {**dict(zip(_ORDER, rest)), **options}
+        raw = RawCall(func, self.previous, q, k, v, heads, {**dict(zip(_ORDER, rest)), **options})
         told = options.get("transformer_options") or {}
+        texts: TwoTexts | None = told.get(TEXTS)
+        if texts is not None:
+            out = texts.answer(raw, lambda part, again: self._one(part, told, texts.context if again else None))
+            if out is not None:
+                return out
+        return self._one(raw, told)
+
+    def _one(self, raw: RawCall, told: Mapping[str, Any], text: int | None = None) -> torch.Tensor:
+        """A call over one text. text: the call of before, once more over another text of so many tokens."""
         forward: Forward | None = told.get(FORWARD)
         # a node after us may keep us and call us from its own override, above which we stand again
         if forward is None or forward.inside:
-            return RawCall(func, self.previous, q, k, v, heads, named).stock()
+            return raw.stock()
         forward.see_index(told)
-        preferred = forward.preferred() if self.previous is None else None
-        return forward.attend(RawCall(preferred or func, self.previous, q, k, v, heads, named))
+        preferred = forward.preferred(text is not None) if self.previous is None else None
+        return forward.attend(replace(raw, func=preferred or raw.func), text)
 
     def __getattr__(self, name: str) -> Any:
         """`container_function`, where the one who gets our dense calls takes holders; ComfyUI asks with hasattr."""
@@ -81,6 +92,12 @@ class Override:
             if found is not None and takes_holders(found):
                 return lambda *args, **options: self(found, *args, **options)
         raise AttributeError(f"{type(self).__name__} has no {name}")
+
+
+def stand_in_slot(options: dict[str, Any]) -> None:
+    """Our override on top in `transformer_options`, around whoever stands there; once."""
+    if not isinstance(options.get(OVERRIDE), Override):
+        options[OVERRIDE] = Override(options.get(OVERRIDE))
 
 
 def around_model(
@@ -136,8 +153,7 @@ def patch_model(model: Any, *plugins: Plugin) -> Any:
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     options[KEY] = chain
-    if not isinstance(options.get(OVERRIDE), Override):
-        options[OVERRIDE] = Override(options.get(OVERRIDE))
+    stand_in_slot(options)
     if not patched.get_wrappers(APPLY_MODEL, KEY):
         patched.add_wrapper_with_key(APPLY_MODEL, KEY, around_model)
         patched.add_callback_with_key(ON_PRE_RUN, KEY, _begin)

@@ -118,13 +118,13 @@ class Patcher:
         context = torch.randn(1, self.text, 32, generator=torch.Generator().manual_seed(1))
         call: Any = network
         for wrapper in self.wrappers.get("apply_model", []):
-            call = _executor(wrapper, call, self.model)
+            call = _executor(wrapper, call, self.model, network)
         return call(x, None, None, context, None, options, **({"mask": self.mask} if hasattr(self, "mask") else {}))
 
 
-def _executor(wrapper: Any, inner: Any, model: Any) -> Any:
+def _executor(wrapper: Any, inner: Any, model: Any, network: Any) -> Any:
     class Executor:
-        class_obj = model
+        class_obj, original = model, staticmethod(network)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return inner(*args, **kwargs)

@@ -191,6 +191,7 @@ def test_patterns_from_widgets() -> None:
     assert pattern_of("neighborhood", 0.0, "3,4,4", "1", "") == NeighborhoodPattern((3, 4, 4), 1)
     assert pattern_of("neighborhood", 0.0, "5", "1,2,2", '{"dilation": 2}') == NeighborhoodPattern(5, (1, 2, 2), 2)
     assert pattern_of("dense", 0.0, "", "", "") == DensePattern()
+    assert pattern_of("dense", 0.2, "3", "1", '{"tail": null}', tail="mean") == DensePattern(), "a switch to compare with"
 
 
 KNOWN = Model("WanTransformer3DModel", 12, 30, 128, (), "cpu", "cpu")

@@ -24,17 +24,22 @@ MEMBERS = {
         "clone", "get_wrappers", "add_wrapper_with_key", "add_callback_with_key", "get_model_object",
         "set_model_sampler_post_cfg_function",
     ),
-    ("comfy/patcher_extension.py", "WrappersMP"): ("APPLY_MODEL", "DIFFUSION_MODEL"),
+    ("comfy/patcher_extension.py", "WrappersMP"): ("APPLY_MODEL", "DIFFUSION_MODEL", "OUTER_SAMPLE"),
     ("comfy/patcher_extension.py", "CallbacksMP"): ("ON_PRE_RUN", "ON_CLEANUP"),
     ("comfy/patcher_extension.py", "WrapperExecutor"): ("__call__",),
+    ("comfy/conds.py", "CONDRegular"): ("process_cond",),
+    ("comfy/samplers.py", "CFGGuider"): ("outer_sample", "inner_sample", "set_conds"),
     ("comfy/model_base.py", "BaseModel"): ("apply_model", "_apply_model", "extra_conds"),
 }  # fmt: skip
 # what is reached through words in dictionaries
 WORDS = {
-    "comfy/ldm/modules/attention.py": ("optimized_attention_override", "_inside_attn_wrapper", "transformer_options"),
-    "comfy/samplers.py": ("cond_or_uncond", "sigmas", "sample_sigmas", "cond_denoised", "model_options"),
+    "comfy/ldm/modules/attention.py": ("optimized_attention_override", "_inside_attn_wrapper", "attn2_patch"),
+    "comfy/samplers.py": ("cond_or_uncond", "sigmas", "sample_sigmas", "cond_denoised", "model_conds", "prompt_type"),
     "comfy/patcher_extension.py": (seam.APPLY_MODEL, seam.ON_PRE_RUN, seam.ON_CLEANUP),
-    "comfy/ldm/flux/model.py": ("patches_replace", "dit", "double_block", "single_block"),
+    "comfy/ldm/flux/model.py": ("patches_replace", "dit", "double_block", "single_block", "pe", "txt", "img", "attn_mask"),
+    "comfy/ldm/hunyuan_video/model.py": ("double_block", "single_block", "pe", "txt", "img", "attention_mask"),
+    "comfy/ldm/modules/diffusionmodules/mmdit.py": ("double_block", "txt", "img"),
+    "comfy/ldm/wan/model.py": ("double_block", "img"),
 }
 
 

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 FAMILIES = (
     "wan", "wan-in-context", "hunyuan", "flux", "flux-kontext", "chroma", "qwen", "qwen-edit", "krea", "z-image", "ltx",
-    "ltx2", "cosmos", "kandinsky", "h3",
+    "ltx2", "cosmos", "kandinsky", "h3", "flux2", "sd3", "sd35",
 )  # fmt: skip
 
 
