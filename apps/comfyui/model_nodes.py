@@ -167,7 +167,7 @@ MODEL_NODES = (
         (
             _MODEL, Field("negative", "CONDITIONING", "What is to be kept out: one encoded prompt."),
             Field("nag_scale", "FLOAT", "How far away from the negative prompt; 0 for the family's own.", 0.0, 0.0, 30.0, 0.1),
-            Field("nag_tau", "FLOAT", "The most by which a token's answer may grow; 0 for the family's own.", 0.0, 0.0, 10.0, 0.1),
+            Field("nag_tau", "FLOAT", "The most by which an answer may grow; 0 for the family's own.", 0.0, 0.0, 10.0, 0.1),
             Field("nag_alpha", "FLOAT", "Share of the guided answer; 0 for the family's own.", 0.0, 0.0, 1.0, 0.01),
             Field("start_percent", "FLOAT", "Act from this share of the sampling on.", 0.0, 0.0, 1.0, 0.01),
             Field("end_percent", "FLOAT", "Act up to this share of the sampling.", 1.0, 0.0, 1.0, 0.01),

@@ -86,6 +86,11 @@ class Host:
         return layout
 
 
+def bare(model: Any) -> Any:
+    """A diffusion model without torch.compile around it: compile nodes put their own in its place while it runs."""
+    return getattr(model, "_orig_mod", model)
+
+
 def grid_of(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
     """Tokens per axis; ComfyUI pads what does not divide."""
     return tuple(-(-n // p) for n, p in zip(shape[-len(patch) :], patch))

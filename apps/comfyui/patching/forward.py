@@ -160,13 +160,21 @@ class Marker:
     def __init__(self, forward: Forward, site: AttentionSite, previous: Callable[..., Any] | None) -> None:
         self.forward, self.site, self.previous = forward, site, previous
 
+    @torch.compiler.disable(recursive=False)
     def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> Any:
         """Run the block."""
         before, visit = self.forward.visit, self.forward.enter(self.site)
         self.forward.visit = visit
+        ran: list[int] = []
+
+        def original(given: dict[str, Any]) -> Any:
+            ran.append(1)
+            return extra["original_block"](given)
+
         try:
-            out = self.previous(args, extra) if self.previous is not None else extra["original_block"](args)
+            out = original(args) if self.previous is None else self.previous(args, {**extra, "original_block": original})
         finally:
             self.forward.visit = before
-        self.forward.left(visit)
+        if ran or out["img"] is not args["img"]:  # else a node leaves the block out, and there is nothing to attend to
+            self.forward.left(visit)
         return out

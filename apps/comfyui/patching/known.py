@@ -1,5 +1,6 @@
 """What the planner asks of ComfyUI's MODEL: class, blocks, heads, device; and its sampling as noise levels."""
 
+import math
 from typing import Any
 
 from genattn.apps.comfyui.hosts.families import host_of
@@ -23,8 +24,14 @@ _WIDTHS = ("dim", "hidden_size", "inner_dim", "model_dim", "model_channels")
 
 
 def percents_as_sigmas(model: Any, start: float | None, end: float | None) -> tuple[float, float]:
-    """(highest, lowest) noise level of a share of the sampling, (1, 0) for all of it, as ComfyUI's own nodes turn them."""
+    """(highest, lowest) noise level of a share of the sampling, infinity and 0 for all of it.
+
+    A step that begins at `start` belongs to it and one that begins at `end` does not, however the sampler rounded its level.
+    """
     sampling = model.get_model_object("model_sampling") if start or (end is not None and end < 1) else None
-    high = float(sampling.percent_to_sigma(start)) if sampling is not None and start else 1.0
-    low = float(sampling.percent_to_sigma(end)) if sampling is not None and end is not None and end < 1 else 0.0
+    high = float(sampling.percent_to_sigma(start)) * _ABOVE if sampling is not None and start else math.inf
+    low = float(sampling.percent_to_sigma(end)) * _ABOVE if sampling is not None and end is not None and end < 1 else 0.0
     return high, low
+
+
+_ABOVE = 1 + 1e-4

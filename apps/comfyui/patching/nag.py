@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from genattn.apps.comfyui.hosts.families import HOSTS
-from genattn.apps.comfyui.hosts.host import grid_of
+from genattn.apps.comfyui.hosts.host import bare, grid_of
 from genattn.apps.comfyui.hosts.texts import TextWay, text_stands_first, text_way_of
+from genattn.apps.comfyui.patching.known import percents_as_sigmas
 from genattn.apps.comfyui.patching.seam import APPLY_MODEL, FORWARD, patch_model, stand_in_slot
 from genattn.apps.comfyui.patching.text_blocks import Look, TextBlock, places
 from genattn.apps.comfyui.patching.two_texts import TEXTS, TwoTexts
@@ -106,12 +107,11 @@ def nag_model(
         raise GenAttnError(f"the negative of NAG must be one text, got {len(negative)} combined; connect one encoded prompt")
     if nag_of(model) is not None:
         raise GenAttnError("this MODEL has NAG already; put all that is unwanted into one negative prompt")
-    sampling = model.get_model_object("model_sampling")
-    highest, lowest = (float(sampling.percent_to_sigma(share)) for share in (start_percent, end_percent))
+    highest, lowest = percents_as_sigmas(model, start_percent, end_percent)
     patched = model.clone() if way.kind == "unet" else patch_model(model)
     options = patched.model_options.setdefault("transformer_options", {})
     stand_in_slot(options)
-    options[KEY] = Nag(negative, strength, highest if start_percent else math.inf, lowest)
+    options[KEY] = Nag(negative, strength, highest, lowest)
     patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, around_sampler)
     patched.add_wrapper_with_key(APPLY_MODEL, KEY, around_model)
     return patched
@@ -150,7 +150,7 @@ def around_model(
     nag.forwards += 1
     if not nag.acts(options):
         return executor(x, t, c_concat, c_crossattn, control, options, **extras)
-    model = executor.class_obj.diffusion_model
+    model = bare(executor.class_obj.diffusion_model)
     way = text_way_of(model)
     _refuse(way, c_crossattn, extras)
     theirs = nag.text(way, len(x), x.device)

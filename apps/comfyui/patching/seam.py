@@ -18,7 +18,7 @@ import torch
 
 from genattn.apps.comfyui.hosts.call import Attend, RawCall, core_attention, takes_holders
 from genattn.apps.comfyui.hosts.families import host_of
-from genattn.apps.comfyui.hosts.host import Entry
+from genattn.apps.comfyui.hosts.host import Entry, bare
 from genattn.apps.comfyui.patching.chain import Chain
 from genattn.apps.comfyui.patching.forward import Forward
 from genattn.apps.comfyui.patching.two_texts import TEXTS, TwoTexts
@@ -64,6 +64,8 @@ class Override:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Override":
         return self
 
+    # compile nodes tell torch to look at no guard of transformer_options: traced, the first step's answer would be every step's
+    @torch.compiler.disable
     def __call__(self, func: Attend, q: Any, k: Any, v: Any, heads: int, *rest: Any, **options: Any) -> torch.Tensor:
         """One attention call of the model."""
         raw = RawCall(func, self.previous, q, k, v, heads, {**dict(zip(_ORDER, rest)), **options})
@@ -115,7 +117,7 @@ def around_model(
     chain = options.get(KEY)
     if chain is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **extras)
-    model = executor.class_obj.diffusion_model
+    model = bare(executor.class_obj.diffusion_model)
     if chain._model is not model:
         chain.attach(model)
     host = host_of(model)

@@ -39,6 +39,7 @@ class Look:
     places: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
+    @torch.compiler.disable(recursive=False)
     def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         """ComfyUI's replacement of a block."""
         if self.text is None:
@@ -56,6 +57,7 @@ class TextBlock:
     def __init__(self, texts: TwoTexts, seen: Look | None, previous: Replacement | None) -> None:
         self.texts, self.seen, self.previous = texts, seen, previous
 
+    @torch.compiler.disable(recursive=False)
     def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         """ComfyUI's replacement of a block; raises GenAttnError when its attention over the texts did not come by."""
         ran: list[int] = []

@@ -60,9 +60,10 @@ class Scene(Graph):
         """A model with guidance."""
         return self.node("GenAttn_Guidance", model=model, **{**GUIDE, **changes})
 
-    def sample(self, model: Ref, name: str, steps: int = 2, told: bool = False) -> Ref:
+    def sample(self, model: Ref, name: str, steps: int = 2, told: bool = False, cfg: float | None = None) -> Ref:
         """Sample and keep the picture; told: with a report whose JSON is shown."""
-        cfg = 1.0 if self.family in ("tiny_flux", "tiny_hunyuan") else 2.0
+        if cfg is None:
+            cfg = 1.0 if self.family in ("tiny_flux", "tiny_hunyuan") else 2.0
         latent = self.node(
             "KSampler", model=model, seed=5, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple", denoise=1.0,
             positive=self.positive, negative=self.negative, latent_image=self.latent,

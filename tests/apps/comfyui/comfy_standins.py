@@ -77,6 +77,7 @@ class Patcher:
         self.model, self.model_options = model, {"transformer_options": {}}
         self.wrappers: dict[str, list[Any]] = {}
         self.callbacks: dict[str, list[Any]] = {}
+        self.keys: dict[int, str] = {}
 
     def clone(self) -> "Patcher":
         other = Patcher(self.model)
@@ -84,13 +85,15 @@ class Patcher:
         other.model_options = copy.deepcopy(self.model_options)
         other.wrappers = {kind: list(found) for kind, found in self.wrappers.items()}
         other.callbacks = {kind: list(found) for kind, found in self.callbacks.items()}
+        other.keys = dict(self.keys)
         return other
 
     def get_wrappers(self, kind: str, key: str) -> list[Any]:
-        return self.wrappers.get(kind, [])
+        return [wrapper for wrapper in self.wrappers.get(kind, []) if self.keys.get(id(wrapper)) == key]
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
         self.wrappers.setdefault(kind, []).append(wrapper)
+        self.keys[id(wrapper)] = key
 
     def add_callback_with_key(self, kind: str, key: str, callback: Any) -> None:
         self.callbacks.setdefault(kind, []).append(callback)

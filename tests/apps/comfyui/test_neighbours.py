@@ -9,8 +9,10 @@ import pytest
 import torch
 from comfy_standins import ALWAYS, Patcher, WanModel, X, sdpa, sparse
 
+from genattn.apps.comfyui.patching.known import percents_as_sigmas
 from genattn.apps.comfyui.patching.seam import OVERRIDE, chain_of, patch_model
 from genattn.patterns.dense import DensePattern
+from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 
 Node = Callable[[Patcher], Patcher]
@@ -176,3 +178,61 @@ def test_blocks_known_by_their_index_alone() -> None:
     assert not torch.allclose(patched.sample(x), stock)
     stats = chain_of(patched).tally.stats
     assert {name: row.sparse for name, row in stats.items()} == {"layers.0": 2, "layers.1": 2, "layers.2": 2}
+
+
+@pytest.mark.parametrize("computes", [False, True], ids=["leaves the block out", "computes it otherwise"])
+def test_a_block_left_out_is_nobodys_and_one_computed_otherwise_is_told(wan: Patcher, computes: bool) -> None:
+    def instead(args: Any, extra: Any) -> Any:
+        return {"img": args["img"] * 2 if computes else args["img"]}
+
+    for first in (True, False):
+        model = wan if first else ours(wan)
+        patched = model.clone()
+        patched.model_options["transformer_options"]["patches_replace"] = {"dit": {("double_block", 1): instead}}
+        patched = ours(patched) if first else patched
+        patched.sample(X)
+        assert chain_of(patched).tally.removed.count("the self-attention of 1 blocks") == computes
+
+
+def compiling(model: Patcher) -> Patcher:
+    """ComfyUI's compile nodes: while it runs, the compiled model stands in the place; no guard looks at transformer_options."""
+    patched = model.clone()
+    guards = {"guard_filter_fn": lambda entries: ["options" not in entry.name for entry in entries]}
+    compiled = torch.compile(patched.model.diffusion_model, backend="eager", options=guards)
+
+    def wrapper(executor: Any, *args: Any, **options: Any) -> Any:
+        owner = executor.class_obj
+        original = owner.diffusion_model
+        owner.diffusion_model = compiled
+        try:
+            return executor(*args, **options)
+        finally:
+            owner.diffusion_model = original
+
+    patched.add_wrapper_with_key("apply_model", "torch.compile", wrapper)
+    return patched
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["ours before", "ours after"])
+def test_a_compiled_model_follows_the_schedule(wan: Patcher, first: bool) -> None:
+    def late(model: Patcher) -> Patcher:
+        return patch_model(model, sparse(schedule=Schedule(dense_steps=2, dense_layers=0)))
+
+    torch.compiler.reset()
+    alone = late(wan).sample(X, steps=3)
+    patched = compiling(late(wan)) if first else late(compiling(wan))
+    torch.testing.assert_close(patched.sample(X, steps=3), alone)
+    stats = chain_of(patched).tally.stats.values()
+    assert [(stat.calls, stat.sparse) for stat in stats] == [(3, 1)] * 3
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "steps"), [(0.25, 0.75, [1, 2]), (0.0, 0.5, [0, 1]), (0.5, 1.0, [2, 3]), (0.0, 1.0, [0, 1, 2, 3])]
+)
+def test_shares_of_the_sampling_take_in_the_step_that_begins_there(start: float, end: float, steps: list[int]) -> None:
+    # a level rounded otherwise than the sampler's
+    sampling = SimpleNamespace(percent_to_sigma=lambda share: (1 - share) * 0.99999)
+    model = SimpleNamespace(get_model_object={"model_sampling": sampling}.__getitem__)
+    high, low = percents_as_sigmas(model, start, end)
+    assert [step for step, sigma in enumerate((1.0, 0.75, 0.5, 0.25)) if low <= sigma <= high] == steps

@@ -2,6 +2,7 @@
 
 import comfy.model_detection
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.utils
 import folder_paths
 import torch
@@ -177,5 +178,115 @@ class RigSeen:
         return float("nan")
 
 
-_NODES = (RigConditioning, RigDecode, RigSave, RigText, RigLoad, RigThief, RigRecord, RigSeen)
+class RigTop:
+    """What ComfyUI's newer Model Sparse Attention does: on top again in every step; what it declines goes on to who was there.
+
+    takes: answer the self-attention itself, which its kernels do on a GPU; on a CPU it declines every call.
+    """
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "takes": ("BOOLEAN", {"default": False})}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "stand", "rig"
+
+    def stand(self, model, takes):
+        patched, own = model.clone(), set()
+
+        def install(transformer_options):
+            before = transformer_options.get("optimized_attention_override")
+            if before in own:
+                return
+
+            def override(func, q, k, v, heads, *args, **kwargs):
+                if takes and q.shape == k.shape:
+                    return func(q, k, v, heads, *args, **kwargs)
+                return before(func, q, k, v, heads, *args, **kwargs) if before else func(q, k, v, heads, *args, **kwargs)
+
+            own.add(override)
+            transformer_options["optimized_attention_override"] = override
+
+        install(patched.model_options["transformer_options"])
+        patched.add_callback_with_key(
+            comfy.patcher_extension.CallbacksMP.ON_PREPARE_STATE, "rig_top",
+            lambda patcher, timestep, options=None, *rest: options and install(options.setdefault("transformer_options", {})),
+        )  # fmt: skip
+        return (patched,)
+
+
+class RigForward:
+    """An object patch of a layer's forward, as KJNodes' Enhance-A-Video and its NAG put one."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "part": ("STRING", {"default": "self_attn"})}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "patch", "rig"
+
+    def patch(self, model, part):
+        patched = model.clone()
+        for place in range(3):
+            layer = patched.get_model_object(f"diffusion_model.blocks.{place}.{part}")
+
+            def forward(*args, layer=layer, **kwargs):
+                return 1.25 * type(layer).forward(layer, *args, **kwargs)
+
+            patched.add_object_patch(f"diffusion_model.blocks.{place}.{part}.forward", forward)
+        return (patched,)
+
+
+class RigCompile:
+    """ComfyUI's TorchCompileModel with the compiler that only traces, so that a test need not wait for C++."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "backend": ("STRING", {"default": "eager"})}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "compile", "rig"
+
+    def compile(self, model, backend):
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+        patched = model.clone()
+        guards = {"guard_filter_fn": lambda entries: [("transformer_options" not in entry.name) for entry in entries]}
+        set_torch_compile_wrapper(model=patched, backend=backend, options=guards)
+        return (patched,)
+
+
+class RigFail:
+    """A node whose wrapper raises in the second forward, as one that runs out of memory does."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "fail", "rig"
+
+    def fail(self, model):
+        patched, seen = model.clone(), []
+
+        def wrapper(executor, *args, **kwargs):
+            seen.append(1)
+            if len(seen) == 2:
+                raise RuntimeError("the rig fails here")
+            return executor(*args, **kwargs)
+
+        patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "rig_fail", wrapper)
+        return (patched,)
+
+
+_NODES = (
+    RigTop,
+    RigForward,
+    RigCompile,
+    RigFail,
+    RigConditioning,
+    RigDecode,
+    RigSave,
+    RigText,
+    RigLoad,
+    RigThief,
+    RigRecord,
+    RigSeen,
+)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
