@@ -60,6 +60,7 @@ class Ground:
         radial: Radial patterns that come near the share; empty where none does.
         mass: top-p has no share: the mass that visits it.
         clusters: heavy clusters are large: the smaller share of clusters that visits the share of the scores.
+        text: tokens that the prompt is padded to, where it stands in the same attention; None for the pipeline's own number.
     """
 
     steps: int
@@ -69,6 +70,7 @@ class Ground:
     radial: dict[float, RadialPattern]
     mass: dict[float, float]
     clusters: dict[float, float]
+    text: int | None = None
 
 
 _MASS = {0.15: 0.375, 0.25: 0.585, 0.4: 0.79}
@@ -90,7 +92,7 @@ GROUNDS = {
     ),
     # no variant of Radial visits less than 0.56 of 16 x 16 x 16 tokens
     "tiny-wan-long": Ground(8, (1, 4, 6), 2, {0.15: (2, 16, 16), 0.25: (4, 16, 16), 0.4: (6, 16, 16)}, {}, _MASS, _CLUSTERS),
-    "tiny-sd3": Ground(12, (2, 6, 10), 4, {0.15: (1, 8), 0.25: (2, 8), 0.4: (3, 8)}, {}, _MASS, _CLUSTERS),
+    "tiny-sd3": Ground(12, (2, 6, 10), 4, {0.15: (1, 8), 0.25: (2, 8), 0.4: (3, 8)}, {}, _MASS, _CLUSTERS, text=16),
 }
 
 
@@ -171,7 +173,7 @@ def run_samples(model: str, count: int, shares: Sequence[float], profile: Path, 
     here = ground(model)
     settings = SamplingSettings(str(shipped_model(model)), steps=here.steps, device="cpu")
     pipe = open_pipeline(settings)
-    call = call_arguments(pipe, settings)
+    call = call_arguments(pipe, settings) | ({} if here.text is None else {"max_sequence_length": here.text})
     done = {(s["model"], s["caption"], s["share"], s["pattern"], s["tail"]) for s in read_samples(out)}
     out.parent.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(captions(count)):
