@@ -9,12 +9,15 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
 from genattn.pipelines.tiny.random import text as text
 from genattn.pipelines.tiny.random.build import build_model
 from genattn.pipelines.tiny.random.vaes import (
     cogvideox_vae as cog_vae,
+    hunyuan_vae as hunyuan_vae,
     ltx_vae as ltx_vae,
+    mochi_vae as mochi_vae,
     unet_vae as image_vae,
     wan_vae as wan_vae,
 )
@@ -96,6 +99,52 @@ def ltx(**config: Any) -> Any:
 def ltx_image(**config: Any) -> Any:
     pipe = ltx(**config)
     return quiet(diffusers.LTXImageToVideoPipeline(**pipe.components))
+
+
+def ltx2(**config: Any) -> Any:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("LTX2VideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(False,) * 3,
+        downsample_type=("spatiotemporal", "spatiotemporal"),
+        upsample_type=("spatiotemporal", "spatiotemporal"),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        patch_size=1,
+        decoder_causal=False,
+    ).eval()
+    connectors = LTX2TextConnectors(
+        caption_channels=16,
+        text_proj_in_factor=3,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=8,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=8,
+        rope_double_precision=False,
+    ).eval()
+    pipe = diffusers.LTX2Pipeline(
+        transformer=build_model("ltx2", **config),
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+        text_encoder=text.t5_encoder(16),
+        tokenizer=text.t5_tokenizer(),
+        connectors=connectors,
+        audio_vae=None,
+        vocoder=None,
+    )
+    pipe.tokenizer.model_max_length = 16
+    return quiet(pipe)
 
 
 def cosmos(**config: Any) -> Any:
@@ -242,6 +291,87 @@ def latte(**config: Any) -> Any:
     )
 
 
+def hunyuan(**config: Any) -> Any:
+    return quiet(
+        diffusers.HunyuanVideoPipeline(
+            transformer=build_model("hunyuan-video", **config),
+            vae=hunyuan_vae(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder=text.llama_encoder(),
+            tokenizer=text.llama_tokenizer(),
+            text_encoder_2=text.clip_encoder(8),
+            tokenizer_2=text.clip_tokenizer(),
+        )
+    )
+
+
+def hunyuan15(**config: Any) -> Any:
+    from transformers import ByT5Tokenizer
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    ).eval()
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        transformer=build_model("hunyuan-video-1.5", in_channels=9, text_embed_dim=32, **config),
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder=text.t5_encoder(),
+        tokenizer=text.t5_tokenizer(),
+        text_encoder_2=text.t5_encoder(8),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=diffusers.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+    pipe._get_mllm_prompt_embeds = _t5_embeds_and_mask
+    pipe.vision_num_semantic_tokens, pipe.vision_states_dim = 3, 12
+    return quiet(pipe)
+
+
+def _t5_embeds_and_mask(tokenizer: Any, text_encoder: Any, prompt: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands where Qwen2.5-VL and its chat template would; what is tested begins behind it."""
+    read = tokenizer([prompt] if isinstance(prompt, str) else prompt, padding="max_length", max_length=16, return_tensors="pt")
+    return text_encoder(read.input_ids).last_hidden_state, read.attention_mask
+
+
+def mochi(**config: Any) -> Any:
+    return quiet(
+        diffusers.MochiPipeline(
+            transformer=build_model("mochi", **config),
+            vae=mochi_vae(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+            text_encoder=text.t5_encoder(),
+            tokenizer=text.t5_tokenizer(),
+        )
+    )
+
+
+def kandinsky(**config: Any) -> Any:
+    _without_ftfy(diffusers.Kandinsky5T2VPipeline)
+    pipe = diffusers.Kandinsky5T2VPipeline(
+        transformer=build_model("kandinsky5", in_text_dim=32, **config),
+        vae=hunyuan_vae(),
+        text_encoder=text.t5_encoder(),
+        tokenizer=text.t5_tokenizer(),
+        text_encoder_2=text.clip_encoder(8),
+        tokenizer_2=text.clip_tokenizer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+    pipe._encode_prompt_qwen = functools.partial(_t5_embeds_and_lengths, pipe)
+    return quiet(pipe)
+
+
+def _t5_embeds_and_lengths(pipe: Any, prompt: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands where Qwen2.5-VL and its template would: a prompt's own length, no padding."""
+    read = pipe.tokenizer(prompt, return_tensors="pt")
+    return pipe.text_encoder(read.input_ids).last_hidden_state, torch.tensor([0, read.input_ids.shape[1]], dtype=torch.int32)
+
+
 # family -> builder, height and width, frames of a clip of three latents, extra arguments of the stock call
 FAMILIES: dict[str, tuple[Callable[..., Any], int, int, dict[str, Any]]] = {
     "Wan": (wan, 32, 9, {"max_sequence_length": 512}),
@@ -249,10 +379,15 @@ FAMILIES: dict[str, tuple[Callable[..., Any], int, int, dict[str, Any]]] = {
     "SkyReels-V2": (skyreels, 32, 9, {"ar_step": 0, "max_sequence_length": 512}),
     "LTX-Video": (ltx, 32, 9, {"max_sequence_length": 128}),
     "LTX-Video image to video": (ltx_image, 32, 9, {"max_sequence_length": 128}),
+    "LTX-2": (ltx2, 32, 9, {"max_sequence_length": 16}),
     "Cosmos": (cosmos, 32, 9, {"max_sequence_length": 512}),
     "Cosmos 2.5": (cosmos25, 32, 9, {"max_sequence_length": 512}),
     "AnimateDiff": (animatediff, 16, 3, {}),
     "UNet3D": (unet3d, 16, 3, {}),
     "CogVideoX": (cogvideox, 32, 9, {"max_sequence_length": 16}),
     "Latte": (latte, 16, 3, {}),
+    "HunyuanVideo": (hunyuan, 32, 9, {}),
+    "HunyuanVideo-1.5": (hunyuan15, 16, 9, {}),
+    "Mochi": (mochi, 32, 13, {"max_sequence_length": 16}),
+    "Kandinsky 5": (kandinsky, 32, 9, {}),
 }

@@ -6,7 +6,6 @@ Video tokens are modulated by the embedding of their own frame's timestep, text 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from diffusers.models.normalization import CogVideoXLayerNormZero
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser, Pass, Prompt
+from genattn.pipelines.long_video.bases.per_frame_modulation import forwards_replaced
 from genattn.pipelines.long_video.output.stream_decode import ReturnedCacheDecoder, StreamDecoder
 
 
@@ -76,14 +76,8 @@ class CogVideoXFrames(FrameDenoiser):
         """See FrameDenoiser.installed."""
         model = self.pipe.transformer
         zeros = [m for m in model.modules() if isinstance(m, CogVideoXLayerNormZero)]
-        for module in zeros:
-            module.forward = partial(self._norm_zero, module, module.forward)
-        model.norm_out.forward = partial(self._norm_out, model.norm_out, model.norm_out.forward)
-        try:
+        with forwards_replaced([*((module, self._norm_zero) for module in zeros), (model.norm_out, self._norm_out)]):
             yield
-        finally:
-            for module in (*zeros, model.norm_out):
-                del module.forward
 
     def _norm_zero(
         self, module: Any, stock: Any, hidden: torch.Tensor, text: torch.Tensor, temb: torch.Tensor

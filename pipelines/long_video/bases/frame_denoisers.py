@@ -2,8 +2,8 @@
 
 One class per family, each a thin reading of a stock pipeline: how its prompt becomes embeddings, how its denoiser is told a
 timestep per frame, how its latents reach the VAE. Some models take per-frame timesteps as they come (Wan, SkyReels-V2, LTX,
-Cosmos), some through hooks on the instance (AnimateDiff and UNet3D, CogVideoX, Latte), and for the rest `why_no_frames` says
-what stands in the way.
+Cosmos), some through hooks on the instance (AnimateDiff and UNet3D, CogVideoX, Latte, HunyuanVideo and its kin), and for the
+rest `why_no_frames` says what stands in the way.
 """
 
 import inspect
@@ -60,6 +60,7 @@ class FrameDenoiser(ABC):
     forward.
     has_cross_attention: whether text stands in attention of its own, where subject masks can be read.
     continues: whether the pipeline makes a video from given frames, and has no mode without them.
+    tells_guidance: whether the model is told its guidance scale (`guidance_scale`) and makes one pass, being distilled.
     """
 
     family: ClassVar[str]
@@ -70,7 +71,9 @@ class FrameDenoiser(ABC):
     text_per_frame: ClassVar[bool] = False
     has_cross_attention: ClassVar[bool] = True
     continues: ClassVar[bool] = False
+    tells_guidance: ClassVar[bool] = False
 
+    guidance_scale: float | None = None
     guidance_scale_2: float | None = None
 
     def __init__(self, pipe: Any) -> None:
@@ -183,12 +186,17 @@ _BASES = {
     "SkyReels-V2": ("genattn.pipelines.long_video.bases.skyreels", "SkyReelsFrames"),
     "LTX-Video": ("genattn.pipelines.long_video.bases.ltx", "LTXFrames"),
     "LTX-Video image to video": ("genattn.pipelines.long_video.bases.ltx", "LTXImageFrames"),
+    "LTX-2": ("genattn.pipelines.long_video.bases.ltx2", "LTX2Frames"),
     "Cosmos": ("genattn.pipelines.long_video.bases.cosmos", "CosmosFrames"),
     "Cosmos 2.5": ("genattn.pipelines.long_video.bases.cosmos", "Cosmos25Frames"),
     "AnimateDiff": ("genattn.pipelines.long_video.bases.unet", "AnimateDiffFrames"),
     "UNet3D": ("genattn.pipelines.long_video.bases.unet", "UNet3DFrames"),
     "CogVideoX": ("genattn.pipelines.long_video.bases.cogvideox", "CogVideoXFrames"),
     "Latte": ("genattn.pipelines.long_video.bases.latte", "LatteFrames"),
+    "HunyuanVideo": ("genattn.pipelines.long_video.bases.hunyuan_video", "HunyuanVideoFrames"),
+    "HunyuanVideo-1.5": ("genattn.pipelines.long_video.bases.hunyuan_video", "HunyuanVideo15Frames"),
+    "Mochi": ("genattn.pipelines.long_video.bases.mochi", "MochiFrames"),
+    "Kandinsky 5": ("genattn.pipelines.long_video.bases.kandinsky", "KandinskyFrames"),
 }
 
 # pipeline class name (or its beginning) -> what stands in the way
@@ -196,11 +204,16 @@ _REASONS = {
     "WanImageToVideo (2.1, A14B)": "its model reads a clean first frame in extra channels, which no later latent has",
     "WanVACE": "its forward spreads one timestep over the control branch before the blocks",
     "WanAnimate": "its forward spreads one timestep over the face and pose branches before the blocks",
-    "HunyuanVideo": "its blocks gate all tokens with one modulation vector",
-    "Mochi": "its blocks gate all tokens with one modulation vector",
-    "Allegro": "its blocks gate all tokens with one modulation vector",
-    "EasyAnimate": "its blocks gate all tokens with one modulation vector",
-    "Kandinsky": "its blocks gate all tokens with one modulation vector",
+    "HunyuanVideoImageToVideo": "it saw a clean first frame in every clip, and its prompt is read together with it",
+    "HunyuanVideo15ImageToVideo": "its model reads a clean first frame in extra channels, which no later latent has",
+    "HunyuanSkyreelsImageToVideo": "its model reads a clean first frame in extra channels, which no later latent has",
+    "HunyuanVideoFramepack": "it has its own memory for long video; use it as it comes",
+    "Allegro": "its autoencoder decodes whole tiles of 24 frames by 320 x 320 only, which latents that leave do not fill",
+    "EasyAnimate": "its autoencoder keeps its cache inside its modules, where no checkpoint finds it; not built",
+    "Kandinsky5I2V": "its model reads a clean first frame in extra channels, which no later latent has",
+    "Kandinsky5T2I": "it makes single pictures",
+    "Kandinsky5I2I": "it makes single pictures",
+    "Kandinsky6": "it makes sound along with the picture, which the queue does not carry",
     "Cosmos2TextToImage": "it makes single pictures",
     "Cosmos2VideoToWorld": "its given frames come with a mask channel and a noise level of their own, not built here",
     "CosmosVideoToWorld": "its given frames come with a mask channel and a noise level of their own, not built here",
@@ -210,8 +223,9 @@ _REASONS = {
     "I2VGenXL": "it continues one given picture held in extra channels",
     "Helios": "it has its own memory for long video; use it as it comes",
     "LTXCondition": "its later conditions need a clip of known length; LTXImageToVideoPipeline takes the same weights",
-    "LTX2": "it makes sound along with the picture, which the queue does not carry",
-    "MiniMaxH3": "its rows would take a timestep each, but sound is made in the same sequence, which the queue does not carry",
+    "LTX2 (other than LTX2Pipeline)": "conditions, upsampling and references beside the picture need a clip of known length",
+    "MiniMaxH3": "its rows would take a timestep each, but it comes as a modular pipeline that makes sound in the same sequence",
+    "MotifVideo": "its decoder blocks read the picture's tokens twice, and a given picture stands in extra channels; not built",
 }
 
 
@@ -226,7 +240,7 @@ def why_no_frames(pipe: Any) -> str | None:
     for base in base_classes().values():
         if name in base.pipelines:
             return base.why_not(pipe)
-    known = next((reason for start, reason in _REASONS.items() if name.startswith(start)), None)
+    known = next((reason for start, reason in _REASONS.items() if name.startswith(start.split(" ")[0])), None)
     served = ", ".join(sorted(p for base in base_classes().values() for p in base.pipelines))
     return f"{name} cannot give every frame its own timestep: {known or 'it is not known here'}; endless video serves {served}"
 

@@ -5,12 +5,12 @@ the last layer, before `proj_out`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, Pass, Prompt
+from genattn.pipelines.long_video.bases.per_frame_modulation import forwards_replaced
 from genattn.pipelines.long_video.bases.unet import UNetFrames
 
 
@@ -50,15 +50,12 @@ class LatteFrames(UNetFrames):
         handles = [block.register_forward_pre_hook(self._spatial) for block in model.transformer_blocks]
         handles.append(model.norm_out.register_forward_hook(self._keep_normed))
         handles.append(model.proj_out.register_forward_pre_hook(self._last))
-        for block in model.temporal_transformer_blocks:
-            block.forward = partial(self._temporal, block, block.forward)
         try:
-            yield
+            with forwards_replaced([(block, self._temporal) for block in model.temporal_transformer_blocks]):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for block in model.temporal_transformer_blocks:
-                del block.forward
 
     def _spatial(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._modulation is None:

@@ -18,8 +18,8 @@ from genattn.pipelines.long_video.solvers.noise_grid import NoiseGrid
 class PromptedWindows:
     """A `Denoise` for Fifo.
 
-    schedule: prompts by frame. guidance_scale: <= 1 runs no unconditional pass. blend: how a cross-fade is answered,
-    "embeds" or "prediction". frames_for: frames in a film of so many latents, to find a latent's frame.
+    schedule: prompts by frame. guidance_scale: <= 1 runs no unconditional pass, nor does a model that is told it.
+    blend: how a cross-fade is answered, "embeds" or "prediction".
     """
 
     def __init__(
@@ -36,15 +36,26 @@ class PromptedWindows:
             raise GenAttnError(f"blend must be 'embeds' or 'prediction', got {blend!r}")
         self.base, self.grid, self.schedule, self.guidance_scale, self.blend = base, grid, schedule, guidance_scale, blend
         self.negative_prompt = negative_prompt
+        base.guidance_scale = guidance_scale
         decoder = base.decoder()
         self._first, self._step = decoder.frames_for(1), max(1, decoder.frames_for(3) - decoder.frames_for(2))
         with torch.no_grad():
             self.prompts = [base.encode_prompt(p, negative_prompt, self.guided) for p in schedule.prompts]
+        if blend == "embeds" and not base.text_per_frame:
+            self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        lengths = {tuple(tensor.shape[1] for tensor in prompt.cond.values() if tensor.ndim > 1) for prompt in self.prompts}
+        if len(lengths) > 1:
+            told = " and ".join(str(shape[0]) for shape in sorted(lengths))
+            raise GenAttnError(
+                f"embeddings to be mixed must have one length, got prompts of {told} tokens; pass prompt_blend='prediction'"
+            )
 
     @property
     def guided(self) -> bool:
         """Whether there is an unconditional pass."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.base.tells_guidance
 
     def frame_of(self, numbers: torch.Tensor) -> torch.Tensor:
         """First frame that a latent of each number stands for; latents of the warm-up belong to frame 0."""

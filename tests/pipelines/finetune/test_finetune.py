@@ -209,7 +209,7 @@ def test_cached_clips_of_other_sizes_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["ltx", "cogvideox", "skyreels"])
+@pytest.mark.parametrize("family", ["ltx", "cogvideox", "skyreels", "hunyuan", "hunyuan15", "mochi", "kandinsky", "ltx2"])
 def test_other_families_train_by_the_same_code(family: str, clips: Path, tmp_path: Path) -> None:
     import video_pipes
 
