@@ -224,7 +224,7 @@ _REASONS = {
     "Helios": "it has its own memory for long video; use it as it comes",
     "LTXCondition": "its later conditions need a clip of known length; LTXImageToVideoPipeline takes the same weights",
     "LTX2 (other than LTX2Pipeline)": "conditions, upsampling and references beside the picture need a clip of known length",
-    "MiniMaxH3": "its rows would take a timestep each, but it comes as a modular pipeline that makes sound in the same sequence",
+    "MiniMaxH3": "its rows would take a timestep each, but it is a modular pipeline that makes sound in the same sequence",
     "MotifVideo": "its decoder blocks read the picture's tokens twice, and a given picture stands in extra channels; not built",
 }
 
