@@ -32,8 +32,11 @@ MAY_IMPORT = {
     "genattn": "",
     "genattn/decoding": "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/seam",
     "genattn/distributed": "",
-    "genattn/functional": "genattn genattn/geometry genattn/patterns kernels kernels/peers kernels/plan kernels/triton",
+    "genattn/functional": (
+        "genattn genattn/geometry genattn/patterns genattn/planning kernels kernels/peers kernels/plan kernels/triton"
+    ),
     "genattn/geometry": "genattn kernels/plan",
+    "genattn/hosts": "genattn genattn/functional genattn/patterns genattn/seam",
     "genattn/layouts": "genattn genattn/geometry",
     "genattn/patterns": "genattn genattn/geometry genattn/selection kernels/peers kernels/plan",
     "genattn/planning": "genattn genattn/geometry genattn/patterns genattn/selection kernels/plan",

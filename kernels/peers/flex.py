@@ -10,11 +10,11 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from genattn.kernels.peers.block_lists import counts_and_indices, lane_order, restored
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.reference.attention import pseudo_rows, tile_states, visible_mask
 from genattn.kernels.reference.tail import TailKeys, tail_keys
-from genattn.kernels.triton.tables import are_runs
 
 _MASK_TOKENS = 32_768
 
@@ -36,7 +36,7 @@ def flex_block_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, *, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out [B, Sq, H, D], lse [B, Sq, H] or None on the CPU); compiles on the first call for a shape."""
-    mask, orders = _block_mask(plan), _orders(plan)
+    mask, orders = block_mask(plan), _orders(plan)
     pseudo = None if plan.tail is None else tail_keys(key, value, plan.tail)
     if orders is not None:
         query, key, value = (x[:, order.clamp_min(0)] for x, order in zip((query, key, value), (orders[0], *2 * orders[1:])))
@@ -64,20 +64,16 @@ def flex_block_attention(
 @lasting
 def _orders(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(queries, keys) in the order of the tiles, int64, -1 in unused lanes; None where they are the sequence as it is."""
-    if "orders" not in plan.cache:
-        runs = plan.tail is None and are_runs(plan.query_tiles, plan.seqlen_q) and are_runs(plan.key_tiles, plan.seqlen_k)
-        plan.cache["orders"] = None if runs else tuple(tiles.flatten().long() for tiles in (plan.query_tiles, plan.key_tiles))
-    return plan.cache["orders"]  # type: ignore[return-value]
+    if plan.tail is not None:  # pseudo-keys follow the lanes of all tiles
+        return plan.query_tiles.flatten().long(), plan.key_tiles.flatten().long()
+    order = lane_order(plan)
+    return None if order is None else (order.queries, order.keys)
 
 
 def _in_sequence(answer: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
     """Answers [B, lanes, ...] in the order of the tiles put back; every token stands in one query tile."""
     orders = _orders(plan)
-    if orders is None:
-        return answer
-    used = orders[0] >= 0
-    empty = answer.new_empty(answer.shape[0], plan.seqlen_q, *answer.shape[2:])
-    return empty.index_copy(1, orders[0][used], answer[:, used])
+    return restored(answer, None if orders is None else orders[0], plan.seqlen_q)
 
 
 @lru_cache(maxsize=1)
@@ -86,7 +82,8 @@ def _compiled():  # type: ignore[no-untyped-def]
 
 
 @lasting
-def _block_mask(plan: BlockPlan) -> BlockMask:
+def block_mask(plan: BlockPlan) -> BlockMask:
+    """The BlockMask of `plan`, over the lanes of its tiles where these are no runs of the sequence; kept in the plan."""
     if "flex" not in plan.cache:
         states, orders = tile_states(plan)[None], _orders(plan)
         if orders is not None:
@@ -96,7 +93,7 @@ def _block_mask(plan: BlockPlan) -> BlockMask:
             seen = plan.tail.stands_in()
             groups = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % plan.block_k)).unflatten(-1, (-1, plan.block_k))
             states = torch.cat([states, groups.any(-1)[None].to(states.dtype)], -1)
-        partial, full = (_dense_lists(states == kind) for kind in (1, 2))
+        partial, full = (counts_and_indices(states[0] == kind) for kind in (1, 2))
         plan.cache["flex"] = BlockMask.from_kv_blocks(
             *partial,
             *full,
@@ -105,12 +102,6 @@ def _block_mask(plan: BlockPlan) -> BlockMask:
             seq_lengths=(plan.seqlen_q, plan.seqlen_k) if orders is None else (len(orders[0]), states.shape[-1] * plan.block_k),
         )
     return plan.cache["flex"]  # type: ignore[return-value]
-
-
-def _dense_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(counts [1, N, NQ], tile numbers [1, N, NQ, NK]), the chosen ones first."""
-    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
-    return chosen.sum(-1).to(torch.int32), order.to(torch.int32)
 
 
 def _mask_mod(plan: BlockPlan, orders: tuple[torch.Tensor, torch.Tensor] | None):  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from genattn.kernels.peers.block_lists import flashinfer_bsr
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.reference.attention import tile_states
@@ -128,15 +129,10 @@ def _flashinfer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pla
         workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=query.device)
         planned = sparse.BlockSparseAttentionWrapper(workspace)
         planned.plan(
-            plan.row_ptr[0],
-            plan.columns,
-            plan.seqlen_q,
-            plan.seqlen_k,
-            plan.block_q,
-            plan.block_k,
-            query.shape[2],
-            key.shape[2],
-            query.shape[3],
+            **flashinfer_bsr(plan).of_head(0),
+            num_qo_heads=query.shape[2],
+            num_kv_heads=key.shape[2],
+            head_dim=query.shape[3],
             q_data_type=query.dtype,
             sm_scale=scale,
         )

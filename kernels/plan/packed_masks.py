@@ -109,8 +109,6 @@ def fill_masks(plan: BlockPlan, slots: torch.Tensor, bits: torch.Tensor) -> None
         return
     row, partial = plan.entries
     tile = row % plan.query_tiles.shape[0]
-    # bit 15 of an int16 is its sign
-    weights = torch.tensor([1 << i for i in range(15)] + [-(1 << 15)], dtype=torch.int32, device=bits.device)
     at_once = max(1, _SCORES_AT_ONCE.get(plan.device.type, 1 << 20) // (plan.block_q * plan.block_k))
     for head, owner in enumerate(mask_owners(plan)):
         if owner < 0:
@@ -121,5 +119,18 @@ def fill_masks(plan: BlockPlan, slots: torch.Tensor, bits: torch.Tensor) -> None
             queries = plan.query_tiles[tile[chunk]].long()[:, :, None]
             keys = plan.key_tiles[plan.columns[chunk].long()].long()[:, None, :]
             seen = rule(queries.clamp_min(0), keys.clamp_min(0))[0] & (queries >= 0) & (keys >= 0)
-            seen = F.pad(seen, (0, bits.shape[2] * 16 - plan.block_k)).unflatten(-1, (bits.shape[2], 16))
-            bits[mine[chunk].long()] = (seen.int() * weights).sum(-1).to(torch.int16)
+            bits[mine[chunk].long()] = packed(seen)
+
+
+def packed(seen: torch.Tensor) -> torch.Tensor:
+    """Bool [..., lanes] as int16 [..., ceil(lanes / 16)]."""
+    # bit 15 of an int16 is its sign
+    weights = torch.tensor([1 << i for i in range(15)] + [-(1 << 15)], dtype=torch.int32, device=seen.device)
+    words = F.pad(seen, (0, -seen.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    return (words.int() * weights).sum(-1).to(torch.int16)
+
+
+def unpacked(bits: torch.Tensor, lanes: int) -> torch.Tensor:
+    """What `packed` made of bool [..., lanes]."""
+    places = torch.arange(16, device=bits.device, dtype=torch.int32)
+    return ((bits.int()[..., None] >> places) & 1).bool().flatten(-2)[..., :lanes]

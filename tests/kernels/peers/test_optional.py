@@ -46,9 +46,13 @@ class _Wrapper:
     def __init__(self, workspace: torch.Tensor) -> None:
         assert workspace.dtype == torch.uint8
 
-    def plan(self, indptr, indices, rows, columns, block_q, block_k, heads, kv_heads, dim, *, q_data_type, sm_scale) -> None:
+    def plan(
+        self, indptr, indices, M, N, R, C, num_qo_heads, num_kv_heads, head_dim, *, q_data_type, sm_scale, mask=None
+    ) -> None:
         _Wrapper.planned += 1
-        assert (rows, columns, heads, kv_heads, dim, q_data_type) == (256, 256, 4, 2, 16, torch.float32)
+        rows, columns, block_q, block_k = M, N, R, C
+        assert (rows, columns, num_qo_heads, num_kv_heads, head_dim, q_data_type) == (256, 256, 4, 2, 16, torch.float32)
+        assert mask is None
         mask = torch.zeros(rows, columns, dtype=torch.bool)
         for row in range(rows // block_q):
             for column in indices[indptr[row] : indptr[row + 1]].tolist():
