@@ -121,6 +121,10 @@ MAY_IMPORT = {
     ),
     "apps/laboratory/models": "genattn genattn/layouts genattn/patterns genattn/seam",
     "apps/laboratory/mutation": "genattn",
+    "apps/laboratory/stacking": (
+        "apps/sampling genattn genattn/functional genattn/geometry genattn/patterns genattn/seam "
+        "guidance/nag guidance/softpag pipelines/tiny/random"
+    ),
     "apps/pages": (
         "apps/cli apps/laboratory apps/laboratory/models apps/sampling "
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "

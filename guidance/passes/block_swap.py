@@ -5,7 +5,7 @@ in the clean pass, so they are not run again. The clean pass remembers what the 
 those blocks do nothing and hand that on. Exact wherever only the last block's output goes on (no long skips), which is
 tested per family; the extra pass then costs the share of blocks that remain.
 
-The lists of blocks are exchanged, not the blocks' forwards, so compiled blocks stay as they are.
+The blocks are exchanged in their lists, not the blocks' forwards, so compiled blocks stay as they are.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.guidance.passes.prediction import take_rows
 from genattn.layouts.site import AttentionSite
+from genattn.seam.cache_dit import is_held
 
 # denoisers whose blocks form one chain, as tests/guidance/softpag/test_softpag_families.py shows for each
 CHAINS = frozenset(
@@ -61,6 +62,7 @@ class BlockOrder:
     def __init__(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
         self.model = model
         self.places: dict[int, Place] = {s.depth: (s.stack, s.layer) for s in sites if s.depth >= 0}
+        self.forms: dict[str, Any] = {}
 
     def before(self, depth: int) -> list[Place]:
         """Every block that runs before the one at `depth`."""
@@ -77,6 +79,21 @@ class BlockOrder:
         found: nn.Module = blocks[place[1]]
         return found
 
+    def form_of(self, place: Place, answer: Any) -> Any:
+        """What a block gives, without the numbers: `answer` of this clean pass, or of an earlier one where a cache left it out.
+
+        The blocks of one list give the same kind of answer. Raises GenAttnError if none of them has run in a guided step.
+        """
+        stack = place[0]
+        if answer is not None:
+            self.forms[stack] = _without_numbers(answer)
+        if stack not in self.forms:
+            raise GenAttnError(
+                f"a block of {stack} must have run in a guided step before one can be left out, and a cache has skipped them "
+                "so far; let the cache start after the first guided step"
+            )
+        return self.forms[stack]
+
     def why_no_reuse(self, depth: int) -> str | None:
         """Why the blocks before `depth` must run again in the extra pass; None when they need not."""
         if not self.before(depth):
@@ -88,6 +105,8 @@ class BlockOrder:
             return "the model is compiled as a whole; compile its blocks instead (compile_repeated_blocks)"
         if getattr(self.model, "_parallel_config", None) is not None:
             return "the model runs under context parallelism"
+        if is_held(self.model):
+            return "cache-dit is on the model, and decides by what the first blocks give in every pass"
         for place in self.before(depth):
             if isinstance(self.block(place), Stand):
                 return f"block {place[1]} of {place[0]} carries another plugin's state, which must see every pass"
@@ -104,20 +123,18 @@ class BlockOrder:
 @contextlib.contextmanager
 def swapped(model: nn.Module, replacements: Mapping[Place, nn.Module]) -> Iterator[None]:
     """`model` with some blocks replaced."""
-    stacks = {stack for stack, _ in replacements}
-    before: dict[str, tuple[nn.Module, str, Any]] = {}
-    for stack in stacks:
-        parent, _, name = stack.rpartition(".")
-        holder = model.get_submodule(parent)
-        blocks: Any = holder._modules[name]
-        before[stack] = (holder, name, blocks)
-        # bypassing setattr keeps hooks, compiled frames and parameter lists out of it
-        holder._modules[name] = nn.ModuleList([replacements.get((stack, i), block) for i, block in enumerate(blocks)])
+    # in the list itself, because others hold it too (cache-dit); bypassing setattr keeps hooks, compiled frames and
+    # parameter lists out of it
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for (stack, number), block in replacements.items():
+        listed: Any = model.get_submodule(stack)._modules
+        before.append((listed, str(number), listed[str(number)]))
+        listed[str(number)] = block
     try:
         yield
     finally:
-        for holder, name, blocks in before.values():
-            holder._modules[name] = blocks
+        for listed, name, block in before:
+            listed[name] = block
 
 
 class Stand(nn.Module):
@@ -239,6 +256,12 @@ def _hook_of(block: nn.Module) -> str | None:
         if names or hasattr(module, "_hf_hook"):
             return str(names[0]) if names else "accelerate"
     return None
+
+
+def _without_numbers(answer: Any) -> Any:
+    if isinstance(answer, torch.Tensor):
+        return torch.empty_like(answer, device="meta")
+    return [None if part is None else torch.empty_like(part, device="meta") for part in answer]
 
 
 def _result_order(block: nn.Module, answer: Any) -> tuple[Any, bool]:

@@ -308,7 +308,8 @@ class SoftPAG(HeadTap):
 
     def _bypass(self, tapped: TappedModel, place: tuple[str, int], recorder: Recorder) -> Bypass:
         layer = next(depth for depth, found in tapped.blocks.places.items() if found == place)
-        return Bypass(tapped.blocks.block(place), recorder.answer, float(tapped.rows[layer][0, 0]), layer)
+        form = tapped.blocks.form_of(place, recorder.answer)
+        return Bypass(tapped.blocks.block(place), form, float(tapped.rows[layer][0, 0]), layer)
 
     def _guide(self, step: "GuidedStep", clean: list[torch.Tensor], perturbed: list[torch.Tensor]) -> None:
         state = step.state

@@ -1,0 +1,1 @@
+"""What stacks with what: neighbours on the same model, each under each of our methods, in every order, against a reference."""

@@ -1,0 +1,125 @@
+"""What stacks with what: cells that can fail, rows for every cell, and the command that writes them."""
+
+import csv
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genattn.apps.laboratory.stacking import cells, run
+from genattn.apps.laboratory.stacking.cells import METHODS, Cell, measure, version_of, why_not
+from genattn.apps.laboratory.stacking.neighbours import NEIGHBOURS, Neighbour
+from genattn.apps.laboratory.stacking.parallel import PARALLEL, measure_parallel
+from genattn.errors import GenAttnError
+
+BY_NAME = {neighbour.name: neighbour for neighbour in NEIGHBOURS}
+METHOD = {method.name: method for method in METHODS}
+pytestmark = pytest.mark.filterwarnings("ignore")  # neighbours have warnings of their own
+
+
+@pytest.mark.parametrize(
+    ("neighbour", "method"),
+    [
+        ("First Block Cache", "pattern"),
+        ("SeaCache", "NAG"),
+        ("LoRA, hot swap", "dense pattern"),
+        ("bitsandbytes NF4", "pattern"),
+        ("cache-dit, DBCache", "SoftPAG"),
+        ("cache-dit, DBCache + TaylorSeer", "NAG"),
+        ("SDNQ int8", "pattern"),
+        pytest.param("torchao fp8", "SoftPAG", marks=pytest.mark.slow),
+        pytest.param("compile_repeated_blocks", "pattern", marks=pytest.mark.slow),
+    ],
+)
+def test_cells_measured_now(neighbour: str, method: str) -> None:
+    reason = why_not(BY_NAME[neighbour])
+    if reason:
+        pytest.skip(f"{neighbour}: {reason}")
+    cell = measure(BY_NAME[neighbour], METHOD[method])
+    assert cell.result in ("equal", "within"), cell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARALLEL)
+def test_two_processes(name: str) -> None:
+    assert {cell.method: cell.result for cell in measure_parallel(PARALLEL[name])}.keys() == METHOD.keys()
+    assert all(cell.result in ("equal", "within") for cell in measure_parallel(PARALLEL[name]))
+
+
+def scale_weights(by: float) -> Any:
+    def scale(pipe: Any) -> None:
+        pipe.transformer.blocks[0].ffn.net[2].weight.data.mul_(by)
+
+    return scale
+
+
+def test_a_neighbour_that_is_broken_by_us_is_told() -> None:
+    turns = itertools.count()
+
+    def never_the_same(pipe: Any) -> None:
+        scale_weights(1.5 + 0.1 * next(turns))(pipe)
+
+    cell = measure(Neighbour("broken", "weights", (never_the_same,)), METHOD["dense pattern"])
+    assert cell.result == "differs"
+    assert cell.error > 1e-4
+
+
+def test_a_neighbour_or_method_without_effect_is_no_result() -> None:
+    cell = measure(Neighbour("idle", "weights", (lambda pipe: None,)), METHOD["dense pattern"])
+    assert (cell.result, cell.note) == ("differs", "the neighbour has no effect here, so the cell would tell nothing")
+
+    def past_the_seam(pipe: Any) -> None:
+        pipe.transformer.forward = lambda hidden_states, **rest: (hidden_states * 0.9,)
+
+    cell = measure(Neighbour("past", "cache", (past_the_seam,)), METHOD["pattern"])
+    assert (cell.result, cell.note) == ("differs", "the method has no effect beside it")
+
+
+def test_a_refusal_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pipe: Any, zero: bool) -> Any:
+        raise GenAttnError("it cannot be")
+
+    cell = measure(Neighbour("any", "weights", (scale_weights(1.5),)), cells.Method("refusing", refuse))
+    assert (cell.result, cell.note) == ("refused", "it cannot be")
+
+
+def test_what_is_close_counts_as_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = itertools.cycle([0.0, 3e-7])
+    monkeypatch.setattr(cells, "_error", lambda got, wanted: next(errors))
+    monkeypatch.setattr(cells, "_alone", lambda *given: torch.ones(1))
+    monkeypatch.setattr(cells, "_run", lambda *given: (torch.zeros(1), torch.zeros(1)))
+    for close, result in ((1e-6, "within"), (1e-7, "differs")):
+        neighbour = Neighbour("close", "execution", (scale_weights(1.0),), close=close)
+        assert measure(neighbour, METHOD["dense pattern"]) == Cell("close", "dense pattern", result, 3e-7)
+
+
+def test_packages_that_are_not_there() -> None:
+    absent = Neighbour("absent", "cache", package="no-such-package")
+    assert measure(absent, METHODS[0]).note == "not installed (pip install no-such-package)"
+    assert version_of(absent) == ""
+    assert measure(BY_NAME["Nunchaku"], METHODS[0]).result == "not tried"
+
+
+def test_the_command_writes_rows_and_tells_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.csv"
+    assert run.main(["--only", "nunch", "--out", str(out)]) == 0
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == list(METHOD)
+    assert {row["result"] for row in rows} == {"not tried"}
+    assert rows[0]["torch_version"] == torch.__version__
+    monkeypatch.setattr(run, "measure", lambda n, m: Cell(n.name, m.name, "differs", 0.5))
+    assert run.main(["--only", "SeaCache", "--out", str(out)]) == 1
+    with pytest.raises(SystemExit):
+        run.main(["--only", "nothing"])
+    assert "--only must begin the name of a neighbour, got 'nothing'" in capsys.readouterr().err
+
+
+def test_two_processes_are_asked_of_their_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = next(iter(PARALLEL))
+    monkeypatch.setattr(run, "measure_parallel", lambda n: [Cell(n.name, m, "within", 1e-7) for m in METHOD])
+    assert [row["error"] for row in run.rows_of(PARALLEL[name])] == ["1.0e-07"] * len(METHOD)
