@@ -33,8 +33,7 @@ from genattn.guidance.passes.pass_role import PassReader, PassRole
 from genattn.guidance.passes.prediction import batch_of
 from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
-from genattn.seam.cache_dit import left_out
-from genattn.seam.denoiser import INJECTION, current_run
+from genattn.seam.denoiser import INJECTION, current_run, without_cache_dit
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.processors import stock_class
 from genattn.seam.report import GenAttnWarning
@@ -268,7 +267,7 @@ class NAG(Plugin):
         _refuse_whole_compile(run.model)
         carried.layout, _ = known.inputs.layout(run.model, {**carried.inputs, **theirs})
         passers = {place: Passer(block, gives) for place, block, gives in blocks_of(run.model, known.way, passed=True)}
-        with run.extra_pass("nag"), left_out(run.model), swapped(run.model, passers):
+        with run.extra_pass("nag"), without_cache_dit(run.model), swapped(run.model, passers):
             _called(inner, known.inputs.names, args, kwargs, theirs)
         carried.theirs = {place: passer.__dict__["seen"] for place, passer in passers.items()}
         streams = {stream.stack: stream for stream in known.way.streams}

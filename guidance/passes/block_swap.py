@@ -19,7 +19,7 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.guidance.passes.prediction import take_rows
 from genattn.layouts.site import AttentionSite
-from genattn.seam.cache_dit import is_held
+from genattn.seam.denoiser import held_by_cache_dit
 
 # denoisers whose blocks form one chain, as tests/guidance/softpag/test_softpag_families.py shows for each
 CHAINS = frozenset(
@@ -105,7 +105,7 @@ class BlockOrder:
             return "the model is compiled as a whole; compile its blocks instead (compile_repeated_blocks)"
         if getattr(self.model, "_parallel_config", None) is not None:
             return "the model runs under context parallelism"
-        if is_held(self.model):
+        if held_by_cache_dit(self.model):
             return "cache-dit is on the model, and decides by what the first blocks give in every pass"
         for place in self.before(depth):
             if isinstance(self.block(place), Stand):

@@ -18,7 +18,7 @@ from genattn.guidance.passes.block_swap import BlockOrder, Stand, swapped
 from genattn.guidance.s2 import S2Guidance
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
-from genattn.seam.cache_dit import is_held, left_out, own_state
+from genattn.seam.denoiser import held_by_cache_dit, own_cache_dit_state, without_cache_dit
 from genattn.seam.handle import apply
 
 
@@ -127,7 +127,7 @@ def test_no_prefix_is_repeated_where_every_pass_decides_by_it(cached: tuple[Any,
         assert BlockOrder(plain, handle.sites).why_no_reuse(2) is None
 
 
-def test_a_block_that_never_ran_cannot_be_left_out() -> None:
+def test_a_block_that_never_ran_cannot_be_without_cache_dit() -> None:
     model = build_model("wan")
     with apply(model, DensePattern()) as handle:
         order = BlockOrder(model, handle.sites)
@@ -166,7 +166,7 @@ def test_states_of_passes_are_apart_and_go_with_the_run(cached: tuple[Any, dict[
     manager._current_context = main
     seen = {}
     for name in ("cond+a", "cond+b", "cond+a"):
-        with own_state(model, name):
+        with own_cache_dit_state(model, name):
             extra = states["blocks"]
             assert extra is not main
             assert seen.setdefault(name, extra) is extra
@@ -176,7 +176,7 @@ def test_states_of_passes_are_apart_and_go_with_the_run(cached: tuple[Any, dict[
         assert (states["blocks"], manager._current_context) == (main, main)
     assert seen["cond+a"] is not seen["cond+b"]
     assert main.cache_config.enable_separate_cfg
-    with contextlib.suppress(KeyError), own_state(model, "x"):
+    with contextlib.suppress(KeyError), own_cache_dit_state(model, "x"):
         raise KeyError
     assert states["blocks"] is main
 
@@ -189,20 +189,20 @@ def test_left_out_runs_every_block_with_the_hooks_of_offloading(cached: tuple[An
         pre_forward=lambda module, *a, **k: told.append("in") or (a, k),
         post_forward=lambda module, out: told.append("out") or out,
     )
-    with left_out(model):
+    with without_cache_dit(model):
         assert torch.equal(model(**inputs, return_dict=False)[0], plain)
     assert told == ["in", "out"]
     del model._hf_hook
-    with left_out(model):
+    with without_cache_dit(model):
         assert torch.equal(model(**inputs, return_dict=False)[0], plain)
     assert isinstance(model.forward, functools.partial)
 
 
 def test_a_model_without_it_is_left_alone() -> None:
     model = build_model("wan")
-    assert not is_held(model)
+    assert not held_by_cache_dit(model)
     before = dict(model.__dict__)
-    with own_state(model, "cond+x"), left_out(model):
+    with own_cache_dit_state(model, "cond+x"), without_cache_dit(model):
         assert dict(model.__dict__) == before
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from genattn.apps.pages.stacking_table import stacking_table
+from genattn.apps.laboratory.stacking.table import stacking_table
 from genattn.errors import GenAttnError
 
 WHERE = {"device": "CPU", "torch_version": "2", "diffusers_version": "0", "commit": "abc", "date": "2026-01-02"}

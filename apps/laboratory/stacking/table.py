@@ -1,10 +1,12 @@
-"""The table of what stacks with what, from the rows of `genattn.apps.laboratory.stacking.run`."""
+"""The table of what stacks with what, from the rows of `run`."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from genattn.apps.pages.tables import Row, markdown_table, read_rows
 from genattn.errors import GenAttnError
+
+Row = dict[str, str]
 
 
 def stacking_table(file: Path) -> str:
@@ -12,7 +14,7 @@ def stacking_table(file: Path) -> str:
 
     Raises GenAttnError for a cell that differs from its reference: no page may show that as if it were fine.
     """
-    newest = {(row["neighbour"], row["method"]): row for row in read_rows(file)}
+    newest = newest_rows(file)
     names = list(dict.fromkeys(name for name, _ in newest))
     methods = list(dict.fromkeys(method for _, method in newest))
     notes: list[str] = []
@@ -21,7 +23,15 @@ def stacking_table(file: Path) -> str:
         rows = [newest.get((name, method)) for method in methods]
         body.append([_label(name, rows), *(_cell(row, notes) for row in rows)])
     below = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
-    return f"{markdown_table(['beside', *methods], body)}\n\n{below}\n\n<sub>{_where(list(newest.values()))}</sub>"
+    lines = [["beside", *methods], ["---"] * (1 + len(methods)), *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{below}\n\n<sub>{_where(list(newest.values()))}</sub>"
+
+
+def newest_rows(file: Path) -> dict[tuple[str, str], Row]:
+    """The last row of each (neighbour, method)."""
+    with file.open(newline="") as handle:
+        return {(row["neighbour"], row["method"]): row for row in csv.DictReader(handle)}
 
 
 def _label(name: str, rows: Sequence[Row | None]) -> str:
