@@ -218,6 +218,16 @@ def wrapped(plugin: Plugin, inner: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@contextlib.contextmanager
+def other_caches(model: nn.Module, noted: list[list[Any]], suffix: str, pass_name: str) -> Iterator[None]:
+    """An extra pass, for caches of all kinds. noted: the pipeline's open cache contexts, the last one innermost."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(own_cache_dit_state(model, pass_name))
+        if noted:
+            stack.enter_context(other_cache_context(model, type(model), noted[-1], suffix))
+        yield
+
+
 # ---- beside cache-dit: it counts the forwards of a denoiser and keeps what its blocks gave by that count, so an extra pass of
 # ours must not count as one of the pipeline's. Nothing of it is imported: a model that it has on carries the manager of its
 # states, their names, and the forward under its own.

@@ -16,16 +16,7 @@ from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import Part, gathered, has_text_apart, held_by_each, places_of, shared_attention, split_of
 from genattn.seam.cores import MARK, Mark, StockCore
-from genattn.seam.denoiser import (
-    RootCalls,
-    current_run,
-    other_cache_context,
-    own_cache_dit_state,
-    run_of,
-    same_objects,
-    stock_state,
-    wrapped,
-)
+from genattn.seam.denoiser import RootCalls, current_run, other_caches, run_of, same_objects, stock_state, wrapped
 from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
 from genattn.seam.processors import (
     Claim,
@@ -244,9 +235,7 @@ class Injection:
     def _extra_pass(self, run: Run, name: str) -> Iterator[Run]:
         extra = replace(run, pass_name=f"{run.pass_name or 'pass'}+{name}", extra=name)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(own_cache_dit_state(self.model, str(extra.pass_name)))
-            if self.cache:
-                stack.enter_context(other_cache_context(self.model, type(self.model), self.cache[-1], name))
+            stack.enter_context(other_caches(self.model, self.cache, name, str(extra.pass_name)))
             stack.enter_context(self.recorded.recording(extra))
             yield stack.enter_context(current_run(extra))
 
