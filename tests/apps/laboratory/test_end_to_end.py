@@ -14,6 +14,7 @@ from genattn.apps.laboratory.end_to_end import Stopwatch, clock_one, run_samples
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.run import DENSE, AttentionSettings
 from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.pipelines.long_clip.riflex import FrameStretch
 
 MAP = shipped_model().parent / "maps" / "tiny-wan.safetensors"
 
@@ -57,6 +58,15 @@ def test_lengths_are_rows_of_their_own() -> None:
     assert list(rows) == [(61, "dense"), (125, "dense"), (125, "window")]
     assert rows[125, "window"]["oracle_change"] == 0.5
     assert (rows[61, "dense"]["tokens"], rows[125, "window"]["tokens"]) == (4096, 8192)
+
+
+def test_frames_beyond_the_trained_ones_are_stretched(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_on: list[FrameStretch] = []
+    monkeypatch.setattr(end_to_end.genattn, "apply", lambda pipe, plugin: put_on.append(plugin))
+    assert end_to_end.opened("tiny-wan", 61)[1]["num_frames"] == 61
+    assert not put_on
+    assert end_to_end.opened("tiny-wan", 125)[1]["num_frames"] == 125
+    assert [plugin.trained_frames for plugin in put_on] == [16]
 
 
 def test_the_window_holds_a_quarter_of_any_clip() -> None:
