@@ -29,10 +29,11 @@ def adaptive_table(file: Path) -> str:
             blocks.append(f"**{model}, share {share:g}**\n\n{markdown_table(header, body)}")
     first = rows[0]
     note = (
-        "Every step and layer sparse, 12 steps (tiny-wan-long: 8), held-out captions, the same noise in all rows of a caption. "
-        "Error: root of the mean squared relative error of the attention output in three steps of the dense run, early, middle and "
-        "late. Square brackets: 95 % bootstrap intervals over captions; against static: PSNR less that of radial (tiny-wan) or the "
-        "window (the others) without a tail, paired by caption. Oracle: share of colour, shape and motion it finds as asked. "
+        "Every step and layer sparse, 12 steps (tiny-wan-long: 8), held-out captions, the same noise in all rows of a "
+        "caption. Error: root of the mean squared relative error of the attention output in three steps of the dense run, "
+        "early, middle and late. Square brackets: 95 % bootstrap intervals over captions; against static: PSNR less that of "
+        "radial (tiny-wan) or the window (the others) without a tail, paired by caption. Oracle: share of colour, shape and "
+        "motion it finds as asked. "
         f"{first['device']}, torch "
         f"{first['torch_version']}, {first['date']}; the clock of a busy machine, at a length where attention is a small part."
     )
