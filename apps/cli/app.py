@@ -24,6 +24,10 @@ def app_command(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port; default: the first free one from 7860.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder for runs and uploads; the only one that can be read.")] = Path("out/app"),
+    settings: Annotated[
+        list[Path] | None,
+        typer.Option(help="A settings file of `genattn tune`, offered as a preset; several times for several."),
+    ] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Most height x width of a request.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="Most frames of a clip.")] = None,
     max_long_frames: Annotated[int | None, typer.Option(help="Most frames of a long video.")] = None,
@@ -59,7 +63,7 @@ def app_command(
     _check_place(folder, host, port)
     limits = Limits(**{name: value for name, value in asked.items() if value is not None})
     keep_offline(folder.resolve())
-    session = Session(folder, model or (), limits, dtype, device, cpu_offload)
+    session = Session(folder, model or (), limits, dtype, device, cpu_offload, settings or ())
     page, url = serve(session, host, port, open_browser)
     if as_json:
         print_json({"url": url, "models": session.names(), "folder": str(session.folder), "limits": vars(limits)})

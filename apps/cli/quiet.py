@@ -16,6 +16,8 @@ _LINES: dict[str, tuple[str, ...]] = {
     "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
     # an optional kernel for 4 bits on CPUs
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward from kernels-community",),
+    # the slower reader of pictures is as good; no model here needs the other
+    "transformers.utils.import_utils": ("requires torchvision (not installed); falling back to",),
     # for whoever registers the enum, which is torchao
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported by torch.compile",),
 }

@@ -19,6 +19,7 @@ from genattn.errors import GenAttnError
 # what one prompt cannot tell apart: measured seconds and PSNR move about by so much between prompts
 FASTER, NEARER_DB = 1.05, 1.0
 HOPELESS_SPEED, HOPELESS_DB = 0.75, 6.0
+_SKIPS = 0.97  # a share of the scores above it is dense attention under another name
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
         name,
         len(found),
         statistics.fmean(s["seconds"] for s in found),
-        statistics.median(s["dense_seconds"] / s["seconds"] for s in found),
+        statistics.median(s["speedup"] for s in found),
         statistics.fmean(s["density"] for s in found),
         statistics.fmean(s["psnr"] for s in found),
         min(s["psnr"] for s in found),
@@ -120,7 +121,7 @@ def choose(rows: Sequence[Row], goal: Goal) -> Row | None:
 
 def _reaches(row: Row, goal: Goal) -> bool:
     oracle = -1.0 if row.oracle is None else row.oracle
-    return (
+    return row.density < _SKIPS and (
         row.speedup >= (goal.budget or 0)
         and row.psnr >= (goal.min_psnr or 0)
         and (not goal.min_oracle or oracle >= goal.min_oracle)
@@ -139,10 +140,11 @@ def front(rows: Sequence[Row]) -> list[Row]:
 def still_running(rows: Sequence[Row]) -> list[Row]:
     """The rows that are worth another prompt: another is clearly faster and clearly nearer to dense than those that fall out.
 
-    Dense itself stands among the others: 1 times as fast, and equal to dense. A row on the front never falls out, unless it is
-    clearly slower than dense.
+    What skips nothing at this size falls out too. Dense itself stands among the others: 1 times as fast, and equal to dense. A
+    row on the front of the others never falls out, unless it is clearly slower than dense.
     """
-    return [row for row in rows if row.speedup * FASTER >= 1 and not any(_beats(other, row) for other in rows)]
+    sparse = [row for row in rows if row.density < _SKIPS]
+    return [row for row in sparse if row.speedup * FASTER >= 1 and not any(_beats(other, row) for other in sparse)]
 
 
 def _beats(other: Row, row: Row) -> bool:

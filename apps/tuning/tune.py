@@ -1,13 +1,17 @@
 """`genattn tune`: try the ladder of patterns on one's own model and prompts, and keep the settings that reach a goal.
 
 profile -> everything sparse, first prompt -> out: what is beaten -> the rest also with a dense start -> further prompts
-dense  a  b  c | dense  d  e  f | ...        a dense run stands beside every few settings: a busy machine slows both
+dense  a  b  c | dense  d  e  f | ...        a dense run stands beside every few settings
+
+Speed is a ratio of seconds: by the clock on an accelerator, of the processor on a CPU. There whatever else runs on the machine
+changes the clock from run to run by more than the settings differ.
 
 out/settings.json    what `--settings`, "settings:PATH", the app and ComfyUI read; map.safetensors beside it where it needs one
 out/front.png        speed against nearness of all that was tried
 out/journal.jsonl    every finished run; the same command goes on from it, and another goal costs only what it adds
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,6 +149,16 @@ def oracle_known(text: str) -> bool:
     return parse_caption(text) is not None
 
 
+def timed(
+    pipe: Any, call: dict[str, Any], text: str, seed: int, setting: AttentionSettings, title: str
+) -> tuple[RunResult, float]:
+    """One run, and the seconds to compare it by: of the processor on a CPU, else of the clock."""
+    begun = time.process_time()
+    result = run_once(pipe, call, text, seed, setting, title)
+    used = time.process_time() - begun
+    return result, used if str(pipe.device) == "cpu" else result.seconds
+
+
 class _Search:
     """One tuning run: its pipeline, and the runs that are still to do."""
 
@@ -228,25 +242,25 @@ class _Search:
         """Run what is missing of `settings` on prompt `number`, a dense run beside every few of them."""
         todo = [setting for setting in settings if not self.journal.done(setting.name, number)]
         most = (len(settings) + before) * (prompts - number)
-        dense: RunResult | None = None
+        dense: tuple[RunResult, float] | None = None
         for at, setting in enumerate(todo):
             self.tell(
                 len(self.journal.samples), len(self.journal.samples) + most - (len(settings) - len(todo)) - at, setting.name
             )
+            if setting.name not in self.warm:  # before the dense run too: the first call in a process pays for its set-up
+                warm_up(self.pipe, self.call, self.texts[number], setting)
+                self.warm.add(setting.name)
             if at % BESIDE_DENSE == 0:
                 dense = self._sampled(number, DENSE)
             assert dense is not None
-            if setting.name not in self.warm:
-                warm_up(self.pipe, self.call, self.texts[number], setting)
-                self.warm.add(setting.name)
             self.journal.add(self._sample(number, setting, dense))
 
-    def _sampled(self, number: int, setting: AttentionSettings) -> RunResult:
+    def _sampled(self, number: int, setting: AttentionSettings) -> tuple[RunResult, float]:
         title = f"{number + 1}/{len(self.texts)} {setting.name}"
-        return run_once(self.pipe, self.call, self.texts[number], self.seed + number, setting, title)
+        return timed(self.pipe, self.call, self.texts[number], self.seed + number, setting, title)
 
-    def _sample(self, number: int, setting: AttentionSettings, dense: RunResult) -> dict[str, Any]:
-        result = self._sampled(number, setting)
+    def _sample(self, number: int, setting: AttentionSettings, beside: tuple[RunResult, float]) -> dict[str, Any]:
+        (dense, dense_time), (result, own_time) = beside, self._sampled(number, setting)
         text = self.texts[number]
         scores = oracle_scores(result.frames, text) if self.judge else None
         return {
@@ -254,6 +268,7 @@ class _Search:
             "prompt": number,
             "seconds": result.seconds,
             "dense_seconds": dense.seconds,
+            "speedup": dense_time / own_time,
             "density": result.density,
             "peak_memory_gb": result.peak_memory_gb,
             "psnr": psnr(result.frames, dense.frames),

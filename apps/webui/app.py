@@ -52,11 +52,11 @@ def build(session: Session) -> Any:
                 image = image_tab(session)
             with gr.Tab("Video", id="video"):
                 video = video_tab(session)
-            with gr.Tab("Long video", id="long"):
+            with gr.Tab("Long", id="long"):
                 long = long_tab(session)
-            with gr.Tab("Mask explorer", id="mask"):
+            with gr.Tab("Masks", id="mask"):
                 masks = mask_tab(session)
-            with gr.Tab("HeadHunter", id="hunt"):
+            with gr.Tab("Heads", id="hunt"):
                 hunt = hunt_tab(session)
             with gr.Tab("Report", id="report"):
                 reports = report_tab(session)
@@ -82,6 +82,7 @@ def serve(
     """Start the server in a thread; gives (page, address). Raises GenAttnError if the port is taken."""
     with redirect_stdout(sys.stderr):  # Gradio tells of its caches where a program expects our JSON
         page = build(session)
+    from genattn.apps.webui.tabs.player import HEAD
     from genattn.apps.webui.theme import CSS, theme
 
     try:
@@ -100,6 +101,7 @@ def serve(
             enable_monitoring=False,
             theme=theme(),
             css=CSS,
+            head=HEAD,
         )
     except OSError as error:
         raise GenAttnError(

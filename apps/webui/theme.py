@@ -2,10 +2,14 @@
 
 import gradio as gr
 
+from genattn.apps.webui.tabs.player import CSS as PLAYER_CSS
+
 SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 
-CSS = """
+CSS = (
+    PLAYER_CSS
+    + """
 .gradio-container { max-width: 1320px !important; width: 100% !important; margin: 0 auto !important; }
 .gradio-container main, .gradio-container .tabs, .gradio-container .tabitem { width: 100%; }
 #title { margin: 6px 0 0 0; }
@@ -26,8 +30,21 @@ CSS = """
 .small img, .small video { image-rendering: pixelated; }
 .clickable img { cursor: pointer; }
 .caption { margin-top: 4px; }
+/* six tabs side by side on a phone; nothing is cut */
+.gradio-container { min-width: 0 !important; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  .tab-container button { padding: 0 5px !important; font-size: 0.82rem !important; min-width: 0 !important; }
+  .gradio-container main.app { padding: 8px 6px !important; }
+  .tabitem { padding: 8px !important; }
+  .gradio-container .row { flex-wrap: wrap; }
+  .gradio-container .column { min-width: 0 !important; }
+  .gradio-container table { font-size: 0.8rem; }
+  .run-row { position: sticky; bottom: 0; z-index: 5; background: var(--body-background-fill); }
+}
 .caption p { font-size: 0.85rem; font-weight: 600; color: var(--body-text-color-subdued); margin: 0; }
 """
+)
 
 
 def theme() -> gr.themes.Base:
@@ -44,5 +61,7 @@ def theme() -> gr.themes.Base:
         block_label_text_color="*neutral_600",
         block_shadow="none",
         input_border_width="1px",
+        input_border_color="*neutral_300",
+        checkbox_border_color="*neutral_400",
         input_shadow="none",
     )

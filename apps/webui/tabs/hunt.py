@@ -33,7 +33,7 @@ def hunt_tab(session: Session) -> dict[str, Any]:
         missing_model("text-to-image or text-to-video")
         return {}
     with gr.Row():
-        with gr.Column(scale=2, min_width=340):
+        with gr.Column(scale=2, min_width=320):
             fields = _fields(session, names, moving=not session.names(video=False))
         with gr.Column(scale=3):
             run, results, saving = _results(pixel_classes(session, names))
@@ -65,12 +65,12 @@ def _fields(session: Session, names: Sequence[str], moving: bool) -> dict[str, A
     with gr.Row():
         rounds = gr.Number(1, label="Rounds", precision=0, minimum=1, min_width=80)
         top_k = gr.Number(2, label="Heads a round", precision=0, minimum=1, min_width=80)
-        scale = gr.Number(3.0, label="Guidance w", min_width=80)
+        scale = gr.Number(3.0, label="Guidance strength", min_width=80)
     with gr.Accordion("More", open=False):
         pool = gr.Textbox("", label="Heads to choose from", placeholder="all; or e.g. L2-5")
         u = gr.Slider(0, 1, 1.0, step=0.05, label="u while searching")
         target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
-        batch = gr.Slider(1, 16, 4, step=1, label="Candidates a forward")
+        batch = gr.Slider(1, 16, 4, step=1, label="Candidates per model call")
         sheet = gr.Checkbox(True, label="Draw every head's picture: the contact sheet")
         sizes = size_fields(session, names[0], *(["frames"] if moving else []), "steps")
     fields = {"prompts": prompts, "objectives": objectives, "pool": pool, "rounds": rounds, "top_k": top_k, "u": u}

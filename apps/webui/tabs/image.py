@@ -9,6 +9,7 @@ from genattn.apps.webui.tabs.parts import (
     QUIET,
     Run,
     cards,
+    downloads,
     local_file,
     missing_model,
     model_choice,
@@ -44,11 +45,11 @@ def image_tab(session: Session) -> dict[str, Any]:
         missing_model("text-to-image")
         return {}
     with gr.Row():
-        with gr.Column(scale=2, min_width=380):
+        with gr.Column(scale=2, min_width=320):
             fields, grid, upload = _fields(session, names)
         with gr.Column(scale=3):
-            run, results = _results(pixel_classes(session, names))
-    draw = page_verb(image, session, fields, results, figures=_figures)
+            run, results, files = _results(session, pixel_classes(session, names))
+    draw = page_verb(image, session, fields, results, figures=_figures, downloads=files)
     event = run.wire(draw, fields.values(), results.values(), "image")
     gr.Examples(
         EXAMPLES if names[0] == "tiny-sd3" else [[PROMPT, "L1", 0.5, 3.0]],
@@ -68,11 +69,11 @@ def _fields(session: Session, names: Sequence[str]) -> tuple[dict[str, Any], gr.
     """The verb's fields in its order, the head map and the upload of a head set."""
     model = model_choice(session, names)
     prompt = prompt_box(PROMPT)
-    heads = gr.Textbox("", label="Perturbed heads", placeholder="click on the map, or write L2H1,L4H0", elem_id="heads")
+    heads = gr.Textbox("", label="Heads to disturb", placeholder="click on the map, or write L2H1,L4H0", elem_id="heads")
     grid = picture("Layer x head: click to choose", "clickable", buttons=[], elem_id="head-map")
     with gr.Row():
-        u = gr.Slider(0, 1, 0.5, step=0.05, label="Strength u", min_width=150)
-        scale = gr.Slider(-2, 8, 3.0, step=0.25, label="Guidance w", min_width=150)
+        u = gr.Slider(0, 1, 0.5, step=0.05, label="How much (u)", min_width=150)
+        scale = gr.Slider(-2, 8, 3.0, step=0.25, label="Guidance strength", min_width=150)
     seed, fresh = seed_fields()
     with gr.Accordion("More", open=False):
         target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
@@ -83,8 +84,8 @@ def _fields(session: Session, names: Sequence[str]) -> tuple[dict[str, Any], gr.
     return {**fields, "negative_prompt": negative, **sizes, "model": model}, grid, upload
 
 
-def _results(small: list[str]) -> tuple[Run, dict[str, Any]]:
-    """The buttons, and where the verb's values are shown."""
+def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], Any]:
+    """The buttons, where the verb's values are shown, and how the downloads are found."""
     run = run_row("Draw both", "image")
     pair = gr.ImageSlider(
         label="without guidance | guided",
@@ -95,7 +96,9 @@ def _results(small: list[str]) -> tuple[Run, dict[str, Any]]:
         elem_classes=small,
     )
     figures = gr.HTML("")
-    return run, {"pair": pair, "seed": seed_used(), "report": report_field("image-report"), "figures": figures}
+    taken, files = downloads(session, "image-files")
+    shown = {"pair": pair, "seed": seed_used(), "report": report_field("image-report"), "figures": figures}
+    return run, {**shown, "downloads": taken}, files
 
 
 def _wire_map(session: Session, fields: Mapping[str, Any], grid: gr.Image, upload: gr.File) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ def long_tab(session: Session) -> dict[str, Any]:
         missing_model("text-to-video")
         return {}
     with gr.Row():
-        with gr.Column(scale=2, min_width=340):
+        with gr.Column(scale=2, min_width=320):
             fields = _fields(session, names)
         with gr.Column(scale=3):
             run, results, more, again = _results(pixel_classes(session, names))

@@ -13,6 +13,7 @@ from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError
 
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "hidden"}
+FROM_REPORT = ("figures", "player", "downloads")
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -79,7 +80,8 @@ def page_verb(
     """`verb` as the page and programs call it: what it needs from `fields`, what it tells into `results`.
 
     fields: by the verb's own names, in the order in which programs pass them; what the verb does not name goes into its
-    `**form`. results: names of its values; "figures" is made from its report. dress: how a value becomes what is shown.
+    `**form`. results: names of its values; those of FROM_REPORT are made from its report. dress: how a value becomes what
+    is shown.
     """
     names, told = tuple(fields), tuple(results)
 
@@ -101,7 +103,7 @@ def streamed(
     """Updates as rows for the page: the status line, then the values called `names`; what is not new is skipped."""
 
     def cell(values: Mapping[str, Any], name: str) -> Any:
-        source = "report" if name == "figures" else name
+        source = "report" if name in FROM_REPORT else name
         return dress.get(name, lambda value: value)(values[source]) if source in values else gr.skip()
 
     try:
@@ -133,7 +135,7 @@ class refusing:
 def picture(caption: str, *classes: str, **settings: Any) -> gr.Image:
     """A picture that the server draws, its caption above it, where it hides nothing."""
     gr.Markdown(caption, elem_classes="caption")
-    look: dict[str, Any] = {"buttons": ["fullscreen"], "type": "pil", "format": "png", "show_label": False}
+    look: dict[str, Any] = {"buttons": ["download", "fullscreen"], "type": "pil", "format": "png", "show_label": False}
     return gr.Image(interactive=False, elem_classes=["drawn", *classes], **{"label": caption, **look, **settings})
 
 
@@ -141,6 +143,12 @@ def report_field(elem_id: str) -> gr.JSON:
     """The full report, folded away."""
     with gr.Accordion("Report", open=False):
         return gr.JSON(show_label=False, elem_id=elem_id, max_height=420)
+
+
+def downloads(session: Session, elem_id: str) -> tuple[gr.File, Callable[[Any], Any]]:
+    """Every file of a run to take along, and how they are found from its report."""
+    field = gr.File(label="Download", file_count="multiple", interactive=False, elem_id=elem_id)
+    return field, lambda report: session.files_of(report)
 
 
 def prompt_box(value: str, label: str = "Prompt", lines: int = 2, info: str | None = None, **more: Any) -> gr.Textbox:

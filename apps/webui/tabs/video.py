@@ -1,17 +1,21 @@
 """The tab Video: the dense clip beside the sparse one, with seconds, density and PSNR."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
 from genattn.apps.sampling.attention_names import ATTENTIONS
 from genattn.apps.webui.tabs.parts import (
+    QUIET,
     Run,
     cards,
+    downloads,
+    in_words,
     missing_model,
     model_choice,
     page_verb,
+    picture,
     pixel_classes,
     prompt_box,
     report_field,
@@ -20,12 +24,17 @@ from genattn.apps.webui.tabs.parts import (
     seed_used,
     size_fields,
 )
+from genattn.apps.webui.tabs.player import EMPTY, player
+from genattn.apps.webui.verbs.cost import cost_line
+from genattn.apps.webui.verbs.sampling import ClipForm, chosen_attention
 from genattn.apps.webui.verbs.session import Session
 from genattn.apps.webui.verbs.video import video
+from genattn.errors import GenAttnError
 
 PROMPT = "a red circle moves right on a dark background"
 SPARSE = [name for name, make in ATTENTIONS.items() if make is not None]
 COLUMNS = ("attention", "seconds", "density", "psnr", "ssim", "peak_memory_gb")
+_SIZES = ("frames", "steps", "height", "width")
 ONE_RUN = (
     "Seconds are of one run each after a warm-up, on this machine as busy as it is now; at small sizes attention is a small"
     " part of a step. Figures with intervals: `genattn compare`."
@@ -44,12 +53,19 @@ def video_tab(session: Session) -> dict[str, Any]:
         missing_model("text-to-video")
         return {}
     with gr.Row():
-        with gr.Column(scale=2, min_width=340):
+        with gr.Column(scale=2, min_width=320):
             fields = _fields(session, names)
-        with gr.Column(scale=3):
-            run, results = _results(pixel_classes(session, names))
-    film = page_verb(video, session, fields, results, rows=_table, figures=_figures)
+        with gr.Column(scale=3, min_width=320):
+            small = pixel_classes(session, names)
+            run, results, files = _results(session, small)
+
+    def shown(report: dict[str, Any]) -> str:
+        dense, sparse = session.files_of(report)[:2]
+        return player(dense, sparse, report["runs"][1]["attention"], bool(small))
+
+    film = page_verb(video, session, fields, results, rows=_table, figures=_figures, player=shown, downloads=files)
     event = run.wire(film, fields.values(), results.values(), "video")
+    _wire_cost(session, fields, results["cost"])
     gr.Examples(
         EXAMPLES if names[0] == "tiny-wan" else [[PROMPT, "radial", "", 0.25]],
         [fields[name] for name in ("prompt", "attention", "pattern_options", "dense_steps")],
@@ -67,10 +83,10 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     """The verb's fields in its order."""
     model = model_choice(session, names)
     prompt = prompt_box(PROMPT)
-    attention = gr.Dropdown(SPARSE, value="radial", label="Sparse attention")
+    attention = gr.Dropdown([*session.presets, *SPARSE], value=next(iter(session.presets), "radial"), label="Sparse attention")
     with gr.Row():
-        dense_steps = gr.Number(0.25, label="Dense steps", info="share (< 1) or number", minimum=0, min_width=110)
-        dense_layers = gr.Number(1, label="Dense layers", info="first layers", precision=0, minimum=0, min_width=110)
+        dense_steps = gr.Number(0.25, label="Keep first steps dense", info="share (< 1) or number", minimum=0, min_width=110)
+        dense_layers = gr.Number(1, label="Keep first layers dense", info="number", precision=0, minimum=0, min_width=110)
     seed, fresh = seed_fields()
     with gr.Accordion("More", open=False):
         options = gr.Textbox("", label="Pattern settings (JSON)", placeholder='{"decay": 0.5}', lines=1)
@@ -81,26 +97,53 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     return {**fields, "negative_prompt": negative, **sizes, "model": model}
 
 
-def _results(small: list[str]) -> tuple[Run, dict[str, Any]]:
-    """The buttons, and where the verb's values are shown."""
+def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], Callable[[Any], Any]]:
+    """The buttons, where the verb's values are shown, and how the downloads are found."""
+    cost = gr.Markdown("What will this cost? A change of the fields tells.", elem_id="video-cost", elem_classes="hint")
     run = run_row("Make both clips", "video")
-    pair = _player("pair", small, "dense | sparse, in step")
-    with gr.Row():
-        dense = _player("dense", small)
-        sparse = _player("sparse", small)
+    both = gr.HTML(EMPTY, elem_id="video-player")
     figures = gr.HTML("")
+    strip = picture("Film strip: the same frames dense, sparse, and what differs", type="filepath", elem_id="film-strip")
+    layers = picture(
+        "Tiles that each layer visited in the last step: rows queries, columns keys", type="filepath", elem_id="layer-map"
+    )
+    with gr.Accordion("The clips as files", open=False):
+        with gr.Row():
+            dense = _player("dense", small)
+            sparse = _player("sparse", small)
+        pair = _player("pair", small, "dense | sparse in one film")
     table = gr.Dataframe(headers=list(COLUMNS), interactive=False, label="Runs", elem_id="video-rows")
     gr.Markdown(ONE_RUN, elem_classes="hint")
+    taken, files = downloads(session, "video-files")
     seed, report = seed_used(), report_field("video-report")
-    return run, {
-        "pair": pair,
-        "dense": dense,
-        "sparse": sparse,
-        "seed": seed,
-        "report": report,
-        "rows": table,
-        "figures": figures,
-    }
+    shown = {"pair": pair, "dense": dense, "sparse": sparse, "seed": seed, "report": report, "rows": table, "figures": figures}
+    return run, {**shown, "player": both, "strip": strip, "layers": layers, "downloads": taken, "cost": cost}, files
+
+
+def _wire_cost(session: Session, fields: dict[str, Any], line: gr.Markdown) -> None:
+    """Say what a run would cost when a field changes: where the model is open already and no run is under way."""
+    names = ("model", "prompt", "attention", "pattern_options", "dense_steps", "dense_layers", *_SIZES)
+
+    def cost(*values: Any) -> str:
+        given = dict(zip(names, values))
+        try:
+            model = session.check_name(given["model"], video=True)
+            attention = chosen_attention(session, *(given[name] for name in names[2:6]))
+            form = ClipForm.read(**{name: given[name] for name in names[6:]})
+            if not session.is_open(model):
+                return "The run says what it will cost as soon as the model is open."
+            if not session.lock.acquire(blocking=False):
+                return "A run is under way; it said what it costs."
+            try:
+                return cost_line(session, model, form, given["prompt"], attention)
+            finally:
+                session.lock.release()
+        except GenAttnError as error:
+            return f"**This cannot run:** {in_words(error)}"
+
+    told = [fields[name].change for name in ("attention", "dense_steps", "dense_layers", *_SIZES)]
+    given = [fields[name] for name in names]
+    gr.on([*told, fields["pattern_options"].blur], cost, given, line, trigger_mode="always_last", **QUIET)
 
 
 def _player(name: str, classes: list[str], label: str | None = None) -> gr.Video:

@@ -48,6 +48,22 @@ def read_seed(seed: Any, randomize: bool) -> int:
     return found
 
 
+def chosen_attention(session: Session, name: str, options: str | None, dense_steps: Any, dense_layers: Any) -> Any:
+    """The AttentionSettings that the form names. A preset of the session says itself what stays dense.
+
+    Raises GenAttnError for dense attention, an unknown name, or settings that the pattern refuses.
+    """
+    from genattn.apps.sampling.attention_names import pattern_from_name
+    from genattn.apps.sampling.run import AttentionSettings
+
+    if name in session.presets:
+        return session.presets[name]
+    pattern = pattern_from_name(name, options)
+    if pattern is None:
+        raise GenAttnError("dense attention always runs beside the other; choose a sparse one")
+    return AttentionSettings(name, pattern, number("dense steps", dense_steps), whole("dense layers", dense_layers, 0))
+
+
 def open_for(job: Job, session: Session, model: Model, form: ClipForm) -> tuple[Any, dict[str, Any]]:
     """The pipeline and the arguments of its call, checked against model and server; raises GenAttnError."""
     from genattn.apps.sampling.run import SamplingSettings, call_arguments

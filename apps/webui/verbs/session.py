@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Model:
 class Session:
     """Models, folder, limits and the lock under which a job runs.
 
-    sources: folders or hub ids; none for the tiny models that are shipped.
+    sources: folders or hub ids; none for the tiny models that are shipped. settings: files of `genattn tune`, offered as
+    presets. Raises GenAttnError for one that cannot be read.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Session:
         dtype: str = "auto",
         device: str | None = None,
         cpu_offload: str | None = None,
+        settings: Sequence[Path] = (),
     ) -> None:
+        self.presets = _read_presets(settings)
         self.folder, self.limits = Path(folder).resolve(), limits or Limits()
         self.dtype, self.device, self.cpu_offload = dtype, device, cpu_offload
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -54,6 +57,7 @@ class Session:
         self._opening = threading.Lock()
         self._pipes: dict[str, Any] = {}
         self._layers: dict[str, dict[int, int]] = {}
+        self._seconds: dict[tuple[Any, ...], float] = {}
 
     # ---- models
 
@@ -89,7 +93,25 @@ class Session:
         self.open(model)
         return self._layers[model.name]
 
+    def is_open(self, model: Model) -> bool:
+        """Whether the model is loaded, so that asking about it costs nothing."""
+        return model.name in self._pipes
+
     # ---- runs
+
+    def seconds_of(self, model: str, call: Mapping[str, Any]) -> float | None:
+        """What the last dense run of this size took here, None before the first."""
+        return self._seconds.get(_size(model, call))
+
+    def remember_seconds(self, model: str, call: Mapping[str, Any], seconds: float) -> None:
+        """Keep what a dense run took."""
+        self._seconds[_size(model, call)] = seconds
+
+    def files_of(self, report: Mapping[str, Any]) -> list[str]:
+        """Every file of a run that is there, its report last."""
+        folder = self.run_folder(str(report["run"]))
+        names = [*report.get("files", ()), "report.json"]
+        return [str(folder / name) for name in dict.fromkeys(names) if (folder / name).is_file()]
 
     def new_run(self, verb: str) -> Path:
         """A new folder for one run, its name not to be guessed; the oldest runs make room for it."""
@@ -147,6 +169,22 @@ class Session:
             raise GenAttnError(f"run {run!r} has no report: it was stopped before its end")
         found: dict[str, Any] = json.loads(file.read_text())
         return found
+
+
+def _size(model: str, call: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (model, *(call.get(name) for name in ("num_frames", "height", "width", "num_inference_steps")))
+
+
+def _read_presets(files: Sequence[Path]) -> dict[str, Any]:
+    """AttentionSettings by the name shown: the file's folder where it has the usual name, else its own."""
+    from genattn.apps.sampling.saved_settings import attention_from_file
+
+    found: dict[str, Any] = {}
+    for file in files:
+        stem = file.resolve().parent.name if file.stem == "settings" else file.stem
+        name = f"tuned: {stem}"
+        found[name if name not in found else f"{name} ({len(found)})"] = attention_from_file(file)
+    return found
 
 
 def _describe(sources: Sequence[str]) -> list[Model]:

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from genattn.apps.sampling.attention_names import pattern_from_name
+from genattn.apps.webui.verbs.cost import cost_line
+from genattn.apps.webui.verbs.film_pictures import film_strip, layer_map
 from genattn.apps.webui.verbs.job import Job, Update
-from genattn.apps.webui.verbs.limits import number, whole
-from genattn.apps.webui.verbs.sampling import ClipForm, describe_call, open_for, read_seed, sample
+from genattn.apps.webui.verbs.sampling import ClipForm, chosen_attention, describe_call, open_for, read_seed, sample
 from genattn.apps.webui.verbs.session import Model, Session
-from genattn.errors import GenAttnError
+from genattn.apps.webui.verbs.watched import WatchedSparse
+from genattn.seam.schedule import Schedule
 
 
 def video(
@@ -27,20 +28,15 @@ def video(
 ) -> Iterator[Update]:
     """Sample a clip densely and sparsely.
 
-    attention: a name of `attention_names`, but dense; pattern_options: its settings as a JSON object. dense_steps: first steps
-    kept dense, a share (< 1) or a number. form: fields of `ClipForm`. An update that holds `dense` or `sparse` (MP4 paths)
-    comes as soon as that clip is there; the last one has them with `pair` (both in one film, so that they play in step),
-    `seed`, `rows` (one dict a run) and `report`.
+    attention: a preset of the session, or a name of `attention_names`, but dense; pattern_options: its settings as a JSON
+    object. dense_steps: first steps kept dense, a share (< 1) or a number. form: fields of `ClipForm`. The first update of the
+    work says what it will cost. One that holds `dense` or `sparse` (MP4 paths) comes as soon as that clip is there; the last
+    has them with `pair` (both in one film), `strip` and `layers` (PNG paths), `seed`, `rows` (one dict a run) and `report`.
     Raises GenAttnError for anything that model, pattern or server cannot serve.
     """
-    from genattn.apps.sampling.run import AttentionSettings
-
     session.limits.check_prompts(prompt, form.get("negative_prompt"))
     chosen, wanted = session.check_name(model, video=True), ClipForm.read(**form)
-    pattern = pattern_from_name(attention, pattern_options)
-    if pattern is None:
-        raise GenAttnError("dense attention always runs beside the other; choose a sparse one")
-    settings = AttentionSettings(attention, pattern, number("dense steps", dense_steps), whole("dense layers", dense_layers, 0))
+    settings = chosen_attention(session, attention, pattern_options, dense_steps, dense_layers)
     drawn = read_seed(seed, randomize_seed)
 
     def work(job: Job) -> dict[str, Any]:
@@ -55,8 +51,10 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
 
     pipe, call = open_for(job, session, model, form)
     fps = float(own_defaults(pipe).get("fps", 16))
+    told_cost = cost_line(session, model, form, prompt, settings)
+    job.tell("will cost", cost=told_cost)
     run = session.new_run("video")
-    schedule = {"dense_steps": settings.steps_to_keep, "dense_layers": settings.dense_layers}
+    schedule = settings.schedule
     # the first pass through a model, a plan and a kernel pays for its set-up; seconds are to be compared
     short = {**call, "num_inference_steps": 1}
     sample(job, pipe, short, prompt, seed, "warming up, dense")
@@ -64,12 +62,16 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
     tags = {"prompt": prompt, "seed": seed}
     dense, _ = sample(job, pipe, call, prompt, seed, "dense")
     write_video(run / "dense.mp4", dense.frames, fps, {**tags, "attention": "dense"})
+    session.remember_seconds(model.name, call, dense.seconds)
     job.tell("dense clip ready", dense=str(run / "dense.mp4"))
-    sparse, told = sample(job, pipe, call, prompt, seed, settings.name, [settings.pattern], **schedule)
+    watched = WatchedSparse(settings.pattern, Schedule(**schedule))
+    sparse, told = sample(job, pipe, call, prompt, seed, settings.name, [watched])
     write_video(run / "sparse.mp4", sparse.frames, fps, {**tags, "attention": settings.name})
     # two players drift apart, and the same seed would seem to move differently
     both = np.concatenate([dense.frames, sparse.frames], axis=2)
     write_video(run / "side-by-side.mp4", both, fps, {**tags, "attention": f"dense | {settings.name}"})
+    film_strip(dense.frames, sparse.frames, settings.name).save(run / "film-strip.png")
+    layer_map(watched.pictured()).save(run / "layers.png")
     rows = [_row("dense", dense, None, dense, model, prompt), _row(settings.name, sparse, told, dense, model, prompt)]
     report = {
         "verb": "video",
@@ -77,11 +79,13 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
         "fps": fps,
         "pattern": repr(settings.pattern),
         **schedule,
+        "cost": told_cost,
         "runs": rows,
         "attention": told.to_dict(),
-        "files": ["dense.mp4", "sparse.mp4", "side-by-side.mp4"],
+        "files": ["dense.mp4", "sparse.mp4", "side-by-side.mp4", "film-strip.png", "layers.png"],
     }
     names = {"dense": "dense.mp4", "sparse": "sparse.mp4", "pair": "side-by-side.mp4"}
+    names |= {"strip": "film-strip.png", "layers": "layers.png"}
     files = {name: str(run / file) for name, file in names.items()}
     return {**files, "seed": seed, "rows": rows, "report": session.write_report(run, report)}
 

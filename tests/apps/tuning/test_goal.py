@@ -83,6 +83,12 @@ def test_the_race_lets_go_of_what_is_clearly_beaten() -> None:
     assert still_running(judged) == judged
 
 
+def test_what_skips_nothing_is_no_choice() -> None:
+    same = Row("radial", 1, 1.0, 1.8, 1.0, 30.0, 30.0, 0.9)
+    assert choose([same], Goal(budget=1.5)) is None
+    assert still_running([same]) == []
+
+
 def test_hopeless_is_far_from_the_goal() -> None:
     assert hopeless(row("a", 1.4, 50), Goal(budget=2))
     assert not hopeless(row("a", 1.6, 50), Goal(budget=2))
@@ -94,7 +100,7 @@ def test_hopeless_is_far_from_the_goal() -> None:
 def test_samples_become_rows() -> None:
     def sample(prompt: int, seconds: float, psnr: float, oracle: float | None) -> dict[str, object]:
         return {
-            **{"setting": "a", "prompt": prompt, "seconds": seconds, "dense_seconds": 6.0, "density": 0.5},
+            **{"setting": "a", "prompt": prompt, "seconds": seconds, "speedup": 6.0 / seconds, "density": 0.5},
             **{"psnr": psnr, "ssim": 0.5, "oracle": oracle, "peak_memory_gb": float(prompt)},
         }
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,13 +33,13 @@ def settings(random_wan_folder: Path) -> SamplingSettings:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sparse runs take a third of the time of dense ones: the choice must not hang on the machine."""
-    stock = tuning.run_once
 
-    def run_once(pipe: Any, call: Any, prompt: str, seed: int, setting: Any, title: str) -> Any:
-        found = stock(pipe, call, prompt, seed, setting, title)
-        return replace(found, seconds=3.0 if setting.pattern is None else 1.0 + found.density / 10)
+    def timed(pipe: Any, call: Any, prompt: str, seed: int, setting: Any, title: str) -> Any:
+        found = tuning.run_once(pipe, call, prompt, seed, setting, title)
+        seconds = 3.0 if setting.pattern is None else 1.0 + found.density / 10
+        return replace(found, seconds=seconds), seconds
 
-    monkeypatch.setattr(tuning, "run_once", run_once)
+    monkeypatch.setattr(tuning, "timed", timed)
     monkeypatch.setattr(tuning, "warm_up", lambda *_: None)
 
 
@@ -76,7 +77,7 @@ def test_from_prompts_to_one_file_that_runs(settings: SamplingSettings, tmp_path
 def test_a_stop_at_any_run_loses_nothing_and_changes_nothing(
     settings: SamplingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted: dict[str, Any] = {"families": ("window", "radial"), "densities": (0.4,)}
+    wanted: dict[str, Any] = {"families": ("window",), "densities": (0.2, 0.4)}
     whole = tune(settings, PROMPTS, Goal(min_psnr=1), tmp_path / "whole", **wanted)
     lines = (tmp_path / "whole" / "journal.jsonl").read_text().splitlines()
     stock, counter = tuning.run_once, itertools.count(1)
@@ -106,6 +107,14 @@ def test_a_stop_at_any_run_loses_nothing_and_changes_nothing(
     assert not (tmp_path / "whole" / "settings.json").exists()
     with pytest.raises(GenAttnError, match="belongs to a request with another prompts"):
         tune(settings, ["a bird"], Goal(budget=2), tmp_path / "whole", **wanted)
+
+
+def test_speed_is_of_the_processor_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter((10.0, 14.0, 10.0, 14.0))
+    monkeypatch.setattr(tuning.time, "process_time", lambda: next(ticks))
+    monkeypatch.setattr(tuning, "run_once", lambda *_: SimpleNamespace(seconds=99.0))
+    pipes: list[Any] = [SimpleNamespace(device="cpu"), SimpleNamespace(device="cuda:0")]
+    assert [tuning.timed(pipe, {}, "a", 0, tuning.DENSE, "t")[1] for pipe in pipes] == [4.0, 99.0]
 
 
 def test_refused_before_a_model_is_opened(settings: SamplingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

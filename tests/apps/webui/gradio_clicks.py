@@ -12,7 +12,15 @@ from typing import Any
 
 CHROMIUM = "/usr/bin/chromium"
 PATIENCE = 600_000
-TABS = ("Image", "Video", "Long video", "Mask explorer", "HeadHunter", "Report")
+# and the names of their pictures
+TABS = {
+    "Image": "image",
+    "Video": "video",
+    "Long": "long_video",
+    "Masks": "mask_explorer",
+    "Heads": "headhunter",
+    "Report": "report",
+}
 
 
 class Visitor:
@@ -85,13 +93,13 @@ class Visitor:
             self.page.wait_for_timeout(100)
         raise AssertionError("it never came to hold")
 
-    def shoot(self, tab: str) -> Path:
+    def shoot(self, tab: str, suffix: str = "") -> Path:
         """A picture of the whole page in few colours, hence small."""
         from PIL import Image
 
         self.page.mouse.move(0, 0)
         self.page.wait_for_timeout(800)
-        path = self.folder / f"app_{tab.lower().replace(' ', '_')}.png"
+        path = self.folder / f"app_{TABS[tab]}{suffix}.png"
         self.page.screenshot(path=path, full_page=True)
         with Image.open(path) as picture:
             small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
@@ -100,13 +108,13 @@ class Visitor:
 
 
 @contextmanager
-def visiting(url: str, folder: Path, quick: bool = False) -> Iterator[Visitor]:
-    """A visitor of the app at `url`. quick: the least work in every tab."""
+def visiting(url: str, folder: Path, quick: bool = False, width: int = 1280) -> Iterator[Visitor]:
+    """A visitor of the app at `url`. quick: the least work in every tab. width: of the window, in pixels."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 860})
+        page = browser.new_page(viewport={"width": width, "height": 860})
         visitor = Visitor(page, folder, quick)
         page.goto(url)
         page.locator("#title").wait_for()
@@ -134,13 +142,14 @@ def video(v: Visitor) -> None:
     if v.quick:
         v.example("video")
     v.run("video")
-    assert v.page.locator("#clip-dense video").count() == 1
-    assert v.page.locator("#clip-sparse video").count() == 1
+    v.page.locator("#ab-player video").first.wait_for()
+    v.page.locator("#film-strip img").wait_for()
+    v.page.locator("#layer-map img").wait_for()
 
 
 def long(v: Visitor) -> None:
     """A film: stopped after its first second, then resumed."""
-    v.open("Long video")
+    v.open("Long")
     v.number("Frames", 65 if v.quick else 97)
     more = v.page.get_by_text("More", exact=True).locator("visible=true")
     more.click()  # one window without lookahead: minutes less
@@ -159,7 +168,7 @@ def long(v: Visitor) -> None:
 
 def mask(v: Visitor) -> None:
     """A click picks another token."""
-    v.open("Mask explorer")
+    v.open("Masks")
     v.until(lambda: v.value("#mask-token") != "")
     before, drawn = v.value("#mask-token"), v.page.locator("#mask-window img").first.get_attribute("src")
     v.click_in("#mask-window", 0.35, 0.3)
@@ -169,7 +178,7 @@ def mask(v: Visitor) -> None:
 
 def hunt(v: Visitor) -> None:
     """Find heads, save them, take them to the first tab."""
-    v.open("HeadHunter")
+    v.open("Heads")
     v.page.get_by_text("More", exact=True).locator("visible=true").click()
     v.page.get_by_label("Heads to choose from").locator("visible=true").fill("L1" if v.quick else "L2-3")
     v.number("Steps", 1 if v.quick else 6)
@@ -182,7 +191,7 @@ def hunt(v: Visitor) -> None:
     if v.page.locator("#heads").count():  # there is an image model
         v.page.locator("#use-heads").click()
         v.until(lambda: v.value("#heads") == found)
-        v.open("HeadHunter")
+        v.open("Heads")
 
 
 def report(v: Visitor) -> None:
