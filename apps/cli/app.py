@@ -18,30 +18,32 @@ def app_command(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", help="Folder or hub id of a pipeline; several times for several. Default: the tiny ones."
+            "--model", "-m", help="Folder or hub id of a pipeline. Repeat the option for several. Default: the tiny models."
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port; default: the first free one from 7860.")] = None,
-    folder: Annotated[Path, typer.Option(help="Folder for runs and uploads; the only one that can be read.")] = Path("out/app"),
+    folder: Annotated[Path, typer.Option(help="Folder for runs and uploads. The server reads no other.")] = Path("out/app"),
     settings: Annotated[
         list[Path] | None,
-        typer.Option(help="A settings file of `genattn tune`, offered as a preset; several times for several."),
+        typer.Option(help="A settings file of `genattn tune`, offered as a preset. Repeat the option for several."),
     ] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="Most height x width of a request.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="Most frames of a clip.")] = None,
-    max_long_frames: Annotated[int | None, typer.Option(help="Most frames of a long video.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Most denoising steps.")] = None,
-    max_upload: Annotated[int | None, typer.Option(help="Most bytes of an uploaded file.")] = None,
-    max_disk: Annotated[int | None, typer.Option(help="Most bytes of all runs kept; the oldest go first.")] = None,
-    max_queue: Annotated[int | None, typer.Option(help="Most requests waiting.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Largest height x width of a request, in pixels.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Largest number of frames of a clip.")] = None,
+    max_long_frames: Annotated[int | None, typer.Option(help="Largest number of frames of a long video.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Largest number of denoising steps.")] = None,
+    max_upload: Annotated[int | None, typer.Option(help="Largest size of an uploaded file, in bytes.")] = None,
+    max_disk: Annotated[
+        int | None, typer.Option(help="Disk space for all runs, in bytes. The oldest are deleted first.")
+    ] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Largest number of waiting requests.")] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     cpu_offload: options.CpuOffload = None,
     as_json: options.Json = False,
 ) -> None:
-    """Serve the app: guided pictures, sparse beside dense, endless video, masks, head hunts, reports. Ctrl-C ends it.
+    """Serve the app in a browser: guided pictures, sparse beside dense, endless video, masks, head search. Ctrl-C ends it.
 
     Example: genattn app --host 0.0.0.0 --max-pixels 262144 --max-frames 49 --max-steps 30
     """

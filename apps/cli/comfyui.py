@@ -52,7 +52,7 @@ def workflows_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: the pack's example_workflows.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write the example workflows from the pack's API graphs, by the node definitions of a running ComfyUI.
+    """Rewrite the example workflows with the node definitions of a running ComfyUI.
 
     Example: genattn comfyui workflows --url http://127.0.0.1:8188 --out out
     """

@@ -15,7 +15,7 @@ from genattn.errors import GenAttnError
 
 def evidence_command(
     root: Annotated[Path | None, typer.Option(help="A checkout of the project; default: the one this runs from.")] = None,
-    check: Annotated[bool, typer.Option(help="Write nothing; fail when the pages are not what the files say.")] = False,
+    check: Annotated[bool, typer.Option(help="Write nothing, and fail if the pages do not match the files.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Rebuild docs/evidence.md (every claim, what was measured, a verdict) and docs/scale.md from the files in assets/.

@@ -17,7 +17,7 @@ def finetune_command(
         Path, typer.Option(help="Folder of clips with .txt captions or metadata.jsonl/.csv, or a webdataset .tar.")
     ],
     model: options.Model = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; an unfinished run in it goes on.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run. An unfinished run in it goes on.")] = Path(
         "out/finetune"
     ),
     attention: options.Attention = "radial",
@@ -28,16 +28,16 @@ def finetune_command(
     width: options.Width = None,
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA on query, key, value and output.")] = 128,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    minutes: Annotated[float, typer.Option(help="Stop by the clock; start again to go on.")] = 1e9,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's peak rate.")] = 1e-4,
-    batch: Annotated[int, typer.Option(help="Clips per step and GPU.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Stop after this many minutes. The same command goes on.")] = 1e9,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-4,
+    batch: Annotated[int, typer.Option(help="Clips per step on each GPU.")] = 1,
     dense_layers: Annotated[int, typer.Option(help="First blocks kept dense while training.")] = 2,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute blocks: less memory, a third more time.")] = True,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, a third more time.")] = True,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     context_parallel: Annotated[int, typer.Option(help="GPUs that share one clip's tokens.")] = 1,
-    save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints, and samples.")] = 10.0,
+    save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints and samples.")] = 10.0,
     sample_prompt: Annotated[
-        list[str] | None, typer.Option(help="Draw this at every checkpoint; several times for several.")
+        list[str] | None, typer.Option(help="Prompt to draw at every checkpoint. Repeat the option for several.")
     ] = None,
     sample_steps: Annotated[int | None, typer.Option(help="Denoising steps of the samples; default: the model's.")] = None,
     seed: options.Seed = 0,
@@ -45,7 +45,7 @@ def finetune_command(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Train a LoRA for longer videos through sparse attention; stock `load_lora_weights` loads it.
+    """Train a LoRA for longer videos with sparse attention. Diffusers' own `load_lora_weights` loads it.
 
     Example: genattn finetune --model assets/tiny-wan --data clips --attention radial --frames-factor 2 --lora-rank 16
     """

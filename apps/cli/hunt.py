@@ -19,40 +19,52 @@ if TYPE_CHECKING:
 
 @options.sampling_options()
 def hunt_command(
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line: these decide.")],
+    prompts: Annotated[Path, typer.Option(help="A text file of prompts, one per line. Heads are chosen on these.")],
     objective: Annotated[
         list[str],
-        typer.Option(help="NAME or NAME=WEIGHT, several allowed: sharpness, -warmth, clip_score:PATH, module:function."),
+        typer.Option(
+            help="What to maximise: NAME or NAME=WEIGHT, such as sharpness, -warmth, "
+            "clip_score:PATH, module:function. Repeat for several."
+        ),
     ],
     settings: "SamplingSettings",
-    held_out: Annotated[Path | None, typer.Option(help="Text file of prompts for the last check.")] = None,
-    floor: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: least mean score of an objective.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds R.")] = 1,
-    top_k: Annotated[int, typer.Option("--top-k", help="Heads added per round.")] = 3,
+    held_out: Annotated[Path | None, typer.Option(help="A text file of other prompts, for the last check.")] = None,
+    floor: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: an objective whose mean score must not fall below the value.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of the search.")] = 1,
+    top_k: Annotated[int, typer.Option("--top-k", help="Heads added in each round.")] = 3,
     heads: Annotated[str | None, typer.Option(help='Heads to choose from, e.g. "L6-11"; default: all.')] = None,
-    min_layer: Annotated[int, typer.Option(help="Leave out layers below: later layers make guidance cheaper.")] = 0,
-    u: Annotated[float, typer.Option(help="How far heads are drawn to the target while searching.")] = 1.0,
-    tune_u: Annotated[str, typer.Option(help="Weights to try on the final set, e.g. 0.25,0.5,1.")] = "",
-    scale: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
+    min_layer: Annotated[int, typer.Option(help="First layer to search. Guidance by later layers is cheaper.")] = 0,
+    u: Annotated[float, typer.Option(help="How strongly heads are disturbed during the search, 0 to 1.")] = 1.0,
+    tune_u: Annotated[str, typer.Option(help="Strengths to try on the final set, such as 0.25,0.5,1.")] = "",
+    scale: Annotated[float, typer.Option(help="Guidance strength: how far to move away from the disturbed result.")] = 3.0,
     target: Annotated[
-        str, typer.Option(help="identity, identity_image, image_to_image, uniform, mean_query, zero.")
+        str,
+        typer.Option(
+            help="What a disturbed head computes instead: identity, identity_image, "
+            "image_to_image, uniform, mean_query or zero."
+        ),
     ] = "identity",
-    halving: Annotated[int, typer.Option(help="2: few prompts for many heads, all for the best; 1: all for all.")] = 1,
+    halving: Annotated[
+        int, typer.Option(help="2: try all heads on few prompts and the best on all; 1: all heads on all prompts.")
+    ] = 1,
     probe_keep: Annotated[
-        int | None, typer.Option(help="Heads that the cheap probe leaves to the full check; 0 trusts it.")
+        int | None, typer.Option(help="How many heads the cheap first check passes on to the full one. 0: no full check.")
     ] = None,
     returned: Annotated[
-        str, typer.Option(help="best: the set of the best round; all: the heads of all rounds, as published.")
+        str, typer.Option(help="best: the heads of the best round; all: those of all rounds, as in the paper.")
     ] = "best",
-    batch: Annotated[int, typer.Option(help="Candidates per forward.")] = 4,
-    call: Annotated[str, typer.Option(help="More arguments of the pipeline's call, as JSON.")] = "{}",
-    log: Annotated[Path, typer.Option(help="Remembers every score; the same command goes on after a kill.")] = Path(
-        "out/hunt.jsonl"
-    ),
-    out: Annotated[Path, typer.Option("--out", "-o", help="The head set.")] = Path("out/heads.json"),
+    batch: Annotated[int, typer.Option(help="Candidates per model call.")] = 4,
+    call: Annotated[str, typer.Option(help="Further arguments for the pipeline's call, as JSON.")] = "{}",
+    log: Annotated[
+        Path, typer.Option(help="File that keeps every score. After a stop the same command goes on from it.")
+    ] = Path("out/hunt.jsonl"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The head set to write.")] = Path("out/heads.json"),
     as_json: options.Json = False,
 ) -> None:
-    """Find the attention heads whose perturbation guides best; several processes share the work under `accelerate launch`.
+    """Find the attention heads that guide best when they are disturbed. Several processes share the work under
+    `accelerate launch`.
 
     Example: genattn hunt --prompts captions.txt --objective genattn.pipelines.tiny.oracle_objective:caption_match --rounds 2
     """

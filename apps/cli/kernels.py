@@ -21,16 +21,18 @@ def _bench() -> None:
 
 @bench_app.command("attention")
 def bench_attention_command(
-    quick: Annotated[bool, typer.Option(help="A few shapes; under three minutes on a CPU.")] = False,
-    impl: Annotated[list[str] | None, typer.Option(help="A backend to measure; several times for several.")] = None,
+    quick: Annotated[bool, typer.Option(help="Only a few shapes: under three minutes on a CPU.")] = False,
+    impl: Annotated[list[str] | None, typer.Option(help="A backend to measure. Repeat the option for several.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Interleaved rounds.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Start no case after this long; default 150 on a GPU.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Start no new case after this many seconds; default on a GPU: 150.")
+    ] = None,
     device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of ratio against density.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time over density to this file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Block-sparse attention against every dense backend of this machine, as time / (density x dense time).
+    """Time block-sparse attention against every dense backend of this machine. Results are checked before they are timed.
 
     Example: genattn bench attention --quick --out out/attention.csv
     """
@@ -59,7 +61,7 @@ def bench_attention_command(
 
 @bench_app.command("autotune")
 def autotune_command(
-    head_dim: Annotated[list[int] | None, typer.Option(help="Head dimension; several times for several.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head dimension. Repeat the option for several.")] = None,
     rounds: Annotated[int, typer.Option(help="Runs of each setting.", min=1)] = 5,
     as_json: options.Json = False,
 ) -> None:
@@ -81,11 +83,11 @@ def autotune_command(
 
 
 def doctor_command(
-    head_dim: Annotated[int, typer.Option(help="Head dimension to ask for.")] = 128,
+    head_dim: Annotated[int, typer.Option(help="Head dimension to check the backends for.")] = 128,
     report: Annotated[bool, typer.Option(help="One text to paste into a bug report: versions too, no private paths.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """What this machine can run, and what the other backends lack.
+    """Tell what this machine can run, and what the other backends need.
 
     Example: genattn doctor
     """

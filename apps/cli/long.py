@@ -23,19 +23,24 @@ def long_command(
     context: typer.Context,
     settings: "SamplingSettings",
     prompt: Annotated[str, typer.Option(help='What to show, or a schedule: 0:"a red circle" 120:"it turns blue".')] = "",
-    partitions: Annotated[int, typer.Option(help="Windows in the queue; more means smaller steps in noise and more work.")] = 4,
-    lookahead: Annotated[bool, typer.Option(help="Every latent sees cleaner ones; twice the work.")] = True,
+    partitions: Annotated[
+        int, typer.Option(help="Windows in the queue. More windows mean smaller noise steps and more work.")
+    ] = 4,
+    lookahead: Annotated[bool, typer.Option(help="Every latent sees cleaner ones; twice the work, as in the paper.")] = True,
     prompt_fade: Annotated[int, typer.Option(help="Frames over which two prompts cross-fade.")] = 0,
-    window_batch: Annotated[int, typer.Option(help="Windows per forward: throughput against memory.")] = 1,
-    drift_correction: Annotated[float, typer.Option(help="0 (off) to 1: pull colours back to the first frames.")] = 0.0,
+    window_batch: Annotated[int, typer.Option(help="Windows per model call: more is faster and takes more memory.")] = 1,
+    drift_correction: Annotated[
+        float, typer.Option(help="Pull colours back to those of the first frames: 0 (off) to 1.")
+    ] = 0.0,
     ouroboros: Annotated[bool, typer.Option(help="Coherent tail and memory of Ouroboros-Diffusion.")] = False,
     seed: options.Seed = 0,
     fps: options.Fps = None,
     folder: Annotated[Path, typer.Option(help="Folder for the film, its first frame and its checkpoint.")] = Path("out/long"),
-    resume: Annotated[Path | None, typer.Option(help="Folder of a stopped run, to go on with.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a stopped run that should go on.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Make a video of any length at constant memory; it plays while it grows, and Ctrl-C or a kill loses almost nothing.
+    """Make a video of any length at constant memory. It can be played while it grows. After Ctrl-C or a kill it goes on
+    with --resume.
 
     The first frame is in FOLDER/first_frame.png as soon as it is decoded. What the film will cost is told before it starts;
     the quickest setting is --partitions 1 --no-lookahead.
@@ -134,12 +139,13 @@ def _ouroboros() -> Any:
 
 def measure_command(
     file: Annotated[Path, typer.Argument(help="A video, or a picture.")],
-    fps: Annotated[float | None, typer.Option(help="Frames a second; default: the file's.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second; default: the file's.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a file without any model, and tell the prompt, seed and settings it carries.
+    """Measure a video or picture without a model, and show the prompt, seed and settings stored in it.
 
-    A video: flicker, smoothness, motion, consistency, drift, seams, repetition. A picture: the statistics that hunt knows.
+    A video: flicker, smoothness, motion, consistency, drift, seams, repetition. A picture: sharpness, contrast and the other
+    statistics of `genattn hunt`.
 
     Example: genattn measure out/demo.mp4 --json
     """

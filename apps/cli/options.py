@@ -26,7 +26,9 @@ FirstModel = Annotated[
     typer.Option("--model", "-m", help="Folder or hub id of a diffusers pipeline; default: the shipped tiny-wan-long."),
 ]
 Prompt = Annotated[str, typer.Option(help="What to show.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid: by guidance, or by NAG at guidance scale 1.")]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What to avoid. Works through guidance, or through NAG where the guidance scale is 1.")
+]
 FrameCount = Annotated[int | None, typer.Option("--frames", help="Frames; default: what the model was made for.")]
 Height = Annotated[int | None, typer.Option(help="Pixels; default: what the model was made for.")]
 Width = Annotated[int | None, typer.Option(help="Pixels; default: what the model was made for.")]
@@ -82,19 +84,33 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; defaul
 CpuOffload = Annotated[str | None, typer.Option(help="model or group: keep weights on the CPU between uses.")]
 Lora = Annotated[
     list[str] | None,
-    typer.Option("--lora", help="LoRA file or hub id, with :WEIGHT behind it; several times for several.", metavar="FILE[:W]"),
+    typer.Option(
+        "--lora",
+        help="LoRA file or hub id, followed by :WEIGHT if it is not 1. Repeat the option for several.",
+        metavar="FILE[:W]",
+    ),
 ]
-StartImage = Annotated[Path | None, typer.Option("--image", help="Picture to start from (image-to-video and the like).")]
+StartImage = Annotated[Path | None, typer.Option("--image", help="Picture to start from, for image-to-video models.")]
 SoftPagHeads = Annotated[
-    str | None, typer.Option("--softpag", help="Guide by disturbing heads: L3H1,L5 or a head set's .json.", metavar="HEADS")
+    str | None,
+    typer.Option(
+        "--softpag",
+        help="SoftPAG guidance: the attention heads to disturb, such as L3H1,L5, or the .json of a head set.",
+        metavar="HEADS",
+    ),
 ]
-SoftPagU = Annotated[float, typer.Option(help="How far the heads are disturbed, 0 to 1.", show_default=True)]
-SoftPagScale = Annotated[float, typer.Option(help="How strongly to move away from the disturbed result.", show_default=True)]
+SoftPagU = Annotated[float, typer.Option(help="SoftPAG: how strongly the heads are disturbed, 0 to 1.", show_default=True)]
+SoftPagScale = Annotated[
+    float, typer.Option(help="SoftPAG: how far to move away from the disturbed result.", show_default=True)
+]
 BroadWayAlpha = Annotated[
-    str | None, typer.Option("--broadway", help="More motion: a strength (0.3) or a preset (animatediff).", metavar="ALPHA")
+    str | None,
+    typer.Option(
+        "--broadway", help="BroadWay, more motion: a strength such as 0.3, or the preset animatediff.", metavar="ALPHA"
+    ),
 ]
-Enhance = Annotated[float | None, typer.Option(help="Enhance-A-Video: its weight, e.g. 1.0.")]
-Fps = Annotated[float | None, typer.Option(help="Frames a second of the written video; default: the model's or 16.")]
+Enhance = Annotated[float | None, typer.Option(help="Enhance-A-Video: its weight, such as 1.0.")]
+Fps = Annotated[float | None, typer.Option(help="Frames per second of the video; default: the model's, else 16.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="File to write; its folder is made.", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, nothing else.")]
 

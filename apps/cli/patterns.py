@@ -25,11 +25,11 @@ def simulate_command(
     tile_k: Annotated[str | None, typer.Option(help="Key tile; default: the one with the least work.")] = None,
     block: Annotated[int, typer.Option(help="Tokens per tile when tiles are chosen.")] = 128,
     attention_share: Annotated[
-        float, typer.Option(help="Share of a run's time that becomes sparse, for end to end.", min=0, max=1)
+        float, typer.Option(help="Share of a run's time spent in attention, to predict the whole run.", min=0, max=1)
     ] = 1.0,
     as_json: options.Json = False,
 ) -> None:
-    """Bound the speed-up of neighborhood attention: by the worst tile (as NATTEN does) and by total work.
+    """Tell how much faster neighborhood attention can be at most, by its slowest tile (as NATTEN counts) and by its total work.
 
     Example: genattn simulate --grid 30x48x80 --window 18x24x24 --stride 16x8x8 --tile-q 4x8x8 --tile-k 2x8x8
     """
@@ -58,17 +58,21 @@ def plan_command(
     ] = "wan-14b",
     size: Annotated[str | None, typer.Option(help="Pixels, HEIGHTxWIDTH, e.g. 720x1280; default: the model's.")] = None,
     frames: options.FrameCount = None,
-    target_density: Annotated[float, typer.Option(help="Share of the scores that a sparse call may compute.")] = 0.25,
+    target_density: Annotated[
+        float, typer.Option(help="Share of the attention scores that a sparse call may compute, 0 to 1.")
+    ] = 0.25,
     dense_steps: Annotated[float, typer.Option(help="Share of the steps that stays dense.")] = 0.25,
     dense_layers: options.DenseLayers = 1,
     steps: options.Steps = None,
     auto: Annotated[bool, typer.Option(help="Measure on the pipeline --model and choose per layer and head.")] = False,
-    min_psnr: Annotated[float | None, typer.Option(help="Measure: the sparsest settings that keep so many dB.")] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="Measure, and take the sparsest settings that stay within this many dB of dense.")
+    ] = None,
     prompt: options.Prompt = "a red circle moves right on a dark background",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the first setting.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the first setting to this JSON file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Rank patterns for a model and size by predicted speed; name legal sizes nearby and what a run costs.
+    """Rank patterns for a model and size by predicted speed. Also lists the legal sizes nearby and what a run costs.
 
     Example: genattn plan --model wan-14b --size 720x1280 --frames 81 --target-density 0.25
     """
@@ -215,7 +219,7 @@ def show_command(
     text_before: Annotated[int, typer.Option(help="Text tokens before the grid.")] = 0,
     text_after: Annotated[int, typer.Option(help="Text tokens after the grid.")] = 0,
     query: Annotated[
-        str | None, typer.Option(help="Grid place whose window is drawn, e.g. 4x8x8; default: the middle.")
+        str | None, typer.Option(help="Position of the token whose window is drawn, such as 4x8x8; default: the middle.")
     ] = None,
     block: Annotated[int, typer.Option(help="Tokens per tile.")] = 128,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write; default: draw in the terminal.")] = None,

@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 @options.sampling_options()
 def profile_command(
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, at least two.")],
+    prompts: Annotated[Path, typer.Option(help="A text file with at least two prompts, one per line.")],
     settings: "SamplingSettings",
     target_density: Annotated[float, typer.Option(help="Share of the scores that the map visits, in (0, 1].")] = 0.3,
-    samples: Annotated[int, typer.Option(help="Queries per cell that are answered exactly.")] = 8,
+    samples: Annotated[int, typer.Option(help="Queries per block of tokens that are computed exactly.")] = 8,
     seed: options.Seed = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The map; the same command goes on after a kill.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The map to write. After a stop the same command goes on.")] = Path(
         "out/map.safetensors"
     ),
     picture: Annotated[Path | None, typer.Option(help="Draw the map: .png, .svg or .pdf.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Profile a model on a few prompts and write a map: `genattn generate --attention out/map.safetensors`.
+    """Measure what each head of a model looks at, on a few prompts, and write it as a map for `genattn generate
+    --attention MAP`.
 
     Example: genattn profile --prompts captions.txt --target-density 0.3 --out out/map.safetensors --picture out/map.png
     """

@@ -22,11 +22,11 @@ def generate_command(
     settings: "SamplingSettings",
     attention: "AttentionSettings",
     guidance: "GuidanceSettings",
-    prompt: Annotated[list[str] | None, typer.Option(help="What to show; several times for several clips.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show. Repeat the option for several clips.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
     seed: options.Seed = 0,
-    count: Annotated[int, typer.Option(help="Clips per prompt, with seeds SEED, SEED + 1, ...", min=1)] = 1,
-    compare_dense: Annotated[bool, typer.Option(help="Run dense attention too, same seed, and compare.")] = False,
+    count: Annotated[int, typer.Option(help="Clips per prompt, with the seeds SEED, SEED + 1 and so on.", min=1)] = 1,
+    compare_dense: Annotated[bool, typer.Option(help="Also run dense attention from the same seed, and compare.")] = False,
     fps: options.Fps = None,
     out: options.Out = Path("out/video.mp4"),
     as_json: options.Json = False,
@@ -63,13 +63,14 @@ def generate_command(
 @options.sampling_options()
 def compare_command(
     settings: "SamplingSettings",
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; give it several times for several.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
-    held_out: Annotated[int, typer.Option(help="Add so many held-out captions of the tiny world.", min=0)] = 0,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeat the option for several.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
+    held_out: Annotated[int, typer.Option(help="Add this many captions that the tiny models were not trained on.", min=0)] = 0,
     attention: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME, NAME@DENSE_STEPS (radial@0.5) or neighborhood:WINDOW/STRIDE (neighborhood:8x8x8/4x4x4); several times."
+            help="NAME, NAME@DENSE_STEPS (radial@0.5) or neighborhood:WINDOW/STRIDE "
+            "(neighborhood:8x8x8/4x4x4). Repeat the option for several."
         ),
     ] = None,
     dense_layers: options.DenseLayers = 1,
@@ -77,7 +78,7 @@ def compare_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Sample the same prompts under several attentions; quality, time and memory with intervals.
+    """Run the same prompts with several kinds of attention, and compare quality, time and memory, with 95 % intervals.
 
     Example: genattn compare --held-out 20 --attention radial --attention radial@0 --out out/compare.csv
     """
@@ -121,7 +122,7 @@ def explain_command(
     prompt: options.Prompt = "a red circle moves right on a dark background",
     as_json: options.Json = False,
 ) -> None:
-    """Say before a run: which sites, what layout and density, predicted work, what stays dense and why.
+    """Tell before a run what it would do: which layers run sparse, how much they compute, what stays dense and why.
 
     Example: genattn explain --attention radial --dense-steps 0.25
     """

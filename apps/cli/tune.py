@@ -22,16 +22,22 @@ _SHOWN = ("setting", "faster", "seconds", "computed", "PSNR dB", "least dB", "SS
 def tune_command(
     settings: "SamplingSettings",
     budget: Annotated[str | None, typer.Option(help="Times as fast as dense, the whole call.", metavar="2x")] = None,
-    min_psnr: Annotated[float | None, typer.Option(help="Least PSNR against the dense clip, in dB; 30 is near.")] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="Least PSNR against the dense clip, in dB. 30 is near, 25 is visible.")
+    ] = None,
     min_oracle: Annotated[
         float | None, typer.Option(help="Tiny models: least share of what was asked that the clip shows, 0 to 1.")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt of your own use; several times for several.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
-    held_out: Annotated[int, typer.Option(help="Add so many held-out captions of the tiny world.", min=0)] = 0,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt as you would use it. Repeat the option for several.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
+    held_out: Annotated[int, typer.Option(help="Add this many captions that the tiny models were not trained on.", min=0)] = 0,
     families: Annotated[
         list[str] | None,
-        typer.Option("--try", help="window, gna, radial, adaptive or profiled; several times for several. Default: all."),
+        typer.Option(
+            "--try", help="Kind to try: window, gna, radial, adaptive or profiled. Repeat the option for several. Default: all."
+        ),
     ] = None,
     densities: Annotated[str, typer.Option(help="Shares of the scores to try, separated by commas.")] = "0.15,0.25,0.4,0.6",
     profile_map: Annotated[
