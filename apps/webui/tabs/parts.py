@@ -1,6 +1,7 @@
 """What the app's tabs are built from: fields that repeat, results that stream in, refusals in plain words."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,6 +211,11 @@ def plain(value: Any) -> str:
     import html
 
     return html.escape(str(value))
+
+
+def in_decibels(psnr: float | None) -> str:
+    """A PSNR for people; that of equal clips is infinite, which JSON cannot hold and the browser sends back as nothing."""
+    return "equal" if psnr is None or math.isinf(psnr) else f"{psnr:.1f} dB"
 
 
 def cards(*facts: tuple[str, str]) -> str:

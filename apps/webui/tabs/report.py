@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from genattn.apps.webui.tabs.parts import refusing
+from genattn.apps.webui.tabs.parts import in_decibels, refusing
 from genattn.apps.webui.verbs.session import Session
 
 COLUMNS = ("date", "verb", "model", "seconds", "outcome", "run")
@@ -60,7 +60,8 @@ def _brief(report: dict[str, Any]) -> dict[str, Any]:
     runs = report.get("runs") or []
     seconds = report.get("seconds") or sum(run["seconds"] for run in runs) or None
     if report["verb"] == "video":
-        outcome = f"density {runs[1]['density']:.2f}, {runs[1]['psnr']:.1f} dB, {runs[1]['speedup']:.2f}x"
+        nearness = in_decibels(runs[1]["psnr"])
+        outcome = f"density {runs[1]['density']:.2f}, {nearness}, {runs[1]['speedup']:.2f}x"
     elif report["verb"] == "image":
         outcome = f"heads {report['heads']}"
     elif report["verb"] == "hunt":

@@ -11,6 +11,7 @@ from genattn.apps.webui.tabs.parts import (
     Run,
     cards,
     downloads,
+    in_decibels,
     in_words,
     missing_model,
     model_choice,
@@ -159,7 +160,7 @@ def _figures(report: dict[str, Any]) -> str:
     sparse = report["runs"][1]
     facts = [
         (f"{sparse['density']:.0%}", "of the dense scores computed"),
-        (f"{sparse['psnr']:.1f} dB", "PSNR to dense"),
+        (in_decibels(sparse["psnr"]), "PSNR to dense"),
         (f"{sparse['ssim']:.3f}", "SSIM to dense"),
         (f"{sparse['seconds']:.2f} s", f"sparse; dense {report['runs'][0]['seconds']:.2f} s, one run each"),
     ]

@@ -37,7 +37,7 @@ def _parts(found: Any, call: dict[str, Any], seconds: float | None) -> list[str]
         reasons.update(site.reasons)
     calls = sum(site.sparse + site.dense for site in found.sites)
     if calls:
-        kept = f", {reasons.most_common(1)[0][0]} first" if len(reasons) > 1 else "".join(f": {why}" for why in reasons)
-        parts.append(f"{sum(reasons.values()) / calls:.0%} of the calls stay dense{kept if reasons else ''}")
+        most = "".join(f"{', mostly' if len(reasons) > 1 else ''}: {why}" for why, _ in reasons.most_common(1))
+        parts.append(f"{sum(reasons.values()) / calls:.0%} of the calls stay dense{most}")
     parts.append("not yet timed here" if seconds is None else f"the last dense clip of this size took {seconds:.1f} s")
     return parts

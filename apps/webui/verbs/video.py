@@ -87,7 +87,8 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
     names = {"dense": "dense.mp4", "sparse": "sparse.mp4", "pair": "side-by-side.mp4"}
     names |= {"strip": "film-strip.png", "layers": "layers.png"}
     files = {name: str(run / file) for name, file in names.items()}
-    return {**files, "seed": seed, "rows": rows, "report": session.write_report(run, report)}
+    # all values once more: the page keeps the last update of an example
+    return {**files, "seed": seed, "rows": rows, "cost": told_cost, "report": session.write_report(run, report)}
 
 
 def _row(name: str, result: Any, told: Any, dense: Any, model: Model, prompt: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from genattn.errors import GenAttnError
 
 gr = pytest.importorskip("gradio", reason="the app needs gradio")
 
-from genattn.apps.webui.tabs.parts import in_words, streamed  # noqa: E402 -- after the check for gradio
+from genattn.apps.webui.tabs.parts import in_decibels, in_words, streamed  # noqa: E402 -- after the check for gradio
 from genattn.apps.webui.verbs.job import Update  # noqa: E402
 
 
@@ -29,3 +29,7 @@ def test_a_refusal_stays_in_the_status_line() -> None:
 
 def test_options_are_named_as_fields() -> None:
     assert in_words(GenAttnError("--pattern-options must be JSON; see --out")) == "pattern options must be JSON; see out"
+
+
+def test_equal_clips_are_equal() -> None:
+    assert [in_decibels(value) for value in (31.26, float("inf"), None)] == ["31.3 dB", "equal", "equal"]
