@@ -115,7 +115,7 @@ MAY_IMPORT = {
         "genattn genattn/decoding genattn/functional genattn/geometry genattn/layouts genattn/patterns "
         "genattn/planning genattn/seam genattn/selection "
         "guidance/broadway guidance/nag guidance/softpag "
-        "kernels kernels/plan kernels/reference "
+        "kernels kernels/plan kernels/reference pipelines/long_clip "
         "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
         "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"
     ),
