@@ -35,6 +35,11 @@ class PromptedWindows:
         if blend not in ("embeds", "prediction"):
             raise GenAttnError(f"blend must be 'embeds' or 'prediction', got {blend!r}")
         self.base, self.grid, self.schedule, self.guidance_scale, self.blend = base, grid, schedule, guidance_scale, blend
+        if negative_prompt and base.tells_guidance:
+            raise GenAttnError(
+                f"{base.family} is distilled and makes one pass, which reads no negative prompt, got {negative_prompt!r}; "
+                "leave it out, or apply NAG"
+            )
         self.negative_prompt = negative_prompt
         base.guidance_scale = guidance_scale
         decoder = base.decoder()

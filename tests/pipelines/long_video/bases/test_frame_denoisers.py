@@ -48,7 +48,9 @@ def built(request):
     base = frame_denoiser(pipe)
     assert base.family == family
     solver = base.solver(STEPS, (WINDOW, *base.latent_size(size, size)))
-    windows = PromptedWindows(base, solver.grid, PromptSchedule.parse("a cat"), negative_prompt="bad", guidance_scale=GUIDANCE)
+    negative = None if base.tells_guidance else "bad"
+    schedule = PromptSchedule.parse("a cat")
+    windows = PromptedWindows(base, solver.grid, schedule, negative_prompt=negative, guidance_scale=GUIDANCE)
     like = torch.zeros(1, base.channels, WINDOW, *base.latent_size(size, size))
     return types.SimpleNamespace(
         family=family, pipe=pipe, base=base, solver=solver, windows=windows, like=like, size=size, frames=frames, extra=extra

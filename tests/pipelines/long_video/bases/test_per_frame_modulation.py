@@ -214,7 +214,8 @@ def test_a_short_film_is_the_beginning_of_a_long_one(family):
     long, short = (np.stack(list(long_video(pipe, "a cat", num_frames=n, stream=True, **told))) for n in lengths)
     # without a cache the last chunk of a film is decoded with as many latents as are left; the first gives 25 frames
     assert long.shape == (lengths[0], size, size, 3)
-    assert np.array_equal(long[:25], short[:25])
+    # a library's matrix product may round by where its operands lie in memory: one step of 255
+    assert np.abs(long[:25].astype(int) - short[:25].astype(int)).max() <= 1
     assert len(np.unique(long.reshape(len(long), -1), axis=0)) > 20
 
 
@@ -264,6 +265,9 @@ def test_a_told_guidance_scale_makes_one_pass_and_moves_the_answer():
         with torch.no_grad(), base.installed():
             answers.append(base.predict(latents, times, embeds.cond, Pass("cond", 0, 4, 1.0)))
     assert not torch.allclose(answers[0], answers[1])
+    told = {"height": 32, "width": 32, "window": FRAMES, "partitions": 1, "progress": False}
+    with pytest.raises(GenAttnError, match="reads no negative prompt, got 'blur'; leave it out, or apply NAG"):
+        long_video(base.pipe, "a cat", negative_prompt="blur", num_frames=9, **told)
 
 
 def test_the_guider_gives_the_scale_unless_it_is_switched_off():
