@@ -25,7 +25,8 @@ PUBLISHED: tuple[ModelPreset, ...] = (
     ),
     ModelPreset(
         "ltx-2", 32, 128, 48, 16384, (8, 32, 32), (1, 1, 1), cross_tokens=1024, steps=30, size=(512, 768), frames=121,
-        source="defaults of LTX2VideoTransformer3DModel (the video stream alone) and LTX2Pipeline",
+        source="defaults of LTX2VideoTransformer3DModel (the video stream alone) and LTX2Pipeline; "
+        "convert_ltx2_to_diffusers.py has the same for 2.3 and 2.5",
     ),
     ModelPreset(
         "hunyuan-video-1.5", 16, 128, 54, 8192, (4, 16, 16), (1, 1, 1), joint_tokens=1256, size=(480, 832), frames=121,

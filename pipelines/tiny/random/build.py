@@ -17,8 +17,8 @@ from genattn.pipelines.tiny.random.pipes import PIPELINES
 
 
 def families() -> list[str]:
-    """Names that `build_model` knows."""
-    return list(MODELS)
+    """Names that `build_model` knows, as far as the installed diffusers has their models."""
+    return [name for name, spec in MODELS.items() if spec.available]
 
 
 def pipeline_families() -> list[str]:

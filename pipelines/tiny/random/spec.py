@@ -34,8 +34,8 @@ class TinyModel:
 
     @property
     def available(self) -> bool:
-        """Whether the installed diffusers has this class."""
-        return hasattr(diffusers, self.model)
+        """Whether the installed diffusers has this class; nothing of it is imported."""
+        return self.model in dir(diffusers)
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         """The model with random weights."""

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
+from genattn.apps import cli
+from genattn.apps.comfyui.pipes import load as comfyui_load
 from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, names_modular, pick_device, shipped_model
 from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, makes_video, run_once
+from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.pipelines.tiny.random.build import build_pipeline
@@ -165,6 +169,29 @@ def test_a_modular_folder_loads_and_samples(modular_folder: Path) -> None:
     sparse = run_once(pipe, {**call, "max_sequence_length": 16}, "a cat", 0, window, "test")
     assert sparse.density is not None
     assert sparse.density < 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_command_app_and_comfyui_open_a_modular_folder(
+    modular_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "picture.png"
+    words = ["generate", "--model", str(modular_folder), "--prompt", "a cat", "--attention", "neighborhood", "--window", "3x3"]
+    more = ["--height", "16", "--width", "16", "--steps", "2", "--dense-steps", "0", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["genattn", *words, *more])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert out.is_file()
+
+    session = Session(tmp_path / "app", [str(modular_folder)])
+    assert session.names(video=False) == [modular_folder.name]
+    assert session.layers(session.check_name(None, video=False))
+
+    held = comfyui_load(str(modular_folder), "auto", "cpu", offline=True)
+    assert type(held.pipe).__name__ == "StableDiffusion3ModularPipeline"
+    with held.with_plugins(NeighborhoodPattern((3, 3))).applied() as handle:
+        assert handle.active
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -45,6 +45,10 @@ for family in sys.argv[2:]:
     ran += 1
 from genattn.apps.sampling.load_pipeline import load_pipeline
 from genattn.pipelines.tiny.random.build import build_pipeline
+from types import SimpleNamespace
+from diffusers.pipelines.wan import pipeline_wan
+if not hasattr(pipeline_wan, "ftfy"):
+    pipeline_wan.ftfy = SimpleNamespace(fix_text=str)  # only mends broken text
 pipe, call = build_pipeline("wan")
 pipe.save_pretrained("saved")
 pipe = load_pipeline("saved", dtype="bfloat16")
