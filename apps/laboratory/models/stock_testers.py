@@ -171,7 +171,7 @@ class Passing(Plugin):
 
 def _applied(model: nn.Module, inputs: dict[str, Any], plugin: Pattern | Plugin, stock: list[torch.Tensor], row: Row) -> str:
     """What became of a forward under `plugin`."""
-    schedule = {"dense_steps": 0, "dense_layers": 0} if isinstance(plugin, Pattern) else {}
+    schedule: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0} if isinstance(plugin, Pattern) else {}
     try:
         handle = apply(model, plugin, **schedule)
     except GenAttnError as error:
