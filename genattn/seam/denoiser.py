@@ -8,6 +8,7 @@ offloading puts on the instance run inside of ours. None of it is traced: the co
 import contextlib
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -181,7 +182,8 @@ def _noting_cache_context(model: nn.Module, below: Callable[[], Callable[..., An
         if injection is not None:
             injection.cache.append(noted)
         try:
-            with below()(name, **told):
+            stock = below()
+            with stock(name, **_taken(stock, told)):
                 yield
         finally:
             if injection is not None:
@@ -190,10 +192,17 @@ def _noting_cache_context(model: nn.Module, below: Callable[[], Callable[..., An
     return cache_context
 
 
+def _taken(stock: Callable[..., Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `told` a cache_context takes: diffusers before 0.40 has a name alone."""
+    parameters = inspect.signature(stock).parameters
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in told.items() if every or name in parameters}
+
+
 @contextlib.contextmanager
 def other_cache_context(model: nn.Module, stock: type, noted: list[Any], suffix: str) -> Iterator[None]:
     """An extra pass inside the pipeline's own cache context: its caches keep a state of their own."""
-    name, told = noted[0], noted[1]
+    name, told = noted[0], _taken(stock.cache_context, noted[1])  # type: ignore[attr-defined]
     with stock.cache_context(model, f"{name}+{suffix}", **told):  # type: ignore[attr-defined]
         yield
     again = stock.cache_context(model, name, **told)  # type: ignore[attr-defined]

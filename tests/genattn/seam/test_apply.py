@@ -1,5 +1,6 @@
 """Control: options, report, removal in any order, and nothing left behind by exceptions, copies and threads."""
 
+import contextlib
 import copy
 import json
 import threading
@@ -475,3 +476,31 @@ def test_a_model_without_plugins_is_not_touched() -> None:
 def test_public_names() -> None:
     assert genattn.apply is apply
     assert genattn.Schedule is Schedule
+
+
+class Again(Plugin):
+    """An extra pass of its own name."""
+
+    def forward(self, run: Run, args: Any, kwargs: Any, inner: Any) -> Any:
+        with run.extra_pass("again"):
+            inner(*args, **kwargs)
+        return inner(*args, **kwargs)
+
+
+def test_a_cache_context_that_takes_a_name_alone_is_told_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers had it before 0.40; what was told counts for the steps all the same."""
+    model, inputs = build_model("wan"), build_inputs("wan")
+    names: list[str] = []
+
+    @contextlib.contextmanager
+    def named(self: Any, name: str) -> Any:
+        names.append(name)
+        yield
+
+    monkeypatch.setattr(type(model), "cache_context", named)
+    with apply(model, Again()):
+        with model.cache_context("cond", step_index=0, sigma=0.5, num_inference_steps=4):
+            forward(model, inputs)
+        assert names == ["cond", "cond+again", "cond"]
+    with pytest.raises(TypeError, match="step_index"), model.cache_context("cond", step_index=0):
+        pass
