@@ -74,15 +74,17 @@ def check_sparse(
     window: str,
     stride: str,
     pattern_options: str,
-    path: str = "",
+    path: str | None = "",
     tail: str = "auto",
 ) -> bool | str:
-    """At submit time: can the pattern be made, and can the blocks be read."""
+    """At submit time: can the pattern be made, and can the blocks be read. None comes by a link and is not known yet."""
     from genattn.apps.comfyui.settings import blocks_of, pattern_of
 
     try:
-        pattern_of(pattern, decay, window, stride, pattern_options, path, tail)
-        blocks_of(dense_blocks, 10_000)
+        if path is not None and None not in (pattern, decay, window, stride, pattern_options, tail):
+            pattern_of(pattern, decay, window, stride, pattern_options, path, tail)
+        if dense_blocks is not None:
+            blocks_of(dense_blocks, 10_000)
     except GenAttnError as error:
         return str(error)
     return True

@@ -68,6 +68,8 @@ def wan(model: Any, entry: Entry, tokens: int) -> TokenLayout:
         shape[-3] += beside.shape[-3]
     grid = grid_of(shape, patches(model))
     others = tokens - math.prod(grid)
+    if not others:  # also where an older version takes no references in
+        return TokenLayout((Segment("grid", grid),))
     within = [Segment("reference", grid_of(ref.shape, patches(model))) for ref in entry.extras.get("context_latents") or ()]
     before = others - sum(segment.length for segment in within)
     if before > 0 and entry.extras.get("reference_latent") is not None and not within:

@@ -127,7 +127,8 @@ def around_model(
     others = dict(options.get("patches_replace") or {})
     options |= {FORWARD: forward, "patches_replace": {**others, "dit": forward.replacements(others.get("dit") or {})}}
     out = executor(x, t, c_concat, c_crossattn, control, options, **extras)
-    chain.tally.forward_ended(forward.calls, options.get(OVERRIDE), forward.missed)
+    untold = host.tells_index and forward.visit is None
+    chain.tally.forward_ended(forward.calls, options.get(OVERRIDE), forward.missed, untold)
     return out
 
 

@@ -26,6 +26,7 @@ class Tally:
         self.stats: dict[str, SiteStats] = {}
         self.forwards, self.unreached, self.taken_by, self.device = 0, 0, "", "cpu"
         self.missed: set[str] = set()
+        self.untold = 0
 
     def timed(self, call: AttentionCall, answer: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The answer of one call, counted at its site."""
@@ -40,18 +41,21 @@ class Tally:
         self.device = call.query.device.type
         return out
 
-    def forward_ended(self, calls: int, slot: Any, missed: Sequence[str] = ()) -> None:
+    def forward_ended(self, calls: int, slot: Any, missed: Sequence[str] = (), untold: bool = False) -> None:
         """A forward is over in which the override saw `calls` calls.
 
         slot: what stands in ComfyUI's one override slot. missed: blocks whose self-attention somebody else answered.
+        untold: whether ComfyUI never said which block runs.
         """
         self.forwards += 1
         known = self.removed
         if not calls:
             self.unreached += 1
+        elif untold:
+            self.untold += 1
         elif missed:
             self.missed.update(missed)
-        if (self.unreached or self.missed) and not known:
+        if (self.unreached or self.untold or self.missed) and not known:
             self.taken_by = _name_of(slot)
             _LOG.warning("%s", self.removed)
 
@@ -62,6 +66,11 @@ class Tally:
             return (
                 f"NOT APPLIED in {self.unreached} of {self.forwards} forwards: a node after GenAttn's set the attention "
                 f"override to {self.taken_by}, which does not hand on to it; put the GenAttn nodes after that node"
+            )
+        if self.untold:
+            return (
+                f"NOT APPLIED in {self.untold} of {self.forwards} forwards: this ComfyUI does not say which block of the model "
+                "runs; update ComfyUI"
             )
         if self.missed:
             return (

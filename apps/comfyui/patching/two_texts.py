@@ -6,9 +6,8 @@
 Calls that do not look at the text pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -67,11 +66,11 @@ class TwoTexts:
         first, second = slice(0, self.own), slice(self.own, self.own + self.other)
         mine, theirs = ([_part(held(t), axis, text) for t in (raw.k, raw.v)] for text in (first, second))
         mask = raw.options.get("mask")
-        positive = ask(_call(raw, held(raw.q), *mine, None if mask is None else mask[..., first]), False)
+        positive = ask(_call(raw, (held(raw.q), *mine), None if mask is None else mask[..., first]), False)
         rows = self._rows(positive)
         asked = [t if rows is None else t[rows] for t in (held(raw.q), *theirs)]
         masked = None if mask is None else _of_rows(mask[..., second], rows, len(positive))
-        negative = ask(_call(raw, *asked, masked), True)
+        negative = ask(_call(raw, asked, masked), True)
         return self._joined(positive, negative, rows, raw)
 
     def _joint(self, raw: RawCall, ask: Ask, axis: int) -> torch.Tensor:
@@ -81,13 +80,13 @@ class TwoTexts:
         whole = [held(t) for t in (raw.q, raw.k, raw.v)]
         mine, theirs = ([self._sequence(t, axis, text, picture) for t in whole] for text in (first, second))
         mask = raw.options.get("mask")
-        long = mask is not None and mask.shape[-1] == whole[0].shape[axis]
-        positive = ask(_call(raw, *mine, self._sequence_mask(mask, first, picture) if long else mask), False)
+        hidden = self.mask
+        if mask is not None and mask.shape[-1] == whole[0].shape[axis]:  # it covers both texts
+            mask, hidden = (self._sequence_mask(mask, text, picture) for text in (first, second))
+        positive = ask(_call(raw, mine, mask), False)
         rows = self._rows(positive)
-        hidden = self._sequence_mask(mask, second, picture) if long else self.mask
-        negative = ask(
-            _call(raw, *(t if rows is None else t[rows] for t in theirs), _of_rows(hidden, rows, len(positive))), True
-        )
+        asked = [t if rows is None else t[rows] for t in theirs]
+        negative = ask(_call(raw, asked, _of_rows(hidden, rows, len(positive))), True)
         out_axis = 2 if raw.options.get("skip_output_reshape") else 1
         shown = slice(self.own, None) if self.text_first else slice(0, self.picture)
         seen = slice(other, None) if self.text_first else slice(0, self.picture)
@@ -135,6 +134,7 @@ def _of_rows(mask: torch.Tensor | None, rows: torch.Tensor | None, batch: int) -
     return mask if mask is None or rows is None or mask.ndim < 3 or len(mask) != batch else mask[rows]
 
 
-def _call(raw: RawCall, q: Any, k: Any, v: Any, mask: torch.Tensor | None) -> RawCall:
+def _call(raw: RawCall, tensors: Sequence[torch.Tensor], mask: torch.Tensor | None) -> RawCall:
+    q, k, v = tensors
     told = {"mask": mask} if mask is not None or "mask" in raw.options else {}
     return replace(raw, q=q, k=k, v=v, options={**raw.options, **told})

@@ -1,6 +1,7 @@
 """Tiny random models of ComfyUI's own families; imported by scripts that run in ComfyUI's Python."""
 
 import importlib
+import inspect
 
 import comfy.ops
 import torch
@@ -36,6 +37,8 @@ def made(family):
         module = importlib.import_module("comfy.ldm.wan.model")
         model = module.WanModel(model_type="t2v", **WAN, **COMMON)
         extras = {"context_latents": [torch.randn(1, 16, 1, 4, 4)]} if family == "wan-in-context" else {}
+        if extras and "context_latents" not in inspect.getsource(module):
+            raise ModuleNotFoundError("Wan with references in its context")
         return model, VIDEO, (1, TEXT, WIDTH), extras
     if family == "hunyuan":
         from comfy.ldm.hunyuan_video.model import HunyuanVideo
@@ -103,6 +106,8 @@ def made(family):
     if family == "z-image":
         from comfy.ldm.lumina.model import NextDiT
 
+        if "z_image_modulation" not in inspect.signature(NextDiT).parameters:
+            raise ModuleNotFoundError("Z-Image")
         model = NextDiT(
             in_channels=16, dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, multiple_of=32, ffn_dim_multiplier=1.0,
             qk_norm=True, cap_feat_dim=WIDTH, axes_dims=[32, 48, 48], axes_lens=[1, 64, 64], z_image_modulation=True,
@@ -124,6 +129,8 @@ def made(family):
     if family == "cosmos":
         from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 
+        if "block_index" not in inspect.getsource(MiniTrainDIT):
+            raise ModuleNotFoundError("Cosmos that says which block runs")
         model = MiniTrainDIT(
             max_img_h=32, max_img_w=32, max_frames=8, in_channels=16, out_channels=16, patch_spatial=2, patch_temporal=1,
             concat_padding_mask=False, model_channels=WIDTH, num_blocks=1, num_heads=2, mlp_ratio=2.0,

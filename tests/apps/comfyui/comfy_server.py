@@ -45,10 +45,14 @@ class Comfy:
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
         with self.log.open("w") as out:
             self.process = subprocess.Popen(command, cwd=directory, stdout=out, stderr=subprocess.STDOUT, env=quiet)
-        self._wait_up()
+        try:
+            self._wait_up()
+        except RuntimeError:
+            self.stop()
+            raise
 
     def _wait_up(self) -> None:
-        for _ in range(600):
+        for _ in range(1200):
             if self.process.poll() is not None:
                 raise RuntimeError(f"ComfyUI ended while starting:\n{self.log.read_text()[-4000:]}")
             try:
@@ -61,7 +65,7 @@ class Comfy:
     def stop(self) -> None:
         """End the server."""
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(120)
 
     def get(self, path: str) -> Any:
         """JSON (or text) from the server."""

@@ -297,6 +297,11 @@ def test_wrong_widgets_are_refused(given: Any, reason: str) -> None:
 
 def test_right_widgets_pass_the_check() -> None:
     assert check_sparse(object, "0-2,-1", "radial", 0.0, "5", "1", "") is True
+    assert check_sparse(object, "0", "profile", 0.0, "5", "1", "", path=None) is True, (
+        "a linked path comes when the map is made"
+    )
+    assert isinstance(check_sparse(object, "0", "profile", 0.0, "5", "1", "", path=""), str)
+    assert isinstance(check_sparse(object, "x", "profile", 0.0, "5", "1", "", path=None), str)
     assert check_sizes(object, 480, 832) is True
     assert "multiple of 8" in str(check_sizes(object, 481, 832))
     assert "readable JSON" in str(check_head_set(object, "/nowhere.json"))

@@ -34,7 +34,6 @@ def test_adaptive_presets_tails_moments_and_break_even(comfy: Comfy) -> None:
     for tail in ("none", "mean"):
         sampled(scene, scene.sparse({**plain, "pattern": "neighborhood", "tail": tail}), f"tail_{tail}")
     sampled(scene, scene.sparse({**ALL, "start_percent": 0.4, "end_percent": 0.8}), "moments", steps=5)
-    sampled(scene, scene.sparse({**ALL, "min_tokens": -1}), "short")
     told = scene.run(comfy)
     pictures = {name: comfy.image(name) for name in (*told, "plain")}
     assert all(np.isfinite(picture).all() for picture in pictures.values())
@@ -44,9 +43,13 @@ def test_adaptive_presets_tails_moments_and_break_even(comfy: Comfy) -> None:
     assert not close(pictures["tail_none"], pictures["tail_mean"]), "what stands in for skipped tiles makes a difference"
     moments = told["moments"]["sites"]
     assert [row["sparse"] for row in moments] == [2] * BLOCKS["tiny_wan"], "steps 2 and 3 of 5"
-    assert told["short"]["sparse_calls"] == 0
-    assert any("short sequence" in reason for reason in told["short"]["dense_reasons"])
-    assert np.array_equal(pictures["short"], pictures["plain"])
+    short = Scene("tiny_wan", length=9)  # 192 tokens; the shortest break-even measured on a CPU is 256
+    short.sample(short.model, "short_plain")
+    sampled(short, short.sparse({**ALL, "min_tokens": -1}), "short")
+    report = short.run(comfy)["short"]
+    assert report["sparse_calls"] == 0
+    assert any("short sequence" in reason for reason in report["dense_reasons"])
+    assert np.array_equal(comfy.image("short"), comfy.image("short_plain"))
 
 
 def test_profile_writes_a_map_that_sparse_attention_reads(comfy: Comfy) -> None:
@@ -60,8 +63,8 @@ def test_profile_writes_a_map_that_sparse_attention_reads(comfy: Comfy) -> None:
     scene.texts["table"] = scene.node("RigText", text=profile[2])
     outputs = comfy.run(scene.nodes)
     assert (comfy.base / "output" / "tests" / "map.safetensors").is_file()
-    assert "of the scores" in outputs[scene.texts.pop("table").name]["text"][0]
-    told = scene.run(comfy)["profiled"]
+    assert "of the scores" in outputs[scene.texts["table"].name]["text"][0]
+    told = json.loads(outputs[scene.texts["profiled"].name]["text"][0])
     assert told["sparse_calls"] == told["calls"] > 0, told["dense_reasons"]
     assert told["density"] == pytest.approx(0.5, abs=0.1)
 

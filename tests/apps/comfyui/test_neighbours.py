@@ -157,7 +157,7 @@ def test_dense_calls_keep_what_a_layer_prefers(wan: Patcher) -> None:
 
 def test_blocks_known_by_their_index_alone() -> None:
     class NextDiT(WanModel):
-        patch_size, pad_tokens_multiple = 2, None
+        patch_size, pad_tokens_multiple, says = 2, None, True
 
         def __init__(self) -> None:
             super().__init__()
@@ -166,7 +166,8 @@ def test_blocks_known_by_their_index_alone() -> None:
         def forward(self, tokens: Any, context: Any, options: dict[str, Any], mask: Any = None) -> torch.Tensor:
             tokens = self.layers[2].attend(tokens, options)  # a refiner: no index is told yet
             for index, block in enumerate(self.layers):
-                options["block_index"] = index
+                if self.says:
+                    options["block_index"] = index
                 tokens = block.attend(tokens, options)
             return tokens
 
@@ -178,6 +179,10 @@ def test_blocks_known_by_their_index_alone() -> None:
     assert not torch.allclose(patched.sample(x), stock)
     stats = chain_of(patched).tally.stats
     assert {name: row.sparse for name, row in stats.items()} == {"layers.0": 2, "layers.1": 2, "layers.2": 2}
+    assert chain_of(patched).tally.removed == ""
+    model.model.diffusion_model.says = False
+    torch.testing.assert_close(patched.sample(x), model.sample(x))
+    assert chain_of(patched).tally.removed.startswith("NOT APPLIED in 2 of 2 forwards: this ComfyUI does not say which block")
 
 
 @pytest.mark.parametrize("computes", [False, True], ids=["leaves the block out", "computes it otherwise"])
