@@ -17,7 +17,7 @@ from genattn.guidance.passes.block_swap import BlockOrder, Stand
 from genattn.guidance.passes.prediction import leaves
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.layouts.families import family_of
-from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
+from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline, families
 from genattn.seam.sites import find_sites
 
 # diffusers' own models import a class of theirs by its old name
@@ -82,6 +82,22 @@ def test_every_block_can_be_left_out(family: str) -> None:
                 found = leaves(model(**inputs))
         for f, c, s in zip(found, clean, skipped, strict=True):
             torch.testing.assert_close(f, c + 2.0 * (c - s), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])  # the last hands on no text
+def test_equals_the_skip_layer_guidance_of_the_stock_pipeline(layer: int) -> None:
+    pipe, call = build_pipeline("sd3")
+
+    def latents(**more: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(**{**call, "num_inference_steps": 4, "output_type": "latent", **more}, generator=generator)[0]
+
+    window = {"skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 2.0}  # every step
+    stock = latents(skip_guidance_layers=[layer], skip_layer_guidance_scale=2.8, **window)
+    with genattn.apply(pipe, SoftPAG.stg(f"L{layer}", scale=2.8)):
+        found = latents()
+    assert not torch.allclose(found, latents(), atol=1e-3)
+    torch.testing.assert_close(found, stock, atol=2e-5, rtol=1e-5)
 
 
 def test_half_a_skip_of_sd3s_last_block() -> None:
