@@ -1,5 +1,6 @@
 """One forward of a patched MODEL: which block runs, which of its calls is whose, and the way through the plugins."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,7 +120,7 @@ class Forward:
         site = self.site_of(query.shape[1], key.shape[1], text is not None)
         plugins = [] if site is None else self.chain.plugins_at(site)
         if site is None or not plugins:
-            return raw.stock()
+            return self._answer(raw.stock)
         layout = self.layout(query.shape[1], text)
         run = self.run if isinstance(layout, TokenLayout) else replace(self.run, why_no_layout=layout)
         call = AttentionCall(
@@ -135,12 +136,16 @@ class Forward:
             layout=layout if isinstance(layout, TokenLayout) else None,
             record=CallRecord(),
         )
-        self.inside = True
+        through = functools.partial(_through, plugins, call, lambda last: raw.dense(call, last))
+        return raw.as_given(self._answer(lambda: self.chain.tally.timed(call, through)))
+
+    def _answer(self, how: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The answer to one call; where it comes by again on the way to stock code, it is no other call of the model's."""
+        before, self.inside = self.inside, True
         try:
-            out = self.chain.tally.timed(call, lambda: _through(plugins, call, lambda last: raw.dense(call, last)))
+            return how()
         finally:
-            self.inside = False
-        return raw.as_given(out)
+            self.inside = before
 
 
 def _through(plugins: list[Plugin], call: AttentionCall, dense: Callable[[AttentionCall], torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 import genattn
 from genattn.apps.comfyui.hosts.families import host_of
 from genattn.apps.comfyui.hosts.host import Entry
+from genattn.apps.comfyui.patching.forward import Forward
 from genattn.apps.comfyui.patching.seam import KEY, OVERRIDE, Override, around_model, chain_of, patch_model, run_of
 from genattn.apps.comfyui.pictures import layout_for, mask_picture, sparse_of
 from genattn.errors import GenAttnError
@@ -266,14 +267,25 @@ def test_a_refused_plugin_leaves_none_attached(wan: Patcher) -> None:
     assert first.attached == 0
 
 
-def test_a_call_through_somebodys_override_above_ours_is_counted_once(wan: Patcher) -> None:
+def test_a_call_through_somebodys_override_above_ours_is_counted_once(wan: Patcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []  # a block with two attentions would give the second's place to a call that comes by twice
+    stock = Forward.site_of
+
+    def site_of(self: Forward, queries: int, *call: Any) -> Any:
+        asked.append(queries)
+        return stock(self, queries, *call)
+
+    monkeypatch.setattr(Forward, "site_of", site_of)
     once = patch_model(wan, SparsePlugin(DensePattern(), ALWAYS))
     once.sample(X)
+    wanted = asked.copy()
     above = patch_model(wan, SparsePlugin(DensePattern(), ALWAYS))
     before = above.model_options["transformer_options"][OVERRIDE]
     above.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: before(func, *args, **kwargs)
     again = patch_model(above, SparsePlugin(DensePattern(), ALWAYS))
+    asked.clear()
     again.sample(X)
+    assert asked == wanted
 
     def calls(patcher: Patcher) -> dict[str, tuple[int, int]]:
         return {name: (stats.calls, stats.sparse) for name, stats in chain_of(patcher).tally.stats.items()}

@@ -1,0 +1,39 @@
+"""An unconditional pass takes its factor from the conditional pass of the same step and run, and from no other."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import genattn
+from genattn.guidance.broadway.broadway import BroadWay
+from genattn.pipelines.tiny.random.build import build_inputs, build_model
+
+FIRST = [("cond", 900), ("uncond", 900), ("cond", 500), ("uncond", 500)]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "last"),
+    [
+        (FIRST, ("uncond", 500)),  # a repeated pass of the step is what it was
+        ([("cond", 900), ("uncond", 900)], ("uncond", 500)),  # the next step's comes before its conditional pass
+        (FIRST[:2], ("uncond", 950)),  # a run of one step, and then another run
+    ],
+)
+def test_the_factor_is_that_of_the_step(earlier: list[tuple[str, int]], last: tuple[str, int]) -> None:
+    model: Any = build_model("wan")
+    inputs = {name: build_inputs("wan", seed=seed) for seed, name in enumerate(("cond", "uncond"))}
+
+    def forward(name: str, timestep: int) -> torch.Tensor:
+        with torch.no_grad(), model.cache_context(name):
+            return model(**{**inputs[name], "timestep": torch.tensor([timestep])}, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def run(calls: list[tuple[str, int]]) -> torch.Tensor:
+        with genattn.apply(model, BroadWay(alpha=0.6, energy="+20%", stop=1.0)) as handle:
+            handle.set(num_steps=2)
+            return [forward(*call) for call in calls][-1]
+
+    own = run([last])  # its own factor: no conditional pass came before
+    shared = run([("cond", last[1]), last])
+    assert not torch.equal(own, shared)
+    assert torch.equal(run([*earlier, last]), shared if earlier[-1][1] == last[1] else own)
