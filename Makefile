@@ -30,16 +30,18 @@ $(VENV)/.quantizers: $(VENV)/.installed
 demo: install
 	$(BIN)/genattn generate --prompt "a red circle moves right on a dark background" --compare-dense --out out/demo.mp4
 
+# in a ComfyUI that is there already: COMFYUI_DIR holds main.py, COMFYUI_PYTHON is its Python and sees this package
+COMFYUI_PYTHON ?= $(if $(COMFYUI_DIR),$(COMFYUI_DIR)/venv/bin/python)
+test test-all test-comfyui: export COMFYUI_DIR := $(COMFYUI_DIR)
+test test-all test-comfyui: export COMFYUI_PYTHON := $(COMFYUI_PYTHON)
+
 test: install $(VENV)/.quantizers
+	@test -n "$(COMFYUI_DIR)" || echo "no real ComfyUI is met, for COMFYUI_DIR is not set; stand-ins are"
 	$(BIN)/python -m pytest -q
 
 test-all: install $(VENV)/.quantizers
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
-# in a ComfyUI that is there already: COMFYUI_DIR holds main.py, COMFYUI_PYTHON is its Python and sees this package
-COMFYUI_PYTHON ?= $(COMFYUI_DIR)/venv/bin/python
-test-comfyui: export COMFYUI_DIR := $(COMFYUI_DIR)
-test-comfyui: export COMFYUI_PYTHON := $(COMFYUI_PYTHON)
 test-comfyui: install
 	@test -f "$(COMFYUI_DIR)/main.py" || { echo "COMFYUI_DIR must be a ComfyUI, a folder with main.py; got '$(COMFYUI_DIR)'"; exit 2; }
 	@$(COMFYUI_PYTHON) -c 'import genattn' || { echo "$(COMFYUI_PYTHON) must see genattn: $(COMFYUI_PYTHON) -m pip install --no-deps -e ."; exit 2; }
