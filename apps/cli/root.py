@@ -86,6 +86,7 @@ def main() -> None:
     streams.prepare()
     quiet.quieten()
     try:
+        _refuse_empty_paths(sys.argv[1:])
         with stopping.heeding_terminate():
             code = app(prog_name="genattn", standalone_mode=False)
         sys.stdout.flush()
@@ -113,6 +114,25 @@ def main() -> None:
     if code in (130, 143):  # typer turns an interrupt into 130 and says nothing
         _fail(stopping.MESSAGE.text, max(code, stopping.MESSAGE.code))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_empty_paths(words: list[str]) -> None:
+    """An empty path is what a script's unset variable gives; taken as it stands it would be the current folder."""
+    if not any(word == "" or word.endswith("=") for word in words):
+        return
+    options: dict[str, bool] = {}  # name -> whether it takes a path
+    waiting: list[Any] = [typer.main.get_command(app)]
+    for command in waiting:
+        waiting += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            takes_path = hasattr(getattr(parameter, "type", None), "path_type")
+            options |= {name: options.get(name, False) or takes_path for name in parameter.opts if name.startswith("-")}
+    for before, word in zip(["", *words], words):
+        name = word.removesuffix("=") if word.endswith("=") else before
+        empty = word == "" or (word.endswith("=") and word.startswith("--"))
+        if empty and options.get(name, word == ""):
+            what = name if name in options else "an argument"
+            raise GenAttnError(f"{what} must not be empty; write . for the current folder")
 
 
 def _leave_quietly() -> NoReturn:

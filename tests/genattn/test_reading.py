@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import damaged, scrambled
 from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
@@ -34,26 +35,6 @@ from genattn.selection.profile_map import (
     write_map,
 )
 
-STRANGE = [
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    1e308,
-    10**30,
-    "",
-    "x",
-    "ä",
-    [],
-    [[]],
-    {},
-    {"type": "x"},
-    {"type": []},
-    ["a", 1],
-    {"a": {"b": None}},
-]
-
 
 def test_json_of_any_editor_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
@@ -74,39 +55,6 @@ def test_errors_of_values_name_what_is_read() -> None:
         raise GenAttnError("as it is")
     with pytest.raises(RuntimeError, match="not ours"), whole("the set"):
         raise RuntimeError("not ours")
-
-
-def damaged(value: Any, generator: random.Random) -> Any:
-    """A JSON value with one place replaced, left out or doubled."""
-    places: list[tuple[Any, Any]] = []
-
-    def walk(node: Any) -> None:
-        for key in list(node) if isinstance(node, dict) else range(len(node)):
-            places.append((node, key))
-            if isinstance(node[key], (dict, list)):
-                walk(node[key])
-
-    copy = json.loads(json.dumps(value))
-    walk(copy)
-    node, key = generator.choice(places)
-    how = generator.random()
-    if how < 0.2:
-        del node[key]
-    elif how < 0.3 and isinstance(node, dict):
-        node["unknown"] = node.pop(key)
-    else:
-        node[key] = generator.choice(STRANGE)
-    return copy
-
-
-def scrambled(content: bytes, generator: random.Random) -> bytes:
-    """Bytes cut short, or with a few of them changed."""
-    if generator.random() < 0.3:
-        return content[: generator.randrange(len(content))]
-    changed = bytearray(content)
-    for _ in range(generator.randint(1, 4)):
-        changed[generator.randrange(len(changed))] = generator.randrange(256)
-    return bytes(changed)
 
 
 def _patterns(folder: Path) -> tuple[Path, Callable[[Path], Any]]:

@@ -1,6 +1,6 @@
 """A run on disk: tensors in safetensors, the rest in JSON, replaced as a whole so that there is always one complete checkpoint.
 
-    DIR/checkpoint.json          versions, settings, fingerprint of the model, counters; names the tensor file
+    DIR/checkpoint.json          versions, settings, fingerprint of the model, counters; names the tensor file; check sums
     DIR/state-<tick>.safetensors queue, solver history, decoder caches, memory
 
 The tensor file is written first under a name that no record on disk has, the JSON is then replaced in one rename, and only
@@ -22,8 +22,9 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.output.durable import make_folder, replace_synced
 
-FORMAT = 1
+FORMAT = 2
 _NAME = "checkpoint.json"
+_OWN_SUM, _TENSOR_SUM = "sha256", "tensors_sha256"
 
 
 def model_fingerprint(models: Mapping[str, Any]) -> str:
@@ -55,8 +56,9 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, torch.
     try:
         _write_tensors(scratch, tensors)
         replace_synced(scratch, state)
-        body = {"format": FORMAT, "genattn": genattn.__version__, "tensors": state.name, **record}
-        _write_whole(folder / _NAME, json.dumps(body, indent=1))
+        told = {"format": FORMAT, "genattn": genattn.__version__, "tensors": state.name, _TENSOR_SUM: _sum_of(state)}
+        body = json.loads(json.dumps({**told, **record}))
+        _write_whole(folder / _NAME, json.dumps({**body, _OWN_SUM: _seal(body)}, indent=1))
     except Exception:
         scratch.unlink(missing_ok=True)
         raise
@@ -65,6 +67,17 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, torch.
         if old.name != state.name:
             old.unlink(missing_ok=True)
     return state
+
+
+def _sum_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    """Check sum of a record as JSON gives it back, without its own."""
+    rest = {name: value for name, value in body.items() if name != _OWN_SUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -93,7 +106,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON part of a checkpoint; refuses a folder without one, or of a version that this one cannot read."""
+    """The JSON part of a checkpoint; refuses a folder without one, one of another version, and one that was changed since."""
     folder = Path(folder)
     try:
         record = _read(folder)
@@ -112,6 +125,8 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} was written by genattn {record.get('genattn')}, this is {genattn.__version__}; "
             "a run goes on to the bit only with the version that began it"
         )
+    if record.get(_OWN_SUM) != _seal(record):
+        raise GenAttnError(f"{folder / _NAME} is damaged or was changed by hand; copy the run's folder again, or start it anew")
     return record
 
 
@@ -121,6 +136,8 @@ def read_tensors(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> d
     if not path.exists():
         raise GenAttnError(f"{path} is named by the checkpoint and must exist; it was moved or deleted")
     try:
+        if _sum_of(path) != record[_TENSOR_SUM]:
+            raise GenAttnError(f"{path} is damaged (its check sum is another one); copy the run's folder again")
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise GenAttnError(f"{path} is damaged ({error}); copy the run's folder again") from None

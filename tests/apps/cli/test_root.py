@@ -153,6 +153,10 @@ BAD = [
     ("bench attention --impl nonsense", "nonsense"),
     ("bench attention --rounds 0", "rounds"),
     ("doctor --head-dim 0", "--head-dim must be >= 1"),
+    ("finetune --data '' --out a", "--data must not be empty; write . for the current folder"),
+    ("long --prompt a --folder=", "--folder must not be empty"),
+    ("generate --prompt a -o ''", "-o must not be empty"),
+    ("comfyui install ''", "an argument must not be empty"),
 ]
 
 

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import random
 
 import pytest
 import torch
+from damage import damaged, scrambled
 from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
@@ -75,11 +77,12 @@ def test_a_record_that_cannot_be_written_leaves_no_scrap(tmp_path, monkeypatch):
 def test_names_cannot_lead_out_of_the_folder(tmp_path):
     checkpoint.save_checkpoint(tmp_path / "run", {"a": torch.zeros(1)}, {"tick": 1})
     path = tmp_path / "run" / "checkpoint.json"
-    record = json.loads(path.read_text())
-    record["tensors"] = "../../etc/passwd"
-    path.write_text(json.dumps(record))
+    record = {**json.loads(path.read_text()), "tensors": "../../etc/passwd"}
     with pytest.raises(GenAttnError, match=r"run/passwd is named by the checkpoint"):
-        checkpoint.read_tensors(tmp_path / "run", checkpoint.read_record(tmp_path / "run"))
+        checkpoint.read_tensors(tmp_path / "run", record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(GenAttnError, match=r"checkpoint\.json is damaged or was changed by hand"):
+        checkpoint.read_record(tmp_path / "run")
 
 
 def test_differences_are_named():
@@ -111,3 +114,27 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "read_tensors", slow)
     record, tensors = checkpoint.read_checkpoint(tmp_path)
     assert (record["tick"], float(tensors["a"])) == (2, 1.0)
+
+
+@pytest.mark.parametrize("part", ["record", "record's values", "tensors"])
+def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, part):
+    tensors = {"latents": torch.randn(2, 3, 4), "numbers": torch.arange(5)}
+    record = {"tick": 3, "settings": {"seed": 1, "eta": 0.25, 7: [None, "ä"]}, "film": {"bytes": 10}}
+    state = checkpoint.save_checkpoint(tmp_path, tensors, record)
+    stock = checkpoint.read_record(tmp_path)
+    file = state if part == "tensors" else tmp_path / "checkpoint.json"
+    content, generator, refused = file.read_bytes(), random.Random(part), 0
+    for _ in range(200):
+        if part == "record's values":
+            file.write_text(json.dumps(damaged(json.loads(content), generator)))
+        else:
+            file.write_bytes(scrambled(content, generator))
+        try:
+            found, back = checkpoint.read_checkpoint(tmp_path)
+        except GenAttnError:
+            refused += 1
+            continue
+        assert found == stock
+        assert back.keys() == tensors.keys()
+        assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert refused > 150
