@@ -5,6 +5,7 @@
 
 import errno
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -125,7 +126,7 @@ def _refuse_empty_paths(words: list[str]) -> None:
     for command in waiting:
         waiting += getattr(command, "commands", {}).values()
         for parameter in command.params:
-            takes_path = hasattr(getattr(parameter, "type", None), "path_type")
+            takes_path = _takes_path(parameter)
             options |= {name: options.get(name, False) or takes_path for name in parameter.opts if name.startswith("-")}
     for before, word in zip(["", *words], words):
         name = word.removesuffix("=") if word.endswith("=") else before
@@ -133,6 +134,12 @@ def _refuse_empty_paths(words: list[str]) -> None:
         if empty and options.get(name, word == ""):
             what = name if name in options else "an argument"
             raise GenAttnError(f"{what} must not be empty; write . for the current folder")
+
+
+def _takes_path(parameter: Any) -> bool:
+    """Whether an option's values are paths: typer tells by annotation where it has click's classes within."""
+    described = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    return described is Path or hasattr(getattr(parameter, "type", None), "path_type")
 
 
 def _leave_quietly() -> NoReturn:
