@@ -88,7 +88,8 @@ def _gna(ground: Ground, densities: Sequence[float]) -> Made:
     windows: dict[Pattern, tuple[str, Pattern]] = {}
     for share in sorted(densities):
         pattern = FittedNeighborhood(share)
-        if min(pattern.at(layout).window_size) != -1:  # what is left where no window of whole tiles fits
+        sizes = pattern.at(layout).window_size
+        if not isinstance(sizes, int) and min(sizes) != -1:  # what is left where no window of whole tiles fits
             windows.setdefault(pattern.at(layout), (f"gna {share:g}", pattern))
     return list(windows.values())
 

@@ -37,7 +37,10 @@ def draw_front(rows: Sequence[Row], chosen: Row | None, goal: Goal, path: Path) 
             axes.scatter(
                 [row.speedup for row in part],
                 [_shown(row) for row in part],
-                **{"marker": mark, "s": 38, "edgecolors": colour, "facecolors": "none" if started else colour},
+                marker=mark,
+                s=38,
+                edgecolors=colour,
+                facecolors="none" if started else colour,
                 label=family if part and not started else None,
             )
     best = front(rows)

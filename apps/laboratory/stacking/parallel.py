@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from genattn.apps.laboratory.stacking.cells import Cell
 from genattn.apps.laboratory.stacking.neighbours import Neighbour
@@ -26,7 +26,7 @@ def measure_parallel(neighbour: Neighbour) -> list[Cell]:
     """The four cells of one kind of split: a forward of a tiny Wan on two processes against the same on one."""
     kind = neighbour.name.rsplit(" ", 1)[1].lower()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(kind, folder), nprocs=_WORLD, join=True)
+        spawn(_rank, args=(kind, folder), nprocs=_WORLD, join=True)
         errors = torch.load(Path(folder, "errors.pt"), weights_only=True)
     cells = []
     for method, (error, acts) in errors.items():
@@ -44,7 +44,9 @@ def _rank(rank: int, kind: str, folder: str) -> None:
     torch.accelerator.device_count = lambda: 1  # it is 0 without an accelerator
     torch._C._get_accelerator = lambda *a: torch.device("cpu")
     heads = {"num_attention_heads": 4}
-    single, model, inputs = build_model("wan", **heads), build_model("wan", **heads), build_inputs("wan")
+    single: Any = build_model("wan", **heads)
+    model: Any = build_model("wan", **heads)
+    inputs = build_inputs("wan")
     model.enable_parallelism(config=ContextParallelConfig(**{f"{kind}_degree": _WORLD}))
     errors: dict[str, tuple[float, bool]] = {}
     stock = _forward(single, inputs)

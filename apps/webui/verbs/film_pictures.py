@@ -1,6 +1,6 @@
 """Pictures of a pair of clips: a film strip with what differs, and which tiles each layer visited."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def _shrunk(shares: npt.NDArray[np.floating[Any]], most: int = _CELL) -> npt.NDA
     for axis in (0, 1):
         size = found.shape[axis]
         if size > most:
-            edges: Sequence[int] = np.linspace(0, size, most + 1).round().astype(int)[:-1]
+            edges = np.linspace(0, size, most + 1).round().astype(int)[:-1]
             counts = np.diff([*edges, size])
             found = np.add.reduceat(found, edges, axis) / np.expand_dims(counts, 1 - axis)
     return found

@@ -19,7 +19,8 @@ HOW_TO = ("write-a-pattern", "write-a-layout-adapter", "write-a-guider", "write-
 
 
 def code(page: Path, language: str = "python") -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)  # a pair after a pair
+    return [block for name, block in blocks if name == language]
 
 
 def anchors(page: Path) -> set[str]:
