@@ -126,7 +126,7 @@ MAY_IMPORT = {
         "guidance/nag guidance/softpag pipelines/tiny/random"
     ),
     "apps/pages": (
-        "apps/cli apps/laboratory apps/laboratory/models apps/sampling "
+        "apps/cli apps/laboratory apps/laboratory/stacking apps/laboratory/models apps/sampling "
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
         "guidance/broadway guidance/nag guidance/softpag "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"

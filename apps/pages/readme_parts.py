@@ -200,6 +200,12 @@ def _nag_cost() -> str:
     return markdown(TABLE)
 
 
+def _stacking() -> str:
+    from genattn.apps.laboratory.stacking.table import stacking_table
+
+    return stacking_table(ROOT / "assets" / "bench" / "stacking.csv")
+
+
 def _rooms(show: Callable[[dict[str, rooms.Room]], str]) -> Callable[[], str]:
     return lambda: show(rooms.read_rooms(ROOT))
 
@@ -225,6 +231,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "motion": _fifo_motion,
         "motion-by-caption": _motion_by_caption,
     },
+    "docs/works-with.md": {"stacking": _stacking},
     "docs/long-clip.md": {"long-clip": _long_clip},
     "docs/nag.md": {"held-out": lambda: _nag(True), "tried": lambda: _nag(False), "cost": _nag_cost},
     "docs/finetuning.md": {"longer": _longer_finetuning},

@@ -1,4 +1,4 @@
-"""What users put on the same model as ours, as steps on a tiny Wan pipeline: caches, quantisers, offload, adapters, compilers.
+"""What users put on the same model as ours, as steps on a tiny Wan pipeline: caches, quantisers, offload, adapters, backends.
 
 Several steps mean several places where ours may come in between: an adapter is loaded, later exchanged for another.
 """
@@ -167,28 +167,6 @@ def _write_adapter(folder: Path, seed: int) -> None:
     model.save_lora_adapter(folder, adapter_name="one")
 
 
-# ---- execution
-
-
-def _compile(pipe: Any) -> None:
-    torch._dynamo.reset()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-
-
-def _backend(pipe: Any) -> None:
-    pipe.transformer.set_attention_backend("_native_math")
-
-
-def _default_backend(pipe: Any) -> None:
-    """set_attention_backend also sets that of the process."""
-    dispatch = importlib.import_module("diffusers.models.attention_dispatch")
-    dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
-
-
-def _fused(pipe: Any) -> None:
-    pipe.transformer.fuse_qkv_projections()
-
-
 NEIGHBOURS: tuple[Neighbour, ...] = (
     Neighbour("cache-dit, DBCache", "cache", _cache_dit(False), "cache-dit", _leave_cache_dit),
     Neighbour("cache-dit, DBCache + TaylorSeer", "cache", _cache_dit(True), "cache-dit", _leave_cache_dit),
@@ -220,11 +198,4 @@ NEIGHBOURS: tuple[Neighbour, ...] = (
     Neighbour("group offload", "memory", (_group_offload,)),
     Neighbour("LoRA", "adapter", (_load_adapter(1),), "peft"),
     Neighbour("LoRA, hot swap", "adapter", (_load_adapter(1), _load_adapter(2, hotswap=True)), "peft"),
-    Neighbour("compile_repeated_blocks", "execution", (_compile,), "torch", lambda pipe: torch._dynamo.reset(), close=1e-5),
-    Neighbour("set_attention_backend", "execution", (_backend,), undo=_default_backend),
-    Neighbour("fuse_qkv_projections", "execution", (_fused,)),
-    Neighbour(
-        "xformers", "execution", package="xformers",
-        why_not="its attention is built for CUDA and ROCm only: on a CPU its package imports and every operator is missing",
-    ),
 )  # fmt: skip

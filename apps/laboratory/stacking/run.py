@@ -15,7 +15,6 @@ from typing import Any
 
 from genattn.apps.laboratory.stacking.cells import METHODS, Cell, measure, version_of
 from genattn.apps.laboratory.stacking.neighbours import NEIGHBOURS, Neighbour
-from genattn.apps.laboratory.stacking.parallel import PARALLEL, measure_parallel
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 
 TABLE = Path(__file__).resolve().parents[3] / "assets" / "bench" / "stacking.csv"
@@ -23,10 +22,7 @@ TABLE = Path(__file__).resolve().parents[3] / "assets" / "bench" / "stacking.csv
 
 def rows_of(neighbour: Neighbour) -> list[dict[str, Any]]:
     """One row per method."""
-    if neighbour.name in PARALLEL:
-        cells = measure_parallel(neighbour)
-    else:
-        cells = [measure(neighbour, method) for method in METHODS]
+    cells = [measure(neighbour, method) for method in METHODS]
     where = provenance("cpu")
     return [_row(neighbour, cell, where) for cell in cells]
 
@@ -51,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="neighbours whose name begins with this")
     parser.add_argument("--out", type=Path, default=TABLE)
     given = parser.parse_args(arguments)
-    chosen = [n for n in (*NEIGHBOURS, *PARALLEL.values()) if n.name.lower().startswith(given.only.lower())]
+    chosen = [n for n in NEIGHBOURS if n.name.lower().startswith(given.only.lower())]
     if not chosen:
-        names = ", ".join(n.name for n in (*NEIGHBOURS, *PARALLEL.values()))
+        names = ", ".join(n.name for n in NEIGHBOURS)
         parser.error(f"--only must begin the name of a neighbour, got {given.only!r}; there are {names}")
     wrong = 0
     for neighbour in chosen:

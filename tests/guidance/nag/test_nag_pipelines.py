@@ -336,6 +336,22 @@ def test_embeds_instead_of_prompts() -> None:
         sampled(pipe, call, **texts)
 
 
+def test_both_experts_are_guided() -> None:
+    """Wan 2.2: where one of them alone is guided, another clip comes out."""
+    pipe, call = unguided("wan-experts")
+    stock = sampled(pipe, call)
+    found = []
+    for target in (pipe, pipe.transformer, pipe.transformer_2):
+        negative = pipe.encode_prompt("red dog", do_classifier_free_guidance=False, max_sequence_length=16)[0]
+        with genattn.apply(target, NAG(negative_embeds=negative, **STRONG)) as handle:
+            found.append((sampled(pipe, call), handle.report().plugins[0]["counts"]["guided_forwards"]))
+    assert found[0][1] == found[1][1] + found[2][1] == call["num_inference_steps"]
+    assert min(found[1][1], found[2][1]) > 0
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(found[one][0], found[other][0], atol=1e-4)
+    assert torch.equal(sampled(pipe, call), stock)
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -343,6 +359,8 @@ def test_embeds_instead_of_prompts() -> None:
         ({"negative_prompt": "x", "scale": float("nan")}, "scale must be a finite number of at least 1, got nan"),
         ({"negative_prompt": "x", "scale": 0.5}, "scale must be a finite number of at least 1"),
         ({"negative_prompt": "x", "alpha": 1.5}, r"alpha must be a number in \[0, 1\], got 1.5"),
+        ({"negative_prompt": "x", "tau": float("nan")}, "tau must be a finite number of at least 1, got nan"),
+        ({"negative_prompt": "x", "alpha": float("nan")}, r"alpha must be a number in \[0, 1\], got nan"),
         ({"negative_prompt": "x", "alpha": -0.1}, r"alpha must be a number in \[0, 1\]"),
         ({"negative_prompt": "x", "start": 0.8, "stop": 0.2}, "stop must be a number in"),
         ({"negative_prompt": "x", "layout": "both"}, "layout must be one of"),

@@ -11,12 +11,22 @@ import torch
 from genattn.apps.laboratory.stacking import cells, run
 from genattn.apps.laboratory.stacking.cells import METHODS, Cell, measure, version_of, why_not
 from genattn.apps.laboratory.stacking.neighbours import NEIGHBOURS, Neighbour
-from genattn.apps.laboratory.stacking.parallel import PARALLEL, measure_parallel
+from genattn.apps.laboratory.stacking.table import newest_rows
 from genattn.errors import GenAttnError
 
 BY_NAME = {neighbour.name: neighbour for neighbour in NEIGHBOURS}
 METHOD = {method.name: method for method in METHODS}
 pytestmark = pytest.mark.filterwarnings("ignore")  # neighbours have warnings of their own
+
+
+def test_every_cell_has_a_row_and_none_fails() -> None:
+    newest = newest_rows(run.TABLE)
+    assert newest.keys() == set(itertools.product(BY_NAME, METHOD))
+    told = {cell: row["note"] or row["error"] for cell, row in newest.items() if row["result"] == "differs"}
+    assert told == {}
+    assert all(row["note"] for row in newest.values() if row["result"] in ("refused", "not tried"))
+    tried = {name for (name, _), row in newest.items() if row["result"] != "not tried"}
+    assert tried == BY_NAME.keys() - {"Nunchaku"}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # neighbours have warnings of
         ("cache-dit, DBCache + TaylorSeer", "NAG"),
         ("SDNQ int8", "pattern"),
         pytest.param("torchao fp8", "SoftPAG", marks=pytest.mark.slow),
-        pytest.param("compile_repeated_blocks", "pattern", marks=pytest.mark.slow),
     ],
 )
 def test_cells_measured_now(neighbour: str, method: str) -> None:
@@ -39,13 +48,6 @@ def test_cells_measured_now(neighbour: str, method: str) -> None:
         pytest.skip(f"{neighbour}: {reason}")
     cell = measure(BY_NAME[neighbour], METHOD[method])
     assert cell.result in ("equal", "within"), cell
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PARALLEL)
-def test_two_processes(name: str) -> None:
-    assert {cell.method: cell.result for cell in measure_parallel(PARALLEL[name])}.keys() == METHOD.keys()
-    assert all(cell.result in ("equal", "within") for cell in measure_parallel(PARALLEL[name]))
 
 
 def scale_weights(by: float) -> Any:
@@ -117,9 +119,3 @@ def test_the_command_writes_rows_and_tells_what_is_wrong(
     with pytest.raises(SystemExit):
         run.main(["--only", "nothing"])
     assert "--only must begin the name of a neighbour, got 'nothing'" in capsys.readouterr().err
-
-
-def test_two_processes_are_asked_of_their_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = next(iter(PARALLEL))
-    monkeypatch.setattr(run, "measure_parallel", lambda n: [Cell(n.name, m, "within", 1e-7) for m in METHOD])
-    assert [row["error"] for row in run.rows_of(PARALLEL[name])] == ["1.0e-07"] * len(METHOD)
