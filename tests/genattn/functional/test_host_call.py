@@ -12,6 +12,7 @@ from genattn.geometry.token_layout import Segment
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.as_json import pattern_to_dict
 from genattn.selection.rules import TopP
+from genattn.selection.tiling import Clusters
 
 GRID = (4, 5, 6)
 
@@ -105,7 +106,7 @@ def test_a_tail_beside_the_pattern(tail: str | None) -> None:
 
 def test_the_measured_tail_is_the_seams() -> None:
     q, k, v = tensors(120)
-    pattern = AdaptivePattern(TopP(0.5))
+    pattern = AdaptivePattern(TopP(0.5), tiles=Clusters(8, 24))
     assert pattern.measured_tail is not None
     want = genattn.attention(q, k, v, pattern.with_measured_tail(), grid=GRID)
     assert torch.equal(genattn.attention(q, k, v, pattern, grid=GRID, tail="measured"), want)
