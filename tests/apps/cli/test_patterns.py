@@ -10,10 +10,10 @@ import pytest
 
 import genattn
 from genattn.apps.cli.patterns import plan_command, show_command, simulate_command
-from genattn.apps.sampling.attention_names import pattern_from_file
 from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
 from genattn.patterns.radial import RadialPattern
+from genattn.seam.settings_file import load_sparse
 
 
 @pytest.mark.parametrize(("text", "shape"), [("7", (7,)), ("30x48x80", (30, 48, 80)), ("-1x4x16", (-1, 4, 16))])
@@ -84,7 +84,7 @@ def test_refusals(call: Callable[[], None], message: str) -> None:
 def test_plan_writes_a_setting_that_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "settings.json"
     plan_command("wan-14b", "720x1280", 81, target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None, out=out)
-    assert pattern_from_file(out) == RadialPattern(decay=0.2)
+    assert load_sparse(out).pattern == RadialPattern(decay=0.2)
     assert f"genattn generate --model FOLDER_OR_ID --settings {out}" in capsys.readouterr().out.replace("\n", "")
     with pytest.raises(GenAttnError, match="--out must end in .json"):
         plan_command("wan-14b", out=tmp_path / "a.txt", target_density=0.25, dense_steps=0.25, dense_layers=1, steps=None)
