@@ -24,6 +24,7 @@ LINES = {
     "measure": "text.mp4",
     "long": "--prompt a --frames 9 --folder film",
     "profile": "--prompts prompts.txt --out map.safetensors",
+    "tune": "--prompt a --budget 1.5x --out tuned",
     "hunt": "--prompts prompts.txt --objective contrast",
     "finetune": "--data folder",
     "simulate": "--grid 4x8x8 --window 2x4x4",

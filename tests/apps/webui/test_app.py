@@ -111,7 +111,8 @@ def test_every_verb_has_a_name_and_nothing_else_has(client: Any) -> None:
 
 def test_image(client: Any, session: Session) -> None:
     job = client.submit("a cat", "L1H0", seed=5, steps=2, api_name="/image")
-    status, pair, seed, report, cards = job.result(timeout=240)
+    status, pair, seed, report, cards, files = job.result(timeout=240)
+    assert all(Path(path).stat().st_size for path in files)
     assert status.startswith("**done**")
     assert seed == "5"
     assert all(Path(path).stat().st_size for path in pair)
