@@ -19,6 +19,7 @@ from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
 from genattn.profiling.measure import Measurement, measure_patterns, measured_budget, sparsest_above, with_and_without_tail
 from genattn.selection.rules import ErrorAware, TopK
+from genattn.selection.tiling import Clusters
 
 CANDIDATES = [
     RadialPattern(block=4, decay=0.2, sink=False, tail=None),
@@ -171,7 +172,8 @@ def test_tails_are_switched_by_layer_and_head() -> None:
     candidates = with_and_without_tail([window, window.with_tail("mean"), RadialPattern(variant="official")])
     tails = [p.tail for p in candidates]
     assert tails == [None, "mean", None]
-    assert [p.tail for p in with_and_without_tail([AdaptivePattern(ErrorAware(0.3))])] == [None, "mean"]
+    assert [p.tail for p in with_and_without_tail([AdaptivePattern(tiles=Clusters(8, 24))])] == [None, "mean"]
+    assert [p.tail for p in with_and_without_tail([AdaptivePattern(ErrorAware(0.3))])] == [None]
     errors = torch.full((2, 2, 4), 9.0, dtype=torch.float64)
     errors[..., 0] = 0
     for layer, head, best in ((0, 0, 2), (0, 1, 1), (1, 0, 2), (1, 1, 2)):
