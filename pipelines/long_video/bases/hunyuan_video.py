@@ -19,7 +19,6 @@ from genattn.pipelines.long_video.bases.per_frame_modulation import (
     norm_zero,
     norm_zero_single,
 )
-from genattn.pipelines.long_video.output.stream_decode import OverlapDecoder, StreamDecoder
 from genattn.pipelines.long_video.solvers.frame_solvers import FrameSolver, solver_from_scheduler
 
 
@@ -105,19 +104,6 @@ class HunyuanVideoFrames(ModulatedFrames):
         """See ModulatedFrames.tokens."""
         patch = self.pipe.transformer.config.patch_size
         return (latents.shape[3] // patch) * (latents.shape[4] // patch)
-
-    def decoder(self) -> StreamDecoder:
-        """See FrameDenoiser.decoder."""
-        return OverlapDecoder(self.pipe.vae, self.pipe.vae_scale_factor_temporal)
-
-    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
-        """See FrameDenoiser.to_vae."""
-        return latents / self.pipe.vae.config.scaling_factor
-
-    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """See FrameDenoiser.encode_frames."""
-        vae = self.pipe.vae
-        return vae.encode(frames.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
 
 class HunyuanVideo15Frames(HunyuanVideoFrames):

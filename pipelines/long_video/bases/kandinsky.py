@@ -12,7 +12,6 @@ import torch
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, Prompt, why_not_one_latent_a_patch
 from genattn.pipelines.long_video.bases.per_frame_modulation import Forward, FrameEmbedding, ModulatedFrames, Spread
-from genattn.pipelines.long_video.output.stream_decode import OverlapDecoder, StreamDecoder
 
 
 class KandinskyFrames(ModulatedFrames):
@@ -103,19 +102,6 @@ class KandinskyFrames(ModulatedFrames):
             "scale_factor": pipe._get_scale_factor(height * factor, width * factor),
             "sparse_params": pipe.get_sparse_params(hidden, latents.device),
         }
-
-    def decoder(self) -> StreamDecoder:
-        """See FrameDenoiser.decoder."""
-        return OverlapDecoder(self.pipe.vae, self.pipe.vae_scale_factor_temporal)
-
-    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
-        """See FrameDenoiser.to_vae."""
-        return latents / self.pipe.vae.config.scaling_factor
-
-    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """See FrameDenoiser.encode_frames."""
-        vae = self.pipe.vae
-        return vae.encode(frames.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
 
 def _vectors(module: Any, own: FrameEmbedding) -> torch.Tensor:

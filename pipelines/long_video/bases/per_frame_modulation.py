@@ -19,6 +19,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser, Pass
+from genattn.pipelines.long_video.output.stream_decode import OverlapDecoder, StreamDecoder
 
 Forward = Callable[..., Any]
 
@@ -83,6 +84,19 @@ class ModulatedFrames(FrameDenoiser):
     @abstractmethod
     def replaced(self) -> Sequence[tuple[Any, Forward]]:
         """Modules and what is called instead: forward(own, module, stock, *arguments)."""
+
+    def decoder(self) -> StreamDecoder:
+        """See FrameDenoiser.decoder."""
+        return OverlapDecoder(self.pipe.vae, self.pipe.vae_scale_factor_temporal)
+
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        """See FrameDenoiser.to_vae."""
+        return latents / self.pipe.vae.config.scaling_factor
+
+    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        """See FrameDenoiser.encode_frames."""
+        vae = self.pipe.vae
+        return vae.encode(frames.to(self.device, vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
     @contextmanager
     def installed(self) -> Iterator[None]:
