@@ -2,9 +2,12 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from functools import partial
 from pathlib import Path
@@ -159,30 +162,47 @@ def test_one_line_and_exit_code_2(random_wan_folder: Path, tmp_path: Path) -> No
     assert os.listdir(tmp_path) == []
 
 
+def _read_until(master: int, word: str, seconds: float) -> str:
+    """What a command writes to its terminal until `word` comes, the terminal closes, or the time is over."""
+    seen = ""
+    deadline = time.monotonic() + seconds
+    while word not in seen and time.monotonic() < deadline:
+        if not select.select([master], [], [], 1.0)[0]:
+            continue
+        try:
+            seen += os.read(master, 4096).decode(errors="replace")
+        except OSError:  # Linux's way to say that the other side has closed
+            break
+    return seen
+
+
 def test_interrupt_leaves_nothing(random_wan_folder: Path, tmp_path: Path) -> None:
     arguments = ["generate", "--prompt", "a cat", "--model", str(random_wan_folder), "--out", str(tmp_path / "a.mp4")]
     arguments += ["--steps", "100000", "--frames", "9", "--height", "32", "--width", "32"]
     # a shell that runs the tests in the background has its children ignore Ctrl-C
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(_command(*arguments), stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    seen = ""
-    deadline = time.monotonic() + 120
-    while "radial" not in seen and time.monotonic() < deadline:
-        seen += os.read(process.stderr.fileno(), 4096).decode()  # type: ignore[union-attr]
-    for _ in range(10):
-        # Python drops an interrupt that comes within a finaliser; a person would press the keys again
-        process.send_signal(signal.SIGINT)
-        try:
-            _, rest = process.communicate(timeout=15)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    else:
+    master, terminal = pty.openpty()  # the bar, which tells that steps are running, is for terminals only
+    termios.tcsetwinsize(terminal, (24, 200))  # without a size there is no room for a bar
+    process = subprocess.Popen(_command(*arguments), stdout=subprocess.PIPE, stderr=terminal, preexec_fn=heed)
+    os.close(terminal)
+    try:
+        seen = _read_until(master, "radial", 120)
+        assert "radial" in seen, seen
+        for _ in range(10):
+            # Python drops an interrupt that comes within a finaliser; a person would press the keys again
+            process.send_signal(signal.SIGINT)
+            seen += _read_until(master, "unfinished file", 15)
+            if "unfinished file" in seen:
+                break
+        else:
+            pytest.fail(f"ten interrupts did not stop it: {seen[-500:]}")
+        assert process.wait(timeout=60) == 130, seen[-500:]
+        assert "genattn: stopped; no unfinished file was left" in seen
+        assert os.listdir(tmp_path) == []
+    finally:
         process.kill()
-        pytest.fail("ten interrupts did not stop it")
-    assert process.returncode == 130, rest
-    assert "genattn: stopped; no unfinished file was left" in rest
-    assert os.listdir(tmp_path) == []
+        process.communicate()
+        os.close(master)
 
 
 def test_oracle_scores_of_a_true_clip() -> None:
