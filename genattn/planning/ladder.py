@@ -1,9 +1,10 @@
-"""The names that users write instead of a pattern: "radial", "gna", "adaptive", "profile:PATH", "auto".
+"""The names that users write instead of a pattern: "radial", "gna", "adaptive", "sol", "profile:PATH", "auto" and so on.
 
     apply(pipe, "radial")         the model's own Radial preset
     apply(pipe, "gna")            windows of whole tiles, made for the size that comes
     apply(pipe, "adaptive")       clusters of like tokens, chosen in every call, means standing in for the rest
-    apply(pipe, "profile:PATH")   a map written by `genattn profile`
+    apply(pipe, "sol")            a published rule of choice, as "sparge" and "svg2" are (patterns/published.py)
+    apply(pipe, "profile:PATH")   a map written by `genattn profile`; the path alone will do where it ends in .safetensors
     apply(pipe, "settings:PATH")  whatever a file of `genattn tune` holds (seam/settings_file.py)
     apply(pipe, "auto")           the model's preset, and dense where a sparse call would not be faster
 
@@ -17,6 +18,7 @@ from genattn.errors import GenAttnError
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
+from genattn.patterns.published import PUBLISHED, published
 from genattn.patterns.radial import RadialPattern
 from genattn.planning.break_even import break_even
 from genattn.planning.fitted import FittedNeighborhood
@@ -26,7 +28,8 @@ from genattn.selection.estimate import PooledScore
 from genattn.selection.rules import TopK
 from genattn.selection.tiling import Clusters
 
-LADDER = ("radial", "gna", "adaptive", "profile:PATH", "settings:PATH", "auto")
+PROFILE, MAP_ENDING = "profile:", ".safetensors"
+LADDER = ("radial", "gna", "adaptive", *PUBLISHED, f"{PROFILE}PATH", "settings:PATH", "auto")
 GNA_DENSITY, ADAPTIVE_DENSITY = 0.4, 0.3
 # the least error and the highest PSNR of all choices at a like share, see docs/adaptive.md
 ADAPTIVE = AdaptivePattern(TopK(0.2), PooledScore(0), Clusters(), tail="mean")
@@ -59,11 +62,13 @@ class Rung:
 
 def rung(name: str, model: Model) -> Rung:
     """What `name` means for `model`. Raises GenAttnError for an unknown name, or a map that cannot be used."""
-    if name.startswith("profile:"):
-        path = name.removeprefix("profile:")
+    if name.startswith(PROFILE) or name.endswith(MAP_ENDING):
+        path = name.removeprefix(PROFILE)
         pattern = ProfiledPattern(path)
         made = pattern.map.header
         return Rung(pattern, {}, f"map {path}: {made.prompts} prompts, {made.target_density:.0%} of the scores")
+    if name in PUBLISHED:
+        return Rung(published(name), {}, f"{name}: the published rule with its own settings; no preset of the model is used")
     makers = {"radial": _radial, "gna": _gna, "adaptive": _adaptive, "auto": _auto}
     if name not in makers:
         raise GenAttnError(f"a pattern's name must be one of {', '.join(LADDER)}, got {name!r}")

@@ -44,10 +44,10 @@ def apply(
 
     target: a pipeline (all its denoisers, both experts of Wan 2.2 included) or one model. A Pattern becomes a SparsePlugin
     with `schedule`, or with settings of Schedule by name: `apply(pipe, RadialPattern(), dense_steps=0.25, dense_layers=1)`.
-    A name stands for the model's own preset: "radial", "gna", "adaptive", "profile:PATH", or "auto", which stays dense where a
-    sparse call would not be faster; settings by name win over the preset's. "settings:PATH" stands for all plugins in a file of
-    `genattn tune` or of `PluginConfig`. impl: backend of the patterns, as in
-    `genattn.attention`.
+    A name stands for the model's own preset: "radial", "gna", "adaptive", "profile:PATH" (or a path that ends in .safetensors),
+    or "auto", dense where a sparse call would not be faster; settings by name win over the preset's. "sol", "sparge"
+    and "svg2" are published rules of choice. "settings:PATH" stands for all plugins in a file of `genattn tune` or of
+    `PluginConfig`. impl: backend of the patterns, as in `genattn.attention`.
 
     Raises GenAttnError, before anything is changed, when a plugin cannot serve one of the models.
     """

@@ -10,6 +10,7 @@ from genattn.apps.laboratory.break_even import choice_thresholds, thresholds
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.patterns.adaptive import AdaptivePattern
+from genattn.patterns.published import PUBLISHED
 from genattn.patterns.radial import RadialPattern
 from genattn.planning.break_even import MEASURED, MEASURED_CHOICE, break_even
 from genattn.planning.fitted import FittedNeighborhood
@@ -81,6 +82,24 @@ def test_adaptive_and_auto() -> None:
     gpu = rung("auto", Model("WanTransformer3DModel", 40, 40, device="cuda", backend="triton"))
     assert "cost model for cuda, not measured" in gpu.why
     assert 256 <= gpu.schedule["min_tokens"] <= 16384
+
+
+def test_published_rules_have_names() -> None:
+    for name, make in PUBLISHED.items():
+        found = rung(name, WAN)
+        assert found.pattern == make()
+        assert (found.schedule, found.known) == ({}, True)
+        assert found.why == f"{name}: the published rule with its own settings; no preset of the model is used"
+
+
+def test_a_map_is_known_by_its_ending() -> None:
+    path = str(ROOT / "assets" / "maps" / "tiny-wan.safetensors")
+    bare, named = rung(path, WAN), rung(f"profile:{path}", WAN)
+    assert bare.pattern == named.pattern
+    assert bare.why == named.why
+    assert f"map {path}: " in bare.why
+    with pytest.raises(GenAttnError, match="there is no 'away.safetensors'"):
+        rung("away.safetensors", WAN)
 
 
 def test_names_that_are_refused(tmp_path: Path) -> None:
