@@ -9,7 +9,10 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (code
 def decoded(content: bytes) -> str:
     """The text of a file's content, without its byte order mark. Raises UnicodeDecodeError where it is in another encoding."""
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    return content.decode(encoding)
+    text = content.decode(encoding)
+    if "\0" in text:  # UTF-16 without a mark, UTF-32, or no text at all: every byte of it may pass for UTF-8
+        raise UnicodeDecodeError(encoding, content, 0, min(4, len(content)), "zero bytes")
+    return text
 
 
 def read_text(path: Path) -> str:

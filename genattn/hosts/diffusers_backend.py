@@ -22,8 +22,9 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
-from genattn.seam.handle import Handle, apply, unwrapped
+from genattn.seam.handle import Handle, apply
 from genattn.seam.plugin import Plugin
+from genattn.seam.sites import unwrapped
 
 NAME = "genattn"
 _METHODS = ("set_attention_backend", "reset_attention_backend")

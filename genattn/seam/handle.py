@@ -19,7 +19,7 @@ from genattn.seam.plugin import CallRecord, Plugin, Run
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
 from genattn.seam.settings_file import PREFIX, loaded_for
-from genattn.seam.sites import head_dims
+from genattn.seam.sites import head_dims, unwrapped
 from genattn.seam.sparse_plugin import SparsePlugin, named_plugin
 from genattn.seam.steps import StepTracker
 
@@ -96,17 +96,6 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
             f"with components {sorted(components) or 'none'}"
         )
     return found
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or DistributedDataParallel's wrapper."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 class Handle:

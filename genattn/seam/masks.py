@@ -10,9 +10,12 @@
 Everything else (causal blocks, biases, flex BlockMasks) says more than which keys are valid and cannot be reduced.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from genattn.geometry.token_layout import TokenLayout
 
 _HIDDEN = -1e3
 
@@ -78,3 +81,16 @@ def _outer_product(mask: torch.Tensor, batch: int) -> tuple[torch.Tensor | None,
     if bool(((mask == common[:, None, :]).all(dim=2) | mask.all(dim=2)).all()):
         return common.expand(batch, -1), ""
     return None, "the mask is not the outer product of one validity vector"
+
+
+def why_not_apart(mask: Any, query: torch.Tensor, key: torch.Tensor, layouts: Sequence[TokenLayout]) -> str:
+    """Why the sequences of a batch are not what their layouts say with filling behind; empty when they are."""
+    batch, tokens = query.shape[:2]
+    if len(layouts) != batch or key.shape[1] != tokens:
+        return f"{batch} sequences of {tokens} tokens for {len(layouts)} samples of several sizes"
+    keys, reason = key_mask(mask, batch, tokens, tokens)
+    wanted = [layout.seqlen for layout in layouts]
+    if keys is None:
+        return reason or ("" if set(wanted) == {tokens} else f"sequences of {tokens} tokens for layouts of {wanted}")
+    shown = torch.arange(tokens, device=keys.device) < torch.tensor(wanted, device=keys.device)[:, None]
+    return "" if torch.equal(keys, shown) else "the mask is not the filling behind each sample's own tokens"

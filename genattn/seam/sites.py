@@ -34,11 +34,13 @@ _UNREACHABLE = {
 _HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 _SECTION = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _INSIDE = {"attentions": 0, "motion_modules": 1, "temp_attentions": 1}
+# what activation checkpointing, FSDP's first kind and torch.compile put around a module that stays where it was
+_WRAPPERS = re.compile(r"(?:^|\.)(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.|$)")
 
 
 def find_sites(model: nn.Module, component: str, family: Family | None) -> list[tuple[nn.Module, AttentionSite]]:
     """(module, site) of every attention module, in the order of execution as far as the family tells it."""
-    found = [(name, module) for name, module in model.named_modules() if _is_attention(module)]
+    found = [(_WRAPPERS.sub("", name), module) for name, module in model.named_modules() if _is_attention(module)]
     stacks = family.stacks if family else _guess_stacks(model)
     blocks = {name: _block_of(name, stacks) for name, _ in found}
     order = sorted({block for block in blocks.values() if block is not None}, key=lambda block: _rank(block, stacks))
@@ -55,6 +57,32 @@ def find_sites(model: nn.Module, component: str, family: Family | None) -> list[
         site = AttentionSite(name, stack, int(layer), depth, kind, heads, component, unreachable_reason(module.processor))
         sites.append((module, site))
     return sorted(sites, key=lambda pair: pair[1].depth)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, DistributedDataParallel, FullyShardedDataParallel and PEFT."""
+    while True:
+        inner = _inside(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    parts = model._modules
+    names = {base.__name__ for base in type(model).__mro__}
+    if "_orig_mod" in parts:
+        return parts["_orig_mod"]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return parts["module"]
+    if "FullyShardedDataParallel" in names:
+        return parts["_fsdp_wrapped_module"]
+    if "CheckpointWrapper" in names:
+        return parts["_checkpoint_wrapped_module"]
+    if "PeftModel" in names:  # the adapters lie in the layers of the model itself
+        base: nn.Module = model.get_base_model()  # type: ignore[operator]
+        return base
+    return None
 
 
 def head_dims(found: list[tuple[nn.Module, AttentionSite]]) -> dict[str, int]:

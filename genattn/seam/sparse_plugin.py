@@ -12,6 +12,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention, why_no_tail
+from genattn.functional.each_sample import attention_of_each, rows_of_samples
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import as_autocast, choose_impl
 from genattn.kernels.plan.block_plan import BlockPlan
@@ -23,7 +24,7 @@ from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern, SiteMemory, forget_plans
 from genattn.planning.ladder import Model, rung
-from genattn.seam.masks import grid_key_mask, key_mask
+from genattn.seam.masks import grid_key_mask, key_mask, why_not_apart
 from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
 from genattn.seam.sites import find_sites, head_dims
@@ -144,6 +145,9 @@ class SparsePlugin(Plugin):
         assert call.layout is not None
         pattern = self._pattern_at(call, impl)
         self._used.add(pattern)
+        groups = _samples_of(call) if pattern.needs_tensors else []
+        if len(groups) > 1 and others is None:
+            return self._by_own_plans(call, pattern, groups, impl=impl, scale=call.scale, key_mask=keys)
         plan = plan_for(call.query, call.key, pattern, call.layout, impl, self._memory_at(call))
         if call.only_first:
             plan = _for_own_rows(plan, call)
@@ -159,11 +163,24 @@ class SparsePlugin(Plugin):
                 return out
         return planned_attention(call.query, call.key, call.value, plan, **flags)  # type: ignore[return-value]
 
+    def _by_own_plans(self, call: AttentionCall, pattern: Pattern, groups: list[torch.Tensor], **flags: Any) -> torch.Tensor:
+        """Every sample by the tiles that it chose itself."""
+        layout, impl = call.layout, flags["impl"]
+        assert layout is not None
+
+        def plan_of(query: torch.Tensor, key: torch.Tensor, number: int) -> AnyPlan:
+            return plan_for(query, key, pattern, layout, impl, self._memory_at(call, f"[{number}]"))
+
+        out, plans = attention_of_each(call.query, call.key, call.value, groups, plan_of, **flags)
+        tail = getattr(plans[0], "tail", None)
+        call.record.ran_sparse(sum(plan.density for plan in plans) / len(plans), None if tail is None else tail.kind)
+        return out
+
     def _each_sample(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """A batch of sequences that differ in length and grid, filled up at their ends: every one under its own layout."""
         layouts, tokens = call.run.sample_layouts, call.query.shape[1]
         alone = [_one_sample(call, place, layout) for place, layout in enumerate(layouts)]
-        reason = _why_not_apart(call, layouts) or next(filter(None, map(self.why_not, alone)), "")
+        reason = why_not_apart(call.mask, call.query, call.key, layouts) or next(filter(None, map(self.why_not, alone)), "")
         if reason:
             self._say_once(call, reason)
             return _dense(call, inner, reason)
@@ -193,11 +210,11 @@ class SparsePlugin(Plugin):
             raise GenAttnError("this needs a plan with the same tiles for all heads, got clusters; use tiles='boxes'")
         return plan
 
-    def _memory_at(self, call: AttentionCall) -> SiteMemory | None:
-        """What the site keeps for a pattern that chooses by content."""
+    def _memory_at(self, call: AttentionCall, sample: str = "") -> SiteMemory | None:
+        """What the site keeps for a pattern that chooses by content, in all or of one sample."""
         if not self.pattern.needs_tensors:
             return None
-        found = self._memory.setdefault((id(call.run.model), call.site.name), SiteMemory())
+        found = self._memory.setdefault((id(call.run.model), call.site.name + sample), SiteMemory())
         found.step, found.pass_name = call.run.step, call.run.pass_name
         return found
 
@@ -290,24 +307,18 @@ def _rows_of(call: AttentionCall, rows: torch.Tensor) -> AttentionCall:
     return call.with_tensors(query=call.query.index_select(1, rows), mask=mask, layout=None)
 
 
+def _samples_of(call: AttentionCall) -> list[torch.Tensor]:
+    """The entries of each sample of the pipeline, whatever guidance and frames multiplied them by."""
+    folded = call.site.kind == "spatial"
+    passes = (2 if call.run.pass_name == "cond_uncond" else 1) if folded else None
+    return rows_of_samples(call.query.shape[0], call.run.samples, passes)
+
+
 def _one_sample(call: AttentionCall, place: int, layout: TokenLayout) -> AttentionCall:
     cut = {name: getattr(call, name)[place : place + 1, : layout.seqlen] for name in ("query", "key", "value")}
     run = replace(call.run, layout=layout, sample_layouts=())
     site = replace(call.site, name=f"{call.site.name}[{place}]")  # what a pattern remembers of a sample is that sample's
     return call.with_tensors(**cut, mask=None, layout=layout, run=run, site=site, record=CallRecord())
-
-
-def _why_not_apart(call: AttentionCall, layouts: Sequence[TokenLayout]) -> str:
-    """Why the sequences of a batch are not what their layouts say with filling behind; empty when they are."""
-    batch, tokens = call.query.shape[:2]
-    if len(layouts) != batch or call.key.shape[1] != tokens:
-        return f"{batch} sequences of {tokens} tokens for {len(layouts)} samples of several sizes"
-    keys, reason = key_mask(call.mask, batch, tokens, tokens)
-    wanted = [layout.seqlen for layout in layouts]
-    if keys is None:
-        return reason or ("" if set(wanted) == {tokens} else f"sequences of {tokens} tokens for layouts of {wanted}")
-    shown = torch.arange(tokens, device=keys.device) < torch.tensor(wanted, device=keys.device)[:, None]
-    return "" if torch.equal(keys, shown) else "the mask is not the filling behind each sample's own tokens"
 
 
 def _dense(call: AttentionCall, inner: Inner, reason: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from genattn.seam.sites import unwrapped
 from genattn.seam.visits import visits
 
 
@@ -154,15 +155,10 @@ def running_pipeline(model: nn.Module) -> tuple[Any, int | None]:
         if code.co_name == "__call__" and code.co_argcount and code.co_varnames[0] == "self":
             owner = frame.f_locals.get("self")
             parts = getattr(owner, "__dict__", {})
-            if "scheduler" in parts and any(_holds(part, model) for part in parts.values()):
+            if "scheduler" in parts and any(
+                isinstance(part, nn.Module) and unwrapped(part) is model for part in parts.values()
+            ):
                 latents = frame.f_locals.get("latents")
                 return owner, len(latents) if isinstance(latents, torch.Tensor) and latents.ndim > 1 else None
         frame = frame.f_back  # type: ignore[assignment]
     return None, None
-
-
-def _holds(part: Any, model: nn.Module) -> bool:
-    """Whether a component is the model, or torch.compile's or a data-parallel wrapper around it."""
-    while isinstance(part, nn.Module) and part is not model:
-        part = part.__dict__.get("_modules", {}).get("_orig_mod", part._modules.get("module"))
-    return part is model

@@ -1,7 +1,7 @@
 """Clips and captions for fine-tuning, from a folder or a webdataset tar; what cannot be used is listed, never dropped silently.
 
 folder   a.mp4 + a.txt, b.mp4 + b.txt ...          or clips beside one metadata.jsonl / metadata.csv (file_name, text)
-tar      key.mp4 + key.txt, or key.mp4 + key.json with "caption" or "text"      (webdataset's convention)
+tar      key.mp4 + key.txt, or key.mp4 + key.json with "caption" or "text"      (as webdataset; a key may have dots)
 """
 
 import csv
@@ -122,7 +122,11 @@ def _metadata(folder: Path) -> dict[str, str]:
         texts = [line for line in _metadata_text(lines).split("\n") if line.strip()]
         return _captions([_json_object(text, f"{lines}, line {i}") for i, text in enumerate(texts, 1)], lines)
     if table.is_file():
-        return _captions(list(csv.DictReader(io.StringIO(_metadata_text(table), newline=""))), table)
+        try:
+            rows = list(csv.DictReader(io.StringIO(_metadata_text(table), newline="")))
+        except csv.Error as error:
+            raise GenAttnError(f"{table} must be a table of comma-separated values, and is none ({error})") from None
+        return _captions(rows, table)
     return {}
 
 
@@ -147,7 +151,7 @@ def _captions(rows: Sequence[Mapping[str, object]], source: Path) -> dict[str, s
 def _json_object(text: str, place: str) -> Mapping[str, object]:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GenAttnError(f"{place} must be a JSON object, got {text[:60]!r} ({error})") from None
     if not isinstance(row, dict):
         raise GenAttnError(f"{place} must be a JSON object, got {text[:60]!r}")
@@ -155,7 +159,7 @@ def _json_object(text: str, place: str) -> Mapping[str, object]:
 
 
 def _from_tar(tar: Path, dataset: Dataset) -> None:
-    """webdataset: members with equal names up to the first dot are one sample."""
+    """Members whose names differ in the ending alone are one sample."""
     samples: dict[str, dict[str, str]] = {}
     try:
         with tarfile.open(tar) as archive:
@@ -163,9 +167,8 @@ def _from_tar(tar: Path, dataset: Dataset) -> None:
             for member in archive.getmembers():
                 if not member.isfile():
                     continue
-                place = PurePosixPath(member.name)
-                key, _, suffix = place.name.partition(".")
-                samples.setdefault(f"{place.parent}/{key}", {})[f".{suffix.lower()}"] = member.name
+                key, _, suffix = member.name.rpartition(".")
+                samples.setdefault(key, {})[f".{suffix.lower()}"] = member.name
                 if suffix.lower() in ("txt", "json"):
                     file = archive.extractfile(member)
                     texts[member.name] = file.read() if file is not None else b""

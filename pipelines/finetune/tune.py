@@ -7,6 +7,7 @@ the seed and the step, so a run that was killed at any moment and started again 
 """
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -120,9 +121,14 @@ def finetune(
         "model": model_fingerprint({"transformer": pipe.transformer, "vae": pipe.vae}),
         "data": dataset.fingerprint(),
     }
-    _same_run(out, identity, accelerator.is_main_process)
+    _same_run(out, identity)  # before anything is encoded
     cache = LatentCache(base, out / "cache", settings.size)
     files = cache.fill(dataset, progress)
+    # their names tell the content of every clip and the weights that encoded it
+    identity["encoded"] = hashlib.sha256(" ".join(file.stem for file in files).encode()).hexdigest()[:16]
+    _same_run(out, identity)
+    if accelerator.is_main_process:
+        _note(out, identity)
     if accelerator.is_main_process:
         (out / "skipped.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in dataset.skipped))
     batches = Batches(files, cache.empty_prompt(), settings, accelerator)
@@ -234,20 +240,22 @@ def _tokens(base: FrameDenoiser, size: ClipSize) -> int:
     return base.decoder().latents_for(size.frames) * (height // rows) * (width // columns)
 
 
-def _same_run(out: Path, identity: dict[str, Any], write: bool = True) -> None:
-    """Refuse to go on with other settings than before; one process notes those of this run."""
-    out.mkdir(parents=True, exist_ok=True)
+def _same_run(out: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on where a run was begun with other settings, as far as `identity` names them."""
     path, wanted = out / "settings.json", json.loads(json.dumps(identity))
     if path.is_file() and (out / "training.safetensors").is_file():
         before = json.loads(path.read_text())
-        other = [name for name in sorted({*wanted, *before}) if before.get(name) != wanted.get(name)]
+        other = [name for name in sorted(wanted) if before.get(name) != wanted[name]]
         if other:
             told = ", ".join(f"{name} was {before.get(name)!r}" for name in other)
             raise GenAttnError(f"{out} holds a run with other settings ({told}); give the same ones or another --out")
-    if write:
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(wanted, indent=2) + "\n")
-        part.replace(path)
+
+
+def _note(out: Path, identity: dict[str, Any]) -> None:
+    path = out / "settings.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(identity, indent=2) + "\n")
+    part.replace(path)
 
 
 @contextlib.contextmanager

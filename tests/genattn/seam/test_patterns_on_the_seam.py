@@ -6,6 +6,7 @@ import torch
 import genattn
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import plan_for, tile_size
+from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.pipelines.tiny.random.build import build_pipeline
 from genattn.seam.report import Report
@@ -55,3 +56,25 @@ def test_tiles_shrink_with_the_sequence() -> None:
     layout = genattn.TokenLayout.from_grid((8, 8, 8))
     query = torch.zeros(1, layout.seqlen, 1, 8)
     assert plan_for(query, query, genattn.RadialPattern(), layout).block_q == 16
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+@pytest.mark.parametrize("pattern", [BlockTopK(keep=0.3), AdaptivePattern(tiles="clusters", refresh_every=2)])
+def test_what_a_sample_chooses_is_no_matter_of_its_neighbours(family: str, pattern: genattn.Pattern) -> None:
+    pipe, call = build_pipeline(family)
+    settings = {**call, **WIDE, "num_inference_steps": 2}
+    settings.pop("prompt")
+
+    def run(*samples: int) -> torch.Tensor:
+        settings["generator"] = [torch.Generator().manual_seed(sample) for sample in samples]
+        out: torch.Tensor = pipe(prompt=[("a cat", "a dog on a hill")[n] for n in samples], **settings).frames
+        return out
+
+    stock = run(0, 1)
+    with genattn.apply(pipe, pattern, dense_steps=0, dense_layers=0) as handle:
+        both = run(0, 1)
+        alone = torch.cat([run(0), run(1)])
+        assert handle.report().sparse_calls == handle.report().calls > 0
+    effect = float((both - stock).abs().max())
+    assert effect > 0
+    assert float((both - alone).abs().max()) <= 1e-3 * effect
