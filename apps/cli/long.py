@@ -51,6 +51,8 @@ def long_command(
     from genattn.pipelines.long_video.generate import long_video
 
     _check_long(context, prompt, folder, resume, fps)
+    place = folder if resume is None else resume
+    say_when_stopped(lambda: _how_to_go_on(place))
     pipe = open_pipeline(settings)
     if resume is not None:
         run = long_video(pipe, num_frames=settings.frames, resume=resume, window_batch=window_batch, stream=True)
@@ -76,8 +78,6 @@ def long_command(
             folder=folder,
             stream=True,
         )
-    place = folder if resume is None else resume
-    say_when_stopped(f"stopped; the film so far plays, and this goes on: genattn long --resume {place}")
     result = _make(run, place, as_json)
     if as_json:
         print_json(asdict(result))
@@ -106,6 +106,12 @@ def _check_long(context: typer.Context, prompt: str, folder: Path, resume: Path 
     if given:
         options_given = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise GenAttnError(f"a resumed run keeps its settings, got {options_given} beside --resume; leave them out")
+
+
+def _how_to_go_on(place: Path) -> str:
+    if (place / "checkpoint.json").is_file():
+        return f"stopped; the film so far plays, and this goes on: genattn long --resume {place}"
+    return "stopped before the first checkpoint; there is nothing to resume yet, the same command begins anew"
 
 
 # how a run is computed and how long it gets may change when it goes on; what it shows may not
@@ -185,15 +191,16 @@ _SMALLEST = 8  # the statistics look at neighbours and frequencies
 def _picture_statistics(file: Path) -> dict[str, Any]:
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
+    from PIL import Image
 
+    from genattn.apps.sampling.inputs import upright_rgb
     from genattn.guidance.headhunter.objectives import STATISTICS
 
     with Image.open(file) as picture:
         if min(picture.size) < _SMALLEST:
             size = f"{picture.width} x {picture.height}"
             raise GenAttnError(f"a picture must be at least {_SMALLEST} x {_SMALLEST} to be measured, got {size}")
-        pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"), dtype=np.float32) / 255
+        pixels = np.array(upright_rgb(picture), dtype=np.float32) / 255
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     sizes = {"height": images.shape[2], "width": images.shape[3]}
     return {**sizes, **{name: float(statistic(images)[0]) for name, statistic in STATISTICS.items()}}

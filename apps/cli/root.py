@@ -113,7 +113,7 @@ def main() -> None:
             raise
         _fail(f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}; {_SMALLER}", 1)
     if code in (130, 143):  # typer turns an interrupt into 130 and says nothing
-        _fail(stopping.MESSAGE.text, max(code, stopping.MESSAGE.code))
+        _fail(stopping.MESSAGE.line, max(code, stopping.MESSAGE.code))
     sys.exit(code if isinstance(code, int) else 0)
 
 

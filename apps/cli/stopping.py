@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,23 +12,32 @@ USUAL = "stopped; no unfinished file was left"
 
 @dataclass
 class StopMessage:
-    """text: the line on standard error. code: of the process, 128 and the signal's number, as a shell counts."""
+    """text: the line on standard error, or what gives it then. code: of the process, 128 and the signal's number, as a shell
+    counts."""
 
-    text: str = USUAL
+    text: str | Callable[[], str] = USUAL
     code: int = 128 + signal.SIGINT
+
+    @property
+    def line(self) -> str:
+        """The text as it is now."""
+        return self.text if isinstance(self.text, str) else self.text()
 
 
 MESSAGE = StopMessage()
 
 
-def say_when_stopped(text: str) -> None:
-    """From now on an interrupt ends this command with `text`."""
+def say_when_stopped(text: str | Callable[[], str]) -> None:
+    """From now on an interrupt ends this command with `text`, or with what it gives when that comes."""
     MESSAGE.text = text
 
 
 @contextmanager
 def heeding_terminate() -> Iterator[None]:
-    """While entered, SIGTERM ends a command as Ctrl-C does, its files closed, but with its own exit code."""
+    """While entered, SIGTERM ends a command as Ctrl-C does, its files closed, but with its own exit code.
+
+    So does SIGINT where a shell script started the command in the background, for which shells have it ignored.
+    """
 
     def stop(*_: Any) -> None:
         MESSAGE.code = 128 + signal.SIGTERM
@@ -38,8 +47,11 @@ def heeding_terminate() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -53,10 +53,22 @@ def add_loras(pipe: Any, texts: Sequence[str]) -> None:
 
 def read_picture(path: Path) -> Any:
     """A picture as PIL, upright and in RGB. Raises GenAttnError when it cannot be read."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return upright_rgb(picture)
     except (OSError, ValueError) as error:
         raise GenAttnError(f"--image {str(path)!r} cannot be read as a picture: {error}") from None
+
+
+def upright_rgb(picture: Any) -> Any:
+    """A PIL picture as a viewer shows it: turned as its camera was held, grey of 16 bits scaled to 8."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    turned = ImageOps.exif_transpose(picture)
+    if turned.mode.startswith("I"):  # Pillow itself would cut off what lies above 255
+        grey = np.asarray(turned).astype(np.float32) / 257
+        turned = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    return turned.convert("RGB")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -103,9 +104,9 @@ def _from_folder(folder: Path, dataset: Dataset) -> None:
     videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     for path in videos:
         name = path.relative_to(folder).as_posix()
-        text = captions.pop(name, None)
-        beside = path.with_suffix(".txt")
-        if text is None and beside.is_file():
+        text = captions.pop(_plain_name(name), None)
+        beside = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".TXT")) if p.is_file()), None)
+        if text is None and beside is not None:
             text = _caption_of(beside.read_bytes(), dataset, name)
             if text is None:
                 continue
@@ -123,7 +124,7 @@ def _metadata(folder: Path) -> dict[str, str]:
         return _captions([_json_object(text, f"{lines}, line {i}") for i, text in enumerate(texts, 1)], lines)
     if table.is_file():
         try:
-            rows = list(csv.DictReader(io.StringIO(_metadata_text(table), newline="")))
+            rows = list(csv.DictReader(io.StringIO(_metadata_text(table), newline=""), skipinitialspace=True))
         except csv.Error as error:
             raise GenAttnError(f"{table} must be a table of comma-separated values, and is none ({error})") from None
         return _captions(rows, table)
@@ -141,11 +142,23 @@ def _captions(rows: Sequence[Mapping[str, object]], source: Path) -> dict[str, s
     found = {}
     for row in rows:
         name = next((row[n] for n in FILE_NAMES if row.get(n)), None)
-        text = next((row[n] for n in CAPTION_NAMES if row.get(n)), None)
         if name is None:
             raise GenAttnError(f"each row of {source} must name its clip as one of {', '.join(FILE_NAMES)}, got {dict(row)}")
-        found[PurePosixPath(str(name)).as_posix()] = "" if text is None else str(text)
+        found[_plain_name(str(name))] = _text_of(row, str(source))
     return found
+
+
+def _text_of(row: Mapping[str, object], place: str) -> str:
+    """The caption of a row, empty without one."""
+    text = next((row[n] for n in CAPTION_NAMES if row.get(n)), "")
+    if not isinstance(text, str):
+        raise GenAttnError(f"a caption in {place} must be one text, got {text!r}")
+    return text
+
+
+def _plain_name(name: str) -> str:
+    """A path with slashes and composed letters, whichever system wrote it."""
+    return unicodedata.normalize("NFC", PurePosixPath(name.replace("\\", "/")).as_posix())
 
 
 def _json_object(text: str, place: str) -> Mapping[str, object]:
@@ -188,8 +201,7 @@ def _add_from_tar(
     if told is not None and text is None:
         return
     if text is not None and told is not None and ".txt" not in parts:
-        row = _json_object(text, told)
-        text = next((str(row[n]) for n in CAPTION_NAMES if row.get(n)), "")
+        text = _text_of(_json_object(text, told), told)
     _add(dataset, name, text, tar, video)
 
 

@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 
-_BT709, _BT601, _LIMITED = 1, 6, 1  # numbers of ITU-T H.273; 6 is SMPTE 170M, whose matrix is BT.601's
+# numbers of ITU-T H.273; 6 is SMPTE 170M, whose matrix is BT.601's
+_BT709, _UNTOLD, _RESERVED, _BT601, _LIMITED = 1, 2, 3, 6, 1
 
 
 def is_hd(height: int, width: int) -> bool:
     """Whether players expect BT.709."""
     return min(height, width) >= 720 or max(height, width) >= 1280
+
+
+def matrix_of(frame: Any) -> int:
+    """The matrix of a decoded frame: the one its file names, else the one that players take for its size."""
+    told = int(frame.colorspace)
+    if told not in (_UNTOLD, _RESERVED):
+        return told
+    return _BT709 if is_hd(frame.height, frame.width) else _BT601
 
 
 def tag(stream: Any, height: int, width: int) -> None:

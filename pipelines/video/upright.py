@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from genattn.pipelines.video.colours import matrix_of
+
 Picture = npt.NDArray[np.uint8]
+_YUV = ("yuv", "nv", "p0")  # what has a matrix; a GIF's frames have none
 
 
 def shown_size(frame: Any, pixel: Fraction | None) -> tuple[int, int]:
@@ -28,7 +31,8 @@ def upright(frame: Any, height: int | None = None, width: int | None = None) -> 
         tall, wide = frame.height, frame.width
     else:
         tall, wide = (width, height) if turned else (height, width)
-    picture: Picture = frame.reformat(width=wide, height=tall, format="rgb24").to_ndarray()
+    colours = {"src_colorspace": matrix_of(frame)} if frame.format.name.startswith(_YUV) else {}
+    picture: Picture = frame.reformat(width=wide, height=tall, format="rgb24", **colours).to_ndarray()
     if matrix is None:
         return picture
     if turned:

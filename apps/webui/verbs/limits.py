@@ -100,6 +100,8 @@ def read_picture(path: Path, limits: Limits, size: tuple[int, int]) -> Any:
     """
     from PIL import Image, ImageOps
 
+    from genattn.apps.sampling.inputs import upright_rgb
+
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as picture:
             if picture.width * picture.height > 16 * limits.pixels:
@@ -107,7 +109,7 @@ def read_picture(path: Path, limits: Limits, size: tuple[int, int]) -> Any:
                     f"this server reads pictures of at most {16 * limits.pixels:,} pixels, "
                     f"got {picture.width} x {picture.height}; make it smaller"
                 )
-            return ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (size[1], size[0]))
+            return ImageOps.fit(upright_rgb(picture), (size[1], size[0]))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, GenAttnError):
             raise

@@ -80,6 +80,24 @@ def test_one_meaning_everywhere(name: str, outcome: Callable[..., tuple[int, str
     assert outcome(name, raising(KeyboardInterrupt()))[0] == 130, "the next one is no longer a SIGTERM"
 
 
+def test_an_interrupt_is_heeded_that_a_shell_script_has_ignored(outcome: Callable[..., tuple[int, str]]) -> None:
+    """Shells start what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert outcome("doctor", lambda: os.kill(os.getpid(), signal.SIGINT))[0] == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_stopped_long_video_says_how_to_go_on(tmp_path: Path) -> None:
+    from genattn.apps.cli.long import _how_to_go_on
+
+    assert "nothing to resume yet, the same command begins anew" in _how_to_go_on(tmp_path)
+    (tmp_path / "checkpoint.json").write_text("{}")
+    assert _how_to_go_on(tmp_path).endswith(f"genattn long --resume {tmp_path}")
+
+
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands()["doctor"], "callback", raising(RuntimeError("a bug")))
     monkeypatch.setattr(sys, "argv", ["genattn", "doctor"])

@@ -34,5 +34,5 @@ def test_measure_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     measure_command(tmp_path / "a.mp4", as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["dynamic_degree"] > 0
-    with pytest.raises(GenAttnError):
+    with pytest.raises(GenAttnError, match=r"none\.mp4' is no file; give a video or a picture that exists"):
         measure_command(tmp_path / "none.mp4")

@@ -89,6 +89,14 @@ def test_pictures_stand_upright(tmp_path: Path) -> None:
         SamplingSettings(image=tmp_path / "c.png")
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_sixteen_bits_keeps_its_shades(kind: str, tmp_path: Path) -> None:
+    """Pillow's own conversion makes everything above 255 white."""
+    shades = np.array([[0, 257, 128 * 257, 65535]] * 8, dtype=np.uint16)
+    Image.fromarray(shades).save(tmp_path / "a.png", kind)
+    assert np.asarray(read_picture(tmp_path / "a.png"))[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
+
+
 def test_a_pipeline_without_a_start_picture_says_so(random_wan_folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     settings = SamplingSettings(str(random_wan_folder), frames=5, height=64, width=64, image=tmp_path / "a.png")

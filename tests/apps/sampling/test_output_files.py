@@ -8,6 +8,7 @@ import pytest
 
 from genattn.apps.sampling.output_files import VIDEO_SUFFIXES, check_out, read_video, write_image, write_json, write_video
 from genattn.errors import GenAttnError
+from genattn.pipelines.video import colours
 
 
 def _clip(frames: int = 7, height: int = 32, width: int = 48) -> np.ndarray:
@@ -27,10 +28,25 @@ def test_video_round_trip(tmp_path: Path, suffix: str, size: tuple[int, int]) ->
     assert os.listdir(tmp_path) == [f"a{suffix}"]
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the encoder says of a frame of floats
-        write_video(tmp_path / "a.mp4", _clip().astype(np.float64), 16, {})
-    assert os.listdir(tmp_path) == []
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4", _clip(), 16, {"seed": 1})
+    before = (tmp_path / "a.mp4").read_bytes()
+    coded, seen = colours.coded, []
+
+    def fails(picture: np.ndarray, pix_fmt: str) -> object:
+        seen.append(os.listdir(tmp_path))
+        if len(seen) == 100:
+            raise OSError("no space left")
+        return coded(picture, pix_fmt)
+
+    monkeypatch.setattr(colours, "coded", fails)
+    with pytest.raises(OSError, match="no space left"):
+        write_video(tmp_path / "a.mp4", _clip(120), 16, {"seed": 2})
+    assert len(seen[-1]) == 2, "the new film grows beside the old one"
+    assert os.listdir(tmp_path) == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == before
+    with pytest.raises(GenAttnError, match=r"floating frames must lie in \[0, 1\], got 0 to 255"):
+        write_video(tmp_path / "b.mp4", _clip().astype(np.float64), 16, {})
 
 
 def test_png_carries_its_settings(tmp_path: Path) -> None:

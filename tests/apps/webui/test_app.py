@@ -270,7 +270,7 @@ def test_uploads_are_checked(client: Any, url: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"(?i)invalid file type|ending in"):
         client.predict(handle_file(str(tmp_path / "a.exe")), "random-sd3", api_name="/load_head_set")
     (tmp_path / "big.json").write_bytes(b" " * (LIMITS.upload_bytes + 1))
-    with pytest.raises(Exception, match=r"(?i)413|too large|exceeds|size|Could not"):
+    with pytest.raises(Exception, match=r"(?i)413|too large|exceeds"):
         client.predict(handle_file(str(tmp_path / "big.json")), "random-sd3", api_name="/load_head_set")
     remote = {"path": "http://192.0.2.1/a.json", "url": "http://192.0.2.1/a.json", "meta": {"_type": "gradio.FileData"}}
     with pytest.raises(Exception, match="fetches nothing from other addresses"):

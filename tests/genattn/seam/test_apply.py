@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 
 import genattn
-from genattn import DensePattern, GenAttnError, RadialPattern, Schedule
+from genattn import DensePattern, GenAttnError, RadialPattern, Schedule, TokenLayout
 from genattn.layouts.site import AttentionSite
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
 from genattn.seam.cores import MARK
@@ -311,16 +311,20 @@ def test_dense_calls_go_to_the_users_backend() -> None:
 
 def test_report_is_complete_and_loud() -> None:
     pipe, kwargs = build_pipeline("wan")
-    handle = apply(pipe, RadialPattern())
+    pattern = RadialPattern(decay=0.2, floor=0)
+    handle = apply(pipe, pattern)
     assert "NOT APPLIED YET" in handle.report().verdict
-    sample(pipe, kwargs)
+    sample(pipe, kwargs | {"height": 128, "width": 128, "num_frames": 17})
     report = handle.report()
     assert report.calls == 18
     assert report.sparse_calls == 8
     assert report.dense_reasons == {"first dense steps (dense_steps=0.25)": 6, "dense layer (dense_layers=1)": 4}
     assert report.runs == 1
-    assert 0 < (report.density or 0) <= 1
-    assert all(row["seconds"] > 0 and row["tokens"] == 36 for row in report.sites)
+    listed = pattern.plan(TokenLayout.from_grid((5, 8, 8)), 16, 16).density
+    assert listed < 0.9
+    assert report.density == pytest.approx(listed)
+    assert report.flops / report.flops_dense == pytest.approx(1 - 8 / 18 * (1 - listed))  # 8 of 18 equal calls
+    assert all(row["seconds"] > 0 and row["tokens"] == 320 for row in report.sites)
     assert json.loads(report.to_json())["sites"][0]["site"] == "blocks.0.attn1"
     assert "blocks.1.attn1" in str(report)
     handle.remove()

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,57 @@ def test_captions_in_a_tar(folder: Path, suffix: str, tmp_path: Path) -> None:
     found = find_clips(tmp_path / "set.tar")
     assert [clip.caption for clip in found.clips] == [TEXT]
     assert found.skipped == [("set.tar/bad.mp4", "its caption is not UTF-8 text; save it as UTF-8")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_encodings_that_look_like_ascii_with_zeros_are_told_too(folder: Path, encoding: str) -> None:
+    (folder / "a.txt").write_bytes("a red circle".encode(encoding))
+    with pytest.raises(GenAttnError, match="its caption is not UTF-8 text"):
+        find_clips(folder)
+    (folder / "metadata.csv").write_bytes("file_name,text\na.mp4,a red circle\n".encode(encoding))
+    with pytest.raises(GenAttnError, match=r"metadata\.csv must be UTF-8 text"):
+        find_clips(folder)
+    with pytest.raises(GenAttnError, match="it is not UTF-8 text"):
+        read_prompts(folder / "a.txt")
+
+
+def test_tables_and_lines_that_no_reader_takes(folder: Path) -> None:
+    (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{'x' * 200_000}\n")
+    with pytest.raises(GenAttnError, match=r"metadata\.csv must be a table of comma-separated values.*field larger"):
+        find_clips(folder)
+    (folder / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(GenAttnError, match="line 1 must be a JSON object"):
+        find_clips(folder)
+
+
+def test_names_with_dots(folder: Path, tmp_path: Path) -> None:
+    clip = (folder / "a.mp4").read_bytes()
+    (tmp_path / "shards").mkdir()
+    shard = tmp_path / "shards" / "set.tar"
+    texts = {"walk.v1": "one", "walk.v2": "two", "sub.dir/walk.final": "three"}
+    with tarfile.open(shard, "w") as archive:
+        for name, text in texts.items():
+            for ending, content in (("MP4", clip), ("txt", text.encode())):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    assert [clip.caption for clip in find_clips(shard).clips] == ["one", "two", "three"]
+    (folder / "a.mp4").rename(folder / "a.v1.final.mp4")
+    (folder / "a.v1.final.txt").write_text(TEXT)
+    assert captions(folder) == [TEXT]
+
+
+def test_tables_of_other_systems(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "a.mp4").rename(folder / "sub" / unicodedata.normalize("NFD", "café.MP4"))
+    (folder / "metadata.csv").write_text("file_name, text\r\nsub\\café.MP4, one\r\n")
+    assert captions(folder) == ["one"]
+    (folder / "metadata.csv").unlink()
+    (folder / "sub" / unicodedata.normalize("NFD", "café.TXT")).write_text("two")
+    assert captions(folder) == ["two"]
+
+
+def test_a_caption_is_one_text(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": ["one", "two"]}')
+    with pytest.raises(GenAttnError, match=r"a caption in .*metadata\.jsonl must be one text, got \['one', 'two'\]"):
+        find_clips(folder)

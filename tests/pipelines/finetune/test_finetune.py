@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,29 @@ def test_a_killed_run_ends_with_the_same_weights(clips: Path, tmp_path: Path) ->
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     with pytest.raises(GenAttnError, match="holds a run with other settings .*lora_rank was 2"):
         run(clips, tmp_path / "cut", steps=4, lora_rank=3)
+
+
+@pytest.mark.parametrize("what", ["pixels", "caption", "text encoder", "transformer"])
+def test_a_run_goes_on_with_what_began_it_alone(what: str, clips: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(clips, data)
+    run(data, tmp_path / "run", steps=1)
+    pipe, _ = build_pipeline("wan")
+    if what == "pixels":
+        write_video(data / "1.mp4", np.full((9, 64, 48, 3), 90, np.uint8), 8.0, {})
+    elif what == "caption":
+        (data / "1.txt").write_text("another one")
+    else:
+        part = pipe.text_encoder if what == "text encoder" else pipe.transformer
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.mul_(1.5)
+    before = weights(tmp_path / "run")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    name = {"caption": "data", "transformer": "model"}.get(what, "encoded")
+    with pytest.raises(GenAttnError, match=f"holds a run with other settings .*{name} was '"):
+        finetune(pipe, find_clips(data), PATTERN, settings(1), tmp_path / "run")
+    assert all(torch.equal(before[key], value) for key, value in weights(tmp_path / "run").items())
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # autocast around float32 norms

@@ -99,3 +99,33 @@ def test_colours_are_coded_and_tagged_by_size(writer: str, height: int, width: i
     shown = [255 * value for value in (red, (y - kr * red - kb * blue) / (1 - kr - kb), blue)]
     assert np.abs(np.array(shown) - colour).max() <= 4
     assert np.abs(read_video(path)[0][0].astype(int) - colour).max() <= 4
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (720, 1280)])
+@pytest.mark.parametrize("tag", [None, 1, 6])
+@pytest.mark.parametrize("full", [False, True])
+def test_colours_are_read_by_the_matrix_that_the_file_names_or_its_size_implies(
+    height: int, width: int, tag: int | None, full: bool, tmp_path: Path
+) -> None:
+    """Coded by hand: luma and chroma of one colour under each matrix and range."""
+    colour = np.array((0, 200, 40)) / 255
+    kr, kb = (0.2126, 0.0722) if (tag or (1 if height >= 720 else 6)) == 1 else (0.299, 0.114)
+    luma = float(np.dot(colour, (kr, 1 - kr - kb, kb)))
+    chroma = (colour[2] - luma) / (2 * (1 - kb)), (colour[0] - luma) / (2 * (1 - kr))
+    planes = [255 * luma, *(128 + 255 * c for c in chroma)] if full else [16 + 219 * luma, *(128 + 224 * c for c in chroma)]
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16, options={"crf": "0"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv444p"
+        if tag is not None:
+            stream.codec_context.colorspace = tag
+        stream.codec_context.color_range = 2 if full else 1
+        for _ in range(2):
+            frame = av.VideoFrame(width, height, "yuv444p")
+            for plane, value in zip(frame.planes, planes, strict=True):
+                plane.update(np.full((plane.height, plane.line_size), round(value), np.uint8).tobytes())
+            frame.color_range = 2 if full else 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for pixel in (read_video(path)[0][0, 9, 9], read_clip(ClipSource("c", "x", path), 1, 32, 32)[0, 9, 9]):
+        assert np.abs(pixel.astype(int) - (0, 200, 40)).max() <= 3
