@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "guidance/nag": "genattn genattn/functional genattn/geometry genattn/layouts genattn/seam guidance/heads guidance/passes",
     "guidance/passes": "genattn genattn/layouts genattn/seam guidance/heads",
     "guidance/s2": "genattn genattn/seam guidance/heads guidance/passes guidance/softpag",
-    "guidance/softpag": "genattn genattn/layouts genattn/seam guidance/heads guidance/passes",
+    "guidance/softpag": "genattn genattn/layouts genattn/seam guidance/heads guidance/passes kernels/plan",
     "guidance/tag": "genattn genattn/seam guidance/passes",
     "pipelines/finetune": (
         "genattn genattn/patterns genattn/seam "

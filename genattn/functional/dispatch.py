@@ -20,6 +20,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.freed import GIVE_BACK, give_back
 from genattn.kernels.plan.halo_plan import HaloPlan, check_halo_inputs, halo_attention
 from genattn.kernels.plan.head_tiles import HeadTiles, check_head_tiles
+from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.triton.block_sparse import SERVES_TAIL
 from genattn.kernels.triton.config import tile_sizes
 from genattn.kernels.triton.halo import refuse_from_now_on, triton_halo_attention, why_not_triton_halo
@@ -202,7 +203,8 @@ def plan_for(
     sides = min(block, most_q), min(block, most_k)
     if not pattern.needs_tensors:
         return pattern.plan_for(query, key, layout, *sides).to(query.device)
-    return pattern.plan_for(query, key, layout, *sides, memory=memory).to(query.device)
+    # what is chosen outlives the call: it may have come in inference mode, or under another default device
+    return lasting(pattern.plan_for)(query, key, layout, *sides, memory=memory).to(query.device)
 
 
 def block_plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:

@@ -148,6 +148,13 @@ class Handle:
         state = self.report().verdict if self._active else "removed"
         return f"<genattn {self._names()} on {self._models}: {state}>"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise GenAttnError: what a copy would be on is not told."""
+        raise GenAttnError(
+            "a handle belongs to the model that it is on and is not copied or pickled; copy the pipeline, whose copy starts "
+            "without plugins, and apply them anew"
+        )
+
     def _names(self) -> str:
         return " + ".join(type(getattr(plugin, "pattern", plugin)).__name__ for plugin in self.plugins)
 

@@ -233,7 +233,7 @@ class Injection:
 
     @contextlib.contextmanager
     def _extra_pass(self, run: Run, name: str) -> Iterator[Run]:
-        extra = replace(run, pass_name=f"{run.pass_name or 'pass'}+{name}", extra=name)
+        extra = replace(run, pass_name=f"{run.pass_name or 'pass'}+{name}", extra=name, notes={})
         with contextlib.ExitStack() as stack:
             stack.enter_context(other_caches(self.model, self.cache, name, str(extra.pass_name)))
             stack.enter_context(self.recorded.recording(extra))

@@ -37,6 +37,7 @@ class Run:
     pass_is_told: whether the pipeline named the pass itself; else the name is what pipelines of this family do.
     options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
     model: the denoiser. pipe: the pipeline, None where plugins were applied to a bare model.
+    notes: what plugins decided in this pass, by identity, for blocks that are computed again in the backward pass.
     """
 
     step: int = -1
@@ -54,6 +55,7 @@ class Run:
     model: "nn.Module | None" = field(default=None, repr=False, compare=False)
     pipe: Any = field(default=None, repr=False, compare=False)
     scoped: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    notes: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
     enter_extra: "Callable[[Run, str], AbstractContextManager[Run]] | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -72,7 +74,7 @@ class Run:
         """
         if self.enter_extra is not None:
             return self.enter_extra(self, name)
-        return nullcontext(replace(self, pass_name=f"{self.pass_name or 'pass'}+{name}", extra=name))
+        return nullcontext(replace(self, pass_name=f"{self.pass_name or 'pass'}+{name}", extra=name, notes={}))
 
 
 @dataclass
@@ -190,6 +192,15 @@ class Plugin(ABC):  # noqa: B024
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Answer one attention call, [B, Sq, H, D]."""
         return inner(call)
+
+    def refuse_recomputed(self, run: Run) -> None:
+        """Raise GenAttnError for a call of a pass that this plugin noted, without what it had in the forward: the call is
+        computed again in the backward pass."""
+        if id(self) in run.notes:
+            raise GenAttnError(
+                f"a block that {type(self).__name__} acted on is computed again in a backward pass (activation checkpointing), "
+                f"where what it needs is gone; train without {type(self).__name__} or without checkpointing"
+            )
 
     def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]) -> Any:
         """Answer one forward of the denoiser; `inner(*args, **kwargs)` runs it. Guidance adds its passes here."""

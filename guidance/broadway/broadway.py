@@ -224,7 +224,9 @@ class BroadWay(Plugin):
         """Answer one guided attention, [B, S, H, D]; outside the window, hand it on."""
         state = self._forwards.get(_place_of(call.run))
         if state is None or self._guided is None:
+            self.refuse_recomputed(call.run)
             return inner(call)
+        call.run.notes[id(self)] = True
         if call.is_causal:
             raise GenAttnError(
                 f"temporal guidance needs attention in both directions, got a causal call at {call.site.name!r}; "
@@ -274,6 +276,10 @@ class BroadWay(Plugin):
 
     def _clip(self, call: AttentionCall, inner: Inner, state: ForwardMaps, index: int) -> torch.Tensor:
         """Full attention over the clip: [B, S, H, D]."""
+        if torch.is_grad_enabled() and call.query.requires_grad:
+            raise GenAttnError(
+                "BroadWay steers sampling, and has no backward pass through full video attention; use torch.no_grad"
+            )
         frames = self._key_frames(call)
         near = neighbours_inside(call, self)
         plan = None if self.method == "pooled" else sparse_plan(call, near.pattern)

@@ -20,7 +20,7 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.nag.cut import Cut
 from genattn.guidance.nag.streams import Stream, TextWay
-from genattn.guidance.passes.block_swap import Place, Stand
+from genattn.guidance.passes.block_swap import Place, Stand, real_block
 
 Inputs = Mapping[str, Any]
 
@@ -82,15 +82,6 @@ def carrying(carried: Carried) -> Iterator[None]:
         yield
     finally:
         HERE.carried = before
-
-
-def real_block(block: Any) -> Any:
-    """The stock block under stand-ins and torch.compile's wrapper."""
-    while True:
-        inner = block.__dict__.get("block") if isinstance(block, Stand) else getattr(block, "_orig_mod", None)
-        if inner is None:
-            return block
-        block = inner
 
 
 def by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

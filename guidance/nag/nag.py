@@ -171,13 +171,18 @@ class NAG(Plugin):
 
     def stays_out(self, run: Run, site: AttentionSite, tokens: int) -> str:
         """Outside of a forward that carries the negative text there is nothing to do."""
-        return "" if HERE.carried is not None else "NAG is not at work in this pass"
+        if HERE.carried is not None:
+            return ""
+        self.refuse_recomputed(run)
+        return "NAG is not at work in this pass"
 
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """The answers for both texts, joined."""
         carried = HERE.carried
         if carried is None:
+            self.refuse_recomputed(call.run)
             return inner(call)
+        call.run.notes[id(self)] = True
         if not answer.is_carried(call, carried):
             return answer.untouched(call, inner)
         assert carried.here is not None

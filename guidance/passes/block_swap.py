@@ -20,6 +20,7 @@ from genattn.errors import GenAttnError
 from genattn.guidance.passes.prediction import take_rows
 from genattn.layouts.site import AttentionSite
 from genattn.seam.denoiser import held_by_cache_dit
+from genattn.seam.sites import unwrapped
 
 # denoisers whose blocks form one chain, as tests/guidance/softpag/test_softpag_families.py shows for each
 CHAINS = frozenset(
@@ -198,7 +199,7 @@ class Bypass(Stand):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inputs in the order in which the block gives its results."""
         block = self.__dict__["block"]
-        bound = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        bound = _arguments(block, args, kwargs)
         self.hits += 1
         inputs = [None if name is None else bound[name] for name in self.order[0](bound)]
         if self.u < 1:
@@ -258,6 +259,21 @@ def _hook_of(block: nn.Module) -> str | None:
     return None
 
 
+def _arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments by name, whatever stands around it or in its `forward`."""
+    signature = inspect.signature(type(real_block(block)).forward)
+    bound = dict(signature.bind(None, *args, **kwargs).arguments)
+    del bound[next(iter(signature.parameters))]
+    return bound
+
+
+def real_block(block: nn.Module) -> nn.Module:
+    """The stock block under stand-ins and other libraries' wrappers."""
+    while isinstance(block, Stand):
+        block = block.__dict__["block"]
+    return unwrapped(block)
+
+
 def _without_numbers(answer: Any) -> Any:
     if isinstance(answer, torch.Tensor):
         return torch.empty_like(answer, device="meta")
@@ -281,7 +297,8 @@ def _result_order(block: nn.Module, answer: Any) -> tuple[Any, bool]:
         expected = {tuple(bound[name].shape[1:]): name for name in names} if known else {}
         if len(expected) < 2 or any(shape is not None and shape not in expected for shape in shapes):
             raise GenAttnError(
-                f"target 'skip' must know which result is which, got {shapes} from {type(block).__name__}; use 'identity'"
+                f"target 'skip' must know which result is which, got {shapes} from {type(real_block(block)).__name__}; "
+                "use 'identity'"
             )
         return [None if shape is None else expected[shape] for shape in shapes]
 

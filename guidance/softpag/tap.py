@@ -20,6 +20,7 @@ from genattn.guidance.heads.head_set import HeadSet
 from genattn.guidance.heads.names import HeadsLike, HeadWeights, check_weight, head_name, resolve_heads
 from genattn.guidance.passes.block_swap import BlockOrder
 from genattn.guidance.softpag.perturbation import HeadMix, check_target, perturb_heads
+from genattn.kernels.plan.lasting import lasting
 from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 
@@ -56,7 +57,8 @@ class TappedModel:
         """
         key = (batch, tuple(rows.tolist()))
         if key not in self.mixes:
-            self.mixes[key] = {layer: HeadMix.from_rows(_spread(u, batch, rows)) for layer, u in self.rows.items()}
+            made = lasting(lambda u: HeadMix.from_rows(_spread(u, batch, rows)))
+            self.mixes[key] = {layer: made(u) for layer, u in self.rows.items()}
         return self.mixes[key]
 
     def missed(self) -> list[int]:
@@ -183,6 +185,10 @@ class HeadTap(Plugin):
         """The chain's answer, with heads perturbed where the pass is marked."""
         out = inner(call)
         mixes = self._marked.get((id(call.run.model), threading.get_ident()), self._everywhere)
+        if mixes is None:  # maybe a block that is computed again in the backward pass, long after the marks
+            mixes = call.run.notes.get(id(self))
+        else:
+            call.run.notes[id(self)] = mixes
         if mixes is None or call.site.depth not in mixes or _is_over_others(call):
             return out
         if call.run.model is not None:

@@ -11,6 +11,7 @@ import termios
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,32 @@ def test_files_and_report(settings: SamplingSettings, tmp_path: Path) -> None:
     assert sparse["seconds"] > 0
     assert {"psnr", "ssim"} <= set(sparse)
     assert {"torch", "diffusers", "genattn"} <= set(report["versions"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_preview_goes_with_the_run(
+    fails: bool, settings: SamplingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genattn.apps.sampling import generate as module
+
+    stock, seen = module.run_once, []
+
+    def run_once(*given: Any) -> Any:
+        preview = given[-1]
+        preview.path.write_bytes(b"as far as it is")
+        seen.append(preview.path.name)
+        if fails:
+            raise RuntimeError("on purpose")
+        return stock(*given)
+
+    monkeypatch.setattr(module, "run_once", run_once)
+    if fails:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            generate(_request(settings, tmp_path / "a.mp4"))
+    else:
+        generate(_request(settings, tmp_path / "a.mp4"))
+    assert seen == ["a.preview.png"]
+    assert sorted(os.listdir(tmp_path)) == ([] if fails else ["a.json", "a.mp4"])
 
 
 def test_same_seed_same_video(settings: SamplingSettings, tmp_path: Path) -> None:

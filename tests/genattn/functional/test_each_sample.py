@@ -6,6 +6,9 @@ import torch
 from genattn import NeighborhoodPattern, TokenLayout
 from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention
 from genattn.functional.each_sample import attention_of_each, rows_of_samples
+from genattn.patterns.adaptive import AdaptivePattern
+from genattn.patterns.block_topk import BlockTopK
+from genattn.patterns.pattern import Pattern, SiteMemory
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,19 @@ def test_every_group_is_answered_by_its_own_plan() -> None:
         some = slice(entry, entry + 1)
         one = planned_attention(query[some], key[some], value[some], plans[entry % 2], key_mask=mask[some])
         torch.testing.assert_close(out[some], one)
+
+
+@pytest.mark.parametrize("pattern", [BlockTopK(keep=0.3), AdaptivePattern(tiles="clusters")])
+@pytest.mark.parametrize("mode", ["another default device", "inference mode"])
+def test_what_is_chosen_by_content_outlives_the_mode_of_its_call(pattern: Pattern, mode: str) -> None:
+    layout = TokenLayout.from_grid((6, 8, 8))
+    query, key, value = (torch.randn(1, layout.seqlen, 2, 16) for _ in range(3))
+    expected = planned_attention(query, key, value, plan_for(query, key, pattern, layout))
+    memory = SiteMemory(step=0)
+    with torch.device("meta") if mode == "another default device" else torch.inference_mode():
+        plan = plan_for(query, key, pattern, layout, memory=memory)
+    wanting = [x.clone().requires_grad_() for x in (query, key, value)]
+    out = planned_attention(*wanting, plan)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()  # type: ignore[union-attr]
+    assert wanting[2].grad is not None

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from genattn import DensePattern, RadialPattern, apply
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
+from genattn.seam.cores import CURRENT
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 
 class Wrapper:
@@ -75,3 +78,49 @@ def test_what_is_wrapped_is_reached(family: str, wrap: Callable[[Any], Any]) -> 
         assert torch.equal(output(model, inputs), sparse)
         assert handle.report().sparse_calls == calls
     assert torch.equal(output(model, inputs), stock)
+
+
+class Asks:
+    """Runs another module's attention within its own, which may fail."""
+
+    def __init__(self, inner: Any, other: Any, fails: bool) -> None:
+        self.inner, self.other, self.fails = inner, other, fails
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **named: Any) -> Any:
+        try:
+            self.other.processor(self.other, hidden_states, fails=self.fails)
+        except RuntimeError:
+            assert self.fails
+        return self.inner(attn, hidden_states, *args, **named)
+
+
+class Small:
+    """An attention over the first two tokens."""
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, fails: bool = False, **named: Any) -> torch.Tensor:
+        rows = hidden_states[:, None, :2]
+        out = F.scaled_dot_product_attention(rows, rows, rows)
+        if fails:
+            raise RuntimeError("on purpose")
+        return out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_attention_inside_another_gives_the_mark_back(fails: bool, plain: bool) -> None:
+    model = build_model("wan")
+    outer, other = model.blocks[0].attn1, model.blocks[2].attn1
+    asks = Asks(outer.processor, other, fails)
+    outer.processor = asks.__call__ if plain else asks
+    other.processor = Small()
+    sites: list[str] = []
+
+    class Notes(Plugin):
+        def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+            sites.append(f"{call.site.name} {call.query.shape[1]}")
+            return inner(call)
+
+    with apply(model, Notes()), torch.no_grad():
+        model.blocks[0].attn1(torch.randn(1, 12, outer.to_q.in_features))
+        assert CURRENT.mark is None
+    assert sites == ["blocks.2.attn1 2", "blocks.0.attn1 12"]

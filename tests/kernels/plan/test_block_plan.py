@@ -1,0 +1,34 @@
+"""What a plan says of itself, and what a kernel makes of queries that stand in no tile."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from genattn.kernels.cpu.native import native_attention
+from genattn.kernels.cpu.native_build import native_library
+from genattn.kernels.plan.random_plan import random_plan
+from genattn.kernels.reference.attention import reference_attention
+from genattn.kernels.triton.block_sparse import empty_results
+
+
+@pytest.mark.parametrize("lost", [0, 5])
+def test_queries_that_stand_in_no_tile(lost: int) -> None:
+    whole = random_plan(3)
+    assert whole.covers_queries
+    plan = replace(whole, query_tiles=torch.where(whole.query_tiles == lost, -1, whole.query_tiles))
+    assert not plan.covers_queries
+    query, key, value = (torch.randn(1, n, 2, 16) for n in (plan.seqlen_q, plan.seqlen_k, plan.seqlen_k))
+    # a kernel that writes only what stands in a tile must find zeros there, not what was in memory
+    out, lse = empty_results(query, plan)
+    assert not out.any()
+    assert bool((lse == -torch.inf).all())
+    want, want_lse = reference_attention(query, key, value, plan)
+    assert not want[:, lost].any()
+    if isinstance(native_library(), str):
+        return
+    out, lse = native_attention(query, key, value, plan)
+    assert not out[:, lost].any()
+    assert bool((lse[:, lost] == -torch.inf).all())
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, want_lse, atol=1e-5, rtol=1e-5)

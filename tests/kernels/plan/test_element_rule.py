@@ -1,0 +1,40 @@
+"""The rules against their definition, written out pair by pair."""
+
+import pytest
+import torch
+
+from genattn.kernels.plan.element_rule import PADDING, BlockRule, CombinedRule, HeadOf, PerHeadRule, rule_of_head
+
+TABLE = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.4
+PLACE = torch.tensor([4, -1, 0, 5, PADDING, 2, 8, -1, 7, 3, 6, 1, PADDING], dtype=torch.int32)
+
+
+def wanted(head: int, query: int, key: int, place: torch.Tensor | None) -> bool:
+    q, k = (query, key) if place is None else (int(place[query]), int(place[key]))
+    if k == PADDING:
+        return False
+    return q < 0 or k < 0 or bool(TABLE[head, q // 3, k // 3])
+
+
+@pytest.mark.parametrize("place", [None, PLACE])
+def test_a_block_rule_sees_globals_and_never_padding(place: torch.Tensor | None) -> None:
+    rule, count = BlockRule(TABLE, 3, place), 9 if place is None else len(PLACE)
+    index = torch.arange(count)
+    found = rule(index[:, None], index[None, :])
+    for head in range(2):
+        for query in range(count):
+            for key in range(count):
+                assert bool(found[head, query, key]) == wanted(head, query, key, place), (head, query, key)
+    moved = rule.to("cpu")(index[:, None], index[None, :])
+    assert torch.equal(moved, found)
+
+
+def test_one_head_of_any_rule() -> None:
+    index = torch.arange(len(PLACE))
+    rule = BlockRule(TABLE, 3, PLACE)
+    shared = BlockRule(TABLE[:1], 3, PLACE)
+    for whole in (rule, CombinedRule((rule, shared), "all"), PerHeadRule((shared, BlockRule(TABLE[1:], 3, PLACE)), (1, 0))):
+        seen = whole(index[:, None], index[None, :])
+        for head in range(2):
+            for one in (rule_of_head(whole, head), HeadOf(whole, head)):
+                assert torch.equal(one(index[:, None], index[None, :]), seen[head : head + 1])
