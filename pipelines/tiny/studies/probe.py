@@ -7,18 +7,14 @@ captions as make its cost that of one look at all captions, and stands beside th
     python -m genattn.pipelines.tiny.studies.probe --model assets/tiny-sd3 --run-dir runs/probe --csv assets/bench/probe.csv
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import StableDiffusion3Pipeline
-
 from genattn.guidance.headhunter.search import rank_correlation
 from genattn.pipelines.tiny.evaluate import append_rows, provenance
-from genattn.pipelines.tiny.studies.sd3 import HeadStudy, StudySettings
+from genattn.pipelines.tiny.studies.sd3 import HeadStudy, StudySettings, on_one_core, short_study
 
 LOOKS: tuple[tuple[float, ...], ...] = ((0.3,), (0.6,), (0.8,), (0.3, 0.6), (0.6, 0.8), (0.3, 0.6, 0.8), (0.5, 0.65, 0.8))
 
@@ -64,18 +60,12 @@ def probe_row(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m genattn.pipelines.tiny.studies.probe`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of tiny-sd3")
+    parser = short_study(__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="where the hunts' logs go; they resume there")
-    parser.add_argument("--csv", type=Path, required=True, help="table to append to")
     parser.add_argument("--captions", type=int, default=40, help="hunting captions")
-    parser.add_argument("--steps", type=int, default=6, help="denoising steps")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    pipe = StableDiffusion3Pipeline.from_pretrained(given.model)
-    pipe.set_progress_bar_config(disable=True)
     settings = StudySettings(count=2, hunting=given.captions, steps=given.steps, batch=24, max_sequence_length=16)
-    study = HeadStudy(pipe, settings, given.run_dir)
+    study = on_one_core(given.model, settings, given.run_dir)
     whole = study.hunter("full.jsonl", rounds=1, u_grid=())
     full = dict(whole.run().scores)
     for moments, captions in variants(given.captions):

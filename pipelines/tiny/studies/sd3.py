@@ -216,6 +216,23 @@ def compare(table: Mapping[str, Scores]) -> list[dict[str, Any]]:
     return rows
 
 
+def short_study(doc: str | None) -> argparse.ArgumentParser:
+    """The options that the smaller studies of this model share; add yours."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of tiny-sd3")
+    parser.add_argument("--csv", type=Path, required=True, help="table to append to")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps")
+    return parser
+
+
+def on_one_core(model: Path, settings: StudySettings, run_dir: Path) -> HeadStudy:
+    """A study of the pipeline in folder `model`, on one core of the CPU."""
+    torch.set_num_threads(1)
+    pipe = StableDiffusion3Pipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return HeadStudy(pipe, settings, run_dir)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m genattn.pipelines.tiny.studies.sd3`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -8,22 +8,19 @@ caption, with 95 % bootstrap intervals.
         --csv assets/bench/small_guidance.csv
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import StableDiffusion3Pipeline
 
 from genattn.guidance.headhunter.search import bootstrap_interval
 from genattn.guidance.s2 import S2Guidance
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.guidance.tag import TAG
 from genattn.pipelines.tiny.evaluate import append_rows, provenance
-from genattn.pipelines.tiny.studies.sd3 import HeadStudy, StudySettings
+from genattn.pipelines.tiny.studies.sd3 import StudySettings, on_one_core, short_study
 from genattn.seam.plugin import Plugin
 
 
@@ -64,18 +61,12 @@ def rows_of(table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of tiny-sd3")
+    parser = short_study(__doc__)
     parser.add_argument("--heads", type=Path, required=True, help="hunted head set")
-    parser.add_argument("--csv", type=Path, required=True, help="table to append to")
     parser.add_argument("--count", type=int, default=200, help="captions")
-    parser.add_argument("--steps", type=int, default=6, help="denoising steps")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    pipe = StableDiffusion3Pipeline.from_pretrained(given.model)
-    pipe.set_progress_bar_config(disable=True)
     settings = StudySettings(count=given.count, hunting=40, steps=given.steps, max_sequence_length=16)
-    study = HeadStudy(pipe, settings, given.csv.parent)
+    study = on_one_core(given.model, settings, given.csv.parent)
     table = {name: study.scores(study.judging, 1.0, plugin)[:, 0] for name, plugin in conditions(given.heads).items()}
     rows = [{**provenance(cpu=True), "steps": given.steps, **row} for row in rows_of(table)]
     append_rows(given.csv, rows)
