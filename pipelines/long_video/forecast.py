@@ -5,10 +5,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm.auto import tqdm
 
+from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
 from genattn.pipelines.long_video.queue.latent_queue import QueueShape
+from genattn.pipelines.long_video.settings import LongVideoSettings
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,22 @@ class Forecast:
                 tell(self.words(times[1] - times[0]))
 
         return after_step
+
+
+def forecast_video(pipe: Any, settings: LongVideoSettings, given: bool = False) -> Forecast:
+    """What a film would cost; no model is called. given: it begins from frames instead of a sampled clip."""
+    base = frame_denoiser(pipe)
+    shape = settings.queue_shape(base)
+    return forecast_of(settings, shape, base.decoder(), shape.working if given else shape.window, not given)
+
+
+def forecast_of(
+    settings: LongVideoSettings, shape: QueueShape, decoder: Any, clip_latents: int, sampled: bool, processes: int = 1
+) -> Forecast:
+    """The forecast of a film with these settings. decoder: of its denoiser; the rest as in `Forecast`."""
+    per_latent = decoder.frames_for(3) - decoder.frames_for(2)
+    length = None if settings.num_frames is None else decoder.latents_for(settings.num_frames)
+    return Forecast(shape, clip_latents, sampled, per_latent, length, settings.uniform_steps, processes)
 
 
 def teller(tell: Callable[[str], None] | None, printing: bool) -> Callable[[str], None]:

@@ -18,7 +18,7 @@ import torch
 import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
-from genattn.pipelines.long_video.forecast import Forecast, teller
+from genattn.pipelines.long_video.forecast import Forecast, forecast_of, teller
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
 from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_checkpoint, read_record
 from genattn.pipelines.long_video.output.folder_lock import FolderLock
@@ -305,16 +305,7 @@ class _Build:
 
     def forecast(self, clip_latents: int, sampled: bool) -> Forecast:
         """What the film will cost."""
-        settings, decoder = self.settings, self.decoder
-        return Forecast(
-            self.shape,
-            clip_latents,
-            sampled,
-            decoder.frames_for(3) - decoder.frames_for(2),
-            None if settings.num_frames is None else decoder.latents_for(settings.num_frames),
-            settings.uniform_steps,
-            self.group.size,
-        )
+        return forecast_of(self.settings, self.shape, self.decoder, clip_latents, sampled, self.group.size)
 
     def first_clip(self, start: StartFrames | None, progress: bool, tell: Callable[[str], None]) -> torch.Tensor:
         """Clean latents [1, C, K, h, w] that the queue begins with: a sampled clip, or the given frames."""

@@ -1,12 +1,15 @@
 """The tab HeadHunter: run a search, watch its map fill, see every head's picture, save the set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
 from genattn.apps.webui.tabs.parts import (
+    Cost,
     Run,
+    cost_field,
+    downloads,
     missing_model,
     model_choice,
     optional_number,
@@ -18,11 +21,22 @@ from genattn.apps.webui.tabs.parts import (
     report_field,
     run_row,
     size_fields,
+    wire_cost,
 )
-from genattn.apps.webui.verbs.hunt import CAPTION_MATCH, OBJECTIVES, hunt, save_set
-from genattn.apps.webui.verbs.session import Session
+from genattn.apps.webui.verbs.hunt import (
+    CAPTION_MATCH,
+    OBJECTIVES,
+    hunt,
+    hunt_cost,
+    hunted_model,
+    save_set,
+    search_of,
+)
+from genattn.apps.webui.verbs.sampling import ClipForm
+from genattn.apps.webui.verbs.session import Model, Session
 from genattn.guidance.softpag.perturbation import TARGETS
 
+_SEARCH, _SIZE = ("prompts", "objectives", "pool", "rounds", "top_k", "sheet"), ("steps", "height", "width")
 PROMPTS = "a large red circle stays still on a dark background\na small blue square stays still on a light background"
 
 
@@ -36,8 +50,10 @@ def hunt_tab(session: Session) -> dict[str, Any]:
         with gr.Column(scale=2, min_width=320):
             fields = _fields(session, names, moving=not session.names(video=False))
         with gr.Column(scale=3):
-            run, results, saving = _results(pixel_classes(session, names))
-    search = page_verb(hunt, session, fields, results, rounds=_table)
+            run, results, files, saving = _results(session, pixel_classes(session, names))
+    search = page_verb(hunt, session, fields, results, rounds=_table, downloads=files)
+    asked = {name: fields[name] for name in ("model", *_SEARCH, *_SIZE, *(["frames"] if "frames" in fields else []))}
+    wire_cost(session, results["cost"], asked, lambda given: _asked(session, given))
     event = run.wire(search, fields.values(), results.values(), "hunt")
 
     def keep_set(run: str, name: str = "my-heads", keep: int = 0) -> str:
@@ -48,6 +64,13 @@ def hunt_tab(session: Session) -> dict[str, Any]:
     told = [results["run"], saving["name"], saving["keep"]]
     saving["save"].click(keep_set, told, results["head_set"], api_name="save_set", show_progress="hidden")
     return {"found": results["heads"], "use": saving["use"], "report": results["report"], "event": event}
+
+
+def _asked(session: Session, given: dict[str, Any]) -> tuple[Model, Cost]:
+    model, form = hunted_model(session, given["model"]), ClipForm.read(**given)
+    prompts = [line for line in given["prompts"].splitlines() if line.strip()]
+    search = search_of(given["objectives"], len(prompts), given["rounds"], given["top_k"])
+    return model, lambda: hunt_cost(session, model, form, given["pool"], search, given["sheet"])
 
 
 def _fields(session: Session, names: Sequence[str], moving: bool) -> dict[str, Any]:
@@ -77,8 +100,9 @@ def _fields(session: Session, names: Sequence[str], moving: bool) -> dict[str, A
     return {**fields, "scale": scale, "target": target, "batch": batch, "sheet": sheet, **sizes, "model": model}
 
 
-def _results(small: list[str]) -> tuple[Run, dict[str, Any], dict[str, Any]]:
-    """The buttons, where the verb's values are shown, and the fields and buttons that keep the set."""
+def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], Callable[[Any], Any], dict[str, Any]]:
+    """The buttons, where the verb's values are shown, how the downloads are found, and what keeps the set."""
+    cost = cost_field("hunt-cost")
     run = run_row("Hunt", "hunt")
     with gr.Row():
         with gr.Column(min_width=240):
@@ -97,7 +121,10 @@ def _results(small: list[str]) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     file = gr.File(label="Head set", interactive=False, height=80, elem_id="set-file")
     ran = gr.Textbox(label="Run", interactive=False)
     results = {"map": scored, "latest": latest, "rounds": table, "sheet": contact, "heads": found, "head_set": file, "run": ran}
-    return run, {**results, "report": report_field("hunt-report")}, {"use": use, "name": name, "keep": keep, "save": save}
+    results["report"] = report_field("hunt-report")
+    taken, files = downloads(session, "hunt-files")
+    saving = {"use": use, "name": name, "keep": keep, "save": save}
+    return run, {**results, "downloads": taken, "cost": cost}, files, saving
 
 
 def _moving(prompts: str) -> str:

@@ -7,8 +7,10 @@ import gradio as gr
 
 from genattn.apps.webui.tabs.parts import (
     QUIET,
+    Cost,
     Run,
     cards,
+    cost_field,
     downloads,
     local_file,
     missing_model,
@@ -23,10 +25,12 @@ from genattn.apps.webui.tabs.parts import (
     seed_fields,
     seed_used,
     size_fields,
+    wire_cost,
 )
 from genattn.apps.webui.verbs.head_map import draw_head_map, head_at, read_heads, toggle_head, write_heads
-from genattn.apps.webui.verbs.image import image, read_head_set
-from genattn.apps.webui.verbs.session import Session
+from genattn.apps.webui.verbs.image import image, image_cost, read_head_set
+from genattn.apps.webui.verbs.sampling import ClipForm
+from genattn.apps.webui.verbs.session import Model, Session
 from genattn.guidance.heads.names import parse_head
 from genattn.guidance.softpag.perturbation import TARGETS
 
@@ -61,8 +65,16 @@ def image_tab(session: Session) -> dict[str, Any]:
         elem_id="image-examples",
         label="Examples: drawn at the first click, then kept",
     )
+    told = {name: fields[name] for name in ("model", "steps", "height", "width")}
+    wire_cost(session, results["cost"], told, lambda given: _asked(session, given))
     first = _wire_map(session, fields, grid, upload)
     return {"heads": fields["heads"], "report": results["report"], "event": event, "first": first}
+
+
+def _asked(session: Session, given: dict[str, Any]) -> tuple[Model, Cost]:
+    model = session.check_name(given["model"], video=False)
+    form = ClipForm.read(**{name: given[name] for name in ("steps", "height", "width")})
+    return model, lambda: image_cost(session, model, form)
 
 
 def _fields(session: Session, names: Sequence[str]) -> tuple[dict[str, Any], gr.Image, gr.File]:
@@ -86,6 +98,7 @@ def _fields(session: Session, names: Sequence[str]) -> tuple[dict[str, Any], gr.
 
 def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], Any]:
     """The buttons, where the verb's values are shown, and how the downloads are found."""
+    cost = cost_field("image-cost")
     run = run_row("Draw both", "image")
     pair = gr.ImageSlider(
         label="without guidance | guided",
@@ -98,7 +111,7 @@ def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], A
     figures = gr.HTML("")
     taken, files = downloads(session, "image-files")
     shown = {"pair": pair, "seed": seed_used(), "report": report_field("image-report"), "figures": figures}
-    return run, {**shown, "downloads": taken}, files
+    return run, {**shown, "downloads": taken, "cost": cost}, files
 
 
 def _wire_map(session: Session, fields: Mapping[str, Any], grid: gr.Image, upload: gr.File) -> tuple[Any, ...]:

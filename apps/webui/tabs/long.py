@@ -2,14 +2,17 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
 
 from genattn.apps.webui.tabs.parts import (
     GPU,
+    Cost,
     Run,
+    cost_field,
+    downloads,
     local_file,
     missing_model,
     model_choice,
@@ -22,13 +25,17 @@ from genattn.apps.webui.tabs.parts import (
     seed_fields,
     seed_used,
     size_fields,
+    wire_cost,
 )
-from genattn.apps.webui.verbs.long import PLOTTED, long, resume
-from genattn.apps.webui.verbs.session import Session
+from genattn.apps.webui.verbs.long import PLOTTED, long, long_cost, resume
+from genattn.apps.webui.verbs.sampling import ClipForm
+from genattn.apps.webui.verbs.session import Model, Session
 from genattn.errors import GenAttnError
 
 PROMPT = '0:"a red circle moves right on a dark background" 60:"a blue circle moves right on a dark background"'
 _WAIT_SECONDS = 30.0
+_FILM = ("prompt", "frames", "fade", "partitions", "lookahead", "start_picture")
+_SIZE = ("height", "width")
 
 
 def why_not_streaming() -> str | None:
@@ -47,10 +54,13 @@ def long_tab(session: Session) -> dict[str, Any]:
         with gr.Column(scale=2, min_width=320):
             fields = _fields(session, names)
         with gr.Column(scale=3):
-            run, results, more, again = _results(pixel_classes(session, names))
+            run, results, files, more, again = _results(session, pixel_classes(session, names))
     outputs = [run.status, *results.values()]
-    start = page_verb(long, session, fields, results, drift=_frame)
-    go_on = page_verb(resume, session, {"run": results["run"], "frames": more}, results, drift=_frame)
+    start = page_verb(long, session, fields, results, drift=_frame, downloads=files)
+    resumed = {"run": results["run"], "frames": more}
+    go_on = page_verb(resume, session, resumed, results, drift=_frame, downloads=files)
+    told = {name: fields[name] for name in ("model", *_FILM, *_SIZE)}
+    wire_cost(session, results["cost"], told, lambda given: _asked(session, given))
     first = run.go.click(start, list(fields.values()), outputs, api_name="long", **GPU)
     second = again.click(go_on, [results["run"], more], outputs, api_name="resume", **GPU)
 
@@ -69,6 +79,12 @@ def long_tab(session: Session) -> dict[str, Any]:
 
     run.stop_with([first, second], stopped, [results["run"]], [results["film"]])
     return {"report": results["report"], "events": [first, second]}
+
+
+def _asked(session: Session, given: dict[str, Any]) -> tuple[Model, Cost]:
+    model = session.check_name(given["model"], video=True)
+    form = ClipForm.read(**{name: given[name] for name in _SIZE})
+    return model, lambda: long_cost(session, model, form, **{name: given[name] for name in _FILM})
 
 
 def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
@@ -100,9 +116,10 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     return {**fields, "seed": seed, "randomize_seed": fresh, "negative_prompt": negative, **sizes, "model": model}
 
 
-def _results(small: list[str]) -> tuple[Run, dict[str, Any], gr.Number, gr.Button]:
-    """The buttons, where the verbs' values are shown, and the new length and the button of a resume."""
+def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], Callable[[Any], Any], gr.Number, gr.Button]:
+    """The buttons, where the verbs' values are shown, how the downloads are found, and the length and button of a resume."""
     alone = why_not_streaming()
+    cost = cost_field("long-cost")
     run = run_row("Start the film", "long")
     with gr.Row():
         live = gr.Video(
@@ -133,7 +150,9 @@ def _results(small: list[str]) -> tuple[Run, dict[str, Any], gr.Number, gr.Butto
         more = optional_number("New length", "0: as it was", min_width=110)
         again = gr.Button("Resume", elem_id="long-resume", scale=1, min_width=100)
     results = {"segment": live, "film": film, "drift": drift, "run": name, "seed": seed_used()}
-    return run, {**results, "report": report_field("long-report")}, more, again
+    results["report"] = report_field("long-report")
+    taken, files = downloads(session, "long-files")
+    return run, {**results, "downloads": taken, "cost": cost}, files, more, again
 
 
 def _frame(rows: list[dict[str, Any]]) -> Any:

@@ -19,7 +19,6 @@ def mask_tab(session: Session) -> dict[str, Any]:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             attention = gr.Dropdown(SPARSE, value="radial", label="Pattern", elem_id="mask-pattern")
-            options = gr.Textbox("", label="Pattern settings (JSON)", placeholder='{"decay": 0.5, "window": "box"}', lines=1)
             model = gr.Dropdown([OWN_SHAPE, *PRESETS], value=OWN_SHAPE, label="Shape of", info="a model at its usual size")
             grid = gr.Textbox(GRID, label="Tokens: frames x height x width", elem_id="mask-grid")
             with gr.Row():
@@ -27,6 +26,10 @@ def mask_tab(session: Session) -> dict[str, Any]:
                 after = gr.Number(0, label="Text after", precision=0, minimum=0, min_width=90)
                 block = gr.Dropdown([32, 64, 128], value=64, label="Tile", min_width=90)
             query = gr.Textbox("", label="Token: frame x row x column", placeholder="the middle one", elem_id="mask-token")
+            with gr.Accordion("More", open=False):
+                options = gr.Textbox(
+                    "", label="Pattern settings (JSON)", placeholder='{"decay": 0.5, "window": "box"}', lines=1
+                )
             go = gr.Button("Draw", variant="primary", elem_id="mask-go")
             plan = picture("Tiles: rows queries, columns keys; dark full, light needs a mask", height=330)
         with gr.Column(scale=3):

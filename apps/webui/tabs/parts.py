@@ -10,8 +10,10 @@ from typing import Any
 import gradio as gr
 
 from genattn.apps.webui.verbs.job import Update
-from genattn.apps.webui.verbs.session import Session
+from genattn.apps.webui.verbs.session import Model, Session
 from genattn.errors import GenAttnError
+
+Cost = Callable[[], str]
 
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1, "show_progress": "hidden"}
 FROM_REPORT = ("figures", "player", "downloads")
@@ -144,6 +146,39 @@ def report_field(elem_id: str) -> gr.JSON:
     """The full report, folded away."""
     with gr.Accordion("Report", open=False):
         return gr.JSON(show_label=False, elem_id=elem_id, max_height=420)
+
+
+def cost_field(elem_id: str) -> gr.Markdown:
+    """The line that says what a run would cost."""
+    return gr.Markdown("What will this cost? A change of the fields tells.", elem_id=elem_id, elem_classes="hint")
+
+
+def wire_cost(
+    session: Session, line: gr.Markdown, fields: Mapping[str, Any], asked: Callable[[dict[str, Any]], tuple[Model, Cost]]
+) -> None:
+    """Say what a run would cost when a field changes: where the model is open already and no run is under way.
+
+    asked: checks the fields and gives the model and what to ask; raises GenAttnError for what cannot run.
+    """
+    names = tuple(fields)
+
+    def cost(*values: Any) -> str:
+        try:
+            model, told = asked(dict(zip(names, values)))
+            if not session.is_open(model):
+                return "The run says what it will cost as soon as the model is open."
+            if not session.lock.acquire(blocking=False):
+                return "A run is under way; it said what it costs."
+            try:
+                return told()
+            finally:
+                session.lock.release()
+        except GenAttnError as error:
+            return f"**This cannot run:** {in_words(error)}"
+
+    # a text is finished when the visitor leaves it
+    changes = [field.blur if isinstance(field, gr.Textbox) else field.change for field in fields.values()]
+    gr.on(changes, cost, list(fields.values()), line, trigger_mode="always_last", **QUIET)
 
 
 def downloads(session: Session, elem_id: str) -> tuple[gr.File, Callable[[Any], Any]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from genattn.apps.webui.tabs.parts import in_decibels, refusing
+from genattn.apps.webui.tabs.parts import QUIET, downloads, in_decibels, refusing
 from genattn.apps.webui.verbs.session import Session
 
 COLUMNS = ("date", "verb", "model", "seconds", "outcome", "run")
@@ -22,6 +22,7 @@ def report_tab(session: Session) -> dict[str, Any]:
                 name = gr.Textbox(label="Run", placeholder="name of a run", scale=3, elem_id="report-run")
                 show = gr.Button("Show", scale=1, min_width=90, elem_id="report-show")
             report = gr.JSON(label="Report", elem_id="report-json", max_height=520)
+            taken, files = downloads(session, "report-files")
         with gr.Column():
             ask = gr.Button("What can this machine and this server do?", elem_id="machine-go")
             machine = gr.JSON(label="Machine and limits", elem_id="machine-json", max_height=520)
@@ -53,6 +54,7 @@ def report_tab(session: Session) -> dict[str, Any]:
     show.click(show_report, name, report, api_name="report", **light)
     ask.click(describe_machine, None, machine, api_name="machine", **light)
     table.select(pick, kept, [name, report], api_visibility="private", show_progress="hidden")
+    report.change(lambda found: files(found) if found else None, report, taken, **QUIET)
     return {"remember": (remember, kept, table)}
 
 

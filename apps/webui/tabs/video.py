@@ -7,12 +7,12 @@ import gradio as gr
 
 from genattn.apps.sampling.attention_names import ATTENTIONS
 from genattn.apps.webui.tabs.parts import (
-    QUIET,
+    Cost,
     Run,
     cards,
+    cost_field,
     downloads,
     in_decibels,
-    in_words,
     missing_model,
     model_choice,
     page_verb,
@@ -24,17 +24,18 @@ from genattn.apps.webui.tabs.parts import (
     seed_fields,
     seed_used,
     size_fields,
+    wire_cost,
 )
 from genattn.apps.webui.tabs.player import EMPTY, player
 from genattn.apps.webui.verbs.cost import cost_line
 from genattn.apps.webui.verbs.sampling import ClipForm, chosen_attention
-from genattn.apps.webui.verbs.session import Session
+from genattn.apps.webui.verbs.session import Model, Session
 from genattn.apps.webui.verbs.video import video
-from genattn.errors import GenAttnError
 
 PROMPT = "a red circle moves right on a dark background"
 SPARSE = [name for name, make in ATTENTIONS.items() if make is not None]
 COLUMNS = ("attention", "seconds", "density", "psnr", "ssim", "peak_memory_gb")
+_ATTENTION = ("attention", "pattern_options", "dense_steps", "dense_layers")
 _SIZES = ("frames", "steps", "height", "width")
 ONE_RUN = (
     "Seconds are of one run each after a warm-up, on this machine as busy as it is now; at small sizes attention is a small"
@@ -66,7 +67,8 @@ def video_tab(session: Session) -> dict[str, Any]:
 
     film = page_verb(video, session, fields, results, rows=_table, figures=_figures, player=shown, downloads=files)
     event = run.wire(film, fields.values(), results.values(), "video")
-    _wire_cost(session, fields, results["cost"])
+    told = {name: fields[name] for name in ("model", "prompt", *_ATTENTION, *_SIZES)}
+    wire_cost(session, results["cost"], told, lambda given: _asked(session, given))
     gr.Examples(
         EXAMPLES if names[0] == "tiny-wan" else [[PROMPT, "radial", "", 0.25]],
         [fields[name] for name in ("prompt", "attention", "pattern_options", "dense_steps")],
@@ -100,7 +102,7 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
 
 def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], Callable[[Any], Any]]:
     """The buttons, where the verb's values are shown, and how the downloads are found."""
-    cost = gr.Markdown("What will this cost? A change of the fields tells.", elem_id="video-cost", elem_classes="hint")
+    cost = cost_field("video-cost")
     run = run_row("Make both clips", "video")
     both = gr.HTML(EMPTY, elem_id="video-player")
     figures = gr.HTML("")
@@ -121,30 +123,11 @@ def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], C
     return run, {**shown, "player": both, "strip": strip, "layers": layers, "downloads": taken, "cost": cost}, files
 
 
-def _wire_cost(session: Session, fields: dict[str, Any], line: gr.Markdown) -> None:
-    """Say what a run would cost when a field changes: where the model is open already and no run is under way."""
-    names = ("model", "prompt", "attention", "pattern_options", "dense_steps", "dense_layers", *_SIZES)
-
-    def cost(*values: Any) -> str:
-        given = dict(zip(names, values))
-        try:
-            model = session.check_name(given["model"], video=True)
-            attention = chosen_attention(session, *(given[name] for name in names[2:6]))
-            form = ClipForm.read(**{name: given[name] for name in names[6:]})
-            if not session.is_open(model):
-                return "The run says what it will cost as soon as the model is open."
-            if not session.lock.acquire(blocking=False):
-                return "A run is under way; it said what it costs."
-            try:
-                return cost_line(session, model, form, given["prompt"], attention)
-            finally:
-                session.lock.release()
-        except GenAttnError as error:
-            return f"**This cannot run:** {in_words(error)}"
-
-    told = [fields[name].change for name in ("attention", "dense_steps", "dense_layers", *_SIZES)]
-    given = [fields[name] for name in names]
-    gr.on([*told, fields["pattern_options"].blur], cost, given, line, trigger_mode="always_last", **QUIET)
+def _asked(session: Session, given: dict[str, Any]) -> tuple[Model, Cost]:
+    model = session.check_name(given["model"], video=True)
+    attention = chosen_attention(session, *(given[name] for name in _ATTENTION))
+    form = ClipForm.read(**{name: given[name] for name in _SIZES})
+    return model, lambda: cost_line(session, model, form, given["prompt"], attention)
 
 
 def _player(name: str, classes: list[str], label: str | None = None) -> gr.Video:

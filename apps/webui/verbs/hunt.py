@@ -4,8 +4,10 @@ Objectives are names from a list: a visitor must not be able to name a module to
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from genattn.apps.webui.verbs.cost import call_of, seconds_told, size_of
 from genattn.apps.webui.verbs.head_map import draw_head_map
 from genattn.apps.webui.verbs.job import Job, Update
 from genattn.apps.webui.verbs.limits import number, whole
@@ -56,14 +58,8 @@ def hunt(
             f"the oracle judges captions of the tiny world, got {strange[0]!r}; write e.g. "
             "'a red circle moves right on a dark background', or choose another objective"
         )
-    chosen = session.check_name(model, video=model in session.names(video=True) or not session.names(video=False))
-    wanted = ClipForm.read(**form)
-    search = SearchSettings(
-        dict.fromkeys(objectives, 1.0),
-        len(lines),
-        rounds=whole("rounds", rounds, 1),
-        top_k=whole("heads per round", top_k, 1),
-    )
+    chosen, wanted = hunted_model(session, model), ClipForm.read(**form)
+    search = search_of(objectives, len(lines), rounds, top_k)
     settings: dict[str, Any] = {
         "u": number("u", u),
         "scale": number("scale", scale),
@@ -78,6 +74,17 @@ def hunt(
         return _hunt(job, session, chosen, wanted, lines, list(objectives), pool, search, settings, sheet)
 
     yield from Job(work, session.lock).updates()
+
+
+def hunted_model(session: Session, name: str | None) -> Model:
+    """The model of that name; without one a picture model where there is one."""
+    return session.check_name(name, video=name in session.names(video=True) or not session.names(video=False))
+
+
+def search_of(objectives: Sequence[str], prompts: int, rounds: Any, top_k: Any) -> SearchSettings:
+    """The search that the form's fields ask for; raises GenAttnError for what they cannot be."""
+    whole_rounds, whole_heads = whole("rounds", rounds, 1), whole("heads per round", top_k, 1)
+    return SearchSettings(dict.fromkeys(objectives, 1.0), prompts, rounds=whole_rounds, top_k=whole_heads)
 
 
 def _hunt(
@@ -98,9 +105,9 @@ def _hunt(
 
     pipe, call = open_for(job, session, model, form)
     layers = session.layers(model)
-    heads = list(resolve_heads(pool, layers)) if pool and pool.strip() else all_heads(layers)
-    pictures = search.trials(len(heads))["full"] + (len(heads) + 1 if sheet else 0)
-    session.limits.at_most("pictures a hunt", pictures, session.limits.hunt_pictures)
+    heads, pictures = _pictures(session, layers, pool, search, sheet)
+    told_cost = hunt_cost(session, model, form, pool, search, sheet)
+    job.tell("will cost", cost=told_cost)
     run = session.new_run("hunt")
     job.tell("hunting", 0, pictures, run=run.name)
     found = {name: load_objective(_OBJECTIVE_SOURCES.get(name, name)) for name in objectives}
@@ -121,8 +128,10 @@ def _hunt(
         for i, r in enumerate(head_set.notes["rounds"])
     ]
     report = {"verb": "hunt", "model": model.name, "prompts": prompts, "seeds": hunter.seeds, "call": call}
+    files = ["heads.json", *([str(Path(contact).relative_to(run))] if contact else [])]
     report |= {
         **settings,
+        "files": files,
         "rounds": rows,
         "heads": head_set.names(),
         "baseline": head_set.notes["baseline"],
@@ -136,7 +145,26 @@ def _hunt(
         "rounds": rows,
         "run": run.name,
         "report": session.write_report(run, report),
+        "cost": told_cost,
     }
+
+
+def hunt_cost(session: Session, model: Model, form: ClipForm, pool: str | None, search: SearchSettings, sheet: bool) -> str:
+    """One line for people: how many pictures a hunt makes. Raises GenAttnError for what model or server cannot serve."""
+    _, call = call_of(session, model, form)
+    heads, pictures = _pictures(session, session.layers(model), pool, search, sheet)
+    what = f"{len(heads)} heads: at most {pictures:,} guided pictures of {call['num_inference_steps']} steps"
+    return " · ".join((size_of(call), what, seconds_told(session.seconds_of(model.name, call), "picture without guidance")))
+
+
+def _pictures(
+    session: Session, layers: dict[int, int], pool: str | None, search: SearchSettings, sheet: bool
+) -> tuple[list[Head], int]:
+    """(heads to choose from, pictures that the search and its contact sheet make at most)."""
+    heads = list(resolve_heads(pool, layers)) if pool and pool.strip() else all_heads(layers)
+    pictures = search.trials(len(heads))["full"] + (len(heads) + 1 if sheet else 0)
+    session.limits.at_most("pictures a hunt", pictures, session.limits.hunt_pictures)
+    return heads, pictures
 
 
 _OBJECTIVE_SOURCES = {CAPTION_MATCH: "genattn.pipelines.tiny.oracle_objective:caption_match"}

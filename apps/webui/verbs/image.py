@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from genattn.apps.webui.verbs.cost import call_of, seconds_told, size_of
 from genattn.apps.webui.verbs.job import Job, Update
 from genattn.apps.webui.verbs.limits import number
 from genattn.apps.webui.verbs.sampling import ClipForm, describe_call, open_for, read_seed, sample
@@ -27,7 +28,8 @@ def image(
     """Sample a picture plain and guided.
 
     heads: names such as "L2H1,L4H0:0.3". u: how far they are drawn to `target`, in [0, 1]. scale: guidance scale.
-    form: fields of `ClipForm`. The last update holds `pair` (two PNG paths: without, with), `seed` and `report`.
+    form: fields of `ClipForm`. The first update of the work says what it will `cost`; the last one holds `pair` (two PNG
+    paths: without, with), `seed` and `report`.
     Raises GenAttnError for anything that model, heads or server cannot serve.
     """
     session.limits.check_prompts(prompt, form.get("negative_prompt"))
@@ -60,10 +62,13 @@ def _draw(
     from genattn.guidance.softpag.softpag import SoftPAG
 
     pipe, call = open_for(job, session, model, form)
+    told_cost = image_cost(session, model, form)
+    job.tell("will cost", cost=told_cost)
     weights = resolve_heads(heads, session.layers(model), u)
     plugin = SoftPAG(weights, u=u, scale=scale, target=target)
     run = session.new_run("image")
     plain, _ = sample(job, pipe, call, prompt, seed, "without guidance")
+    session.remember_seconds(model.name, call, plain.seconds)
     guided, _ = sample(job, pipe, call, prompt, seed, "guided", [plugin])
     report = {"verb": "image", **describe_call(model, pipe, call, prompt, seed)}
     report |= {"heads": heads, "u": u, "scale": scale, "target": target, "guidance": plugin.describe()}
@@ -78,7 +83,14 @@ def _draw(
         files.append(str(path))
     runs[1]["psnr"] = round(psnr(guided.frames, plain.frames), 2)
     report = session.write_report(run, report | {"runs": runs, "files": [f.rsplit("/", 1)[-1] for f in files]})
-    return {"pair": tuple(files), "seed": seed, "report": report}
+    return {"pair": tuple(files), "seed": seed, "report": report, "cost": told_cost}
+
+
+def image_cost(session: Session, model: Model, form: ClipForm) -> str:
+    """One line for people: what both pictures cost. Raises GenAttnError for what model or server cannot serve."""
+    _, call = call_of(session, model, form)
+    steps = f"2 pictures of {call['num_inference_steps']} steps; the guided one runs the model once more in each"
+    return " · ".join((size_of(call), steps, seconds_told(session.seconds_of(model.name, call), "picture without guidance")))
 
 
 def read_head_set(session: Session, path: str, model: str | None = None) -> HeadSet:

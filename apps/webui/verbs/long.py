@@ -43,33 +43,85 @@ def long(
 
     prompt: a text, or a schedule 0:"..." 60:"...". fade: frames of a cross-fade. start_picture: an uploaded file to begin from.
     form: height, width, guidance_scale, negative_prompt. Updates hold `segment` (MP4 path of at least a second), `drift`
-    (rows frame, statistic, change) and `run` (for `resume`); the last one `film`, `seed` and `report`.
+    (rows frame, statistic, change), `run` (for `resume`) and what the film will `cost`; the last one `film`, `seed`, `report`.
     Raises GenAttnError for anything that model or server cannot serve.
     """
-    from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
-
-    session.limits.check_prompts(prompt, form.get("negative_prompt"))
     chosen, wanted = session.check_name(model, video=True), ClipForm.read(**form)
-    wished = whole("frames", frames, 1)
-    session.limits.at_most("frames", wished, session.limits.long_frames)
-    PromptSchedule.parse(prompt, whole("fade", fade, 0))
-    drawn = read_seed(seed, randomize_seed)
-    settings: dict[str, Any] = {
-        "prompt": prompt,
-        "prompt_fade": whole("fade", fade, 0),
-        "num_frames": wished,
-        "partitions": whole("partitions", partitions, 1),
-        "lookahead": bool(lookahead),
-        "drift_correction": number("drift correction", drift_correction),
-        "seed": drawn,
-    }
-    session.limits.at_most("partitions", settings["partitions"], 16)
+    queue = {"partitions": partitions, "lookahead": lookahead, "drift_correction": drift_correction}
+    settings = _settings(session, prompt, frames, fade, form.get("negative_prompt"), **queue)
+    settings["seed"] = read_seed(seed, randomize_seed)
     picture = None if not start_picture else session.limits.check_upload(start_picture, (".png", ".jpg", ".jpeg", ".webp"))
 
     def work(job: Job) -> dict[str, Any]:
         return _start(job, session, chosen, wanted, settings, ouroboros, picture)
 
     yield from Job(work, session.lock).updates()
+
+
+def long_cost(
+    session: Session,
+    model: Model,
+    form: ClipForm,
+    prompt: str,
+    frames: int = 125,
+    fade: int = 0,
+    partitions: int = 1,
+    lookahead: bool = False,
+    start_picture: str | None = None,
+) -> str:
+    """One line for people: the model calls of a film. Raises GenAttnError for what model or server cannot serve."""
+    from genattn.pipelines.long_video.forecast import forecast_video
+
+    settings = _settings(session, prompt, frames, fade, form.negative_prompt, partitions=partitions, lookahead=lookahead)
+    pipe = session.open(model)
+    return forecast_video(pipe, _wanted(pipe, form, settings, False), given=bool(start_picture)).words()
+
+
+def _settings(
+    session: Session,
+    prompt: str,
+    frames: Any,
+    fade: Any,
+    negative: str | None,
+    partitions: Any = 1,
+    lookahead: Any = False,
+    drift_correction: Any = 0.0,
+) -> dict[str, Any]:
+    """The form's fields as settings of a film; raises GenAttnError for what they cannot be."""
+    from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule
+
+    session.limits.check_prompts(prompt, negative)
+    found: dict[str, Any] = {
+        "prompt": prompt,
+        "prompt_fade": whole("fade", fade, 0),
+        "num_frames": whole("frames", frames, 1),
+        "partitions": whole("partitions", partitions, 1),
+        "lookahead": bool(lookahead),
+        "drift_correction": number("drift correction", drift_correction),
+    }
+    session.limits.at_most("frames", found["num_frames"], session.limits.long_frames)
+    session.limits.at_most("partitions", found["partitions"], 16)
+    PromptSchedule.parse(prompt, found["prompt_fade"])
+    return found
+
+
+def _wanted(pipe: Any, form: ClipForm, settings: dict[str, Any], ouroboros: bool) -> Any:
+    """The LongVideoSettings of a form; the model's own values where it says nothing."""
+    from genattn.apps.sampling.run import own_defaults
+    from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
+    from genattn.pipelines.long_video.settings import LongVideoSettings
+
+    own = own_defaults(pipe)
+    return LongVideoSettings(
+        **settings,
+        height=form.height or own.get("height"),
+        width=form.width or own.get("width"),
+        negative_prompt=form.negative_prompt,
+        guidance_scale=own.get("guidance_scale") if form.guidance_scale is None else form.guidance_scale,
+        ouroboros=Ouroboros().to_json() if ouroboros else None,
+        fps=float(own.get("fps", 16)),
+        checkpoint_every=CHECKPOINT_LATENTS,
+    )
 
 
 def resume(session: Session, run: str, frames: int | None = None) -> Iterator[Update]:
@@ -100,28 +152,14 @@ def resume(session: Session, run: str, frames: int | None = None) -> Iterator[Up
 def _start(
     job: Job, session: Session, model: Model, form: ClipForm, settings: dict[str, Any], ouroboros: bool, picture: Path | None
 ) -> dict[str, Any]:
-    from genattn.apps.sampling.run import own_defaults
     from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
     from genattn.pipelines.long_video.generate import start_video
-    from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
     from genattn.pipelines.long_video.queue.window_group import WindowGroup
-    from genattn.pipelines.long_video.settings import LongVideoSettings
     from genattn.seam.handle import denoisers
 
     job.tell("opening the model")
     pipe = session.open(model)
-    own = own_defaults(pipe)
-    scale = own.get("guidance_scale") if form.guidance_scale is None else form.guidance_scale
-    wanted = LongVideoSettings(
-        **settings,
-        height=form.height or own.get("height"),
-        width=form.width or own.get("width"),
-        negative_prompt=form.negative_prompt,
-        guidance_scale=scale,
-        ouroboros=Ouroboros().to_json() if ouroboros else None,
-        fps=float(own.get("fps", 16)),
-        checkpoint_every=CHECKPOINT_LATENTS,
-    )
+    wanted = _wanted(pipe, form, settings, ouroboros)
     size = wanted.size(frame_denoiser(pipe))
     session.limits.check_clip(*size, None, 1)
     start = None if picture is None else read_picture(picture, session.limits, size)
@@ -131,7 +169,7 @@ def _start(
     with job.watching(*denoisers(pipe).values()):
 
         def tell(forecast: str) -> None:
-            job.tell(f"sampling the first clip: {forecast}", run=run.name)
+            job.tell(f"sampling the first clip: {forecast}", run=run.name, cost=forecast)
 
         video = start_video(pipe, wanted, start=start, folder=run, progress=False, group=group, tell=tell)
     return _go_on(job, session, model, run, video, group)

@@ -3,6 +3,7 @@
 python tests/apps/webui/gradio_clicks.py http://127.0.0.1:7860/ assets/figures        the pictures kept in the repository
 """
 
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = "/usr/bin/chromium"
+_PARTS = ("gradio", "playwright")
+_NOISE = ("DeprecationWarning", "FutureWarning", "ResourceWarning", "UserWarning", "pytest.PytestUnraisableExceptionWarning")
+BROWSER = [  # marks of a test module that opens a browser
+    pytest.mark.slow,
+    *(
+        pytest.mark.skipif(importlib.util.find_spec(part) is None, reason=f"the app in a browser needs {part}")
+        for part in _PARTS
+    ),
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"),
+    *(pytest.mark.filterwarnings(f"ignore::{kind}") for kind in _NOISE),
+]
 PATIENCE = 600_000
 # and the names of their pictures
 TABS = {

@@ -1,6 +1,9 @@
 """A session of the app over random models of a few thousand weights; for tests of its verbs, its server and its page."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +28,18 @@ def random_model(folder: Path, family: str, defaults: dict[str, Any]) -> Path:
         build_pipeline(family)[0].save_pretrained(place)
         (place / "genattn_defaults.json").write_text(json.dumps(defaults))
     return place
+
+
+@contextmanager
+def served(session: Session) -> Iterator[str]:
+    """The address of the app over `session`; the environment that Gradio changes is put back."""
+    from genattn.apps.webui.app import serve
+
+    before = dict(os.environ)
+    page, url = serve(session)
+    try:
+        yield url
+    finally:
+        page.close(verbose=False)
+        os.environ.clear()
+        os.environ.update(before)

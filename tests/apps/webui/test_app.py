@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import re
 import socket
 import threading
@@ -10,13 +9,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gradio_session import LIMITS, random_session
+from gradio_session import LIMITS, random_session, served
 
 from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError
@@ -69,22 +67,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return random_session(tmp_path_factory.mktemp("server"))
 
 
-@contextmanager
-def _served(session: Session) -> Iterator[str]:
-    """The address of a server; its folders, which Gradio reads from the environment, are those of before afterwards."""
-    before = dict(os.environ)
-    from genattn.apps.webui.app import serve
-
-    page, address = serve(session)
-    yield address
-    page.close(verbose=False)
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.fixture(scope="module")
 def url(session: Session, outside: list[Any]) -> Iterator[str]:
-    with _served(session) as address:
+    with served(session) as address:
         yield address
 
 
@@ -111,13 +96,14 @@ def test_every_verb_has_a_name_and_nothing_else_has(client: Any) -> None:
 
 def test_image(client: Any, session: Session) -> None:
     job = client.submit("a cat", "L1H0", seed=5, steps=2, api_name="/image")
-    status, pair, seed, report, cards, files = job.result(timeout=240)
+    status, pair, seed, report, cards, files, cost = job.result(timeout=240)
     assert all(Path(path).stat().st_size for path in files)
     assert status.startswith("**done**")
     assert seed == "5"
     assert all(Path(path).stat().st_size for path in pair)
     assert report["heads"] == "L1H0"
     assert "dB" in cards
+    assert cost.startswith("16x16 · 2 pictures of 2 steps; the guided one runs the model once more in each")
     assert any("of 2" in row[0] for row in job.outputs()[:-1]), "steps are told on the way"
     assert client.predict(report["run"], api_name="/report") == report
     with pytest.raises(Exception, match="there is no run"):
@@ -133,9 +119,12 @@ def test_video(client: Any) -> None:
 
 
 def test_long_and_resume(client: Any) -> None:
-    row = client.submit("a cat", 9, 0, 1, False, api_name="/long").result(timeout=240)
+    job = client.submit("a cat", 9, 0, 1, False, api_name="/long")
+    row = job.result(timeout=240)
     run, report = row[4], row[6]
     assert report["frames"] == 9
+    assert sorted(Path(path).name for path in row[7]) == ["report.json", "video.mp4"]
+    assert any("first frame" in str(told[8]) for told in job.outputs()), "what it will cost is told on the way"
     longer = client.submit(run, 13, api_name="/resume").result(timeout=240)
     assert longer[6]["frames"] == 13
 
@@ -146,6 +135,8 @@ def test_hunt_save_and_load(client: Any) -> None:
     row = client.submit("a cat", ["sharpness"], "L1", top_k=1, sheet=False, steps=1, api_name="/hunt").result(timeout=240)
     heads, run = row[5], row[7]
     assert re.fullmatch(r"L1H\d", heads)
+    assert sorted(Path(path).name for path in row[9]) == ["heads.json", "report.json"]
+    assert "at most" in row[10]
     file = client.predict(run, "best", api_name="/save_set")
     assert json.loads(Path(file).read_text())["heads"] == {heads: 1.0}
     loaded = client.predict(handle_file(file), "random-sd3", api_name="/load_head_set")
@@ -224,7 +215,7 @@ def test_eight_clients_at_once(url: str, session: Session) -> None:
 def test_a_full_queue_refuses_and_loses_nobody(session: Session, tmp_path: Path, url: str) -> None:
     sources = [str(model.source) for model in session.models.values()]
     busy = Session(tmp_path / "out", sources, replace(LIMITS, queue=1))
-    with _served(busy) as address:
+    with served(busy) as address:
         clients = [_client(address) for _ in range(3)]
         with busy.lock:  # the first one stands before the models, the second in the queue
             taken = [clients[0].submit("a cat", "L1H0", seed=7, steps=1, api_name="/image")]

@@ -9,42 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gradio_clicks import CHROMIUM, TABS, Visitor, video, visiting
-from gradio_session import LIMITS, random_session
+from gradio_clicks import BROWSER, TABS, Visitor, video, visiting
+from gradio_session import LIMITS, random_session, served
 from PIL import Image
 
-pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'genattn[gradio]'")
-pytest.importorskip("playwright", reason="the browser is driven by playwright: pip install playwright")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}: apt-get install chromium"),
-    *(
-        pytest.mark.filterwarnings(f"ignore::{kind}")
-        for kind in (
-            "DeprecationWarning",
-            "FutureWarning",
-            "ResourceWarning",
-            "UserWarning",
-            "pytest.PytestUnraisableExceptionWarning",
-        )
-    ),
-]
+from genattn.apps.webui.verbs.session import Session
+
+pytestmark = BROWSER
 WIDTHS = {390: "_phone", 1280: ""}
 KEPT = os.environ.get("GENATTN_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    before = dict(os.environ)
-    from genattn.apps.webui.app import serve
-    from genattn.apps.webui.verbs.session import Session
-
     folder = tmp_path_factory.mktemp("widths")
-    page, url = serve(Session(folder / "out", (), LIMITS) if KEPT else random_session(folder))
-    yield url
-    page.close(verbose=False)
-    os.environ.clear()
-    os.environ.update(before)
+    with served(Session(folder / "out", (), LIMITS) if KEPT else random_session(folder)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module", params=WIDTHS)

@@ -1,4 +1,4 @@
-"""Film strips, maps of visited tiles, and the line that says what a clip costs."""
+"""Film strips and maps of visited tiles."""
 
 from pathlib import Path
 
@@ -7,10 +7,8 @@ import pytest
 from gradio_session import random_session
 
 from genattn import GenAttnError, RadialPattern
-from genattn.apps.sampling.run import AttentionSettings
-from genattn.apps.webui.verbs.cost import cost_line
 from genattn.apps.webui.verbs.film_pictures import _LEFT, _TOP, film_strip, layer_map
-from genattn.apps.webui.verbs.sampling import ClipForm, chosen_attention
+from genattn.apps.webui.verbs.sampling import chosen_attention
 from genattn.apps.webui.verbs.session import Session
 from genattn.apps.webui.verbs.watched import WatchedSparse
 from genattn.planning.ladder import ADAPTIVE
@@ -81,22 +79,6 @@ def test_what_layers_visited(session: Session, pattern: RadialPattern) -> None:
         assert isinstance(shares, np.ndarray)
         assert shares.shape[0] == shares.shape[1]
         assert shares.diagonal().min() == 1, "every tile sees itself"
-
-
-def test_the_cost_is_told_before(session: Session) -> None:
-    model = session.check_name(None, video=True)
-    attention = AttentionSettings("radial", RadialPattern(decay=0.2, floor=0), 1, 0)
-    line = cost_line(session, model, ClipForm(), "a cat", attention)
-    assert "9x32x32" in line
-    assert "2 steps" in line
-    assert "50% of the calls stay dense: first dense steps" in line
-    assert "of the dense scores" in line
-    assert "not yet timed here" in line
-    session.remember_seconds(model.name, {"num_frames": 9, "height": 32, "width": 32, "num_inference_steps": 2}, 12.34)
-    assert "the last dense clip of this size took 12.3 s" in cost_line(session, model, ClipForm(), "a cat", attention)
-    assert "not yet timed" in cost_line(session, model, ClipForm(steps=3), "a cat", attention)
-    with pytest.raises(GenAttnError, match="at most 33 frames"):
-        cost_line(session, model, ClipForm(frames=37), "a cat", attention)
 
 
 def test_settings_are_presets(session: Session, tmp_path: Path) -> None:
