@@ -46,6 +46,18 @@ def test_index_names_every_page() -> None:
     assert linked == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
 
 
+# pages that show facts or plans of the repository itself
+ABOUT = ("README", "architecture", "design", "evidence", "peers", "scale", "what-is-next")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in ABOUT], ids=lambda page: page.name)
+def test_pages_begin_with_what_they_are_for_and_tell_their_limits(page: Path) -> None:
+    title, first = [line for line in page.read_text().splitlines() if line.strip()][:2]
+    assert title.startswith("# ")
+    assert first[0].isalpha() or first[0] == "`", f"a page begins with a sentence, got {first!r}"
+    assert re.findall(r"^## Limits$", page.read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_method_pages_have_one_form(name: str) -> None:
     page = (DOCS / f"{name}.md").read_text()
