@@ -119,7 +119,9 @@ MAY_IMPORT = {
         "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
         "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"
     ),
-    "apps/laboratory/models": "genattn genattn/layouts genattn/patterns genattn/seam",
+    "apps/laboratory/models": (
+        "genattn genattn/layouts genattn/patterns genattn/seam guidance/nag guidance/softpag pipelines/tiny/random"
+    ),
     "apps/laboratory/mutation": "genattn",
     "apps/laboratory/stacking": (
         "apps/sampling genattn genattn/functional genattn/geometry genattn/patterns genattn/seam "
@@ -127,8 +129,8 @@ MAY_IMPORT = {
     ),
     "apps/pages": (
         "apps/cli apps/laboratory apps/laboratory/stacking apps/laboratory/models apps/sampling "
-        "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning genattn/seam "
-        "guidance/broadway guidance/nag guidance/softpag "
+        "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning "
+        "guidance/broadway "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"
     ),
     "apps/pages/site": "genattn",
