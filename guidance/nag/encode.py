@@ -179,6 +179,8 @@ def _by_step(
     parts = {part.name: getattr(pipe, part.name, None) for part in step.expected_components}
     alone.update_components(**{name: part for name, part in parts.items() if part is not None})
     asked = {**_wanted(prompts, told, _name_of(model), pipe), **settings}
+    if len(prompts) == 1:
+        asked |= dict.fromkeys(_PROMPTS, prompts[0])  # MiniMax-H3 takes one text and no list; the others take either
     with torch.no_grad():
         # the text step knows no device of its own: it runs where its text encoder is
         state = alone(**{name: value for name, value in asked.items() if name in known})

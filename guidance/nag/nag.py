@@ -223,8 +223,11 @@ class NAG(Plugin):
         if role.kind != "cond":
             self._tell_if_same(run, known, told, role)
             return inner(*args, **kwargs)
+        mine = told.get(known.way.inputs[0])
+        if self.embeds is None:
+            samples_of(role, len(self.prompts), mine)  # a wrong number is refused before anything is encoded
         texts = self._encoded(run, known, told)
-        samples = samples_of(role, count_of(texts, known.way), told.get(known.way.inputs[0]))
+        samples = samples_of(role, count_of(texts, known.way), mine)
         self._tell_if_same(run, known, told, role)
         theirs = for_samples(texts, samples, told, known.way)
         theirs |= known.way.prepare(run.model, told, theirs) if known.way.prepare is not None else {}

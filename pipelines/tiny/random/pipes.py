@@ -7,7 +7,7 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, MotionAdapter
 
-from genattn.pipelines.tiny.random import text as words, vaes as vaes
+from genattn.pipelines.tiny.random import qwen_text, text as words, vaes as vaes
 from genattn.pipelines.tiny.random.models import settle
 
 BuildModel = Callable[..., Any]
@@ -70,6 +70,18 @@ def flux(build: BuildModel) -> Built:
         tokenizer_2=words.t5_tokenizer(),
     )
     return pipe, _call(height=16, width=24, guidance_scale=3.5)
+
+
+def qwen_image(build: BuildModel) -> Built:
+    """Qwen-Image: true guidance in two passes, text read by a vision-language model."""
+    pipe = diffusers.QwenImagePipeline(
+        transformer=build(),
+        vae=vaes.qwen_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=qwen_text.qwen25_vl_encoder(),
+        tokenizer=qwen_text.qwen_tokenizer(),
+    )
+    return pipe, _call(height=32, width=24, true_cfg_scale=4.0, negative_prompt="bad", max_sequence_length=256)
 
 
 def hunyuan_video(build: BuildModel) -> Built:
@@ -178,6 +190,7 @@ PIPELINES: dict[str, Callable[[BuildModel], Built]] = {
     "wan-experts": wan_experts,
     "sd3": sd3,
     "flux": flux,
+    "qwen-image": qwen_image,
     "hunyuan-video": hunyuan_video,
     "cogvideox": cogvideox,
     "ltx": ltx,

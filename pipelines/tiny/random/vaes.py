@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -104,3 +105,30 @@ def mochi_vae() -> Any:
     torch.manual_seed(0)
     layers = {"layers_per_block": (1,) * 5, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4}
     return AutoencoderKLMochi(latent_channels=12, out_channels=3, **layers).eval()
+
+
+def qwen_vae() -> Any:
+    """4 x 4."""
+    torch.manual_seed(0)
+    shape = {"base_dim": 3, "z_dim": 4, "dim_mult": [1] * 3, "num_res_blocks": 1, "temperal_downsample": [False, True]}
+    return diffusers.AutoencoderKLQwenImage(**shape, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+
+
+def minimax_h3_vae() -> Any:
+    """4 x 4 in space; in time 17 n + 5 frames are 5 n + 2 latents, as in the released one."""
+    torch.manual_seed(0)
+    shape = {"latent_channels": 4, "block_out_channels": (4, 4, 4), "layers_per_block": 1, "norm_num_groups": 2}
+    factors = {"spatial_downsample_factors": (1, 2, 2), "temporal_downsample_factors": (1, 2, 2)}
+    decoder = {"decoder_num_layers": 1, "decoder_num_attention_heads": 2, "decoder_attention_head_dim": 16}
+    scale = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
+    return diffusers.AutoencoderKLMiniMaxH3(**shape, **factors, **decoder, **scale).eval()
+
+
+def minimax_h3_audio_vae() -> Any:
+    """Four samples a latent, 40 latents a second."""
+    torch.manual_seed(0)
+    encoder = {"encoder_dim": 4, "encoder_rates": (2, 2), "latent_dim": 24, "latent_channels": 6, "num_attention_heads": 2}
+    decoder = {"decoder_dim": 8, "decoder_rates": (2, 2), "decoder_kernel_sizes": (4, 4)}
+    blocks = {"resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((1, 3, 5),), "sampling_rate": 160}
+    scale = {"latents_mean": [0.0] * 6, "latents_std": [1.0] * 6}
+    return diffusers.AutoencoderKLMiniMaxH3Audio(**encoder, **decoder, **blocks, **scale).eval()

@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore:In CPU autocast"), pytest.mark.
 def unguided(family: str, **config: Any) -> tuple[Any, dict[str, Any]]:
     """A pipeline without classifier-free guidance."""
     pipe, call = build_pipeline(family, **config)
+    if family == "qwen-image":
+        return pipe, {**call, "true_cfg_scale": 1.0, "negative_prompt": None, "output_type": "latent"}
     scale = {} if family in ("flux", "hunyuan-video") else {"guidance_scale": 1.0}
     return pipe, {**call, **scale, "output_type": "latent"}
 
