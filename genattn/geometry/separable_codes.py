@@ -79,15 +79,18 @@ def visits(axis: AxisWindow, cut_q: AxisCut, cut_k: AxisCut) -> np.ndarray:
 
 
 class SeparableCodes:
-    """Tile codes from one table per axis; `dense_q` and `dense_k` count the tiles of globals before, and of padding after."""
+    """Tile codes from one table per axis, of which there is at least one.
+
+    `dense_q` and `dense_k` count the tiles of globals before, and of padding after.
+    """
 
     num_heads = 1
 
     def __init__(self, tables: Sequence[np.ndarray], dense_q: tuple[int, int], dense_k: int) -> None:
         self.tables, self.dense_q, self.dense_k = tables, dense_q, dense_k
         self.shape_q = tuple(t.shape[0] for t in tables)
-        self.grid_q = int(np.prod(self.shape_q)) if tables else 0
-        self.grid_k = int(np.prod([t.shape[1] for t in tables])) if tables else 0
+        self.grid_q = int(np.prod(self.shape_q))
+        self.grid_k = int(np.prod([t.shape[1] for t in tables]))
 
     def rows(self, head: int, start: int, stop: int) -> np.ndarray:
         """Uint8 [stop - start, NK]."""

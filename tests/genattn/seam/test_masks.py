@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genattn.seam.masks import key_mask
+from genattn.seam.masks import grid_key_mask, key_mask
 
 B, S = 2, 6
 VALID = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -67,3 +67,20 @@ def test_other_masks_are_told_apart(mask: object, reason: str) -> None:
     keys, why = key_mask(mask, B, S, S)
     assert keys is None
     assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("value", "hides"), [(-1e3, True), (-9.99e2, False), (-1e4, True), (float("-inf"), True), (1.0, False)]
+)
+def test_which_numbers_hide(value: float, hides: bool) -> None:
+    """From a thousand below zero on, a bias leaves no weight in any precision; anything nearer says how much."""
+    row = torch.zeros(B, S).masked_fill(~VALID, value)
+    square = torch.zeros(B, 1, S, S).masked_fill(~(VALID[:, None, None] & VALID[:, None, :, None]), value)
+    for mask in (row, square):
+        keys, why = key_mask(mask, B, S, S)
+        assert (keys is not None) is hides
+        assert ("additive bias" in why) is not hides
+    shared = grid_key_mask(row[:, None, None].expand(B, 1, S, S), B, S, torch.arange(3))
+    assert (shared is not None) is hides
+    if hides:
+        assert torch.equal(shared, VALID)
