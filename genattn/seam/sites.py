@@ -34,6 +34,15 @@ _UNREACHABLE = {
 _HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
 _SECTION = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _INSIDE = {"attentions": 0, "motion_modules": 1, "temp_attentions": 1}
+# classes that hold a model as their only child, by the child's name; looked up by name, since most need not be installed
+_HELD_AS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
 # what activation checkpointing, FSDP's first kind and torch.compile put around a module that stays where it was
 _WRAPPERS = re.compile(r"(?:^|\.)(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.|$)")
 
@@ -60,29 +69,16 @@ def find_sites(model: nn.Module, component: str, family: Family | None) -> list[
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile, DistributedDataParallel, FullyShardedDataParallel and PEFT."""
+    """The model inside the wrappers of torch.compile, data parallelism, FSDP's first kind, DeepSpeed and PEFT."""
     while True:
-        inner = _inside(model)
-        if inner is None:
+        names = {base.__name__ for base in type(model).__mro__}
+        held = next((_HELD_AS[name] for name in _HELD_AS if name in names), None)
+        if "PeftModel" in names:  # the adapters lie in the layers of the model itself
+            model = model.get_base_model()  # type: ignore[operator]
+        elif held is not None and model._modules.get(held) is not None:
+            model = model._modules[held]  # type: ignore[assignment]
+        else:
             return model
-        model = inner
-
-
-def _inside(model: nn.Module) -> nn.Module | None:
-    parts = model._modules
-    names = {base.__name__ for base in type(model).__mro__}
-    if "_orig_mod" in parts:
-        return parts["_orig_mod"]
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return parts["module"]
-    if "FullyShardedDataParallel" in names:
-        return parts["_fsdp_wrapped_module"]
-    if "CheckpointWrapper" in names:
-        return parts["_checkpoint_wrapped_module"]
-    if "PeftModel" in names:  # the adapters lie in the layers of the model itself
-        base: nn.Module = model.get_base_model()  # type: ignore[operator]
-        return base
-    return None
 
 
 def head_dims(found: list[tuple[nn.Module, AttentionSite]]) -> dict[str, int]:

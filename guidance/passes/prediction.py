@@ -114,6 +114,8 @@ def take_rows(value: Any, rows: torch.Tensor, batch: int, name: str = "") -> Any
             # AnimateDiff hands in each text once per frame
             return value.unflatten(0, (batch, copies)).index_select(0, rows.to(value.device)).flatten(0, 1)
         return value.index_select(0, rows.to(value.device)) if copies == 1 and len(value) == batch else value
+    if is_dataclass(value) and not isinstance(value, type):  # diffusers' output objects are dicts as well
+        return replace(value, **{key: take_rows(getattr(value, key), rows, batch, key) for key in value.__dataclass_fields__})
     if isinstance(value, dict):
         return {key: take_rows(part, rows, batch, key) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from genattn import GenAttnError, RadialPattern, apply
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam.sites import unwrapped
 
 PATTERN = RadialPattern(decay=0.2, floor=0)
 ALL = {"dense_steps": 0, "dense_layers": 0}
@@ -60,6 +61,33 @@ def test_peft_that_came_later(wanted: torch.Tensor) -> None:
     torch.testing.assert_close(forward(outer), wanted)
     handle.remove()
     torch.testing.assert_close(forward(outer), stock)
+
+
+class OnlyChild(torch.nn.Module):
+    """As FullyShardedDataParallel and DeepSpeedEngine hold a model, which need an accelerator to be made."""
+
+    def __init__(self, name: str, inner: Any) -> None:
+        super().__init__()
+        self.add_module(name, inner)
+
+
+@pytest.mark.parametrize(
+    ("cls", "child"),
+    [
+        ("FullyShardedDataParallel", "_fsdp_wrapped_module"),
+        ("DeepSpeedEngine", "module"),
+        ("DataParallel", "module"),
+        ("CheckpointWrapper", "_checkpoint_wrapped_module"),
+        ("OptimizedModule", "_orig_mod"),
+    ],
+)
+def test_the_model_inside_is_found_by_the_wrappers_name(cls: str, child: str) -> None:
+    model = build_model("wan")
+    wrapper = type(cls, (OnlyChild,), {})
+    assert unwrapped(wrapper(child, wrapper(child, model))) is model
+    assert unwrapped(wrapper("other", model)) is not model
+    assert unwrapped(torch.nn.parallel.DataParallel(model)) is model
+    assert unwrapped(torch.compile(model)) is model
 
 
 def test_a_pipeline_whose_denoiser_has_adapters_is_seen_running() -> None:
