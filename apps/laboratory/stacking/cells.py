@@ -6,7 +6,8 @@
     SoftPAG   one head disturbed, a second pass   at zero strength, second pass included, what the neighbour gives alone;
     NAG       a negative prompt at scale 1        at full strength another picture, the same in every order
 
-After `remove()` the neighbour must give what it gives alone.
+After `remove()` the neighbour must give what it gives alone. Under a compiler, and where processes share the model, the
+pattern's reference is the bare model: what is done by hand would be traced with it, or see one process's tokens only.
 """
 
 import contextlib
@@ -14,14 +15,15 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from diffusers.models.transformers import transformer_wan
 
-from genattn.apps.laboratory.stacking.neighbours import Neighbour
+from genattn.apps.laboratory.stacking.neighbours import NEIGHBOURS, Neighbour
+from genattn.apps.laboratory.stacking.processes import measure_together
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import attention
 from genattn.geometry.token_layout import TokenLayout
@@ -34,7 +36,8 @@ from genattn.seam.handle import Handle, apply
 
 PATTERN = NeighborhoodPattern((2, 3, 3))
 GRID = TokenLayout.from_grid((3, 4, 3))
-CHANGE = ("cache", "weights", "adapter")  # kinds of neighbours that change the result
+CHANGE = ("cache", "weights", "adapter", "backend")  # kinds of neighbours that change the result
+ALIKE = ("compiler", "split")  # those that change how the model runs, and nothing of what comes out
 _SMALLEST = 1e-12
 
 
@@ -66,17 +69,47 @@ class Cell:
     note: str = ""
 
 
+_ORDER = ("equal", "within", "refused", "not tried", "differs")  # from best to worst
+
+
 def measure(neighbour: Neighbour, method: Method) -> Cell:
-    """Run the cell. A refusal of ours is a result; what other packages raise comes through."""
+    """Run one cell, see `measure_row`."""
+    return measure_row(neighbour, (method,))[0]
+
+
+def measure_row(neighbour: Neighbour, methods: Sequence[Method] = METHODS) -> list[Cell]:
+    """Run the cells of a neighbour, in as many processes as it needs.
+
+    A refusal of ours is a result, and so is a neighbour that has no code for this machine; what else other packages raise
+    comes through. Of several processes the worst result counts.
+    """
     reason = why_not(neighbour)
     if reason:
-        return Cell(neighbour.name, method.name, "not tried", note=reason)
-    alone = _alone(neighbour, method)
+        return [Cell(neighbour.name, method.name, "not tried", note=reason) for method in methods]
+    if neighbour.processes == 1:
+        return [_measure(neighbour, method) for method in methods]
+    found = measure_together(measure_named, neighbour.name, [method.name for method in methods], neighbour.processes)
+    cells = ([Cell(**cell) for cell in of_all] for of_all in zip(*found))
+    return [max(of_all, key=lambda cell: (_ORDER.index(cell.result), cell.error)) for of_all in cells]
+
+
+def measure_named(neighbour: str, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Cells by their names, for a process that cannot be handed functions."""
+    (beside,) = (n for n in NEIGHBOURS if n.name == neighbour)
+    return [asdict(_measure(beside, method)) for method in METHODS if method.name in methods]
+
+
+def _measure(neighbour: Neighbour, method: Method) -> Cell:
+    try:
+        alone = _alone(neighbour, method)
+    except (NotImplementedError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        return Cell(neighbour.name, method.name, "not tried", note=f"by itself it does not run on this machine: {told}")
     if neighbour.kind in CHANGE and torch.equal(alone, _stock(method.guidance_scale)):
         return Cell(
             neighbour.name, method.name, "differs", note="the neighbour has no effect here, so the cell would tell nothing"
         )
-    wanted = _alone(neighbour, method, by_hand) if method.name == "pattern" else alone
+    wanted = _alone(_NOBODY if neighbour.kind in ALIKE else neighbour, method, by_hand) if method.name == "pattern" else alone
     places = range(len(neighbour.steps) + 1)
     try:
         found = [_run(neighbour, method, place, zero) for place, zero in itertools.product(places, (True, False))]
@@ -94,6 +127,9 @@ def measure(neighbour: Neighbour, method: Method) -> Cell:
     worst = max(errors)
     result = "equal" if worst == 0.0 else "within" if worst <= max(neighbour.close, _SMALLEST) else "differs"
     return Cell(neighbour.name, method.name, result, worst)
+
+
+_NOBODY = Neighbour("nobody", "")
 
 
 def why_not(neighbour: Neighbour) -> str:

@@ -1,4 +1,4 @@
-"""What users put on the same model as ours, as steps on a tiny Wan pipeline: caches, quantisers, offload, adapters, backends.
+"""What users put on a tiny Wan pipeline beside ours, as steps: caches, quantisers, offload, adapters, and how it runs.
 
 Several steps mean several places where ours may come in between: an adapter is loaded, later exchanged for another.
 """
@@ -22,7 +22,7 @@ _LORA = "pytorch_lora_weights.safetensors"
 class Neighbour:
     """steps: what is done to a pipeline, in this order. package: whose version the row carries, and without which the
     neighbour cannot be tried. undo: what must be done before another pipeline can be built. why_not: why it is not tried.
-    close: the relative error that counts as the same result, 0.0 for bit-equal.
+    close: the relative error that counts as the same result, 0.0 for bit-equal. processes: how many share the model.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Neighbour:
     undo: Step = lambda pipe: None
     why_not: str = ""
     close: float = 0.0
+    processes: int = 1
 
 
 # ---- caches that skip blocks
@@ -142,6 +143,44 @@ def _model_offload(pipe: Any) -> None:
     importlib.import_module("accelerate").cpu_offload_with_hook(pipe.transformer, execution_device="cpu")
 
 
+# ---- how the model runs
+
+
+_COMPILER = "aot_eager"  # traces, takes apart and runs what it traced; no C++ compiler, which takes a minute for each graph
+
+
+def _compile_blocks(pipe: Any) -> None:
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=_COMPILER)
+
+
+def _compile_whole(pipe: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend=_COMPILER)
+
+
+def _forget_compiled(pipe: Any) -> None:
+    torch.compiler.reset()
+
+
+def _backend(name: str) -> tuple[Step]:
+    return (lambda pipe: pipe.transformer.set_attention_backend(name),)
+
+
+def _stock_backend(pipe: Any) -> None:
+    """Setting one sets it for the whole process too."""
+    pipe.transformer.reset_attention_backend()
+
+
+def _fused(pipe: Any) -> None:
+    pipe.transformer.fuse_qkv_projections()
+
+
+def _split(**degrees: Any) -> tuple[Step]:
+    def split(pipe: Any) -> None:
+        pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(**degrees))
+
+    return (split,)
+
+
 # ---- adapters
 
 
@@ -196,6 +235,14 @@ NEIGHBOURS: tuple[Neighbour, ...] = (
     Neighbour("fp8 storage (layerwise casting)", "weights", (_layerwise,)),
     Neighbour("model offload", "memory", (_model_offload,), "accelerate"),
     Neighbour("group offload", "memory", (_group_offload,)),
+    Neighbour("torch.compile, blocks", "compiler", (_compile_blocks,), "torch", _forget_compiled, close=1e-5),
+    Neighbour("torch.compile, whole model", "compiler", (_compile_whole,), "torch", _forget_compiled, close=1e-5),
+    Neighbour("set_attention_backend, _native_math", "backend", _backend("_native_math"), undo=_stock_backend),
+    Neighbour("set_attention_backend, flex", "backend", _backend("flex"), undo=_stock_backend),
+    Neighbour("set_attention_backend, xformers", "backend", _backend("xformers"), "xformers", _stock_backend),
+    Neighbour("fused projections", "execution", (_fused,)),
+    Neighbour("context parallel, Ulysses", "split", _split(ulysses_degree=2), close=1e-5, processes=2),
+    Neighbour("context parallel, ring", "split", _split(ring_degree=2), close=1e-5, processes=2),
     Neighbour("LoRA", "adapter", (_load_adapter(1),), "peft"),
     Neighbour("LoRA, hot swap", "adapter", (_load_adapter(1), _load_adapter(2, hotswap=True)), "peft"),
 )  # fmt: skip

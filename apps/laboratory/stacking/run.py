@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genattn.apps.laboratory.stacking.cells import METHODS, Cell, measure, version_of
+from genattn.apps.laboratory.stacking.cells import Cell, measure_row, version_of
 from genattn.apps.laboratory.stacking.neighbours import NEIGHBOURS, Neighbour
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 
@@ -22,9 +22,8 @@ TABLE = Path(__file__).resolve().parents[3] / "assets" / "bench" / "stacking.csv
 
 def rows_of(neighbour: Neighbour) -> list[dict[str, Any]]:
     """One row per method."""
-    cells = [measure(neighbour, method) for method in METHODS]
     where = provenance("cpu")
-    return [_row(neighbour, cell, where) for cell in cells]
+    return [_row(neighbour, cell, where) for cell in measure_row(neighbour)]
 
 
 def _row(neighbour: Neighbour, cell: Cell, where: dict[str, str]) -> dict[str, Any]:

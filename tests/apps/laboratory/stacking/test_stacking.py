@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_every_cell_has_a_row_and_none_fails() -> None:
     assert told == {}
     assert all(row["note"] for row in newest.values() if row["result"] in ("refused", "not tried"))
     tried = {name for (name, _), row in newest.items() if row["result"] != "not tried"}
-    assert tried == BY_NAME.keys() - {"Nunchaku"}
+    assert tried == BY_NAME.keys() - {"Nunchaku", "set_attention_backend, xformers", "context parallel, ring"}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,11 @@ def test_every_cell_has_a_row_and_none_fails() -> None:
         ("cache-dit, DBCache", "SoftPAG"),
         ("cache-dit, DBCache + TaylorSeer", "NAG"),
         ("SDNQ int8", "pattern"),
+        ("set_attention_backend, _native_math", "SoftPAG"),
+        ("fused projections", "NAG"),
         pytest.param("torchao fp8", "SoftPAG", marks=pytest.mark.slow),
+        pytest.param("torch.compile, blocks", "pattern", marks=pytest.mark.slow),
+        pytest.param("context parallel, Ulysses", "pattern", marks=pytest.mark.slow),
     ],
 )
 def test_cells_measured_now(neighbour: str, method: str) -> None:
@@ -87,6 +92,25 @@ def test_a_refusal_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cell.result, cell.note) == ("refused", "it cannot be")
 
 
+def test_a_neighbour_without_code_for_this_machine_is_told() -> None:
+    def refuse(pipe: Any) -> None:
+        raise NotImplementedError("No operator found\nfor these inputs")
+
+    cell = measure(Neighbour("cuda only", "backend", (refuse,)), METHOD["pattern"])
+    assert (cell.result, cell.note) == ("not tried", "by itself it does not run on this machine: No operator found")
+
+
+def test_of_several_processes_the_worst_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(measure: Any, neighbour: str, methods: list[str], processes: int) -> Any:
+        assert processes == 2
+        results = [("equal", 0.0), ("differs", 0.1)], [("within", 1e-7), ("within", 2e-7)]
+        return [[asdict(Cell(neighbour, m, *of_one)) for m, of_one in zip(methods, process)] for process in results]
+
+    monkeypatch.setattr(cells, "measure_together", together)
+    row = cells.measure_row(Neighbour("split", "split", processes=2), METHODS[:2])
+    assert [(cell.result, cell.error) for cell in row] == [("within", 1e-7), ("differs", 0.1)]
+
+
 def test_what_is_close_counts_as_within(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = itertools.cycle([0.0, 3e-7])
     monkeypatch.setattr(cells, "_error", lambda got, wanted: next(errors))
@@ -114,7 +138,7 @@ def test_the_command_writes_rows_and_tells_what_is_wrong(
     assert [row["method"] for row in rows] == list(METHOD)
     assert {row["result"] for row in rows} == {"not tried"}
     assert rows[0]["torch_version"] == torch.__version__
-    monkeypatch.setattr(run, "measure", lambda n, m: Cell(n.name, m.name, "differs", 0.5))
+    monkeypatch.setattr(run, "measure_row", lambda n: [Cell(n.name, m, "differs", 0.5) for m in METHOD])
     assert run.main(["--only", "SeaCache", "--out", str(out)]) == 1
     with pytest.raises(SystemExit):
         run.main(["--only", "nothing"])
