@@ -2,10 +2,11 @@
 
 import json
 import os
+import subprocess
 from typing import Any
 
 import pytest
-from comfy_server import Comfy, Graph, Ref
+from comfy_server import HERE, Comfy, Graph, Ref
 
 DIRECTORY, PYTHON = os.environ.get("COMFYUI_DIR"), os.environ.get("COMFYUI_PYTHON")
 LIVE = [
@@ -15,6 +16,17 @@ LIVE = [
         reason="COMFYUI_DIR and COMFYUI_PYTHON name no ComfyUI; only the contract test of the node definitions ran",
     ),
 ]
+
+
+def rows_of(script: str, *families: str) -> dict[str, dict[str, Any]]:
+    """What a script beside this file says about each family, a JSON line each, in ComfyUI's own Python and without a server."""
+    done = subprocess.run(
+        [str(PYTHON), str(HERE / script), str(DIRECTORY), *families], capture_output=True, text=True, timeout=1800
+    )
+    assert "{" in done.stdout, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {row["family"]: row for row in rows}
+
 
 SPARSE = {
     "pattern": "neighborhood", "decay": 0.2, "window": "3,4,4", "stride": "1", "dense_steps": 0.0, "dense_blocks": "0",

@@ -20,7 +20,7 @@ WIDTHS = {"tiny_wan": 4096, "tiny_flux": 4096, "tiny_hunyuan": 4096, "tiny_sd3":
 
 
 class Comfy:
-    """One server with tiny random checkpoints, our pack and the rig's stand-ins."""
+    """One server with tiny random checkpoints, our pack, the rig's stand-ins, and the packs in the folders of COMFYUI_PACKS."""
 
     def __init__(self, directory: Path, python: Path, base: Path) -> None:
         self.base = base
@@ -30,6 +30,8 @@ class Comfy:
             (base / folder).mkdir(exist_ok=True)
         install(base)
         shutil.copytree(HERE / "comfy_rig", base / "custom_nodes" / "comfy_rig", dirs_exist_ok=True)
+        for pack in filter(None, os.environ.get("COMFYUI_PACKS", "").split(os.pathsep)):
+            (base / "custom_nodes" / Path(pack).name).symlink_to(Path(pack).resolve())
         if not (models / "tiny_sd35m.safetensors").is_file():
             made = [str(python), str(HERE / "comfy_checkpoints.py"), str(directory), str(models)]
             subprocess.run(made, check=True, capture_output=True, cwd=base, timeout=600)

@@ -1,11 +1,7 @@
 """NAG on ComfyUI's own models: tiny random ones of every family, in ComfyUI's Python, against a slow twin of two passes."""
 
-import json
-import subprocess
-
 import pytest
-from comfy_scene import DIRECTORY, LIVE, PYTHON
-from comfy_server import HERE
+from comfy_scene import LIVE, rows_of
 
 pytestmark = LIVE
 SERVED = (
@@ -22,11 +18,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, dict]:
-    command = [str(PYTHON), str(HERE / "comfy_nag.py"), str(DIRECTORY), *SERVED, *REFUSED]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert "{" in done.stdout, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row["family"]: row for row in rows}
+    return rows_of("comfy_nag.py", *SERVED, *REFUSED)
 
 
 @pytest.mark.parametrize("family", SERVED)

@@ -3,22 +3,12 @@
 COMFYUI_DIR and COMFYUI_PYTHON as for `test_live`.
 """
 
-import json
 import math
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
+from comfy_scene import LIVE, rows_of
 
-HERE = Path(__file__).parent
-DIRECTORY, PYTHON = os.environ.get("COMFYUI_DIR"), os.environ.get("COMFYUI_PYTHON")
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.skipif(
-        not (DIRECTORY and PYTHON), reason="COMFYUI_DIR and COMFYUI_PYTHON name no ComfyUI; token orders ran on stand-ins alone"
-    ),
-]
+pytestmark = LIVE
 FAMILIES = (
     "wan", "wan-in-context", "hunyuan", "flux", "flux-kontext", "chroma", "qwen", "qwen-edit", "krea", "z-image", "ltx",
     "ltx2", "cosmos", "kandinsky", "h3", "flux2", "sd3", "sd35",
@@ -27,11 +17,7 @@ FAMILIES = (
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, dict]:
-    command = [str(PYTHON), str(HERE / "comfy_orders.py"), str(DIRECTORY), *FAMILIES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert "{" in done.stdout, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row["family"]: row for row in rows}
+    return rows_of("comfy_orders.py", *FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

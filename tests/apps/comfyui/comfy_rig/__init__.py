@@ -214,6 +214,62 @@ class RigTop:
         return (patched,)
 
 
+class RigCoreSparse:
+    """ComfyUI's own Model Sparse Attention, of versions that have it.
+
+    takes: its kernel needs a GPU, so its check is passed and its kernel stood in for; else it declines every call, as on a CPU.
+    """
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "takes": ("BOOLEAN", {"default": False})}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "put", "rig"
+    stock = None
+
+    def put(self, model, takes):
+        import sys
+        import types
+
+        import nodes
+
+        node = nodes.NODE_CLASS_MAPPINGS["BlockSparseAttention"]
+        core = sys.modules[node.__module__]
+        if RigCoreSparse.stock is None:
+            RigCoreSparse.stock = (core._ineligible, core.ck)
+        core._ineligible, core.ck = RigCoreSparse.stock
+        if takes:
+            core._ineligible = lambda q, k, v, dim_head: None if q.shape == k.shape else "cross-attention"
+            core.ck = types.SimpleNamespace(sol_attn=_every_other_key)
+        widgets = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "extra_tokens": 0}
+        return node.execute(model, {"selection": "sol-attn", "tau": 1.3}, **widgets).result
+
+
+def _every_other_key(q, k, v, **_):
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k[:, ::2], v[:, ::2]))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class RigCompileBlocks:
+    """KJNodes' compile of the blocks, by its own function, with the compiler that only traces."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "compile", "rig"
+
+    def compile(self, model):
+        import nodes
+
+        theirs = nodes.NODE_CLASS_MAPPINGS["TorchCompileModelAdvanced"].patch.__globals__
+        patched = model.clone()
+        blocks = [f"diffusion_model.blocks.{place}" for place in range(3)]
+        made = theirs["build_compile_kwargs"]("eager", "default", False, False)
+        theirs["kj_set_torch_compile_wrapper"](model=patched, keys=blocks, **made)
+        return (patched,)
+
+
 class RigForward:
     """An object patch of a layer's forward, as KJNodes' Enhance-A-Video and its NAG put one."""
 
@@ -277,6 +333,8 @@ class RigFail:
 
 _NODES = (
     RigTop,
+    RigCoreSparse,
+    RigCompileBlocks,
     RigForward,
     RigCompile,
     RigFail,
