@@ -36,7 +36,7 @@ from genattn.seam.handle import Handle, apply
 
 PATTERN = NeighborhoodPattern((2, 3, 3))
 GRID = TokenLayout.from_grid((3, 4, 3))
-CHANGE = ("cache", "weights", "adapter", "backend")  # kinds of neighbours that change the result
+CHANGE = ("cache", "weights", "adapter")  # kinds of neighbours that change the result
 ALIKE = ("compiler", "split")  # those that change how the model runs, and nothing of what comes out
 _SMALLEST = 1e-12
 
