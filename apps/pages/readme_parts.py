@@ -194,6 +194,12 @@ def _nag(held_out: bool) -> str:
     return markdown(ROOT / "assets" / "bench" / "nag.csv", held_out)
 
 
+def _clip_heads() -> str:
+    from genattn.pipelines.tiny.studies.clip_heads import markdown
+
+    return markdown(ROOT / "assets" / "bench" / "clip_heads.csv")
+
+
 def _nag_cost() -> str:
     from genattn.apps.laboratory.nag import TABLE, markdown
 
@@ -234,6 +240,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/works-with.md": {"stacking": _stacking},
     "docs/long-clip.md": {"long-clip": _long_clip},
     "docs/nag.md": {"held-out": lambda: _nag(True), "tried": lambda: _nag(False), "cost": _nag_cost},
+    "docs/headhunter.md": {"clips": _clip_heads},
     "docs/finetuning.md": {"longer": _longer_finetuning},
     "docs/broadway.md": {
         "motion-modules": lambda: study_table("broadway.csv"),
