@@ -3,6 +3,8 @@
     python -m genattn.apps.laboratory.adaptive run --model tiny-wan --captions 20     samples; goes on where it was
     python -m genattn.apps.laboratory.adaptive table       assets/bench/adaptive.csv from the samples
 
+The samples are kept in assets/bench/adaptive_samples.jsonl, so that a later run adds captions to those that are there.
+
 Every step and layer is sparse (no dense steps, no dense layers), so that the visited share is the run's. Held-out captions, the
 same noise for all rows of a caption; nearness to the dense clip is paired by caption. error: of the attention output, in three
 steps of the dense run (early, middle, late), root of the mean squared relative error over calls. Where the model has text in
@@ -37,6 +39,7 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.patterns.radial import RadialPattern
+from genattn.pipelines.tiny.evaluate import fingerprint
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 from genattn.selection.estimate import PooledScore
 from genattn.selection.rules import ErrorAware, TopK, TopP
@@ -44,7 +47,7 @@ from genattn.selection.tiling import Clusters
 
 SHARES = (0.25, 0.15, 0.4)
 TAILS = (None, "mean")
-SAMPLES = Path("out/adaptive.jsonl")
+SAMPLES = Path("assets/bench/adaptive_samples.jsonl")
 TABLE = Path("assets/bench/adaptive.csv")
 
 
@@ -169,12 +172,15 @@ def run_samples(model: str, count: int, shares: Sequence[float], profile: Path, 
     """Append one line per caption, share, pattern and tail to `out`; those that are there already are left out.
 
     only: names of the patterns to sample; all where empty.
+
+    Raises GenAttnError if `out` holds samples of the model with other weights.
     """
     here = ground(model)
     settings = SamplingSettings(str(shipped_model(model)), steps=here.steps, device="cpu")
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings) | ({} if here.text is None else {"max_sequence_length": here.text})
-    done = {(s["model"], s["caption"], s["share"], s["pattern"], s["tail"]) for s in read_samples(out)}
+    weights = fingerprint(pipe.transformer)
+    done = _done(out, model, weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(captions(count)):
         rows = [row for row in _rows(model, shares, profile) if not only or row[1] in only]
@@ -190,15 +196,28 @@ def run_samples(model: str, count: int, shares: Sequence[float], profile: Path, 
         for share, name, tail, pattern in todo:
             result = run_once(pipe, call, text, number, settings_of(pattern, tail, name), f"{number} {share} {name} {tail}")
             judged = oracle_scores(result.frames, text) or {}
-            sample = {
-                **{"model": model, "caption": number, "share": share, "pattern": name, "tail": tail},
+            found: dict[str, Any] = {
                 **{"density": result.sparse_density, "seconds": result.seconds, "dense_seconds": dense.seconds},
                 **{"psnr": psnr(result.frames, dense.frames), "ssim": ssim(result.frames, dense.frames)},
                 "oracle": statistics.fmean(judged[k] for k in ("colour", "shape", "motion") if k in judged),
-                "errors": probe.errors.get(f"{share} {name} {tail}", []),
+            }
+            sample = {
+                **{"model": model, "weights": weights, "caption": number, "share": share, "pattern": name, "tail": tail},
+                **{key: round(value, 5) for key, value in found.items()},
+                "errors": [round(e, 5) for e in probe.errors.get(f"{share} {name} {tail}", [])],
             }
             with out.open("a") as file:
                 file.write(json.dumps(sample) + "\n")
+
+
+def _done(out: Path, model: str, weights: str) -> set[tuple[Any, ...]]:
+    there = read_samples(out)
+    other = {s["weights"] for s in there if s["model"] == model} - {weights}
+    if other:
+        raise GenAttnError(
+            f"samples of {model} must be of its weights {weights}, got {', '.join(sorted(other))} in {out}; move it away"
+        )
+    return {(s["model"], s["caption"], s["share"], s["pattern"], s["tail"]) for s in there}
 
 
 def _rows(model: str, shares: Sequence[float], profile: Path) -> Iterator[tuple[float, str, str | None, Pattern]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 Rows = list[dict[str, Any]]
 Measure = Callable[[str, Sequence[str]], Rows]
@@ -20,7 +20,7 @@ def measure_together(measure: Measure, neighbour: str, methods: Sequence[str], p
     `measure` must be a function of a module and its result must fit into JSON. An error in one process is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_one_of_them, args=(measure, neighbour, methods, processes, folder), nprocs=processes, join=True)
+        spawn(_one_of_them, args=(measure, neighbour, methods, processes, folder), nprocs=processes, join=True)
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(processes)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from diffusers import SD3Transformer2DModel, WanTransformer3DModel
 
 from genattn.apps.laboratory import adaptive
 from genattn.apps.laboratory.adaptive import SHARES, interval, read_samples, rivals, run_samples, summary
@@ -14,13 +15,24 @@ from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import read_rows
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
+from genattn.pipelines.tiny.evaluate import fingerprint
 
 MAP = shipped_model().parent / "maps" / "tiny-wan.safetensors"
 
 
-def _sample(caption: int, pattern: str, tail: str | None, psnr: float, errors: list[float]) -> dict[str, object]:
+def _sample(
+    caption: int, pattern: str, tail: str | None, psnr: float, errors: list[float], weights: str = ""
+) -> dict[str, object]:
     return {
-        **{"model": "tiny-wan", "caption": caption, "share": 0.25, "pattern": pattern, "tail": tail, "density": 0.25},
+        **{
+            "model": "tiny-wan",
+            "weights": weights,
+            "caption": caption,
+            "share": 0.25,
+            "pattern": pattern,
+            "tail": tail,
+            "density": 0.25,
+        },
         **{"seconds": 2.0, "dense_seconds": 3.0, "psnr": psnr, "ssim": 0.9, "oracle": 1.0, "errors": errors},
     }
 
@@ -80,7 +92,8 @@ def test_a_run_adds_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     one = {"window": rivals("tiny-wan", 0.25, MAP)["window"], "profiled": rivals("tiny-wan", 0.25, MAP)["profiled"]}
     monkeypatch.setattr(adaptive, "rivals", lambda model, share, profile: one)
     monkeypatch.setitem(adaptive.GROUNDS, "tiny-wan", replace(adaptive.GROUNDS["tiny-wan"], probed=1))
-    out.write_text(json.dumps(_sample(0, "window", None, 1.0, [])) + "\n")
+    weights = fingerprint(WanTransformer3DModel.from_pretrained(shipped_model("tiny-wan"), subfolder="transformer"))
+    out.write_text(json.dumps(_sample(0, "window", None, 1.0, [], weights)) + "\n")
     run_samples("tiny-wan", 1, (0.25,), MAP, out)
     samples = read_samples(out)
     assert [(s["pattern"], s["tail"]) for s in samples] == [
@@ -94,6 +107,23 @@ def test_a_run_adds_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(s["density"] == pytest.approx(0.25, abs=0.03) for s in samples[1:])
     run_samples("tiny-wan", 1, (0.25,), MAP, out)
     assert len(read_samples(out)) == 4
+    out.write_text(json.dumps(_sample(0, "window", None, 1.0, [], "older")) + "\n")
+    with pytest.raises(GenAttnError, match=f"must be of its weights {weights}, got older in "):
+        run_samples("tiny-wan", 1, (0.25,), MAP, out)
+
+
+def test_the_shipped_samples_are_of_the_shipped_weights_and_in_the_table() -> None:
+    samples = read_samples(MAP.parents[1] / "bench" / "adaptive_samples.jsonl")
+    classes = {"tiny-sd3": SD3Transformer2DModel}
+    for model in {s["model"] for s in samples}:
+        found = classes.get(model, WanTransformer3DModel).from_pretrained(shipped_model(model), subfolder="transformer")
+        assert {s["weights"] for s in samples if s["model"] == model} == {fingerprint(found)}
+    keys = ("model", "share", "pattern", "tail")
+    table = {tuple(str(row[k]) for k in keys): row for row in read_rows(MAP.parents[1] / "bench" / "adaptive.csv")}
+    for row in summary(samples):
+        written = table[tuple(str(row[k]) for k in keys)]
+        assert int(written["captions"]) == row["captions"]
+        assert float(written["psnr"]) == pytest.approx(row["psnr"], abs=2e-4)
 
 
 def test_break_even_is_the_length_from_which_all_are_faster() -> None:
