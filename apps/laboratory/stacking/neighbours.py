@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 Step = Callable[[Any], None]
 _LORA = "pytorch_lora_weights.safetensors"
@@ -157,13 +158,17 @@ def _forget_compiled(pipe: Any) -> None:
     torch.compiler.reset()
 
 
+_BACKEND_AT_FIRST = _AttentionBackendRegistry.get_active_backend()[0]
+
+
 def _backend(name: str) -> tuple[Step]:
     return (lambda pipe: pipe.transformer.set_attention_backend(name),)
 
 
 def _stock_backend(pipe: Any) -> None:
-    """Setting one sets it for the whole process too."""
+    """Setting one sets it for the whole process too, and resetting the model leaves that as it is."""
     pipe.transformer.reset_attention_backend()
+    _AttentionBackendRegistry.set_active_backend(_BACKEND_AT_FIRST)
 
 
 def _fused(pipe: Any) -> None:
