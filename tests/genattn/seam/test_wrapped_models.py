@@ -71,6 +71,7 @@ class OnlyChild(torch.nn.Module):
         self.add_module(name, inner)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own, on loading inductor
 @pytest.mark.parametrize(
     ("cls", "child"),
     [
