@@ -63,7 +63,9 @@ class Visitor:
 
     def run(self, name: str) -> None:
         """Press a verb's button and wait until it is done."""
+        status = self.page.locator(f"#{name}-status")
         self.page.locator(f"#{name}-go").click()
+        self.until(lambda: "done in" not in status.inner_text())  # that of a run or an example before
         self.wait_for(f"#{name}-status", "done in")
 
     def example(self, name: str) -> None:
@@ -85,7 +87,7 @@ class Visitor:
         """Write into a text field."""
         self.page.locator(f"{where} textarea, {where} input").first.fill(text)
 
-    def number(self, label: str, value: int) -> None:
+    def number(self, label: str, value: float) -> None:
         """Write into the number field of the tab that is shown, found by its label."""
         field = self.page.get_by_label(label, exact=True).locator("visible=true").first
         field.fill(str(value))

@@ -119,5 +119,5 @@ def test_the_cost_follows_the_fields(visitor: Visitor) -> None:
     assert "100% of the calls stay dense" not in visitor.page.locator("#video-cost").inner_text()
     visitor.number("Keep first steps dense", 2)
     visitor.wait_for("#video-cost", "100% of the calls stay dense")
-    visitor.number("Keep first steps dense", -1)
+    visitor.number("Keep first steps dense", 2.5)  # neither a share nor a count
     visitor.wait_for("#video-cost", "This cannot run")
