@@ -167,11 +167,6 @@ def long(v: Visitor) -> None:
     """A film: stopped after its first second, then resumed."""
     v.open("Long")
     v.number("Frames", 65 if v.quick else 97)
-    more = v.page.get_by_text("More", exact=True).locator("visible=true")
-    more.click()  # one window without lookahead: minutes less
-    v.number("number input for Partitions: windows in the queue", 1)
-    v.page.get_by_label("Lookahead (twice the work)").locator("visible=true").uncheck()
-    more.click()
     v.page.locator("#long-go").click()
     v.until(lambda: re.search(r"frames [1-9]|done in", v.page.locator("#long-status").inner_text()) is not None)
     v.page.locator("#long-stop").click()
