@@ -12,11 +12,9 @@ from genattn.apps.comfyui.pictures import to_image
 from genattn.apps.comfyui.schema import Answer
 from genattn.errors import GenAttnError
 from genattn.profiling.draw import draw_profile
-from genattn.profiling.profile import CHECKS, Profile
+from genattn.profiling.profile import BANDS, CHECKS, SAMPLES, Profile
 from genattn.profiling.recorder import Recorder
 from genattn.selection.profile_map import write_map
-
-BANDS, SAMPLES = (1 / 3, 2 / 3, 1.0), 8
 
 
 def output_place(name: str) -> Path:

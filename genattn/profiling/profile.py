@@ -21,6 +21,7 @@ from genattn.seam.handle import apply
 from genattn.selection.profile_map import ProfileMap, write_map
 
 LEAST_PROMPTS = CHECKS = 2
+BANDS, SAMPLES = (1 / 3, 2 / 3, 1.0), 8
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def profile(
     prompts: Sequence[str],
     target_density: float = 0.3,
     out: str | Path = "map.safetensors",
-    bands: Sequence[float] = (1 / 3, 2 / 3, 1.0),
-    samples: int = 8,
+    bands: Sequence[float] = BANDS,
+    samples: int = SAMPLES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
     """Run the pipeline or model `target` dense on each prompt and write the map.

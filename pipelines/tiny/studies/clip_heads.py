@@ -210,7 +210,11 @@ def markdown(file: Path) -> str:
     head = ["model", "condition", "captions", "score", "hunted heads minus this"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        name = {"hunted": f"hunted: {row['heads']}", "layer": f"whole layer L{row['layer']}", "cfg": "CFG, scale 3"}
+        name = {
+            "hunted": f"hunted: {row['heads']}",
+            "layer": f"whole layer L{row['layer']}",
+            "cfg": f"CFG, scale {float(row['guidance_scale']):g}",
+        }
         gain = "" if row["condition"] == "hunted" else _interval(row)
         lines.append([row["model"], name.get(row["condition"], row["condition"]), row["captions"], row["mean"], gain])
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
