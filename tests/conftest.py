@@ -1,7 +1,9 @@
 """Shared by all tests: no hub, two threads, and NaN in every uninitialised tensor that our own code asks for."""
 
+import importlib
 import os
 import sys
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -14,8 +16,12 @@ import torch
 
 _stock_empty = torch.empty
 _stock_empty_like = torch.empty_like
-with torch.device("meta"):  # torch remembers once which functions make tensors; it must see the stock ones
+# torch remembers once which functions make tensors, and its compiler which functions it knows; both must see the stock ones
+with torch.device("meta"):
     torch.empty(0)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on loading its compiler
+    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
 
 
 def _called_from_genattn() -> bool:
