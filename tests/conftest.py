@@ -1,9 +1,8 @@
 """Shared by all tests: no hub, two threads, and NaN in every uninitialised tensor that our own code asks for."""
 
-import importlib
 import os
 import sys
-import warnings
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -16,12 +15,8 @@ import torch
 
 _stock_empty = torch.empty
 _stock_empty_like = torch.empty_like
-# torch remembers once which functions make tensors, and its compiler which functions it knows; both must see the stock ones
-with torch.device("meta"):
+with torch.device("meta"):  # torch remembers once which functions make tensors; it must see the stock ones
     torch.empty(0)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on loading its compiler
-    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
 
 
 def _called_from_genattn() -> bool:
@@ -34,8 +29,15 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _forget_replaced_functions() -> None:
+    """torch's compiler keeps a map of the functions it knows; one made while ours stood there lacks the stock ones."""
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    if rules and rules.get_torch_obj_rule_map.cache_info().currsize and _stock_empty_like not in rules.get_torch_obj_rule_map():
+        rules.clear_lru_cache()
+
+
 @pytest.fixture(autouse=True)
-def _nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An output that a kernel forgot to write must not pass by luck."""
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
@@ -48,6 +50,8 @@ def _nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
+    yield
+    _forget_replaced_functions()
 
 
 @pytest.fixture(autouse=True)
