@@ -35,13 +35,13 @@ Width = Annotated[int | None, typer.Option(help="Pixels; default: what the model
 Steps = Annotated[int | None, typer.Option(help="Denoising steps; default: the model's.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise; same seed, same video.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the model's.")]
-Attention = Annotated[
-    str,
-    typer.Option(
-        help="radial, radial-paper, radial-official, neighborhood (with --window), adaptive, sol, sparge, svg2, dense, "
-        "or a map.safetensors of `genattn profile`.",
-        show_default=True,
-    ),
+_PATTERNS = (
+    "radial, radial-paper, radial-official, neighborhood (also with --window), adaptive, sol, sparge, svg2, dense, "
+    "or a map.safetensors of `genattn profile`."
+)
+Attention = Annotated[str, typer.Option(help=_PATTERNS, show_default=True)]
+ModelAttention = Annotated[
+    str, typer.Option("--attention", help=f"auto (the model's own preset), {_PATTERNS}", show_default=True)
 ]
 PatternOptions = Annotated[
     str | None, typer.Option(help="Settings of the pattern: decay=0.3, or a JSON object.", metavar="KEY=VALUE|JSON")
@@ -68,16 +68,15 @@ OwnAttention = Annotated[
     str | None,
     typer.Option(
         "--attention",
-        help="radial, radial-paper, radial-official, neighborhood (with --window), adaptive, sol, sparge, svg2, dense, "
-        "or a map.safetensors of `genattn profile`. Default: radial; without --model, the shipped model's map.",
+        help=f"auto (the model's own preset), {_PATTERNS} Default: auto; without --model, the shipped model's map.",
     ),
 ]
 OwnDenseSteps = Annotated[
     float | None,
-    typer.Option("--dense-steps", help="First steps kept dense: a share or a number. Default: 0.25; 0 with the shipped map."),
+    typer.Option("--dense-steps", help="First steps kept dense: a share or a number. Default: the preset's, else 0.25."),
 ]
 OwnDenseLayers = Annotated[
-    int | None, typer.Option("--dense-layers", help="First layers kept dense. Default: 1; 0 with the shipped map.")
+    int | None, typer.Option("--dense-layers", help="First layers kept dense. Default: the preset's, else 1.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.", show_default=True)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
@@ -130,7 +129,7 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
     "image": (StartImage, None),
 }
 ATTENTION: dict[str, tuple[Any, Any]] = {
-    "attention": (Attention, "radial"),
+    "attention": (ModelAttention, "radial"),
     "window": (Window, None),
     "stride": (Stride, None),
     "pattern_options": (PatternOptions, None),
@@ -197,7 +196,7 @@ def _attention_settings(
     dense_steps: float | None,
     dense_layers: int | None,
 ) -> Any:
-    from genattn.apps.sampling.attention_names import pattern_from_name
+    from genattn.apps.sampling.attention_names import AUTO, attention_from_name
     from genattn.apps.sampling.run import AttentionSettings
     from genattn.apps.sampling.saved_settings import attention_from_file
 
@@ -214,8 +213,8 @@ def _attention_settings(
         "dense_layers": ATTENTION["dense_layers"][1] if dense_layers is None else dense_layers,
         "given": frozenset(name for name, value in named.items() if value is not None),
     }
-    name = attention or ATTENTION["attention"][1]
-    return AttentionSettings(name, pattern_from_name(name, pattern_options, window, stride), **dense)
+    name = attention or (ATTENTION["attention"][1] if named["attention"] else AUTO)
+    return AttentionSettings(name, attention_from_name(name, pattern_options, window, stride), **dense)
 
 
 def _offer(parameter: str, options: dict[str, tuple[Any, Any]], gather: Callable[..., Any], command: Command) -> Command:

@@ -65,5 +65,6 @@ def print_clips(report: Mapping[str, Any]) -> None:
         )
     title = f"{report['prompt']!r}, seed {report['seed']}, {report['num_inference_steps']} steps, {report['device']}"
     print_table(rows, title, ["attention", "seconds", "density", "peak_memory_gb", "psnr", "ssim", *judged])
+    print_lines(*(run["preset"] for run in report["runs"] if run.get("preset")))
     print_lines(*(f"note: {line}" for line in [*report["warnings"], *(n for run in report["runs"] for n in run["notes"])]))
     print_lines("wrote " + ", ".join([*report["files"], str(Path(report["files"][0]).with_suffix(".json"))]))

@@ -73,7 +73,7 @@ def compare_command(
             "(neighborhood:8x8x8/4x4x4). Repeat the option for several."
         ),
     ] = None,
-    dense_layers: options.DenseLayers = 1,
+    dense_layers: options.OwnDenseLayers = None,
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to append the rows to.")] = None,
     as_json: options.Json = False,

@@ -31,7 +31,7 @@ OUT = Path(__file__).resolve().parents[2] / "assets" / "figures" / "dense_beside
 def draw(out: Path = OUT, prompt: str = PROMPT, seed: int = 0, shown: int = 6) -> None:
     """Sample dense and sparse with the shipped model and draw `shown` frames of each beside the visited share."""
     settings, attention = first_run(SamplingSettings(), AttentionSettings("sparse", None, 0, 0, given=frozenset()))
-    assert attention.pattern is not None
+    assert isinstance(attention.pattern, Pattern)
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
     for each in (DENSE, attention):  # the first call pays for plans and kernels

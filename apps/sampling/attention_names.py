@@ -1,6 +1,8 @@
 """The attention names of the command line, and the patterns behind them.
 
+auto                                the model's own preset; dense where a sparse call would not be faster
 radial                              the pattern with its own settings
+neighborhood                        the model's published window, else whole tiles near 40 % of the scores
 neighborhood:18x24x24/16x8x8        a window and a stride per axis, in tokens: frames, height, width
 adaptive, sol, sparge, svg2         tiles chosen by content, by our rule or by a published one
 map.safetensors                     a map of `genattn profile`; also profile:PATH, or profile with path=PATH as an option
@@ -17,7 +19,9 @@ from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
 from genattn.patterns.pattern import Pattern
 
-WINDOWED = "neighborhood"
+WINDOWED, AUTO = "neighborhood", "auto"
+# names that a model fills with its own preset, and what `genattn.apply` calls them
+_BY_MODEL = {AUTO: "auto", WINDOWED: "gna"}
 _EXAMPLE = "--window 18x24x24 --stride 16x8x8 (tokens: frames, height, width; two numbers for a picture)"
 
 
@@ -32,11 +36,16 @@ def _radial(variant: Literal["paper", "official", "genattn"]) -> Callable[..., P
 
 
 def _neighborhood(**options: Any) -> Pattern:
+    """One window for every size; without a window, whole tiles for each size, near a `density` of the scores."""
     from genattn.patterns.neighborhood import NeighborhoodPattern
+    from genattn.planning.fitted import FittedNeighborhood
+    from genattn.planning.ladder import GNA_DENSITY
 
+    if set(options) <= {"density", "tail"}:
+        return FittedNeighborhood(**({"density": GNA_DENSITY} | options))
     _check_names(WINDOWED, NeighborhoodPattern, options)
     if "window_size" not in options:
-        raise GenAttnError(f"--attention {WINDOWED} needs a window; give {_EXAMPLE}")
+        raise GenAttnError(f"--attention {WINDOWED} needs a window beside {', '.join(sorted(options))}; give {_EXAMPLE}")
     return NeighborhoodPattern(**options)
 
 
@@ -125,12 +134,14 @@ def pattern_from_name(
             for a pattern that has none.
     """
     base, _, spec = name.partition(":")
+    if base == AUTO:
+        raise GenAttnError(f"{AUTO} is a model's own preset, and there is no model here; name a pattern with --attention")
     if name.endswith(".safetensors"):
         if window or stride:
             raise GenAttnError(f"--window and --stride belong to {WINDOWED}, got the map {name}")
         return _profile(**_settings(options), path=name.removeprefix("profile:"))
     if base not in ATTENTIONS:
-        known = f"{', '.join(ATTENTIONS)} or a map.safetensors"
+        known = f"{AUTO}, {', '.join(ATTENTIONS)} or a map.safetensors"
         raise GenAttnError(f"--attention must be one of {known}, got {name!r}")
     if spec:
         window, stride = _one_way(name, spec, window, stride)
@@ -148,6 +159,20 @@ def pattern_from_name(
             raise GenAttnError(f"dense attention has no settings, got --pattern-options {options}")
         return None
     return make(**settings)
+
+
+def attention_from_name(
+    name: str, options: str | None = None, window: str | None = None, stride: str | None = None
+) -> Pattern | str | None:
+    """As `pattern_from_name`, for a run of a model: a string where `genattn.apply` fills the name with the model's preset.
+
+    Raises GenAttnError as `pattern_from_name` does, and for settings beside "auto".
+    """
+    told = {"--pattern-options": options, "--window": window, "--stride": stride}
+    given = [option for option, value in told.items() if value]
+    if name == AUTO and given:
+        raise GenAttnError(f"{AUTO} takes its settings from the model's preset, got {', '.join(given)}; name the pattern too")
+    return _BY_MODEL[name] if name in _BY_MODEL and not given else pattern_from_name(name, options, window, stride)
 
 
 def _one_way(name: str, spec: str, window: str | None, stride: str | None) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genattn.apps.sampling.attention_names import pattern_from_name
+from genattn.apps.sampling.attention_names import attention_from_name
 from genattn.apps.sampling.clip_quality import is_tiny_world, psnr, ssim
 from genattn.apps.sampling.generate import oracle_scores
 from genattn.apps.sampling.measured_rows import provenance
@@ -126,17 +126,19 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def parse_attention(text: str, dense_layers: int = 1) -> AttentionSettings:
+def parse_attention(text: str, dense_layers: int | None = None) -> AttentionSettings:
     """`NAME` or `NAME@DENSE_STEPS`, e.g. `radial@0.5`, `neighborhood:8x8x8/4x4x4@0`.
 
     Raises GenAttnError for an unknown name, dense itself, or dense steps that are no number.
     """
     name, _, steps = text.partition("@")
-    pattern = pattern_from_name(name)
+    pattern = attention_from_name(name)
     if pattern is None:
         raise GenAttnError("compare always samples dense attention; name the others with --attention")
     try:
         dense_steps = float(steps) if steps else 0.25
     except ValueError:
         raise GenAttnError(f"--attention must be NAME or NAME@DENSE_STEPS, got {text!r}") from None
-    return AttentionSettings(text, pattern, dense_steps, dense_layers)
+    told = {"attention": name, "dense_steps": steps, "dense_layers": dense_layers}
+    given = frozenset(part for part, value in told.items() if value not in (None, ""))
+    return AttentionSettings(text, pattern, dense_steps, 1 if dense_layers is None else dense_layers, given=given)

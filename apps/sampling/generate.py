@@ -118,8 +118,8 @@ def _report(
         "seed": request.seed,
         "attention": attention.name,
         "pattern": None if attention.pattern is None else repr(attention.pattern),
-        "dense_steps": attention.dense_steps,
-        "dense_layers": attention.dense_layers,
+        "dense_steps": attention.schedule.get("dense_steps"),
+        "dense_layers": attention.schedule.get("dense_layers"),
         "guidance": {k: v for k, v in asdict(attention.guidance).items() if v is not None} if attention.guidance.name else {},
         "settings": _plain(asdict(request.settings)),
         "pipeline": type(pipe).__name__,
@@ -150,6 +150,8 @@ def _row(result: RunResult, dense: list[RunResult], request: GenerateRequest) ->
         "peak_memory_gb": round(result.peak_memory_gb, 3),
         "notes": list(result.notes),
     }
+    if result.preset:
+        row["preset"] = result.preset
     if dense and result is not dense[0]:
         row["psnr"] = round(psnr(result.frames, dense[0].frames), 2)
         row["ssim"] = round(ssim(result.frames, dense[0].frames), 4)

@@ -38,7 +38,7 @@ class RunResult:
     """One sampling run: frames uint8 [T, H, W, 3], its time and peak memory.
 
     density: share of the self-attention scores computed over the whole run. sparse_density: over the sparse calls alone.
-    notes: why nothing was sparse, when nothing was.
+    notes: why nothing was sparse, when nothing was. preset: which preset of the model a name stood for, and why.
     """
 
     attention: str
@@ -48,6 +48,7 @@ class RunResult:
     density: float
     sparse_density: float | None
     notes: tuple[str, ...] = ()
+    preset: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,15 @@ class SamplingSettings:
 class AttentionSettings:
     """One attention to sample with: its name, the pattern behind it (None: dense), what stays dense, and guidance inside it.
 
+    pattern: a string is a name that `genattn.apply` fills with the model's preset; dense steps and layers that the user did not
+    name are then the preset's too.
+
     given: which of these a user named; the rest may yet be changed to what suits the model. more: further settings of the
     schedule, as a settings file may hold them.
     """
 
     name: str
-    pattern: Pattern | None
+    pattern: Pattern | str | None
     dense_steps: float = 0.25
     dense_layers: int = 1
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
@@ -116,7 +120,10 @@ class AttentionSettings:
     @property
     def schedule(self) -> dict[str, Any]:
         """What stays dense, as `genattn.apply` takes it by name."""
-        return {"dense_steps": self.steps_to_keep, "dense_layers": self.dense_layers, **dict(self.more)}
+        settings = {"dense_steps": self.steps_to_keep, "dense_layers": self.dense_layers}
+        if isinstance(self.pattern, str):
+            settings = {name: value for name, value in settings.items() if name in self.given}
+        return {**settings, **dict(self.more)}
 
 
 DENSE = AttentionSettings("dense", None)
@@ -279,6 +286,7 @@ def run_once(
                 raise
             raise GenAttnError(f"{type(pipe).__name__} refuses this call: {str(error).splitlines()[0]}") from None
         report = None if handle is None else handle.report()
+        preset = "" if handle is None else getattr(handle.plugins[0], "origin", "")
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin - (0.0 if preview is None else preview.seconds)
@@ -289,7 +297,7 @@ def run_once(
     if report.density is not None and report.density > _NOTHING_SKIPPED:
         notes = (_why_nothing_skipped(pipe, attention),)
     computed = report.flops / report.flops_dense if report.flops_dense else 1.0
-    return RunResult(attention.name, frames, seconds, _peak_memory_gb(), computed, report.density, notes)
+    return RunResult(attention.name, frames, seconds, _peak_memory_gb(), computed, report.density, notes, preset)
 
 
 def _why_nothing_skipped(pipe: Any, attention: AttentionSettings) -> str:
@@ -303,7 +311,9 @@ def _why_nothing_skipped(pipe: Any, attention: AttentionSettings) -> str:
 
 def warm_up(pipe: Any, call: Mapping[str, Any], prompt: str, attention: AttentionSettings) -> None:
     """One step dense and one sparse: the first pass through a model, a plan and a kernel pays for its set-up."""
-    for each in (replace(DENSE, guidance=attention.guidance), replace(attention, dense_steps=0, dense_layers=0, more=())):
+    given = attention.given | {"dense_steps", "dense_layers"}
+    sparse = replace(attention, dense_steps=0, dense_layers=0, more=(), given=given)
+    for each in (replace(DENSE, guidance=attention.guidance), sparse):
         run_once(pipe, {**call, "num_inference_steps": 1}, prompt, 0, each, "warm-up")
 
 

@@ -39,6 +39,7 @@ from genattn.apps.tuning.draw import draw_front
 from genattn.apps.tuning.goal import Goal, Row, choose, front, hopeless, nearest_miss, still_running, summed
 from genattn.apps.tuning.journal import Journal
 from genattn.errors import GenAttnError
+from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.planning.ladder import Model
 from genattn.profiling.profile import LEAST_PROMPTS, profile
@@ -277,7 +278,7 @@ class _Search:
         }
 
     def _save(self, setting: AttentionSettings, chosen: Row, rows: Sequence[Row], out: Path) -> None:
-        assert setting.pattern is not None
+        assert isinstance(setting.pattern, Pattern)
         notes = {
             "goal": {name: value for name, value in asdict(self.goal).items() if value is not None},
             "chosen": chosen.to_dict(),

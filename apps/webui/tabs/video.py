@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from genattn.apps.sampling.attention_names import ATTENTIONS
+from genattn.apps.sampling.attention_names import ATTENTIONS, AUTO
 from genattn.apps.webui.tabs.parts import (
     Cost,
     Run,
@@ -86,7 +86,9 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     """The verb's fields in its order."""
     model = model_choice(session, names)
     prompt = prompt_box(PROMPT)
-    attention = gr.Dropdown([*session.presets, *SPARSE], value=next(iter(session.presets), "radial"), label="Sparse attention")
+    attention = gr.Dropdown(
+        [*session.presets, AUTO, *SPARSE], value=next(iter(session.presets), "radial"), label="Sparse attention"
+    )
     with gr.Row():
         dense_steps = gr.Number(0.25, label="Keep first steps dense", info="share (< 1) or number", minimum=0, min_width=110)
         dense_layers = gr.Number(1, label="Keep first layers dense", info="number", precision=0, minimum=0, min_width=110)

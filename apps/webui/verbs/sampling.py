@@ -53,12 +53,12 @@ def chosen_attention(session: Session, name: str, options: str | None, dense_ste
 
     Raises GenAttnError for dense attention, an unknown name, or settings that the pattern refuses.
     """
-    from genattn.apps.sampling.attention_names import pattern_from_name
+    from genattn.apps.sampling.attention_names import attention_from_name
     from genattn.apps.sampling.run import AttentionSettings
 
     if name in session.presets:
         return session.presets[name]
-    pattern = pattern_from_name(name, options)
+    pattern = attention_from_name(name, options)
     if pattern is None:
         raise GenAttnError("dense attention always runs beside the other; choose a sparse one")
     return AttentionSettings(name, pattern, number("dense steps", dense_steps), whole("dense layers", dense_layers, 0))

@@ -10,8 +10,7 @@ from genattn.apps.webui.verbs.film_pictures import film_strip, layer_map
 from genattn.apps.webui.verbs.job import Job, Update
 from genattn.apps.webui.verbs.sampling import ClipForm, chosen_attention, describe_call, open_for, read_seed, sample
 from genattn.apps.webui.verbs.session import Model, Session
-from genattn.apps.webui.verbs.watched import WatchedSparse
-from genattn.seam.schedule import Schedule
+from genattn.apps.webui.verbs.watched import watched_sparse
 
 
 def video(
@@ -64,7 +63,7 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
     write_video(run / "dense.mp4", dense.frames, fps, {**tags, "attention": "dense"})
     session.remember_seconds(model.name, call, dense.seconds)
     job.tell("dense clip ready", dense=str(run / "dense.mp4"))
-    watched = WatchedSparse(settings.pattern, Schedule(**schedule))
+    watched = watched_sparse(pipe, settings.pattern, schedule)
     sparse, told = sample(job, pipe, call, prompt, seed, settings.name, [watched])
     write_video(run / "sparse.mp4", sparse.frames, fps, {**tags, "attention": settings.name})
     # two players drift apart, and the same seed would seem to move differently
@@ -77,7 +76,8 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
         "verb": "video",
         **describe_call(model, pipe, call, prompt, seed),
         "fps": fps,
-        "pattern": repr(settings.pattern),
+        "pattern": repr(watched.pattern),
+        **({"preset": watched.origin} if watched.origin else {}),
         **schedule,
         "cost": told_cost,
         "runs": rows,

@@ -7,9 +7,12 @@ import numpy.typing as npt
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.patterns.pattern import Pattern
 from genattn.planning.show import plan_codes
+from genattn.seam.handle import denoisers
 from genattn.seam.plugin import AttentionCall, Inner
-from genattn.seam.sparse_plugin import SparsePlugin
+from genattn.seam.schedule import Schedule
+from genattn.seam.sparse_plugin import SparsePlugin, named_plugin
 
 
 class WatchedSparse(SparsePlugin):
@@ -42,3 +45,13 @@ class WatchedSparse(SparsePlugin):
     def pictured(self) -> dict[str, npt.NDArray[np.floating[Any]] | float]:
         """`visited` with names for people, in order."""
         return {f"layer {layer}": self.visited[layer] for layer in sorted(self.visited)}
+
+
+def watched_sparse(pipe: Any, pattern: Pattern | str, schedule: dict[str, Any]) -> WatchedSparse:
+    """The pattern, or what its name stands for on this pipeline's model, watched. Raises GenAttnError for an unknown name."""
+    if isinstance(pattern, Pattern):
+        return WatchedSparse(pattern, Schedule(**schedule))
+    found = named_plugin(pattern, denoisers(pipe), tuple(pipe.components), None, schedule, "auto")
+    watched = WatchedSparse(found.pattern, found.schedule)
+    watched.origin = found.origin
+    return watched

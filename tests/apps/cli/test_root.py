@@ -69,7 +69,7 @@ BAD = [
     ("generate", "generate needs something to show; give --prompt or a --prompts file"),
     ("generate --prompt a --steps x", "Invalid value for '--steps'"),
     ("generate --prompt a --steps 0", "--steps must be >= 1, got 0"),
-    ("generate --prompt a --attention foo", "--attention must be one of dense, radial"),
+    ("generate --prompt a --attention foo", "--attention must be one of auto, dense, radial"),
     ("generate --prompt a --pattern-options [1]", "--pattern-options must be a JSON object"),
     ('generate --prompt a --pattern-options {"decay":-1}', "decay must"),
     ("generate --prompt a --pattern-file none.json", "--settings must name a file"),

@@ -3,8 +3,9 @@
 import pytest
 
 import genattn
-from genattn.apps.sampling.attention_names import ATTENTIONS, pattern_from_name
+from genattn.apps.sampling.attention_names import ATTENTIONS, attention_from_name, pattern_from_name
 from genattn.errors import GenAttnError
+from genattn.planning.fitted import FittedNeighborhood
 
 
 def test_names_give_patterns() -> None:
@@ -26,7 +27,7 @@ def test_names_give_patterns() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nonsense", None, "must be one of " + ", ".join(ATTENTIONS)),
+        ("nonsense", None, "must be one of auto, " + ", ".join(ATTENTIONS)),
         ("radial", "{", "must be a JSON object or KEY=VALUE, got '{'"),
         ("radial", "[1]", "must be a JSON object"),
         ("dense", '{"decay": 1}', "dense attention has no settings"),
@@ -37,7 +38,8 @@ def test_names_give_patterns() -> None:
             "tilee=runs",
             "neighborhood has no setting 'tilee'; did you mean 'tile'. It has: .*window_size, stride",
         ),
-        ("neighborhood", None, "--attention neighborhood needs a window; give --window 18x24x24"),
+        ("neighborhood", "stride=4", "--attention neighborhood needs a window beside stride; give --window 18x24x24"),
+        ("auto", None, "auto is a model's own preset, and there is no model here; name a pattern with --attention"),
         ("neighborhood:8x8x8x8", None, "--window must be 1 to 3 whole numbers joined by x"),
         ("neighborhood:8x8/2x2", "stride=2", "give either --stride or 'stride' in --pattern-options, got both"),
         ("radial:8x8", None, "--window and --stride belong to neighborhood, got --attention radial:8x8"),
@@ -51,3 +53,24 @@ def test_refusals(name: str, options: str | None, message: str) -> None:
 def test_a_window_is_given_once() -> None:
     with pytest.raises(GenAttnError, match="give the window in the name or by --window and --stride, got both"):
         pattern_from_name("neighborhood:8x8", window="4x4")
+
+
+def test_a_window_that_nobody_named_is_made_for_the_size() -> None:
+    assert pattern_from_name("neighborhood") == FittedNeighborhood(0.4)
+    assert pattern_from_name("neighborhood", "density=0.25,tail=mean") == FittedNeighborhood(0.25, tail="mean")
+    layout = genattn.TokenLayout.from_grid((8, 16, 16))
+    assert FittedNeighborhood(0.25).plan(layout).density == pytest.approx(0.25, abs=0.1)
+
+
+def test_what_a_model_fills_in_stays_a_name() -> None:
+    assert attention_from_name("auto") == "auto"
+    assert attention_from_name("neighborhood") == "gna"
+    assert attention_from_name("neighborhood", "density=0.3") == FittedNeighborhood(0.3)
+    assert attention_from_name("neighborhood:5") == attention_from_name("neighborhood", window="5")
+    assert attention_from_name("radial") == genattn.RadialPattern()
+    assert attention_from_name("dense") is None
+
+
+def test_a_preset_has_no_settings_beside_it() -> None:
+    with pytest.raises(GenAttnError, match="auto takes its settings from the model's preset, got --pattern-options, --window"):
+        attention_from_name("auto", "decay=0.3", window="5")

@@ -26,6 +26,12 @@ def test_rows(random_wan_folder: Path) -> None:
     assert all(row["n"] == 2 and row["commit"] and row["date"] for row in rows)
 
 
+def test_what_is_left_out_is_the_presets() -> None:
+    assert parse_attention("auto").schedule == {}
+    assert parse_attention("auto@0", dense_layers=2).schedule == {"dense_steps": 0, "dense_layers": 2}
+    assert parse_attention("radial").schedule == {"dense_steps": 0.25, "dense_layers": 1}
+
+
 def test_refusals(random_wan_folder: Path) -> None:
     with pytest.raises(GenAttnError, match="at least one prompt"):
         compare([], [], SamplingSettings(model=str(random_wan_folder)))

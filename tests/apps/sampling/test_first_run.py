@@ -53,11 +53,15 @@ def test_what_is_named_stays(asked) -> None:
     assert request.attention.pattern == RadialPattern(decay=0.3)
 
 
-def test_a_named_model_gets_what_it_always_got(asked) -> None:
+def test_a_named_model_gets_its_own_preset_or_what_is_named(asked) -> None:
     request = asked("--model", str(shipped_model()))
     assert request.settings.model == str(shipped_model())
+    assert (request.attention.pattern, request.attention.schedule) == ("auto", {})
+    request = asked("--model", str(shipped_model()), "--dense-steps", "2", "--attention", "auto")
+    assert request.attention.schedule == {"dense_steps": 2}
+    request = asked("--model", str(shipped_model()), "--attention", "radial")
     assert request.attention.pattern == RadialPattern()
-    assert (request.attention.dense_steps, request.attention.dense_layers) == (0.25, 1)
+    assert request.attention.schedule == {"dense_steps": 0.25, "dense_layers": 1}
 
 
 def test_without_the_long_model_or_its_map_nothing_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

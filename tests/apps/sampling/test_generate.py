@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from genattn.apps.sampling.attention_names import pattern_from_name
+from genattn.apps.sampling.attention_names import attention_from_name, pattern_from_name
 from genattn.apps.sampling.generate import GenerateRequest, generate
 from genattn.apps.sampling.output_files import read_video
 from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, to_uint8
@@ -51,6 +51,25 @@ def test_files_and_report(settings: SamplingSettings, tmp_path: Path) -> None:
     assert sparse["seconds"] > 0
     assert {"psnr", "ssim"} <= set(sparse)
     assert {"torch", "diffusers", "genattn"} <= set(report["versions"])
+
+
+def test_a_name_takes_the_models_own_window(settings: SamplingSettings, tmp_path: Path) -> None:
+    attention = AttentionSettings("neighborhood", attention_from_name("neighborhood"), 1, 0)
+    run = generate(_request(settings, tmp_path / "a.mp4", attention=attention))["runs"][0]
+    assert run["preset"].startswith("'gna': no preset is known for WanTransformer3DModel with 3 layers of 2 heads")
+    assert run["sparse_density"] < 0.8
+
+
+def test_auto_stays_dense_below_the_break_even_and_says_so(settings: SamplingSettings, tmp_path: Path) -> None:
+    attention = AttentionSettings("auto", attention_from_name("auto"), given=frozenset())
+    report = generate(_request(settings, tmp_path / "a.mp4", attention=attention, compare_dense=True))
+    sparse, dense = report["runs"]
+    assert (report["dense_steps"], report["dense_layers"]) == (None, None)  # the preset's
+    assert sparse["preset"].startswith("'auto': auto: ")
+    assert "sparse from " in sparse["preset"]
+    assert (sparse["density"], sparse["ssim"]) == (1, 1)
+    assert any("tokens" in note for note in sparse["notes"])
+    assert "preset" not in dense
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -178,7 +197,7 @@ def _command(*arguments: str) -> list[str]:
 def test_one_line_and_exit_code_2(random_wan_folder: Path, tmp_path: Path) -> None:
     base = ["generate", "--prompt", "a cat", "--model", str(random_wan_folder)]
     for more, message in (
-        (["--attention", "foo", "--out", str(tmp_path / "a.mp4")], "must be one of dense, radial"),
+        (["--attention", "foo", "--out", str(tmp_path / "a.mp4")], "must be one of auto, dense, radial"),
         (["--frames", "10", "--height", "32", "--width", "32", "--out", str(tmp_path / "a.mp4")], "nearest: 9 or 13"),
     ):
         done = subprocess.run(_command(*base, *more), capture_output=True, text=True, timeout=120)
@@ -213,8 +232,8 @@ def test_interrupt_leaves_nothing(random_wan_folder: Path, tmp_path: Path) -> No
     process = subprocess.Popen(_command(*arguments), stdout=subprocess.PIPE, stderr=terminal, preexec_fn=heed)
     os.close(terminal)
     try:
-        seen = _read_until(master, "radial", 120)
-        assert "radial" in seen, seen
+        seen = _read_until(master, "/100000", 120)
+        assert "/100000" in seen, seen[-500:]
         for _ in range(10):
             # Python drops an interrupt that comes within a finaliser; a person would press the keys again
             process.send_signal(signal.SIGINT)

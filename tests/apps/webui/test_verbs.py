@@ -138,10 +138,20 @@ def test_a_clip_dense_beside_sparse(session: Session) -> None:
     assert _untouched(session)
 
 
+@pytest.mark.parametrize(("name", "runs_sparse"), [("neighborhood", True), ("auto", False)])
+def test_a_name_takes_the_models_own_preset(name: str, runs_sparse: bool, session: Session) -> None:
+    found = list(video(session, "a cat", name, dense_steps=0, dense_layers=0, steps=1))[-1].values
+    verdict = found["rows"][1]["verdict"]
+    assert verdict.startswith("DENSE THROUGHOUT") != runs_sparse, verdict  # "auto" stays dense at so few tokens
+    assert "no preset is known for WanTransformer3DModel" in found["report"]["preset"]
+    assert found["report"]["pattern"].startswith("FittedNeighborhood" if runs_sparse else "AdaptivePattern")
+    assert _untouched(session)
+
+
 def test_what_a_clip_cannot_be(session: Session) -> None:
     for settings, said in (
         ({"attention": "dense"}, "choose a sparse one"),
-        ({"attention": "nonsense"}, "must be one of dense, radial"),
+        ({"attention": "nonsense"}, "must be one of auto, dense, radial"),
         ({"pattern_options": "{"}, "must be a JSON object"),
         ({"dense_steps": 1.5}, "share below 1"),
         ({"dense_layers": -1}, "dense layers must be >= 0"),
