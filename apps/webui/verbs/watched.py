@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from genattn import Pattern
 from genattn.errors import GenAttnError
-from genattn.patterns.pattern import Pattern
 from genattn.planning.show import plan_codes
 from genattn.seam.handle import denoisers
 from genattn.seam.plugin import AttentionCall, Inner
@@ -49,7 +49,7 @@ class WatchedSparse(SparsePlugin):
 
 def watched_sparse(pipe: Any, pattern: Pattern | str, schedule: dict[str, Any]) -> WatchedSparse:
     """The pattern, or what its name stands for on this pipeline's model, watched. Raises GenAttnError for an unknown name."""
-    if isinstance(pattern, Pattern):
+    if not isinstance(pattern, str):
         return WatchedSparse(pattern, Schedule(**schedule))
     found = named_plugin(pattern, denoisers(pipe), tuple(pipe.components), None, schedule, "auto")
     watched = WatchedSparse(found.pattern, found.schedule)
