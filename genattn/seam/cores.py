@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
+from genattn.errors import GenAttnError
 from genattn.functional.log_sum_exp import dense_with_lse, is_native
 from genattn.kernels.block_sparse import as_autocast
 from genattn.layouts.site import AttentionSite
@@ -64,9 +65,10 @@ class Mark:
 
 
 class _Current(threading.local):
-    # set in every thread's own dict: a class default would make Dynamo's guard fail on the first write
+    # set in every thread's own dict: a class default would make Dynamo's guard fail on the first write; in a list, because
+    # Dynamo loses what is written to an attribute once it has traced an operator with a body, as flex_attention is
     def __init__(self) -> None:
-        self.mark: Mark | None = None
+        self.held: list[Mark | None] = [None]
 
 
 CURRENT = _Current()
@@ -180,7 +182,7 @@ def _sdpa_shim(stock: Callable[..., Any]) -> Callable[..., Any]:
             scale: float | None = None,
             enable_gqa: bool = False,
         ) -> torch.Tensor:
-            if CURRENT.mark is None or dropout_p or query.ndim != 4:
+            if CURRENT.held[0] is None or dropout_p or query.ndim != 4:
                 flags = {"enable_gqa": True} if enable_gqa else {}
                 return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **flags)  # type: ignore[no-any-return]
             q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -207,7 +209,7 @@ def _dispatch_shim(stock: Callable[..., Any]) -> Callable[..., Any]:
             backend: Any = None,
             parallel_config: Any = None,
         ) -> torch.Tensor:
-            if CURRENT.mark is None or dropout_p or attention_kwargs:
+            if CURRENT.held[0] is None or dropout_p or attention_kwargs:
                 rest = {} if parallel_config is None else {"parallel_config": parallel_config}
                 args = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs)
                 return stock(*args, backend=backend, **rest)  # type: ignore[no-any-return]
@@ -245,20 +247,22 @@ def _hand_over(
     backend: Any,
     parallel_config: Any,
 ) -> torch.Tensor:
-    mark = CURRENT.mark
+    mark = CURRENT.held[0]
     assert mark is not None
     if torch.compiler.is_compiling():
-        if mask is not None and not isinstance(
-            mask, torch.Tensor
-        ):  # a block mask cannot pass an operator; stock code traces it
-            return _CORES[core][0](  # type: ignore[no-any-return]
-                q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, backend=backend, parallel_config=parallel_config
-            )
+        answer = None
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            # a block mask cannot pass an operator; stock code's answer under it can
+            more = {"backend": backend, "parallel_config": parallel_config}
+            answer = _CORES[core][0](q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, **more)
+            if parallel_config is not None:
+                return answer  # type: ignore[no-any-return]
+            mask = None
         # inside of the operator autocast is off, so what it does to SDPA's inputs is traced here
         q, k, v = as_autocast(q, k, v)
         name = "" if backend is None else str(getattr(backend, "value", backend))
         shared = 0 if parallel_config is None else _number_of(parallel_config)
-        return attention_op(q, k, v, mask, mark.handle, scale, is_causal, enable_gqa, core, name, shared)
+        return attention_op(q, k, v, mask, mark.handle, scale, is_causal, enable_gqa, core, name, shared, answer)
     flags = {"is_causal": is_causal, "enable_gqa": enable_gqa}
     under = StockCore(core, backend, parallel_config)
     return mark.owner.attend(mark, (q, k, v), mask, {"scale": scale, **flags}, under)
@@ -281,7 +285,7 @@ class StockCore:
         enable_gqa: bool,
     ) -> torch.Tensor:
         """Heads-last in and out; `mask` as the processor gave it."""
-        before, CURRENT.mark = CURRENT.mark, None  # a patch that calls one of our pass-throughs must not come back here
+        before, CURRENT.held[0] = CURRENT.held[0], None  # a patch that calls one of our pass-throughs must not come back here
         try:
             found = _CORES[self.number] if self.number != SDPA else (F.scaled_dot_product_attention, True)
             stock: Callable[..., Any] = found[0]
@@ -293,7 +297,7 @@ class StockCore:
             out = stock(q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, backend=self.backend, **rest)
             return out  # type: ignore[no-any-return]
         finally:
-            CURRENT.mark = before
+            CURRENT.held[0] = before
 
     def answer(self, call: AttentionCall) -> torch.Tensor:
         """The end of a chain: stock's answer to what plugins left of a call, with its log-sum-exp where one asked for it."""
@@ -316,6 +320,31 @@ class StockCore:
         return dense_with_lse(q, k, v, mask, scale) if native else None
 
 
+class BlockMask:
+    """In place of flex's own, which stays in the graph: a mask that says more than which keys are valid."""
+
+
+class AnsweredCore(StockCore):
+    """The end of a chain where stock code has answered in the graph, under a block mask: plugins may edit that answer."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], answer: torch.Tensor) -> None:
+        super().__init__(SDPA, None, None)
+        self.tensors, self.given = tensors, answer
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask_and_flags: Any, **flags: Any) -> torch.Tensor:
+        """Stock's answer, to the call as stock made it and to no other."""
+        for ours, theirs in zip((q, k, v), self.tensors):
+            if ours is not theirs and not (ours.shape == theirs.shape and torch.equal(ours, theirs)):
+                raise GenAttnError(
+                    "a plugin asks for other queries, keys or values than the model's in a call under a flex BlockMask, "
+                    "which only code inside of the compiled graph can answer; run this model without torch.compile"
+                )
+        return self.given
+
+    def with_lse(self, *call: Any) -> None:
+        """Not told: the block mask is not at hand."""
+
+
 # a decision taken while a CUDA graph is recorded would be frozen into it
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
@@ -333,18 +362,24 @@ def attention_op(
     core: int,
     backend: str,
     parallel: int = 0,
+    answer: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One attention call inside a compiled graph; which mark it belongs to is read from `handle` when it runs."""
-    mark = Mark.living.get(int(handle))
-    under = StockCore(core, backend or None, _PARALLEL[parallel])
+    """One attention call inside a compiled graph; which mark it belongs to is read from `handle` when it runs.
+
+    answer: stock code's, where its mask is no tensor.
+    """
+    mark, tensors = Mark.living.get(int(handle)), (query, key, value)
+    plain = StockCore(core, backend or None, _PARALLEL[parallel])
+    under, seen = (plain, mask) if answer is None else (AnsweredCore(tensors, answer), BlockMask())
     flags: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "enable_gqa": enable_gqa}
     if mark is None:  # a graph that outlived its plugins
-        out = under(query, key, value, mask, **flags)
+        out = under(*tensors, seen, **flags)
     else:
-        out = mark.owner.attend(mark, (query, key, value), mask, flags, under)
+        out = mark.owner.attend(mark, tensors, seen, flags, under)
     out = out.contiguous()
     # an operator may not hand back its own input, as a plugin that returns the values would
-    same = any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in (query, key, value))
+    given = tensors if answer is None else (*tensors, answer)
+    same = any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in given)
     return out.clone() if same else out
 
 

@@ -39,12 +39,11 @@ def _marking_call(cls: Any) -> Callable[..., Any]:
         mark = attn.__dict__.get(MARK)
         if mark is None or not _comes_along(mark):
             return cls.__call__(self, attn, *args, **kwargs)
-        before = CURRENT.mark
-        CURRENT.mark = mark
+        before, CURRENT.held[0] = CURRENT.held[0], mark
         try:
             return cls.__call__(self, attn, *args, **kwargs)
         finally:
-            CURRENT.mark = before
+            CURRENT.held[0] = before
 
     # Dynamo measures the length of __defaults__ when it traces inspect.signature, and stumbles over None
     __call__.__defaults__ = ()  # type: ignore[attr-defined]
@@ -69,12 +68,11 @@ class FunctionProcessor:
         mark = args[0].__dict__.get(MARK) if args else None
         if mark is None or not _comes_along(mark):
             return self.function(*args, **kwargs)
-        before = CURRENT.mark
-        CURRENT.mark = mark
+        before, CURRENT.held[0] = CURRENT.held[0], mark
         try:
             return self.function(*args, **kwargs)
         finally:
-            CURRENT.mark = before
+            CURRENT.held[0] = before
 
 
 def swapped_class(stock: type, members: dict[str, Any]) -> type:

@@ -398,7 +398,7 @@ def test_an_exception_in_mid_step_leaves_nothing() -> None:
     from genattn.seam.denoiser import HERE
 
     assert HERE.run is None
-    assert CURRENT.mark is None
+    assert CURRENT.held == [None]
     handle.remove()
     assert torch.equal(sample(pipe, kwargs), stock)
     with pytest.raises(RuntimeError, match="on purpose"), apply(pipe, Breaks()):

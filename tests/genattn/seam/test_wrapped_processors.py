@@ -122,5 +122,5 @@ def test_an_attention_inside_another_gives_the_mark_back(fails: bool, plain: boo
 
     with apply(model, Notes()), torch.no_grad():
         model.blocks[0].attn1(torch.randn(1, 12, outer.to_q.in_features))
-        assert CURRENT.mark is None
+        assert CURRENT.held == [None]
     assert sites == ["blocks.2.attn1 2", "blocks.0.attn1 12"]
