@@ -20,7 +20,7 @@ class TinyModel:
     code leaves uninitialised. latents, axes: the input that holds the latents, and what its axes are: B samples, C channels,
     F frames, H rows, W columns, S tokens one behind the other; in brackets when a list has one tensor per sample. large: a
     raster on which a pattern leaves out a fair share of the scores, None where a table of the model ends before. prepare:
-    what the pipeline does to the model first.
+    what the pipeline does to the model first. since: the first diffusers whose class takes these settings and inputs.
     """
 
     model: str
@@ -31,11 +31,13 @@ class TinyModel:
     axes: str = "BCFHW"
     large: tuple[int, ...] | None = (12, 8, 6)
     prepare: Callable[[nn.Module], None] | None = None
+    since: tuple[int, int] = (0, 0)
 
     @property
     def available(self) -> bool:
-        """Whether the installed diffusers has this class; nothing of it is imported."""
-        return self.model in dir(diffusers)
+        """Whether the installed diffusers has this class as it is here; nothing of it is imported."""
+        here = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+        return self.model in dir(diffusers) and here >= self.since
 
     def build(self, config: dict[str, Any]) -> nn.Module:
         """The model with random weights."""

@@ -140,5 +140,5 @@ _H3 = "MiniMaxH3Transformer3DModel"
 TINY: dict[str, TinyModel] = {
     "minimax-h3": TinyModel(_H3, MINIMAX_H3, minimax_h3, axes="BSC"),
     "minimax-h3-reference": TinyModel(_H3, MINIMAX_H3, minimax_h3_reference, axes="BSC"),
-    "cosmos3": TinyModel("Cosmos3OmniTransformer", COSMOS3, cosmos3, latents="vision_tokens", axes="[BCFHW]"),
+    "cosmos3": TinyModel("Cosmos3OmniTransformer", COSMOS3, cosmos3, latents="vision_tokens", axes="[BCFHW]", since=(0, 40)),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from older_diffusers import ABSENT
 
 import genattn
 from genattn import DensePattern, GenAttnError, RadialPattern, TokenLayout
@@ -225,7 +226,8 @@ def test_sana_is_refused_with_the_reason() -> None:
 
 def test_every_family_has_a_tiny_model() -> None:
     built = {family_of(build_model(name)) for name in families()}
-    assert {family.name for family in FAMILIES} == {family.name for family in built if family is not None}
+    wanted = {family.name for family in FAMILIES if not ABSENT.issuperset(family.models)}
+    assert wanted == {family.name for family in built if family is not None}
 
 
 def test_stacks_are_numbered_in_execution_order() -> None:

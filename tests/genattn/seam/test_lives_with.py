@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import older_diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
@@ -37,8 +38,7 @@ def layerwise_fp8(model: Any) -> None:
 
 
 def group_offload(model: Any) -> None:
-    cpu = torch.device("cpu")
-    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    older_diffusers.offload_layers(model)
 
 
 def model_offload(model: Any) -> None:

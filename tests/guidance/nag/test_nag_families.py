@@ -5,6 +5,7 @@ from typing import Any
 import explicit_nag
 import pytest
 import torch
+from older_diffusers import ABSENT, needs
 from torch import nn
 
 import genattn
@@ -185,7 +186,7 @@ def test_every_other_family_has_a_written_reason(family: str) -> None:
 def test_every_known_way_is_shown() -> None:
     shown = {base.__name__ for family in CARRIED for base in type(build_model(family)).__mro__}
     # ChronoEdit is Wan's blocks under another pipeline
-    assert set(WAYS) - shown <= {"ChronoEditTransformer3DModel"}
+    assert set(WAYS) - shown <= {"ChronoEditTransformer3DModel"} | ABSENT
     assert not set(WAYS) & set(NOT_CARRIED)
 
 
@@ -203,7 +204,8 @@ def test_kept_keys_of_references_are_refused() -> None:
         model(**inputs)
 
 
-def test_refuses_forwards_that_have_no_place_for_a_second_text() -> None:
+def test_refuses_forwards_of_minimax_h3_that_have_no_place_for_a_second_text() -> None:
+    needs("minimax-h3")
     model, inputs = build_model("minimax-h3"), build_inputs("minimax-h3")
     negative = negative_of("minimax-h3", model, inputs)
     behind = {**inputs, "text_indices": inputs["text_indices"] + 1}
@@ -213,6 +215,9 @@ def test_refuses_forwards_that_have_no_place_for_a_second_text() -> None:
             model(**behind)
         with pytest.raises(GenAttnError, match="pictures stand among its text"):
             model(**mixed)
+
+
+def test_refuses_forwards_that_have_no_place_for_a_second_text() -> None:
     local = build_model("longcat-audio", adaln_type="local", adaln_use_text_cond=True)
     told = build_inputs("longcat-audio")
     with (

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import older_diffusers
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,8 +36,7 @@ def compiled_whole(pipe: Any) -> None:
 
 
 def group_offload(pipe: Any) -> None:
-    cpu = torch.device("cpu")
-    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    older_diffusers.offload_layers(pipe.transformer)
 
 
 def model_offload(pipe: Any) -> None:
