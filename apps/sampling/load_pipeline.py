@@ -16,6 +16,7 @@ from genattn.errors import GenAttnError
 
 WEIGHTS = (".safetensors", ".gguf")
 MODULAR_INDEX = "modular_model_index.json"
+_INDEXES = ("model_index.json", MODULAR_INDEX)
 
 
 def shipped_model(name: str = "tiny-wan") -> Path:
@@ -122,12 +123,13 @@ def load_pipeline(
     if dtype != "auto" and dtype not in kinds:
         raise GenAttnError(f"dtype must be auto, {', '.join(kinds)}, got {dtype!r}")
     kind = kinds.get(dtype, torch.float32 if place == "cpu" else torch.bfloat16)
+    where = {} if Path(source).is_dir() else reach(source)
     try:
         with _bars_for_terminals():
-            if names_modular(source):
-                pipe = _load_modular(source, kind)
+            if names_modular(source, **where):
+                pipe = _load_modular(source, kind, **where)
             else:
-                pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_precision(kind))
+                pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_precision(kind), **where)
     except (OSError, ValueError) as error:
         if isinstance(error, GenAttnError):
             raise
@@ -160,8 +162,36 @@ def _bars_for_terminals() -> Iterator[None]:
             each.enable_progress_bar()
 
 
-def names_modular(source: str) -> bool:
-    """Whether a folder or a hub id has an index of a modular pipeline and none of a stock one."""
+def reach(source: str) -> dict[str, bool]:
+    """How diffusers shall load a hub id: from the hub, or from the local cache alone where the hub cannot be reached.
+
+    One question with a time limit; the hub's client would ask again for a minute, with a line each time.
+
+    Raises GenAttnError: the hub does not know the id, or it cannot be reached and the model is not in the cache.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(source, timeout=10)
+    except RepositoryNotFoundError:
+        raise GenAttnError(
+            f"the hub has no model {source!r}, or shows it to its members only (then: hf auth login); check --model"
+        ) from None
+    except HfHubHTTPError:  # a mirror that answers for files alone
+        return {}
+    except Exception as error:  # the client's network errors have no base class of their own that stayed
+        if any(isinstance(try_to_load_from_cache(source, index), str) for index in _INDEXES):
+            return {"local_files_only": True}
+        raise GenAttnError(
+            f"the hub cannot be reached ({str(error).splitlines()[0]}) and {source!r} is not in the local cache; where "
+            f"there is a network, run: hf download {source} --local-dir FOLDER, and give --model FOLDER"
+        ) from None
+    return {}
+
+
+def names_modular(source: str, **where: bool) -> bool:
+    """Whether a folder or a hub id has an index of a modular pipeline and none of a stock one. where: as from `reach`."""
     import diffusers
 
     if Path(source).is_dir():
@@ -170,26 +200,26 @@ def names_modular(source: str) -> bool:
         warnings.simplefilter("ignore", UserWarning)  # diffusers passes arguments that the hub's client no longer knows
         for kind, modular in ((diffusers.DiffusionPipeline, False), (diffusers.ModularPipeline, True)):
             with contextlib.suppress(OSError):  # this index is not there; nor is any when the hub cannot be reached
-                kind.load_config(source)
+                kind.load_config(source, **where)
                 return modular
     return False
 
 
-def _load_modular(source: str, kind: Any) -> Any:
+def _load_modular(source: str, kind: Any, **where: bool) -> Any:
     """A modular pipeline with its components loaded; those of a folder from the folder, wherever it was saved.
 
     Raises GenAttnError for components that cannot be loaded, and for blocks that are code of the folder's own.
     """
     from diffusers import ModularPipeline
 
-    pipe = ModularPipeline.from_pretrained(source, trust_remote_code=False)
+    pipe = ModularPipeline.from_pretrained(source, trust_remote_code=False, **where)
     wanted = []
     for name, spec in pipe._component_specs.items():
         if Path(source).is_dir() and (Path(source) / name).is_dir():
             spec.pretrained_model_name_or_path, spec.subfolder = source, name
         if spec.default_creation_method == "from_pretrained" and spec.pretrained_model_name_or_path:
             wanted.append(name)
-    pipe.load_components(wanted, **_precision(kind))
+    pipe.load_components(wanted, **_precision(kind), **where)
     missing = [name for name in wanted if getattr(pipe, name, None) is None]
     if missing:
         raise GenAttnError(f"{source} is incomplete: {', '.join(missing)} cannot be loaded; copy the model again")

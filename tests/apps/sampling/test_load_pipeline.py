@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from genattn.apps import cli
 from genattn.apps.comfyui.pipes import load as comfyui_load
@@ -96,10 +98,72 @@ def test_missing_shard(folder: Path) -> None:
         check_folder(folder)
 
 
+def _asked(monkeypatch: pytest.MonkeyPatch, answer: Exception | None, cached: str | None) -> None:
+    """The hub answers so, and the cache holds the index at that place."""
+
+    def model_info(self: object, repo_id: str, timeout: float) -> None:
+        assert 0 < timeout <= 30
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda source, index: cached)
+
+
+def _http_error(kind: type[Exception], status: int) -> Exception:
+    error = kind.__new__(kind)
+    Exception.__init__(error, f"status {status}")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("answer", "cached", "where"),
+    [
+        (None, None, {}),
+        (_http_error(HfHubHTTPError, 405), None, {}),  # a mirror of files
+        (ConnectionError("no route"), "/cache/model_index.json", {"local_files_only": True}),
+    ],
+)
+def test_a_hub_id_is_loaded_from_where_it_is(
+    answer: Exception | None, cached: str | None, where: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _asked(monkeypatch, answer, cached)
+    asked: list[dict[str, object]] = []
+
+    def from_pretrained(source: str, **told: object) -> None:
+        asked.append(told)
+        raise OSError("enough")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", lambda source, **told: asked.append(told))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(GenAttnError, match="'owner/name' cannot be loaded: enough"):
+        load_pipeline("owner/name", dtype="bfloat16")
+    assert asked == [where, {"use_safetensors": True, "dtype": torch.bfloat16, **where}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "cached", "message"),
+    [
+        (
+            _http_error(RepositoryNotFoundError, 401),
+            "/cache/index",
+            "the hub has no model 'owner/name', or shows it to its members",
+        ),
+        (TimeoutError("too slow"), None, r"cannot be reached \(too slow\) and 'owner/name' is not in the local cache"),
+    ],
+)
+def test_a_hub_id_that_is_nowhere(answer: Exception, cached: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _asked(monkeypatch, answer, cached)
+    with pytest.raises(GenAttnError, match=message):
+        load_pipeline("owner/name")
+
+
 def test_unknown_places(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match="there is no folder"):
         load_pipeline(str(tmp_path / "nowhere"))
-    with pytest.raises(GenAttnError, match="cannot be loaded"):
+    with pytest.raises(
+        GenAttnError, match="'nobody/has-this-model' is not in the local cache; where there is a network, run: hf"
+    ):
         load_pipeline("nobody/has-this-model")
     with pytest.raises(GenAttnError, match="no shipped model 'tiny-nothing'"):
         shipped_model("tiny-nothing")
