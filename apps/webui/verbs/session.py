@@ -218,13 +218,14 @@ def _makes_video(source: str | None) -> bool:
 
     import diffusers
 
-    from genattn.apps.sampling.load_pipeline import names_modular
+    from genattn.apps.sampling.load_pipeline import names_modular, reach
     from genattn.apps.sampling.pipeline_calls import source_makes_video
 
+    where = {} if Path(str(source)).is_dir() else reach(str(source))
     try:
-        if names_modular(str(source)):
+        if names_modular(str(source), **where):
             return source_makes_video(str(source))
-        index = diffusers.DiffusionPipeline.load_config(source)
+        index = diffusers.DiffusionPipeline.load_config(source, **where)
     except (OSError, ValueError) as error:
         raise GenAttnError(f"{source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None
     kind = getattr(diffusers, str(index.get("_class_name")), None)
