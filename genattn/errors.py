@@ -7,3 +7,8 @@ class GenAttnError(ValueError):
 
 class RunFailed(GenAttnError):
     """The request was fine and the work went wrong: values that are not finite, a check that does not hold."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where it was raised without one."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

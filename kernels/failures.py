@@ -26,7 +26,7 @@ class KernelFailure(RuntimeError):
 
 def failure_of(impl: str, error: Exception) -> KernelFailure | None:
     """The failure that an exception out of a launch stands for; None when it is to be raised as it is."""
-    text = f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0]}"
+    text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
     # a ValueError is our own: it says what to do differently
     if isinstance(error, torch.OutOfMemoryError | ValueError) or is_fatal(error):
         return None

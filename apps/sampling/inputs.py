@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, first_line
 
 
 def lora_of(text: str) -> tuple[str, float]:
@@ -45,7 +45,7 @@ def add_loras(pipe: Any, texts: Sequence[str]) -> None:
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
                 pipe.load_lora_weights(place[0], adapter_name=f"lora_{i}", use_safetensors=True, **place[1])
         except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise GenAttnError(f"--lora {source!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+            raise GenAttnError(f"--lora {source!r} cannot be used: {first_line(error)}") from None
         names.append(f"lora_{i}")
         weights.append(weight)
     pipe.set_adapters(names, weights)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import genattn
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, first_line
 
 WEIGHTS = (".safetensors", ".gguf")
 MODULAR_INDEX = "modular_model_index.json"
@@ -133,7 +133,7 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         if isinstance(error, GenAttnError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None
     return _placed(pipe, place, cpu_offload)
 
@@ -181,10 +181,11 @@ def reach(source: str) -> dict[str, bool]:
     except HfHubHTTPError:  # a mirror that answers for files alone
         return {}
     except Exception as error:  # the client's network errors have no base class of their own that stayed
+        reason = first_line(error).rstrip(".")
         if any(isinstance(try_to_load_from_cache(source, index), str) for index in _INDEXES):
             return {"local_files_only": True}
         raise GenAttnError(
-            f"the hub cannot be reached ({str(error).splitlines()[0]}) and {source!r} is not in the local cache; where "
+            f"the hub cannot be reached ({reason}) and {source!r} is not in the local cache; where "
             f"there is a network, run: hf download {source} --local-dir FOLDER, and give --model FOLDER"
         ) from None
     return {}

@@ -27,7 +27,7 @@ from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from genattn.apps.sampling.pipeline_calls import is_modular, own_size, sample_frames, source_of, taken_arguments
 from genattn.apps.sampling.pipeline_shell import pipeline_shell
 from genattn.apps.sampling.preview import StepPreview
-from genattn.errors import GenAttnError, RunFailed
+from genattn.errors import GenAttnError, RunFailed, first_line
 from genattn.patterns.pattern import Pattern
 
 Frames = npt.NDArray[np.uint8]
@@ -284,7 +284,7 @@ def run_once(
         except ValueError as error:
             if isinstance(error, GenAttnError):
                 raise
-            raise GenAttnError(f"{type(pipe).__name__} refuses this call: {str(error).splitlines()[0]}") from None
+            raise GenAttnError(f"{type(pipe).__name__} refuses this call: {first_line(error)}") from None
         report = None if handle is None else handle.report()
         preset = "" if handle is None else getattr(handle.plugins[0], "origin", "")
     if torch.cuda.is_available():

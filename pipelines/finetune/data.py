@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, first_line
 from genattn.pipelines.video.upright import is_turned, pixel_of, shown_size, upright
 from genattn.text_file import decoded
 
@@ -235,7 +235,7 @@ def read_clip(source: ClipSource, frames: int, height: int, width: int) -> Frame
             pixel = pixel_of(container)
             found = [_fitted(frame, height, width, pixel) for frame in _first(container, frames)]
     except (av.FFmpegError, OSError, IndexError, tarfile.TarError) as error:
-        raise GenAttnError(f"it cannot be read as a video ({str(error).splitlines()[0]})") from None
+        raise GenAttnError(f"it cannot be read as a video ({first_line(error)})") from None
     if len(found) < frames:
         raise GenAttnError(f"it has {len(found)} frames and {frames} are needed")
     return np.stack(found)

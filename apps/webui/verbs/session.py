@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from genattn.apps.webui.verbs.limits import Limits
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, first_line
 
 _RUN = re.compile(r"\d{8}-\d{6}-[a-z]+-[0-9a-f]{16}")
 _SHOWN = 8  # files of the cache that a page may be showing just now
@@ -227,7 +227,7 @@ def _makes_video(source: str | None) -> bool:
             return source_makes_video(str(source))
         index = diffusers.DiffusionPipeline.load_config(source, **where)
     except (OSError, ValueError) as error:
-        raise GenAttnError(f"{source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None
+        raise GenAttnError(f"{source!r} cannot be opened: {first_line(error)}") from None
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     if kind is None:
         raise GenAttnError(f"{source!r} is a {index.get('_class_name')}, which this diffusers does not have; upgrade it")

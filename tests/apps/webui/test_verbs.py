@@ -313,7 +313,7 @@ def test_models_are_named_and_told_apart(tmp_path: Path) -> None:
     twice = Session(tmp_path / "out", [str(folder), str(folder)], LIMITS)
     assert twice.names() == ["random-sd3", "random-sd3 (1)"]
     assert twice.names(video=False) == twice.names()
-    for wrong, said in ((str(tmp_path), "no model_index.json"), ("owner/none", "cannot be opened")):
+    for wrong, said in ((str(tmp_path), "no model_index.json"), ("owner/none", "is not in the local cache")):
         with pytest.raises(GenAttnError, match=said):
             Session(tmp_path / "out", [wrong])
     index = folder / "model_index.json"

@@ -79,6 +79,25 @@ def test_a_queue_taken_apart_and_put_together_goes_on_to_the_bit(make):
     assert torch.equal(rest, straight[:, :, straight.shape[2] - rest.shape[2] :])
 
 
+def test_a_frame_gets_fresh_noise_in_every_step(monkeypatch):
+    """The same noise twice would add up: an SDE step assumes that each is drawn anew."""
+    solver, drawn = flow_solver(8, eta=1.0), []
+    step = solver.step
+
+    def watched(sample, prediction, levels, state, noise):
+        drawn.append(noise.clone())
+        return step(sample, prediction, levels, state, noise)
+
+    monkeypatch.setattr(solver, "step", watched)
+    run(solver, QueueShape(8, 4), torch.randn(CLIP), 3)
+    for earlier, later in zip(drawn, drawn[1:]):  # the queue has moved on by one frame
+        pairs = zip(earlier[:, :, 1:].unbind(2), later[:, :, :-1].unbind(2))
+        likeness = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() for a, b in pairs]
+        assert max(likeness) < 0.5  # of 90 values
+    everything = torch.stack([frame.flatten() for noise in drawn for frame in noise.unbind(2)])
+    assert everything.unique(dim=0).shape[0] == everything.shape[0]
+
+
 def test_sample_clip_equals_the_stock_loop():
     import diffusers
 
