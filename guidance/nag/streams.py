@@ -153,8 +153,8 @@ def _masks(mine: Any, theirs: Any, tokens: int, own: int) -> tuple[torch.Tensor,
     """Both masks, where one of the two texts needed none."""
     some = mine if mine is not None else theirs
     missing = (*some.shape[:-1], own if mine is not None else tokens)
-    # an additive mask hides nothing with 0, a boolean one with True
-    neutral = some.new_full(missing, some.dtype == torch.bool)
+    # an additive mask hides nothing with 0, one of truth values or whole numbers with 1
+    neutral = some.new_full(missing, not some.is_floating_point())
     return (neutral if mine is None else mine), (neutral if theirs is None else theirs)
 
 

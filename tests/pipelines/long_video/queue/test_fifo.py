@@ -1,6 +1,7 @@
 """The queue with a model: equalities with stock sampling, order of windows, batches, processes, and a run of any length as a
 prefix of a longer."""
 
+import itertools
 import multiprocessing
 import socket
 
@@ -90,7 +91,7 @@ def test_a_frame_gets_fresh_noise_in_every_step(monkeypatch):
 
     monkeypatch.setattr(solver, "step", watched)
     run(solver, QueueShape(8, 4), torch.randn(CLIP), 3)
-    for earlier, later in zip(drawn, drawn[1:]):  # the queue has moved on by one frame
+    for earlier, later in itertools.pairwise(drawn):  # the queue has moved on by one frame
         pairs = zip(earlier[:, :, 1:].unbind(2), later[:, :, :-1].unbind(2))
         likeness = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() for a, b in pairs]
         assert max(likeness) < 0.5  # of 90 values
