@@ -135,7 +135,7 @@ def pattern_from_name(
     """
     base, _, spec = name.partition(":")
     if base == AUTO:
-        raise GenAttnError(f"{AUTO} is a model's own preset, and there is no model here; name a pattern with --attention")
+        raise GenAttnError(f"{AUTO} is for sampling with a model; name a pattern with --attention")
     if name.endswith(".safetensors"):
         if window or stride:
             raise GenAttnError(f"--window and --stride belong to {WINDOWED}, got the map {name}")

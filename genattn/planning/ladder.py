@@ -114,5 +114,5 @@ def _auto(model: Model, preset: ModelPreset | None) -> Rung:
         found, density = _adaptive(model, preset), ADAPTIVE_DENSITY
     chooses = found.pattern.needs_tensors
     least = break_even(model.device, model.backend, density, model.heads, model.head_dim, chooses)
-    why = f"auto: {found.why}; sparse from {least.tokens} tokens on ({least.source})"
+    why = f"{found.why}; sparse from {least.tokens} tokens on ({least.source})"
     return Rung(found.pattern, found.schedule | {"min_tokens": least.tokens}, why, found.known)

@@ -4,8 +4,10 @@ The pipeline is called as for real, up to the first forward of its denoiser: pro
 layout is the true one, and nothing is denoised.
 """
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +30,20 @@ class FirstForward(BaseException):
     def __init__(self, run: Run, family: Family | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__("stopped before the first forward")
         self.run, self.family, self.dtype, self.device = run, family, dtype, device
+
+
+@contextlib.contextmanager
+def without_bar(target: Any) -> Iterator[None]:
+    """A diffusers pipeline draws no progress bar meanwhile: one that stops before its first step would leave an empty bar."""
+    if not hasattr(target, "progress_bar"):  # a bare model, or a modular pipeline, whose blocks have the bars
+        yield
+        return
+    had = getattr(target, "_progress_bar_config", None) or {}
+    target.set_progress_bar_config(**{**had, "disable": True})
+    try:
+        yield
+    finally:
+        target.set_progress_bar_config(**had)
 
 
 @dataclass

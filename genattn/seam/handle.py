@@ -13,7 +13,7 @@ from genattn.errors import GenAttnError
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.pattern import Pattern
 from genattn.seam.denoiser import INJECTION
-from genattn.seam.explain import Explanation, FirstForward, explain_run
+from genattn.seam.explain import Explanation, FirstForward, explain_run, without_bar
 from genattn.seam.injection import Injection
 from genattn.seam.plugin import CallRecord, Plugin, Run
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
@@ -292,6 +292,7 @@ class Handle:
             with contextlib.ExitStack() as forgotten:
                 for tracker in {id(i.tracker): i.tracker for i in self._injections}.values():
                     forgotten.enter_context(tracker.untouched())
+                forgotten.enter_context(without_bar(self.target))
                 self.target(**call)
         except FirstForward as stop:
             injection = next(i for i in self._injections if i.model is stop.run.model)

@@ -15,7 +15,9 @@ from genattn.errors import GenAttnError
 def test_explain_tells_without_denoising(random_wan_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = {"frames": 17, "height": 128, "width": 128, "steps": 8}
     explain_command(prompt="a cat", model=str(random_wan_folder), **size, as_json=True)
-    found = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert "it/s" not in told.err  # no bar that stays at nothing
+    found = json.loads(told.out)
     assert found["layout"] == "grid 5x8x8"
     assert found["num_steps"] == 8
     first, second = found["sites"][:2]

@@ -39,7 +39,7 @@ def test_names_give_patterns() -> None:
             "neighborhood has no setting 'tilee'; did you mean 'tile'. It has: .*window_size, stride",
         ),
         ("neighborhood", "stride=4", "--attention neighborhood needs a window beside stride; give --window 18x24x24"),
-        ("auto", None, "auto is a model's own preset, and there is no model here; name a pattern with --attention"),
+        ("auto", None, "auto is for sampling with a model; name a pattern with --attention"),
         ("neighborhood:8x8x8x8", None, "--window must be 1 to 3 whole numbers joined by x"),
         ("neighborhood:8x8/2x2", "stride=2", "give either --stride or 'stride' in --pattern-options, got both"),
         ("radial:8x8", None, "--window and --stride belong to neighborhood, got --attention radial:8x8"),

@@ -361,9 +361,11 @@ def test_what_cannot_run_sparse_is_said_once(caplog: pytest.LogCaptureFixture) -
 
 def test_explain_runs_nothing() -> None:
     pipe, kwargs = build_pipeline("wan")
+    pipe.set_progress_bar_config(desc="mine", disable=True)
     handle = apply(pipe, RadialPattern())
     explained = handle.explain(**{**kwargs, "num_inference_steps": 8})
     assert explained.layout == "grid 3x4x3"
+    assert pipe._progress_bar_config == {"desc": "mine", "disable": True}
     assert explained.num_steps == 8
     assert [(site.sparse, site.dense) for site in explained.sites] == [(0, 8), (6, 2), (6, 2)]
     assert handle.report().forwards == handle.report().runs == 0
