@@ -21,6 +21,9 @@ from genattn.seam.handle import apply
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 from genattn.seam.sites import find_sites
 
+BY_FRAME = ("latte", "animatediff")
+"""Families that look at one frame at a time."""
+
 
 class _Layouts(Plugin):
     """Notes at every site whether the layout has the sequence's length."""
@@ -91,7 +94,8 @@ def _runs(model: Any, inputs: dict[str, Any], pattern: Pattern) -> str:
     return "yes" if found[:1].isdigit() else found
 
 
-def _window(shape: tuple[int, ...], **settings: Any) -> NeighborhoodPattern:
+def window(shape: tuple[int, ...], **settings: Any) -> NeighborhoodPattern:
+    """A window of a sixth of each axis of a raster, at least 3; short axes whole."""
     return NeighborhoodPattern(tuple(max(3, n // 6) if n > 3 else -1 for n in shape), **settings)
 
 
@@ -115,12 +119,12 @@ def _more(family: str, row: dict[str, str], model: Any, inputs: dict[str, Any]) 
     large = MODELS[family].large
     if large is not None:
         wide = build_inputs(family, grid=large)
-        by_frame = family in ("latte", "animatediff")
+        by_frame = family in BY_FRAME
         thinned = "picture" if len(large) < 3 else "1 frame" if by_frame else ""
         row["radial_density"] = thinned or attempt(lambda: _sparse(model, wide, RadialPattern(tail=None)))
         shape = large[-2:] if by_frame else large
-        row["gna_density"] = attempt(lambda: _sparse(model, wide, _window(shape, tail=None)))
-        row["tail_runs"] = attempt(lambda: _runs(model, wide, _window(shape, tail="mean")))
+        row["gna_density"] = attempt(lambda: _sparse(model, wide, window(shape, tail=None)))
+        row["tail_runs"] = attempt(lambda: _runs(model, wide, window(shape, tail="mean")))
     row["softpag_runs"] = attempt(lambda: _softpag(model, inputs))
     row["nag_runs"] = attempt(lambda: _nag(model))
 

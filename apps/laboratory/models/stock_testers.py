@@ -133,24 +133,41 @@ def try_out(name: str, tester: Any) -> Row:
         torch.manual_seed(0)
         inputs = made.get_dummy_inputs()
         model = made.model_class(**made.get_init_dict()).eval().to(_precision(inputs))
-        first = identities(model)
-        stock = outputs(model, inputs)
-        before = identities(model)
-        own = set(changed(first, before))  # what stock code makes anew in a forward
-        if not same_bits(outputs(model, inputs), stock):
-            row.stock = "differs from run to run"
-            return row
+        alone = Alone(model, inputs)
     except Exception as error:  # a test of another version of diffusers, a download
         row.stock = f"does not run: {_first_line(error)}"
         return row
-    row.stock = "yes"
-    row.passed_on = _applied(model, inputs, Passing(), stock, row)
-    row.dense = _applied(model, inputs, DensePattern(), stock, row)
-    row.radial = _applied(model, inputs, RadialPattern(), stock, row)
-    left = [name for name in changed(before, identities(model)) if name not in own]
-    back = same_bits(outputs(model, inputs), stock)
-    row.removed = "differs" if not back else f"left behind at {', '.join(left[:3])}" if left else "yes"
+    fill(row, alone)
     return row
+
+
+class Alone:
+    """A model as it is without plugins."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
+        first = identities(model)
+        self.stock = outputs(model, inputs)
+        self.before = identities(model)
+        self.own = set(changed(first, self.before))  # what stock code makes anew in a forward
+        self.steady = same_bits(outputs(model, inputs), self.stock)
+
+    def removed(self) -> str:
+        """Whether it is so again."""
+        left = [name for name in changed(self.before, identities(self.model)) if name not in self.own]
+        back = same_bits(outputs(self.model, self.inputs), self.stock)
+        return "differs" if not back else f"left behind at {', '.join(left[:3])}" if left else "yes"
+
+
+def fill(row: Row, alone: Alone) -> None:
+    """The columns that are found by applying."""
+    row.stock = "yes" if alone.steady else "differs from run to run"
+    if not alone.steady:
+        return
+    row.passed_on = applied(alone, Passing(), row)
+    row.dense = applied(alone, DensePattern(), row)
+    row.radial = applied(alone, RadialPattern(), row)
+    row.removed = alone.removed()
 
 
 def _precision(inputs: dict[str, Any]) -> torch.dtype:
@@ -169,8 +186,9 @@ class Passing(Plugin):
         return inner(call)
 
 
-def _applied(model: nn.Module, inputs: dict[str, Any], plugin: Pattern | Plugin, stock: list[torch.Tensor], row: Row) -> str:
+def applied(alone: Alone, plugin: Pattern | Plugin, row: Row) -> str:
     """What became of a forward under `plugin`."""
+    model, inputs, stock = alone.model, alone.inputs, alone.stock
     schedule: dict[str, Any] = {"dense_steps": 0, "dense_layers": 0} if isinstance(plugin, Pattern) else {}
     try:
         handle = apply(model, plugin, **schedule)
