@@ -39,6 +39,7 @@ except ImportError:  # pragma: no cover
 class _Here(threading.local):
     def __init__(self) -> None:
         self.run: Run | None = None
+        self.compiler: Any = None
 
 
 HERE = _Here()
@@ -47,6 +48,11 @@ HERE = _Here()
 def run_of(model: nn.Module) -> Run | None:
     """The run of `model`'s forward on this thread, None outside of one."""
     return HERE.run if HERE.run is not None and HERE.run.model is model else None
+
+
+def is_compiled_whole(model: nn.Module) -> bool:
+    """Whether stock's forward is one compiled frame: after `model.compile()`, or in this call under `torch.compile(model)`."""
+    return getattr(model, "_compiled_call_impl", None) is not None or callable(HERE.compiler)
 
 
 @contextlib.contextmanager
@@ -113,7 +119,8 @@ class _Entry:
         injection, stock = self.model.__dict__.get(INJECTION), self.below()
         if injection is None or (HERE.run is not None and HERE.run.model is injection.model):
             return stock(*args, **kwargs)
-        compiler = _set_eval_frame(None)
+        compiler, outer = _set_eval_frame(None), HERE.compiler
+        HERE.compiler = compiler
 
         def under(*given: Any, **named: Any) -> Any:
             _set_eval_frame(compiler)
@@ -125,6 +132,7 @@ class _Entry:
         try:
             return injection.forward(under, args, kwargs)
         finally:
+            HERE.compiler = outer
             _set_eval_frame(compiler)
 
     def _inside_a_graph(self, *args: Any, **kwargs: Any) -> Any:

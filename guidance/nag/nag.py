@@ -33,7 +33,7 @@ from genattn.guidance.passes.pass_role import PassReader, PassRole
 from genattn.guidance.passes.prediction import batch_of
 from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
-from genattn.seam.denoiser import INJECTION, current_run, without_cache_dit
+from genattn.seam.denoiser import INJECTION, current_run, is_compiled_whole, without_cache_dit
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.processors import stock_class
 from genattn.seam.report import GenAttnWarning
@@ -329,7 +329,12 @@ class NAG(Plugin):
             )
 
     def _refuse_company(self, model: nn.Module) -> None:
-        """Refuse, before any work, plugins on the same model that NAG cannot act beside."""
+        """Refuse, before any work, plugins on the same model that NAG cannot act beside, and blocks that run twice."""
+        if getattr(model, "gradient_checkpointing", False) and torch.is_grad_enabled():
+            raise GenAttnError(
+                f"the negative text is gone when a block is computed again in a backward pass, got {type(model).__name__} "
+                "with gradient checkpointing; train without NAG, or call disable_gradient_checkpointing()"
+            )
         injection = model.__dict__.get(INJECTION)
         for plugin in [p for handle in injection.handles for p in handle.plugins] if injection is not None else []:
             if getattr(plugin, "mode", None) == "replace_uncond":
@@ -382,7 +387,7 @@ def _own_caches(run: Run, always: bool) -> Iterator[None]:
 
 
 def _refuse_whole_compile(model: nn.Module) -> None:
-    if getattr(model, "_compiled_call_impl", None) is not None:
+    if is_compiled_whole(model):
         raise GenAttnError(
             f"NAG stands around the blocks, got {type(model).__name__} compiled as a whole; "
             "compile its blocks instead (compile_repeated_blocks)"

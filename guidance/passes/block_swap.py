@@ -19,7 +19,7 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.guidance.passes.prediction import take_rows
 from genattn.layouts.site import AttentionSite
-from genattn.seam.denoiser import held_by_cache_dit
+from genattn.seam.denoiser import held_by_cache_dit, is_compiled_whole
 from genattn.seam.sites import unwrapped
 
 # denoisers whose blocks form one chain, as tests/guidance/softpag/test_softpag_families.py shows for each
@@ -64,6 +64,7 @@ class BlockOrder:
         self.model = model
         self.places: dict[int, Place] = {s.depth: (s.stack, s.layer) for s in sites if s.depth >= 0}
         self.forms: dict[str, Any] = {}
+        self.compiled_whole = False  # under torch.compile(model) this is known inside of a call alone
 
     def before(self, depth: int) -> list[Place]:
         """Every block that runs before the one at `depth`."""
@@ -102,7 +103,8 @@ class BlockOrder:
         name = type(self.model).__name__
         if self.model.__class__.__name__ not in CHAINS:
             return f"the blocks of {name} are not known to form a chain"
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
+        self.compiled_whole |= is_compiled_whole(self.model)
+        if self.compiled_whole:
             return "the model is compiled as a whole; compile its blocks instead (compile_repeated_blocks)"
         if getattr(self.model, "_parallel_config", None) is not None:
             return "the model runs under context parallelism"

@@ -55,7 +55,8 @@ class HeadMix:
         copies, rest = divmod(batch, len(self.u))
         if rest or not copies:
             raise GenAttnError(
-                f"per-sample weights need attention over the whole batch, got a call of {batch} for {len(self.u)} samples; "
+                "samples of one batch that are perturbed differently (mode='batched', per_sample) need attention over the "
+                f"whole batch, got a call of {batch} for {len(self.u)} samples: this model attends to its samples one by one; "
                 "use mode='extra' and one selection of heads"
             )
         return self if copies == 1 or len(self.u) == 1 else HeadMix(self.heads, self.u.repeat_interleave(copies, 0))

@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 Step = Callable[[Any], None]
@@ -154,6 +155,14 @@ def _compile_blocks(pipe: Any) -> None:
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=_COMPILER)
 
 
+def _compile_in_place(pipe: Any) -> None:
+    pipe.transformer.compile(fullgraph=True, backend=_COMPILER)
+
+
+def _compile_wrapped(pipe: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=_COMPILER)
+
+
 def _forget_compiled(pipe: Any) -> None:
     torch.compiler.reset()
 
@@ -180,6 +189,27 @@ def _split(**degrees: Any) -> tuple[Step]:
         pipe.transformer.enable_parallelism(config=diffusers.ContextParallelConfig(**degrees))
 
     return (split,)
+
+
+_FORWARD_OF_NATIVE = attention_dispatch._native_attention_forward_op
+
+
+def _with_lse(ctx: Any, query: Any, key: Any, value: Any, *rest: Any, return_lse: bool = False, **named: Any) -> Any:
+    """torch's CPU attention knows its log-sum-exp, for which a ring asks; diffusers takes it from CUDA's only."""
+    asked = rest[5] if len(rest) > 5 else return_lse
+    heads_first = (x.permute(0, 2, 1, 3) for x in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+    out, lse = out.permute(0, 2, 1, 3), lse.permute(0, 2, 1)
+    return (out, lse) if asked else out
+
+
+def _ring(pipe: Any) -> None:
+    attention_dispatch._native_attention_forward_op = _with_lse
+    _split(ring_degree=2)[0](pipe)
+
+
+def _leave_ring(pipe: Any) -> None:
+    attention_dispatch._native_attention_forward_op = _FORWARD_OF_NATIVE
 
 
 # ---- adapters
@@ -237,16 +267,14 @@ NEIGHBOURS: tuple[Neighbour, ...] = (
     Neighbour("model offload", "memory", (_model_offload,), "accelerate"),
     Neighbour("group offload", "memory", (_group_offload,)),
     Neighbour("torch.compile, blocks", "compiler", (_compile_blocks,), "torch", _forget_compiled, close=1e-5),
+    Neighbour("torch.compile, model.compile()", "compiler", (_compile_in_place,), "torch", _forget_compiled, close=1e-5),
+    Neighbour("torch.compile, torch.compile(model)", "compiler", (_compile_wrapped,), "torch", _forget_compiled, close=1e-5),
     Neighbour("set_attention_backend, _native_math", "backend", _backend("_native_math"), undo=_stock_backend),
     Neighbour("set_attention_backend, flex", "backend", _backend("flex"), undo=_stock_backend),
     Neighbour("set_attention_backend, xformers", "backend", _backend("xformers"), "xformers", _stock_backend),
     Neighbour("fused projections", "execution", (_fused,)),
     Neighbour("context parallel, Ulysses", "split", _split(ulysses_degree=2), close=1e-5, processes=2),
-    Neighbour(
-        "context parallel, ring", "split",
-        why_not="a ring asks the calls that stay dense for a log-sum-exp, and torch's attention on a CPU has none: Native "
-        "attention does not support return_lse=True",
-    ),
+    Neighbour("context parallel, ring", "split", (_ring,), undo=_leave_ring, close=1e-5, processes=2),
     Neighbour("LoRA", "adapter", (_load_adapter(1),), "peft"),
     Neighbour("LoRA, hot swap", "adapter", (_load_adapter(1), _load_adapter(2, hotswap=True)), "peft"),
 )  # fmt: skip

@@ -96,9 +96,11 @@ def made(family):
         extras = {"ref_latents": [ref[:, :, None]]} if family == "qwen-edit" else {}
         return model, (1, 16, 1, 6, 8), (1, TEXT, WIDTH), extras
     if family == "krea":
-        from comfy.ldm.krea2.model import SingleStreamDiT
+        from comfy.ldm.krea2 import model as krea2
 
-        model = SingleStreamDiT(
+        if "block_index" not in inspect.getsource(krea2):
+            raise ModuleNotFoundError("Krea that says which block runs")
+        model = krea2.SingleStreamDiT(
             features=WIDTH, tdim=32, txtdim=32, heads=2, kvheads=1, multiplier=2, layers=1, txtlayers=2, txtheads=2,
             txtkvheads=2, **COMMON,
         )  # fmt: skip

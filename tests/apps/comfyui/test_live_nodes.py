@@ -151,7 +151,7 @@ OTHERS = {
         },
     ),
     "on_top": ("RigTop", {"takes": False}),
-    "takes": ("RigTop", {"takes": True}),
+    "takes": ("RigTakes", {}),
     "object_patch": ("RigForward", {"part": "self_attn"}),
     "compiled": ("RigCompile", {"backend": "eager"}),
     "core_declines": ("RigCoreSparse", {"takes": False}),

@@ -20,14 +20,17 @@ from genattn.guidance.softpag import SoftPAG
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
 
 Gradients = dict[str, torch.Tensor]
+WAYS = ("diffusers", "reentrant", "non-reentrant", "function")
 _WRAPPED = {"reentrant": CheckpointImpl.REENTRANT, "non-reentrant": CheckpointImpl.NO_REENTRANT}
 
 
 def checkpointed(model: Any, how: str) -> None:
-    """Its blocks computed again in the backward pass: wrapped as FSDP recipes do, or by a function in their `forward`."""
+    """Its blocks computed again in the backward pass: by diffusers, wrapped as FSDP recipes do, or by a function."""
     names = ("blocks", "transformer_blocks", "single_transformer_blocks")
     blocks = {id(block): block for name in names for block in getattr(model, name, ())}
-    if how == "function":
+    if how == "diffusers":
+        model.enable_gradient_checkpointing()
+    elif how == "function":
         for block in blocks.values():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     elif how in _WRAPPED:
@@ -65,21 +68,22 @@ CASES: dict[str, tuple[str, Callable[[], list[Any]], dict[str, Any]]] = {
 def test_gradients_are_those_of_the_plain_run(case: str) -> None:
     family, plugins, settings = CASES[case]
     wanted = gradients(family, "plain", plugins(), **settings)
-    for how in ("reentrant", "non-reentrant", "function"):
+    for how in WAYS:
         found = gradients(family, how, plugins(), **settings)
         assert found.keys() == wanted.keys()
         for name, grad in found.items():
             torch.testing.assert_close(grad, wanted[name], atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "function"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("family", ["wan", "flux"])
 def test_what_cannot_be_computed_again_is_refused(family: str, how: str) -> None:
     inputs = build_inputs(family)
     texts = {name: torch.randn_like(inputs[name]) for name in ("encoder_hidden_states", "pooled_projections") if name in inputs}
     nag = NAG(negative_embeds=texts, layout="single")
     gradients(family, "plain", [nag])
-    with pytest.raises(GenAttnError, match="NAG acted on is computed again in a backward pass"):
+    told = "with gradient checkpointing; train without NAG" if how == "diffusers" else "NAG acted on is computed again"
+    with pytest.raises(GenAttnError, match=told):
         gradients(family, how, [nag])
 
 

@@ -113,9 +113,10 @@ def test_refuses_linear_attention(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
-def test_refuses_single_rows_where_samples_go_one_by_one() -> None:
+def test_refuses_samples_that_differ_where_they_go_one_by_one() -> None:
     model, inputs = build_model("mochi"), build_inputs("mochi")
-    with pytest.raises(GenAttnError, match="use mode='extra' and one selection of heads"):
+    told = r"\(mode='batched', per_sample\) .* a call of 1 for 4 samples: this model attends to its samples one by one"
+    with pytest.raises(GenAttnError, match=told):
         guided(model, inputs, {(1, 0): 0.5}, mode="batched")
 
 

@@ -1,5 +1,7 @@
 """Stand-ins for what a tiny random checkpoint lacks: text encoder, VAE, FLUX's fixed width; custom nodes for tests only."""
 
+import inspect
+
 import comfy.model_detection
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -214,6 +216,17 @@ class RigTop:
         return (patched,)
 
 
+class RigTakes(RigTop):
+    """The same that always answers; only where the callback is told the options, else it is on top in the first step alone."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def stand(self, model):
+        return super().stand(model, True)
+
+
 class RigCoreSparse:
     """ComfyUI's own Model Sparse Attention, of versions that have it.
 
@@ -348,3 +361,5 @@ _NODES = (
     RigSeen,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
+if "model_options" in inspect.signature(comfy.model_patcher.ModelPatcher.prepare_state).parameters:
+    NODE_CLASS_MAPPINGS["RigTakes"] = RigTakes

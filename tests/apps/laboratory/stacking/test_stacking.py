@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from genattn.apps.laboratory.stacking import cells, run
+from genattn.apps.laboratory.stacking import cells, neighbours, run
 from genattn.apps.laboratory.stacking.cells import METHODS, Cell, measure, version_of, why_not
 from genattn.apps.laboratory.stacking.neighbours import NEIGHBOURS, Neighbour
 from genattn.apps.laboratory.stacking.table import newest_rows
@@ -27,7 +27,7 @@ def test_every_cell_has_a_row_and_none_fails() -> None:
     assert told == {}
     assert all(row["note"] for row in newest.values() if row["result"] in ("refused", "not tried"))
     tried = {name for (name, _), row in newest.items() if row["result"] != "not tried"}
-    assert tried == BY_NAME.keys() - {"Nunchaku", "set_attention_backend, xformers", "context parallel, ring"}
+    assert tried == BY_NAME.keys() - {"Nunchaku", "set_attention_backend, xformers"}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,9 @@ def test_every_cell_has_a_row_and_none_fails() -> None:
         ("fused projections", "NAG"),
         pytest.param("torchao fp8", "SoftPAG", marks=pytest.mark.slow),
         pytest.param("torch.compile, blocks", "pattern", marks=pytest.mark.slow),
+        pytest.param("torch.compile, torch.compile(model)", "SoftPAG", marks=pytest.mark.slow),
         pytest.param("context parallel, Ulysses", "pattern", marks=pytest.mark.slow),
+        pytest.param("context parallel, ring", "pattern", marks=pytest.mark.slow),
     ],
 )
 def test_cells_measured_now(neighbour: str, method: str) -> None:
@@ -119,6 +121,15 @@ def test_what_is_close_counts_as_within(monkeypatch: pytest.MonkeyPatch) -> None
     for close, result in ((1e-6, "within"), (1e-7, "differs")):
         neighbour = Neighbour("close", "execution", (scale_weights(1.0),), close=close)
         assert measure(neighbour, METHOD["dense pattern"]) == Cell("close", "dense pattern", result, 3e-7)
+
+
+def test_a_ring_has_the_log_sum_exp_that_it_asks_for() -> None:
+    query, key, value = torch.randn(3, 2, 5, 3, 8).unbind()
+    out, lse = neighbours._with_lse(None, query, key, value, None, 0.0, False, None, False, True, _save_ctx=False)
+    scores = torch.einsum("bqhd,bkhd->bqhk", query, key) / 8**0.5
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.testing.assert_close(out, torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), value))
+    assert torch.equal(neighbours._with_lse(None, query, key, value), out)
 
 
 def test_packages_that_are_not_there() -> None:
