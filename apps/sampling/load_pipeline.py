@@ -118,7 +118,7 @@ def load_pipeline(
     if Path(source).is_dir():
         check_folder(Path(source))
     elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise GenAttnError(f"there is no folder {source!r}, and a hub id has the form owner/name; check --model")
+        raise GenAttnError(_why_no_source(source))
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype != "auto" and dtype not in kinds:
         raise GenAttnError(f"dtype must be auto, {', '.join(kinds)}, got {dtype!r}")
@@ -136,6 +136,14 @@ def load_pipeline(
         reason = first_line(error)
         raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None
     return _placed(pipe, place, cpu_offload)
+
+
+def _why_no_source(source: str) -> str:
+    from genattn.planning.presets import PRESETS
+
+    if source in PRESETS:  # plan and scale take the name
+        return f"{source!r} is the name of a shape, which has no weights; give --model the folder or hub id of a pipeline of it"
+    return f"there is no folder {source!r}, and a hub id has the form owner/name; check --model"
 
 
 def _precision(kind: Any) -> dict[str, Any]:

@@ -161,6 +161,8 @@ def test_a_hub_id_that_is_nowhere(answer: Exception, cached: str | None, message
 def test_unknown_places(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match="there is no folder"):
         load_pipeline(str(tmp_path / "nowhere"))
+    with pytest.raises(GenAttnError, match="'wan-14b' is the name of a shape, which has no weights; give --model the folder"):
+        load_pipeline("wan-14b")
     with pytest.raises(
         GenAttnError, match="'nobody/has-this-model' is not in the local cache; where there is a network, run: hf"
     ):
