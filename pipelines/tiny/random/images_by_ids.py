@@ -189,7 +189,7 @@ def _keep_keys(model: torch.nn.Module) -> None:
 _FLUX2: Drawn = {**_FLUX, "timestep_guidance_channels": 256, "axes_dims_rope": (4, 4, 4, 4)}
 _IMAGE: Any = {"axes": "BSC", "large": (32, 24)}
 TINY: dict[str, TinyModel] = {
-    "flux2-kv": TinyModel("Flux2Transformer2DModel", _FLUX2, flux2_kv, prepare=_keep_keys, **_IMAGE),
+    "flux2-kv": TinyModel("Flux2Transformer2DModel", _FLUX2, flux2_kv, prepare=_keep_keys, since=(0, 38), **_IMAGE),
     "flux3": TinyModel("Flux3Transformer2DModel", FLUX3, flux3, **_IMAGE),
     "bria": TinyModel("BriaTransformer2DModel", BRIA, by_ids, **_IMAGE),
     "bria-fibo": TinyModel("BriaFiboTransformer2DModel", FIBO, fibo, **_IMAGE),

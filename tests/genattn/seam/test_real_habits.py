@@ -314,8 +314,8 @@ def gradients(how: str, forwards: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "whole"])
 def test_recomputed_blocks_take_the_path_of_their_forward(how: str) -> None:
     wanted = gradients("plain")
-    for name, found in gradients(how).items():
-        torch.testing.assert_close(found, wanted[name], atol=1e-5, rtol=1e-4)
+    for name, found in gradients(how).items():  # up to 1,800; stock's own reentrant ones are 1e-4 off, for they add up in turn
+        torch.testing.assert_close(found, wanted[name], atol=1e-4, rtol=1e-4)
 
 
 def test_recomputation_of_an_unknown_forward_is_refused() -> None:
