@@ -26,6 +26,8 @@ INNER: dict[str, dict[str, Any]] = {
     "FrequencyDecoupledGuidance": {"guidance_scales": [6.0, 3.0]},
     "SkipLayerGuidance": {"guidance_scale": 4.0, "skip_layer_guidance_layers": None, "skip_layer_guidance_start": 0.0},
     "AutoGuidance": {"guidance_scale": 4.0, "dropout": 0.0},
+    "PerturbedAttentionGuidance": {"guidance_scale": 4.0, "perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0},
+    "SmoothedEnergyGuidance": {"guidance_scale": 4.0, "seg_guidance_start": 0.0, "seg_guidance_stop": 1.0},
 }
 
 
@@ -39,6 +41,11 @@ def made(name: str) -> Any:
         else:
             settings |= {"auto_guidance_config": config}
             settings.pop("dropout")
+    elif name == "PerturbedAttentionGuidance":
+        scores = {"skip_attention": False, "skip_ff": False, "skip_attention_scores": True}
+        settings["perturbed_guidance_config"] = diffusers.LayerSkipConfig(indices=[1], fqn="transformer_blocks", **scores)
+    elif name == "SmoothedEnergyGuidance":
+        settings["seg_guidance_config"] = diffusers.SmoothedEnergyGuidanceConfig(indices=[1], fqn="transformer_blocks")
     return getattr(guiders, name)(**settings)
 
 
@@ -98,6 +105,12 @@ class Loop:
         with genattn.apply(self.model, SoftPAG(HEADS, u=U, scale=SCALE, layout="single")):
             pushed = [self.predict(text, step) for step in range(STEPS)]
         return [p - self.predict(text, step) for step, p in enumerate(pushed)]
+
+
+def test_no_guider_of_diffusers_is_left_out() -> None:
+    known = {name for name, kind in vars(guiders).items() if isinstance(kind, type) and issubclass(kind, guiders.BaseGuidance)}
+    assert "ClassifierFreeGuidance" in known
+    assert known - {"BaseGuidance", "LTX2Guidance"} <= set(INNER)
 
 
 @pytest.mark.parametrize("name", INNER)
