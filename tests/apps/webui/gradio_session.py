@@ -1,5 +1,7 @@
 """A session of the app over random models of a few thousand weights; for tests of its verbs, its server and its page."""
 
+import asyncio
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ def random_model(folder: Path, family: str, defaults: dict[str, Any]) -> Path:
 
 @contextmanager
 def served(session: Session) -> Iterator[str]:
-    """The address of the app over `session`; the environment that Gradio changes is put back."""
+    """The address of the app over `session`; the environment that Gradio changes is put back, loops left open are closed."""
     from genattn.apps.webui.app import serve
 
     before = dict(os.environ)
@@ -43,3 +45,6 @@ def served(session: Session) -> Iterator[str]:
         page.close(verbose=False)
         os.environ.clear()
         os.environ.update(before)
+        for loop in [found for found in gc.get_objects() if isinstance(found, asyncio.BaseEventLoop)]:
+            if not loop.is_running():  # else it is closed with a warning wherever the collector comes by
+                loop.close()
