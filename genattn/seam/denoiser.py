@@ -108,6 +108,8 @@ class _Entry:
 
     def __init__(self, model: nn.Module, below: Callable[[], Callable[..., Any]]) -> None:
         self.model, self.below = model, below
+        # for torch.export: Dynamo reads no attribute of a class that diffusers lets stand in graphs whole, as LTX and Mochi
+        self.at_first = below()
 
     # torch.compile puts a frame of its own around what it may not trace, except under this name; and it looks through a
     # function that is not traced, but not through a method. `skip` is torch.compiler.disable(recursive=False) without the
@@ -145,7 +147,7 @@ class _Entry:
         injection = self.model.__dict__.get(INJECTION)
         if injection is not None:
             refuse_export(injection)
-        return self.below()(*args, **kwargs)
+        return self.at_first(*args, **kwargs)
 
 
 @torch.compiler.disable
