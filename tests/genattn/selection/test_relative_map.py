@@ -63,3 +63,11 @@ def test_other_sizes() -> None:
     assert float(value[middle, 3 * 4]) == pytest.approx(0.0)
     one = predict(*(t[..., :1, :1, :1] for t in (relative, key, query)), CellGrid(1, 1, 1), torch.tensor([[0.0, 0.5, 0.5]]), 1)
     assert one.shape == (1, 1, 1)
+
+
+def test_sums_of_two_maps_are_those_of_their_sum() -> None:
+    grid = CellGrid(2, 2, 3)
+    first, second = torch.rand(2, 3, grid.cells, grid.cells, dtype=torch.float64)
+    together, apart = margins(first + second, grid), margins(first, grid).plus(margins(second, grid))
+    for name in ("offset", "key", "query"):
+        torch.testing.assert_close(getattr(apart, name), getattr(together, name))

@@ -210,3 +210,9 @@ def test_every_score_is_computed_once(monkeypatch, seed):
             assert group.again == bool(begun[queries].any()) == bool(begun[queries].all())
             begun[queries] = True
     assert torch.equal(count, visible_mask(plan)[0].long())
+
+
+def test_the_grouped_path_scales_by_itself() -> None:
+    plan = random_plan(3, (1, 2, 4), keep=0.5)
+    inputs = _inputs(plan, 2, 2, 24, 1, torch.float32, 5)
+    _assert_close(cpu_grouped.grouped_attention(*inputs, plan), inputs, plan, torch.float32)

@@ -118,6 +118,11 @@ def test_a_picture_and_a_video_begin_the_film(pipe):
     by_image = long_video(pipe, "a cat", num_frames=9, start=Image.fromarray(picture), **SMALL).video
     assert np.array_equal(by_array, by_image)
     assert not np.array_equal(by_array, long_video(pipe, "a cat", num_frames=9, **SMALL).video)
+    # this pipeline continues nothing by itself, so given frames are brought to the noise of the queue
+    renoised = long_video(pipe, "a cat", num_frames=9, start=picture, start_as="renoise", **SMALL).video
+    assert np.array_equal(by_array, renoised)
+    kept = long_video(pipe, "a cat", num_frames=9, start=picture, start_as="condition", **SMALL).video
+    assert not np.array_equal(by_array, kept)
     clip = torch.rand(9, 3, 32, 32) * 2 - 1
     assert long_video(pipe, "a cat", num_frames=9, start=clip, **SMALL).frames == 9
     for wrong, message in (

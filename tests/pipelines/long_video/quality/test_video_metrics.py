@@ -104,6 +104,8 @@ def test_a_loop_is_found_with_its_lag():
     assert strength > 0.95
     assert metrics.repetition(clip(1.2))[1] < 0.9
     assert metrics.repetition(clip(frames=12)) is None
+    assert metrics.repetition(clip(frames=17)) is None  # a lag of 8 would not come twice
+    assert metrics.repetition(clip(frames=18)) is not None
 
 
 def test_all_measures_of_an_array_and_of_a_file(tmp_path):
