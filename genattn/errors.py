@@ -12,3 +12,8 @@ class RunFailed(GenAttnError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its type where it was raised without one."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def kind_and_line(error: BaseException) -> str:
+    """`ValueError: the first line of its message`, for tables and logs of what failed."""
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"

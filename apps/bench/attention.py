@@ -18,6 +18,7 @@ import torch
 from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
 from genattn.apps.bench.timing import interleaved
 from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.errors import first_line
 from genattn.functional.dispatch import block_plan_for
 from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
 from genattn.kernels.peers.dense import dense_backends
@@ -69,7 +70,7 @@ def bench_attention(
             found = bench_case(case, device, rounds or (3 if quick else 7), impls or _default_impls(device, quick), peak, known)
         except torch.OutOfMemoryError as error:
             # a smaller card measures what it can hold
-            progress(f"{case.name:32} skipped, it does not fit this device: {str(error).splitlines()[0]}")
+            progress(f"{case.name:32} skipped, it does not fit this device: {first_line(error)}")
             continue
         for row in found:
             rows.append({**row, **facts})

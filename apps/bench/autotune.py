@@ -17,7 +17,7 @@ import torch
 from genattn.apps.bench.cases import AttentionCase
 from genattn.apps.bench.timing import interleaved, timed
 from genattn.apps.sampling.measured_rows import provenance
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, kind_and_line
 from genattn.functional.dispatch import block_plan_for
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, forward_grid
 from genattn.kernels.triton.config import arch_of, chip_of, measured_table, settings_of, table_row
@@ -85,7 +85,7 @@ def _measure(times: dict[Setting, float], kernel: str, setting: Setting, timer: 
         tell(f"  {kernel} {list(setting)}: {times[setting] * 1e3:.3f} ms")
     except RuntimeError as error:
         times[setting] = float("inf")
-        tell(f"  {kernel} {list(setting)}: {(str(error).strip() or 'no message').splitlines()[0]}")
+        tell(f"  {kernel} {list(setting)}: {kind_and_line(error)}")
 
 
 def _neighbours(setting: Setting) -> list[Setting]:

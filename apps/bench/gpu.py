@@ -32,8 +32,9 @@ from genattn.apps.bench.cases import AttentionCase, lease_cases, toy_cases
 from genattn.apps.bench.denoising_step import HUNYUAN, WAN_14B, StepShape, step_row
 from genattn.apps.bench.gpu_check import check_jobs
 from genattn.apps.bench.gpu_compile import compile_all, this_arch
-from genattn.apps.bench.gpu_rows import Rows, backward_rows, first_line, full_tile_rows, option_rows, setting_rows
+from genattn.apps.bench.gpu_rows import Rows, backward_rows, full_tile_rows, option_rows, setting_rows
 from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.errors import kind_and_line
 from genattn.kernels.failures import is_fatal
 from genattn.patterns.neighborhood import NeighborhoodPattern
 
@@ -84,12 +85,12 @@ def run_jobs(jobs: Iterable[Job], table: Path, facts: dict[str, str], until: flo
                 _note(journal, f"row {name}")  # whoever watches sees that it goes on
                 print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         except Exception as error:  # a case that fails must not take the others with it
-            print(f"FAILED {name}: {first_line(error)}", flush=True)
-            append_rows(table, [{"job": name, "case": name, "error": first_line(error), **facts}])
+            print(f"FAILED {name}: {kind_and_line(error)}", flush=True)
+            append_rows(table, [{"job": name, "case": name, "error": kind_and_line(error), **facts}])
             missed.append(name)
             if is_fatal(error):
                 _note(journal, f"end {name}")
-                raise DeviceLost(first_line(error)) from error
+                raise DeviceLost(kind_and_line(error)) from error
         _note(journal, f"end {name}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

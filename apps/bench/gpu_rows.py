@@ -10,17 +10,13 @@ from genattn.apps.bench.attention import bound_of, sampled_error
 from genattn.apps.bench.cases import AttentionCase
 from genattn.apps.bench.gpu_compile import SETTINGS
 from genattn.apps.bench.timing import interleaved
+from genattn.errors import kind_and_line
 from genattn.functional.dispatch import block_plan_for, plan_for, planned_attention
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states
 
 Rows = Iterable[dict[str, Any]]
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an exception, whatever it says."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def backward_rows(case: AttentionCase, rounds: int, device: str = "cuda", impl: str = "triton") -> Rows:
@@ -49,7 +45,7 @@ def setting_rows(case: AttentionCase, timer: Callable[[str, Any], float]) -> Ite
         try:
             yield {**row, "seconds": timer("forward", setting)}
         except RuntimeError as error:
-            yield {**row, "error": first_line(error)}
+            yield {**row, "error": kind_and_line(error)}
 
 
 def option_rows(case: AttentionCase, impls: Sequence[str], rounds: int, device: str = "cuda") -> Rows:
@@ -66,7 +62,7 @@ def option_rows(case: AttentionCase, impls: Sequence[str], rounds: int, device: 
             call: Any = partial(planned_attention, query, key, value, plan, impl=impl, key_mask=mask)
             error = sampled_error(call(), [query, key, value], lists, mask)
         except Exception as reason:  # triton's own kinds derive from nothing else
-            facts[impl] = {"error": first_line(reason)}
+            facts[impl] = {"error": kind_and_line(reason)}
             continue
         facts[impl] = {"error": error, "computed_density": plan.computed_density}
         if error <= bound_of(impl, case.dtype):
@@ -100,7 +96,7 @@ def full_tile_rows(
         try:
             errors[impl] = sampled_error(call(), [query, key, value], plan)
         except Exception as reason:
-            errors[impl] = first_line(reason)
+            errors[impl] = kind_and_line(reason)
             continue
         if errors[impl] <= bound_of(impl, query.dtype):
             calls[impl] = call

@@ -60,9 +60,6 @@ Settings = Annotated[
         help="A settings file of `genattn tune` or `genattn plan --out`, in place of --attention.",
     ),
 ]
-DenseSteps = Annotated[
-    float, typer.Option(help="First steps kept dense: a share of them (below 1) or a number (1, 2, ...).", show_default=True)
-]
 DenseLayers = Annotated[int, typer.Option(help="First layers kept dense.", show_default=True)]
 OwnAttention = Annotated[
     str | None,
@@ -134,15 +131,11 @@ ATTENTION: dict[str, tuple[Any, Any]] = {
     "stride": (Stride, None),
     "pattern_options": (PatternOptions, None),
     "settings_file": (Settings, None),
-    "dense_steps": (DenseSteps, 0.25),
-    "dense_layers": (DenseLayers, 1),
-}
-# where the model may be the shipped one: what is left out is chosen for it
-OWN_ATTENTION = ATTENTION | {
-    "attention": (OwnAttention, None),
     "dense_steps": (OwnDenseSteps, None),
     "dense_layers": (OwnDenseLayers, None),
 }
+# where the model may be the shipped one: the attention too is chosen for it
+OWN_ATTENTION = ATTENTION | {"attention": (OwnAttention, None)}
 GUIDANCE: dict[str, tuple[Any, Any]] = {
     "softpag": (SoftPagHeads, None),
     "softpag_u": (SoftPagU, 0.5),
@@ -208,13 +201,11 @@ def _attention_settings(
         return attention_from_file(settings_file, dense_steps, dense_layers)
     named: dict[str, Any] = {"attention": attention or pattern_options or window or stride}
     named |= {"dense_steps": dense_steps, "dense_layers": dense_layers}
-    dense: dict[str, Any] = {
-        "dense_steps": ATTENTION["dense_steps"][1] if dense_steps is None else dense_steps,
-        "dense_layers": ATTENTION["dense_layers"][1] if dense_layers is None else dense_layers,
-        "given": frozenset(name for name, value in named.items() if value is not None),
-    }
-    name = attention or (ATTENTION["attention"][1] if named["attention"] else AUTO)
-    return AttentionSettings(name, attention_from_name(name, pattern_options, window, stride), **dense)
+    written = {name: value for name, value in named.items() if value is not None}
+    dense: dict[str, Any] = {name: value for name, value in written.items() if name != "attention"}
+    name = attention or (ATTENTION["attention"][1] if "attention" in written else AUTO)
+    pattern = attention_from_name(name, pattern_options, window, stride)
+    return AttentionSettings(name, pattern, **dense, given=frozenset(written))
 
 
 def _offer(parameter: str, options: dict[str, tuple[Any, Any]], gather: Callable[..., Any], command: Command) -> Command:

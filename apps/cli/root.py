@@ -26,7 +26,7 @@ from genattn.apps.cli import (
     streams,
     tune as commands_tune,
 )
-from genattn.errors import GenAttnError, RunFailed
+from genattn.errors import GenAttnError, RunFailed, first_line
 
 app = typer.Typer(
     name="genattn",
@@ -111,7 +111,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        _fail(f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}; {_SMALLER}", 1)
+        _fail(f"out of memory: {first_line(error) if str(error).strip() else 'the machine has no more'}; {_SMALLER}", 1)
     if code in (130, 143):  # typer turns an interrupt into 130 and says nothing
         _fail(stopping.MESSAGE.line, max(code, stopping.MESSAGE.code))
     sys.exit(code if isinstance(code, int) else 0)

@@ -176,9 +176,7 @@ def _bounds() -> str:
         lines.append([f"wire slower than arithmetic, {gpus} GPUs", told, "dense; attention grows as n², the wire as n"])
     table_end = ScaleSettings().rope_latents * 4 - 3
     lines.append(["position table", f"{table_end:,} frames", "dense and Radial; FIFO's window never reaches it"])
-    lines.append(
-        ["heads", f"{model.heads}", "Ulysses needs a divisor: 8 and 40, not 64; ring attention is refused under patterns"]
-    )
+    lines.append(["heads", f"{model.heads}", "Ulysses needs a divisor: 8 and 40, not 64; a ring takes any number"])
     return f"## Where each bound bites\n\n{_table(['bound', 'at', 'what it means'], lines)}"
 
 

@@ -175,13 +175,15 @@ def reach(source: str) -> dict[str, bool]:
 
     One question with a time limit; the hub's client would ask again for a minute, with a line each time.
 
-    Raises GenAttnError: the hub does not know the id, or it cannot be reached and the model is not in the cache.
+    Raises GenAttnError: it is no id, the hub does not know it, or it cannot be reached and the model is not in the cache.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         HfApi().model_info(source, timeout=10)
+    except HFValidationError as error:
+        raise GenAttnError(f"{source!r} is neither a folder nor a hub id ({first_line(error)}); check --model") from None
     except RepositoryNotFoundError:
         raise GenAttnError(
             f"the hub has no model {source!r}, or shows it to its members only (then: hf auth login); check --model"

@@ -101,7 +101,7 @@ def _why_not_sdpa(name: str, backend: SDPBackend, query: torch.Tensor) -> str | 
     try:
         _forced(backend)(probe, probe, probe)
     except (RuntimeError, NotImplementedError) as error:
-        return str(error).splitlines()[0]
+        return next(iter(str(error).splitlines()), type(error).__name__)
     return None
 
 

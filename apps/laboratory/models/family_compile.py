@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from genattn.apps.laboratory.models.family_trials import apply_sites, attempt, first_line, forward
+from genattn.apps.laboratory.models.family_trials import apply_sites, attempt, forward
+from genattn.errors import kind_and_line
 from genattn.layouts.families import family_of
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.radial import RadialPattern
@@ -55,7 +56,7 @@ def _compiles(family: str, inputs: dict[str, Any], how: str, stock: torch.Tensor
     try:
         frames, _ = _frames(family, inputs, how, None)
     except Exception as error:
-        return f"not tried: stock itself does not: {first_line(error)}"
+        return f"not tried: stock itself does not: {kind_and_line(error)}"
     if not frames:
         return "not tried: no attention of stock's stands in a stack of blocks"
     refusal = next((site.unreachable for site in apply_sites(build_model(family)) if site.unreachable), "")

@@ -9,6 +9,7 @@ import diffusers
 import torch
 
 from genattn.apps.laboratory.models.before_and_after import changed, identities
+from genattn.errors import kind_and_line
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
@@ -141,9 +142,4 @@ def attempt(try_out: Callable[[], str]) -> str:
     try:
         return try_out()
     except Exception as error:  # a table of what fails must not fail
-        return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+        return kind_and_line(error)[:200]

@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from genattn.apps.laboratory.models.before_and_after import changed, identities, outputs, same_bits
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, kind_and_line
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern
@@ -125,7 +125,7 @@ def configurations(module: Any) -> list[type]:
 def try_out(name: str, tester: Any) -> Row:
     """The row of one configuration, everything run."""
     if isinstance(tester, Exception):
-        return Row(name, "", stock=f"cannot be read: {_first_line(tester)}")
+        return Row(name, "", stock=f"cannot be read: {kind_and_line(tester)[:200]}")
     row = Row(name, "")
     try:
         made = tester()
@@ -135,7 +135,7 @@ def try_out(name: str, tester: Any) -> Row:
         model = made.model_class(**made.get_init_dict()).eval().to(_precision(inputs))
         alone = Alone(model, inputs)
     except Exception as error:  # a test of another version of diffusers, a download
-        row.stock = f"does not run: {_first_line(error)}"
+        row.stock = f"does not run: {kind_and_line(error)[:200]}"
         return row
     fill(row, alone)
     return row
@@ -205,11 +205,6 @@ def applied(alone: Alone, plugin: Pattern | Plugin, row: Row) -> str:
         return told if same_bits(out, stock) else "differs"
     finite = all(bool(t.isfinite().all()) for t, s in zip(out, stock) if bool(s.isfinite().all()))
     return f"{report.density:.2f}" if finite else "not finite"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
 def write_rows(rows: list[Row], path: Path = TABLE) -> None:

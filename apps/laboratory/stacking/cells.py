@@ -24,7 +24,7 @@ from diffusers.models.transformers import transformer_wan
 
 from genattn.apps.laboratory.stacking.neighbours import NEIGHBOURS, Neighbour
 from genattn.apps.laboratory.stacking.processes import measure_together
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, first_line
 from genattn.functional.dispatch import attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.nag import NAG
@@ -103,8 +103,8 @@ def _measure(neighbour: Neighbour, method: Method) -> Cell:
     try:
         alone = _alone(neighbour, method)
     except (NotImplementedError, ValueError) as error:
-        told = str(error).splitlines()[0]
-        return Cell(neighbour.name, method.name, "not tried", note=f"by itself it does not run on this machine: {told}")
+        note = f"by itself it does not run on this machine: {first_line(error)}"
+        return Cell(neighbour.name, method.name, "not tried", note=note)
     if neighbour.kind in CHANGE and torch.equal(alone, _stock(method.guidance_scale)):
         return Cell(
             neighbour.name, method.name, "differs", note="the neighbour has no effect here, so the cell would tell nothing"

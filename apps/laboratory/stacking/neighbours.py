@@ -194,13 +194,27 @@ def _split(**degrees: Any) -> tuple[Step]:
 _FORWARD_OF_NATIVE = attention_dispatch._native_attention_forward_op
 
 
-def _with_lse(ctx: Any, query: Any, key: Any, value: Any, *rest: Any, return_lse: bool = False, **named: Any) -> Any:
+def _with_lse(
+    ctx: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    **named: Any,
+) -> Any:
     """torch's CPU attention knows its log-sum-exp, for which a ring asks; diffusers takes it from CUDA's only."""
-    asked = rest[5] if len(rest) > 5 else return_lse
+    if enable_gqa:
+        raise NotImplementedError("torch's CPU attention with its log-sum-exp takes as many key heads as query heads")
     heads_first = (x.permute(0, 2, 1, 3) for x in (query, key, value))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+    flags: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale}
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, dropout_p, is_causal, **flags)
     out, lse = out.permute(0, 2, 1, 3), lse.permute(0, 2, 1)
-    return (out, lse) if asked else out
+    return (out, lse) if return_lse else out
 
 
 def _ring(pipe: Any) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from genattn.apps.cli import options
 from genattn.apps.cli.long import measure_command
 from genattn.apps.cli.sampling import explain_command
 from genattn.apps.sampling.output_files import write_video
+from genattn.apps.sampling.run import AttentionSettings
 from genattn.errors import GenAttnError
 
 
@@ -26,6 +28,24 @@ def test_explain_tells_without_denoising(random_wan_folder: Path, capsys: pytest
     assert 0 < found["flops_share"] < 1
     with pytest.raises(GenAttnError, match="dense attention has none"):
         explain_command(model=str(random_wan_folder), attention="dense")
+
+
+def test_explain_and_generate_read_the_same_options_alike() -> None:
+    """What is not named is the preset's in both, so that the forecast is of the run."""
+    seen: list[AttentionSettings] = []
+    commands = [options.attention_options(own=own)(lambda attention: seen.append(attention)) for own in (False, True)]
+    for given, schedule in (
+        ({"attention": "auto"}, {}),
+        ({"attention": "auto", "dense_layers": 2}, {"dense_layers": 2}),
+        ({"attention": "radial"}, {"dense_steps": 0.25, "dense_layers": 1}),
+        ({"attention": "radial", "dense_steps": 0.0}, {"dense_steps": 0, "dense_layers": 1}),
+    ):
+        for command in commands:
+            command(**given)
+            assert seen[-1].schedule == schedule
+    commands[0]()
+    commands[1]()
+    assert [each.name for each in seen[-2:]] == ["radial", "auto"]
 
 
 def test_measure_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

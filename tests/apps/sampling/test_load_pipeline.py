@@ -167,6 +167,8 @@ def test_unknown_places(tmp_path: Path) -> None:
         GenAttnError, match="'nobody/has-this-model' is not in the local cache; where there is a network, run: hf"
     ):
         load_pipeline("nobody/has-this-model")
+    with pytest.raises(GenAttnError, match=r"'own er/name' is neither a folder nor a hub id \(Repo id must use"):
+        load_pipeline("own er/name")
     with pytest.raises(GenAttnError, match="no shipped model 'tiny-nothing'"):
         shipped_model("tiny-nothing")
 

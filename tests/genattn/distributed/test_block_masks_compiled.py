@@ -14,20 +14,11 @@ from genattn.pipelines.tiny.random.build import build_inputs, build_model
 from genattn.seam.handle import apply
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:flex_attention called")
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:flex_attention called"),
+]
 FAMILY, TOKENS = "anyflow-far", 128  # its tokens are filled up to flex's block
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_uninitialised_memory() -> None:
-    """Off here: Dynamo cannot trace the look at the caller's frame."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def masked(compiled: bool) -> tuple[Any, dict[str, Any]]:

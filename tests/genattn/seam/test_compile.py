@@ -14,19 +14,7 @@ from genattn.seam.cores import attention_op
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin, Run
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_uninitialised_memory() -> None:
-    """Off here: Dynamo cannot trace the look at the caller's frame."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.compiled, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
 def forward(model: Any, inputs: dict[str, Any]) -> torch.Tensor:

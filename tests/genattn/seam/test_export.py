@@ -14,24 +14,24 @@ from genattn.pipelines.tiny.random.build import build_inputs, build_model, famil
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin, Run
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.compiled, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 HOW = [pytest.param("wan", False), pytest.param("wan", True)] + [
     pytest.param("flux", how, marks=pytest.mark.slow) for how in (False, True)
 ]
-DATA = "its lengths depend on what the inputs hold"
+DATA = ("its lengths depend on what the inputs hold", "Could not guard on data-dependent expression")
 NOT_BY_STOCK = {
     "hunyuan-video-1.5": DATA,
-    "hidream": "its experts are chosen in numpy",
-    "lumina2": DATA,
-    "anyflow-far": "flex_attention on a CPU has no backward pass",
-    "wan-animate2": "its inputs hold a cache of a class of its own",
-    "flux2-kv": "it answers with a cache of a class of its own",
+    "hidream": ("its experts are chosen in numpy", r"\.numpy\(\) is not supported for tensor subclasses"),
+    "lumina2": ("its lengths depend on what the inputs hold", "unhashable type: non-nested SymInt"),
+    "anyflow-far": ("flex_attention on a CPU has no backward pass", "FlexAttention does not support backward on CPU"),
+    "wan-animate2": ("its inputs hold a cache of a class of its own", "Unsupported input type .*WanAnimate2KVCache"),
+    "flux2-kv": ("it answers with a cache of a class of its own", "Found .*Flux2KVCache.* in output"),
     "qwen-image-2.1": DATA,
     "hunyuan-image": DATA,
     "omnigen": DATA,
     "bria-fibo2-batch": DATA,
 }
-"""Families that torch.export refuses without us, and why."""
+"""Families that torch.export refuses without us: why, and in which words."""
 NOT_STRICT = {"z-image": "a context manager", "bria-fibo2": "a context manager"}
 QUICK = {"allegro", "cogvideox", "dit", "ideogram4", "krea2", "lumina-next", "minimax-h3", "pixart", "sd3", "stable-audio"}
 WHOLE = {"wan-animate", "wan-vace", "bria-fibo"}  # some of their blocks have one of a list each
@@ -42,18 +42,6 @@ EVERY = [
     for strict in (False, True)
     if family not in ("wan", "sana", *NOT_BY_STOCK, *(NOT_STRICT if strict else ()))
 ]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_uninitialised_memory() -> None:
-    """Off here: Dynamo cannot trace the look at the caller's frame."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def exported(model: torch.nn.Module, inputs: dict[str, Any], strict: bool) -> Any:
@@ -123,9 +111,8 @@ def test_every_family_that_stock_exports(family: str, strict: bool) -> None:
 def test_what_stock_does_not_export(family: str) -> None:
     """The list above holds what it says it does."""
     model, inputs = small(family)
-    with pytest.raises(Exception, match=".") as told:
+    with pytest.raises(Exception, match=NOT_BY_STOCK[family][1]):
         exported(model, inputs, strict=False)
-    assert not isinstance(told.value, GenAttnError)
 
 
 @pytest.mark.parametrize(("family", "strict"), HOW)

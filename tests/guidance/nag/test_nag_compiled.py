@@ -12,11 +12,7 @@ from genattn.guidance.nag import NAG
 from genattn.pipelines.tiny.random.build import build_pipeline
 
 Put = Callable[[Any], None]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_uninitialised_memory() -> None:
-    """Not here: Dynamo cannot trace the stand-in for torch.empty."""
+pytestmark = pytest.mark.compiled
 
 
 def in_place(pipe: Any) -> None:
@@ -41,7 +37,6 @@ def sampled(pipe: Any, kwargs: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("order", ["apply first", "apply last"])
 @pytest.mark.parametrize("put", [in_place, around], ids=lambda put: put.__name__)
 def test_a_model_compiled_as_a_whole_is_refused(put: Put, order: str) -> None:
-    torch._dynamo.reset()
     pipe, kwargs = build_pipeline("wan")
     stock = sampled(pipe, kwargs)
     if order == "apply last":
@@ -55,7 +50,6 @@ def test_a_model_compiled_as_a_whole_is_refused(put: Put, order: str) -> None:
 
 
 def test_compiled_blocks_are_guided() -> None:
-    torch._dynamo.reset()
     pipe, kwargs = build_pipeline("wan")
     stock = sampled(pipe, kwargs)
     with genattn.apply(pipe, NAG("red", scale=4.0)):

@@ -14,15 +14,10 @@ from genattn.pipelines.tiny.random.build import build_inputs, build_model, build
 
 HEADS = {(1, 1): 0.6, (2, 0): 1.0}
 Put = Callable[[Any], Any]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_uninitialised_memory() -> None:
-    """Not here: Dynamo cannot trace the stand-in for torch.empty."""
+pytestmark = pytest.mark.compiled
 
 
 def compiled_regionally(pipe: Any) -> None:
-    torch._dynamo.reset()
     # as `compile_repeated_blocks` does, which SD3 does not offer
     for block in (
         pipe.transformer.transformer_blocks if hasattr(pipe.transformer, "transformer_blocks") else pipe.transformer.blocks
@@ -31,12 +26,10 @@ def compiled_regionally(pipe: Any) -> None:
 
 
 def compiled_whole(pipe: Any) -> None:
-    torch._dynamo.reset()
     pipe.transformer.compile(backend="eager", fullgraph=True)
 
 
 def compiled_around(pipe: Any) -> None:
-    torch._dynamo.reset()
     pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
 
 

@@ -130,6 +130,13 @@ def test_a_ring_has_the_log_sum_exp_that_it_asks_for() -> None:
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     torch.testing.assert_close(out, torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), value))
     assert torch.equal(neighbours._with_lse(None, query, key, value), out)
+    hidden = torch.tensor([0.0, 0.0, -torch.inf, 0.0, 0.0]).expand(2, 1, 5, 5)
+    out, lse = neighbours._with_lse(None, query, key, value, hidden, scale=0.5, return_lse=True)
+    scores = torch.einsum("bqhd,bkhd->bqhk", query, key) * 0.5 + hidden[0, 0, 0]
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.testing.assert_close(out, torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), value))
+    with pytest.raises(NotImplementedError, match="as many key heads as query heads"):
+        neighbours._with_lse(None, query, key, value, enable_gqa=True)
 
 
 def test_packages_that_are_not_there() -> None:
