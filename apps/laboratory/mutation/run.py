@@ -4,6 +4,7 @@
 
 Run it on a copy of the repository: files are changed in place and put back. A mutant is killed when a test fails. That test
 is kept, so that `--check` can run it on the unchanged copy. A run over the time limit is undecided, neither kill nor survivor.
+With `--coverage` and `--times` (covering.py says how they are recorded) a mutant meets the tests that run its line.
 """
 
 import ast
@@ -21,12 +22,15 @@ from typing import Annotated
 
 import typer
 
+from genattn.apps.laboratory.mutation.covering import Covering
 from genattn.apps.laboratory.mutation.places import Mutant, Places
 from genattn.errors import GenAttnError
 
 TOPS = ("kernels", "genattn", "guidance", "pipelines", "apps")
 # what measures and draws for this repository alone is not what users run
 LEFT_OUT = ("apps/laboratory", "apps/pages", "apps/bench/gpu", "pipelines/tiny/studies", "pipelines/tiny/random")
+
+_QUICK = 20  # so many tests come first, and alone: most mutants end there, before the others are collected
 
 
 def mutants_of(root: Path, file: str) -> list[Mutant]:
@@ -90,14 +94,29 @@ def run_tests(root: Path, tests: list[str], timeout: float) -> tuple[str, str]:
     return "failed", failing[0] if failing else done.stdout[-300:] + done.stderr[-300:]
 
 
-def judge(root: Path, mutant: Mutant, timeout: float) -> dict[str, object]:
+def rounds_for(root: Path, mutant: Mutant, covering: Covering | None, seconds: float) -> list[list[str]]:
+    """The tests of a mutant in two runs: a few that are quick, then the others."""
+    nearest = tests_for(root, mutant.file)
+    if covering is None:
+        return [nearest]
+    found, are_all = covering.tests(mutant)
+    tests = covering.order(found, seconds)
+    if are_all:  # of the nearest, the tests whose lines the record cannot know
+        nearest = [test for test in nearest if test not in covering.files or "subprocess" in (root / test).read_text()]
+    return [tests[:_QUICK], [*tests[_QUICK:], *nearest]]
+
+
+def judge(root: Path, mutant: Mutant, timeout: float, covering: Covering | None = None) -> dict[str, object]:
     """One mutant's row: put in, tested, taken out again."""
     path, begin = root / mutant.file, time.monotonic()
     source = path.read_bytes()
-    tests = tests_for(root, mutant.file)
+    rounds = rounds_for(root, mutant, covering, timeout / 2)
+    outcome, by = "passed", ""
     try:
         path.write_bytes(mutant.apply(source))
-        outcome, by = run_tests(root, tests, timeout) if tests else ("passed", "")
+        for tests in rounds:
+            if tests and outcome == "passed":
+                outcome, by = run_tests(root, tests, timeout)
     finally:
         path.write_bytes(source)
     verdict = {"passed": "survived", "failed": "killed", "timeout": "undecided"}[outcome]
@@ -126,19 +145,24 @@ def main(
     seed: Annotated[int, typer.Option(help="Which mutants are drawn.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the tests of one mutant.")] = 240.0,
+    coverage: Annotated[Path | None, typer.Option(help="The suite's coverage with contexts: tests that run the line.")] = None,
+    times: Annotated[Path | None, typer.Option(help="The same run's JUnit file, for the quick tests first.")] = None,
     check: Annotated[bool, typer.Option(help="Run the tests that killed on the unchanged copy instead.")] = False,
 ) -> None:
     """Draw, run and report."""
     root = root.resolve()
     if not (root / "pyproject.toml").is_file():
         raise GenAttnError(f"--root must be a copy of the repository, got {root}")
+    if (coverage is None) != (times is None):
+        raise GenAttnError(f"--coverage and --times come from one run and go together, got {coverage} and {times}")
+    covering = Covering(root, coverage, times) if coverage and times else None
     known = list(_rows(log))
     if check:
         killers = sorted({str(row["by"]).split("[")[0] for row in known if row["verdict"] == "killed"})
         print(*run_tests(root, killers, timeout * 10))
         return
     for mutant in draw(root, seed, count)[len(known) :]:
-        row = judge(root, mutant, timeout)
+        row = judge(root, mutant, timeout, covering)
         known.append(row)
         with log.open("a") as file:
             file.write(json.dumps(row) + "\n")
