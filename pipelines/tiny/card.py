@@ -48,7 +48,7 @@ Any other text tokenises, but means nothing to the model.
 
 ## Training
 {device_line}
-Seed {seed}. Data: {clips} clips and {stills} stills drawn by `pipelines/tiny/world.py`, 15 % with two objects; 30 of the 240
+Seed {seed}. Data: {clips} clips and {stills} stills drawn by `pipelines/tiny/world.py`, {pairs} with two objects; 30 of the 240
 colour x shape x motion combinations are held out.
 
 | phase | steps | minutes | device |
@@ -163,6 +163,7 @@ def model_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, float | int
         shift=json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"],
         device_line=f"{made} for {minutes:.0f} minutes in all, the other work of that machine beside it.",
         seed=seed,
+        pairs=_pairs(entries),
         clips=counts.get("clips", 0),
         stills=counts.get("stills", 0),
         training="\n".join(training_line(entry) for entry in entries),
@@ -199,6 +200,16 @@ def device_name(cpu: bool = False) -> str:
 def training_line(entry: dict[str, str | int | float]) -> str:
     """A row of the card's table of training phases."""
     return f"| {entry['phase']} | {entry.get('steps', '')} | {entry['minutes']} | {entry['device']} |"
+
+
+def _pairs(entries: Sequence[dict[str, str | int | float]]) -> str:
+    """The share of scenes with two objects, as the latents were asked for: "15 %", or "15 %, later 50 %"."""
+    shares = [15]
+    for entry in entries:
+        words = str(entry.get("options", "")).split()
+        if "--two-objects" in words and str(entry["phase"]).startswith("latents"):
+            shares.append(round(100 * float(words[words.index("--two-objects") + 1])))
+    return ", later ".join(f"{share} %" for share in dict.fromkeys(shares))
 
 
 def _commands(name: str, entries: Sequence[dict[str, str | int | float]]) -> str:

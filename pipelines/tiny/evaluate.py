@@ -29,7 +29,7 @@ from genattn.pipelines.tiny.oracle import ObjectVerdict, Reading, Verdict, judge
 from genattn.pipelines.tiny.world import Scene, TinyObject, caption, is_held_out, sample_scene
 
 TRAINING_SCENES = 8192
-TRAINING_TWO_OBJECTS = 0.15
+TRAINING_TWO_OBJECTS = (0.15, 0.5)  # shares of two-object scenes that the shipped models were shown
 FIRST_SEED = 1_000_000
 ATTRIBUTES = ("colour", "shape", "motion", "size")
 
@@ -61,7 +61,9 @@ def evaluation_scenes(count: int, first_seed: int = FIRST_SEED) -> list[Scene]:
     """
     if count < 2:
         raise GenAttnError(f"count must be >= 2 to have both splits, got {count}; ask for more")
-    trained = {caption(sample_scene(seed, two_objects=TRAINING_TWO_OBJECTS)) for seed in range(TRAINING_SCENES)}
+    trained = {
+        caption(sample_scene(seed, two_objects=share)) for share in TRAINING_TWO_OBJECTS for seed in range(TRAINING_SCENES)
+    }
     scenes: list[Scene] = []
     seed = first_seed
     while len(scenes) < count:
