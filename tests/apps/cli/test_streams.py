@@ -8,6 +8,7 @@ from typing import TextIO
 import pytest
 
 from genattn.apps.cli import root as cli
+from genattn.apps.cli.printing import print_table
 from genattn.apps.cli.streams import Lenient
 
 # through click's echo, through rich's console, and through click's own help
@@ -75,3 +76,11 @@ def test_progress_that_nobody_reads_does_not_end_a_run(unread: TextIO) -> None:
     assert stream.write("50 %\n" * 10_000) == 50_000
     stream.flush()
     assert stream.fileno() == unread.fileno()
+
+
+def test_a_table_without_a_terminal_is_160_wide(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table([{"what": "word " * 100, "seconds": 0.123456, "share": None}])
+    lines = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in lines} == {160}
+    assert "0.1235" in lines[3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genattn.apps.comfyui.hosts.call import RawCall, core_attention, preference, preferred_of, takes_holders
+from genattn.apps.comfyui.hosts.call import RawCall, call_mask, core_attention, preference, preferred_of, takes_holders
 from genattn.apps.comfyui.hosts.families import HOSTS, host_of, served
 from genattn.apps.comfyui.hosts.host import Entry
 from genattn.apps.comfyui.patching.seam import Override
@@ -178,3 +178,15 @@ def test_holders_are_asked_for_only_where_they_are_wanted(monkeypatch: pytest.Mo
 def test_a_sparse_call_looks_into_the_holders() -> None:
     raw = RawCall(first, None, *(Holder(torch.randn(1, 4, 8)) for _ in range(3)), 2, {})
     assert [tuple(t.shape) for t in raw.heads_last()] == [(1, 4, 2, 4)] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((5, 7), (1, 1, 5, 7)), ((2, 5, 7), (2, 1, 5, 7)), ((2, 3, 5, 7), (2, 3, 5, 7))]
+)
+def test_a_mask_has_four_axes(given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    mask = torch.rand(given)
+    found = call_mask(mask)
+    assert found is not None
+    assert found.shape == expected
+    assert torch.equal(found.flatten(), mask.flatten())
+    assert call_mask(None) is None

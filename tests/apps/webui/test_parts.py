@@ -1,6 +1,7 @@
 """What the page shows of a verb: its status line, its values, and a refusal that stays readable."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from genattn.errors import GenAttnError
 
 gr = pytest.importorskip("gradio", reason="the app needs gradio")
 
-from genattn.apps.webui.tabs.parts import in_decibels, in_words, streamed  # noqa: E402 -- after the check for gradio
+from genattn.apps.webui.tabs.parts import in_decibels, in_words, pixel_classes, streamed  # noqa: E402 -- after the check for gradio
 from genattn.apps.webui.verbs.job import Update  # noqa: E402
 
 
@@ -33,3 +34,11 @@ def test_options_are_named_as_fields() -> None:
 
 def test_equal_clips_are_equal() -> None:
     assert [in_decibels(value) for value in (31.26, float("inf"), None)] == ["31.3 dB", "equal", "equal"]
+
+
+def test_pixels_are_shown_where_every_model_makes_small_pictures() -> None:
+    models = {"tiny": {"height": 128}, "large": {"height": 129}, "plain": {}}
+    session: Any = SimpleNamespace(models={name: SimpleNamespace(defaults=told) for name, told in models.items()})
+    assert pixel_classes(session, ["tiny"]) == ["small"]
+    for names in (["large"], ["plain"], ["tiny", "large"]):
+        assert pixel_classes(session, names) == []

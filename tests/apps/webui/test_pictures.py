@@ -114,3 +114,32 @@ def test_what_cannot_be_drawn(session: Session, tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match="at most 20 tokens"):
         mask(Session(tmp_path, limits=Limits(tokens=20)), grid="2x4x4")
     assert read_token(None, TokenLayout.from_grid((4, 6, 8))) == (2, 3, 4)
+
+
+@pytest.mark.parametrize(("width", "scale", "has_hairs"), [(164, 6, True), (198, 5, False)])
+def test_a_hair_stands_between_tokens_that_are_large_enough(width: int, scale: int, has_hairs: bool) -> None:
+    sheet = FrameSheet.around((1, 2, width), 0)
+    assert sheet.scale == scale
+    drawn = np.asarray(sheet.draw(np.ones((1, 2, width), bool), (0, 1, 0)))
+    left, top = sheet.corner(0)
+    middle = left + 80 * scale  # away from the ring around the query
+    assert (drawn[top + 1, middle] == 255).all() == has_hairs
+    assert (drawn[top + 1, middle + 1] == (30, 64, 120)).all()
+
+
+def test_a_ring_stands_around_a_small_query() -> None:
+    sheet = FrameSheet.around((1, 20, 100), 0)
+    assert sheet.scale < 14
+    drawn = np.asarray(sheet.draw(np.zeros((1, 20, 100), bool), (0, 10, 50)))
+    left, top = sheet.corner(0)
+    rows, columns = np.nonzero((drawn == (220, 38, 38)).all(2))
+    inside = rows > top  # the label above is red too
+    assert abs(rows[inside].mean() - (top + 10.5 * sheet.scale)) < 1
+    assert abs(columns[inside].mean() - (left + 50.5 * sheet.scale)) < 1
+    assert np.ptp(columns[inside]) > 2 * sheet.scale
+
+
+def test_half_the_largest_score_is_half_the_colour() -> None:
+    picture = np.asarray(draw_head_map({0: 3}, {}, {(0, 0): 2.0, (0, 1): 4.0, (0, 2): -2.0})).astype(float)
+    half, whole, _ = (picture[26 + 22, 46 + 44 * head + 22] for head in range(3))
+    assert np.abs((255 + whole) / 2 - half).max() <= 1

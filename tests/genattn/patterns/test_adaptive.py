@@ -316,3 +316,12 @@ def test_boxes_with_sides_of_their_own() -> None:
     plan = AdaptivePattern(tiles=Boxes((16, 8))).plan_for(query, key, LAYOUT, 128, 128)
     assert isinstance(plan, BlockPlan)
     assert (plan.block_q, plan.block_k) == (16, 8)
+
+
+def test_a_tile_of_the_first_token_alone_is_listed() -> None:
+    layout = TokenLayout((Segment("text", (1,)), Segment("grid", (2, 4, 4))))
+    pattern = AdaptivePattern(TopK(0.1), tiles=Boxes())
+    query, key = torch.randn(2, 1, layout.seqlen, 2, 8)
+    found = pattern.listing(query, key, layout, 16, 16)
+    (alone,) = [place for place, tile in enumerate(found.key_tiles.tolist()) if [t for t in tile if t >= 0] == [0]]
+    assert found.listed[:, :, alone].all(), "text is always seen"

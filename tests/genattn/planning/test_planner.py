@@ -184,3 +184,20 @@ def test_carried_over_decay_gives_the_released_window() -> None:
     ours, official = hunyuan[0].pattern, replace(hunyuan[1].pattern, sink=True)
     layout = TokenLayout.from_grid((32, 45, 80))
     assert ours.plan(layout).density == pytest.approx(official.plan(layout).density, rel=0.1)
+
+
+def test_a_local_folder_is_planned_as_stock_wan_runs_it(random_wan_folder: Path) -> None:
+    import diffusers
+
+    found = preset(str(random_wan_folder))
+    config = json.loads((random_wan_folder / "transformer" / "config.json").read_text())
+    assert (found.heads, found.head_dim, found.layers) == (
+        config["num_attention_heads"],
+        config["attention_head_dim"],
+        config["num_layers"],
+    )
+    stock = inspect.signature(diffusers.WanPipeline.__call__).parameters
+    assert found.cross_tokens == stock["max_sequence_length"].default
+    assert (found.steps, found.frames, found.passes) == (20, 29, 2)
+    # 16 x 16 tokens
+    assert found.layout(found.size, found.frames).grid[1:] == (16, 16)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
 from genattn import GenAttnError, Schedule
@@ -92,3 +93,14 @@ def test_options_change_only_what_they_name() -> None:
 def test_bad_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(GenAttnError, match=r"must be .*got"):
         Schedule(**settings)  # type: ignore[arg-type]
+
+
+def test_a_run_is_told_and_compared_without_what_it_carries() -> None:
+    """Models, pipelines and tensors would flood a log, and two steps are one step whatever was noted in them."""
+    plain, full = (
+        Run(step=1),
+        Run(step=1, model=torch.nn.Linear(1, 1), pipe="p" * 99, scoped={1: {"a": 1}}, notes={7: "x" * 99}),
+    )
+    assert repr(full) == repr(plain)
+    assert full == plain
+    assert full != Run(step=2)

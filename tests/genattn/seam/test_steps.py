@@ -289,6 +289,11 @@ def test_the_start_is_found_in_the_list(count: int | None, scaled: bool) -> None
     found, _ = visits(pipe, -7.0)
     assert len(found) == (count or 8)
     assert [sigma for _, sigma in found] == ([None] * 4 if count else pytest.approx((times / 1000).tolist()))
+    # told no timestep at all, the scheduler's own place comes before the list's end and beginning
+    scheduler.step_index = 2
+    found, place = visits(pipe, None)
+    assert [t for t, _ in found] == times[2 : 2 + (count or 8)].tolist()
+    assert place == 0
 
 
 def test_a_third_pass_of_a_step_is_not_named() -> None:

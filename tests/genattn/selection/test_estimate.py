@@ -125,3 +125,10 @@ def test_short_tiles_are_ranked_as_long_ones(levels: int) -> None:
     query, key = torch.randn(1, 36, 1, 8), torch.ones(1, 36, 1, 8)
     found = estimate(query, key, tiles, tiles, PooledScore(levels=levels))
     torch.testing.assert_close(found.score, found.score[..., :1].expand_as(found.score))
+
+
+@pytest.mark.parametrize(("token", "tile"), [(0, 0), (1, 1), (2, 1), (3, 2)])
+def test_a_tile_holds_a_token(token: int, tile: int) -> None:
+    """The first token counts as the others do, and an unused lane holds none."""
+    tiles = torch.tensor([[0, -1], [1, 2], [3, -1]])
+    assert holds(tiles, torch.arange(4) == token).tolist() == [place == tile for place in range(3)]

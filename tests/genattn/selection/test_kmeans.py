@@ -64,3 +64,17 @@ def test_refusals() -> None:
         kmeans(points, 5, 1)
     with pytest.raises(GenAttnError, match="iterations of k-means must be >= 1, got 0"):
         kmeans(points, 2, 0)
+
+
+def test_one_centre_is_the_mean() -> None:
+    points = torch.randn(2, 9, 3, dtype=torch.float64)
+    labels, centres = kmeans(points, 1, 2)
+    assert not labels.any()
+    assert torch.allclose(centres[:, 0], points.mean(1))
+    assert kmeans(points, 9, 1)[1].shape == (2, 9, 3)
+
+
+@pytest.mark.parametrize("clusters", [0, 10])
+def test_no_centre_and_more_than_points_are_refused(clusters: int) -> None:
+    with pytest.raises(GenAttnError, match=f"between 1 and the 9 tokens there are, got {clusters}"):
+        kmeans(torch.randn(1, 9, 3), clusters, 1)

@@ -76,3 +76,23 @@ def test_positions_go_on_and_end_where_the_others_do() -> None:
     assert ending_there(ids, 5)[:, 0].tolist() == [-2, -1, 0, 1, 2]
     assert ending_there(ids, 2)[:, 0].tolist() == [1, 2]
     assert ending_there(torch.zeros(3, 2), 4).eq(0).all()
+
+
+def test_an_encoder_is_asked_for_one_plain_text_a_sample() -> None:
+    """No second text for classifier-free guidance, no copies, no cleaning: what stock encoders do on their own differs."""
+    asked: dict[str, Any] = {}
+
+    def encode_prompt(
+        prompt: Any, num_images_per_prompt: int, num_videos_per_prompt: int, batch_size: int,
+        do_classifier_free_guidance: bool, clean_caption: bool, clip_skip: Any, max_sequence_length: int,
+    ) -> Any:  # fmt: skip
+        asked.update(locals())
+        return torch.zeros(2, 4, 3), None
+
+    told = {TEXT: torch.zeros(2, 9, 3)}
+    encode(SimpleNamespace(encode_prompt=encode_prompt, clip_skip=2), of_class("WanTransformer3DModel"), ["x", "y"], told, {})
+    del asked["asked"]
+    assert asked == {
+        "prompt": ["x", "y"], "num_images_per_prompt": 1, "num_videos_per_prompt": 1, "batch_size": 2,
+        "do_classifier_free_guidance": False, "clean_caption": False, "clip_skip": 2, "max_sequence_length": 9,
+    }  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genattn.kernels.plan.element_rule import PADDING, BlockRule, CombinedRule, HeadOf, PerHeadRule, rule_of_head
+from genattn.kernels.plan.random_plan import plan_from_rule
 
 TABLE = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.4
 PLACE = torch.tensor([4, -1, 0, 5, PADDING, 2, 8, -1, 7, 3, 6, 1, PADDING], dtype=torch.int32)
@@ -38,3 +39,13 @@ def test_one_head_of_any_rule() -> None:
         for head in range(2):
             for one in (rule_of_head(whole, head), HeadOf(whole, head)):
                 assert torch.equal(one(index[:, None], index[None, :]), seen[head : head + 1])
+
+
+def test_one_list_for_heads_that_differ_is_their_union() -> None:
+    """Also with a single query tile, where heads and tiles could be taken for each other."""
+    table = torch.tensor([[[True, False, False]] * 3, [[False, True, False]] * 3])
+    tiles = torch.arange(9).view(3, 3)
+    plan = plan_from_rule(BlockRule(table, 3, None), tiles[:1], tiles, 9)
+    assert plan.num_heads == 1
+    assert sorted(plan.columns.tolist()) == [0, 1]
+    assert int(plan.num_full) == 0, "full is what every head sees whole"

@@ -154,3 +154,11 @@ def test_objects_weigh_more_and_the_mean_weight_is_one():
     assert (around == around[0, 0]).all()
     assert float(around[0, 0] / weight[0, 0, 0, 0, 0]) == pytest.approx(places.OBJECT_WEIGHT)
     assert (weight[1] == weight[1, 0, 0, 0, 0]).all()
+
+
+def test_an_object_is_more_than_half_a_deviation_from_the_background():
+    latents = torch.zeros(1, 2, 1, 8, 8)
+    latents[0, 0, 0, 1, 1], latents[0, 1, 0, 6, 6] = 0.49, -0.51
+    heavy = places.object_weight(latents)[0, 0, 0] > 1
+    assert heavy[5:, 5:].all()
+    assert heavy.sum() == 9

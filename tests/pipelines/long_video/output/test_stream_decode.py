@@ -163,3 +163,19 @@ def test_lengths_it_can_end_on():
 def test_an_overlap_as_long_as_the_chunk_is_refused():
     with pytest.raises(GenAttnError, match="overlap must be 1 to chunk - 1"):
         OverlapDecoder(video_pipes.ltx_vae(), 4, chunk=3, overlap=3)
+
+
+@pytest.mark.parametrize("make", [lambda vae: OverlapDecoder(vae, 4, chunk=4, overlap=2), PictureDecoder])
+def test_frames_stay_within_what_a_picture_can_show(make):
+    class Loud:
+        """A VAE that overshoots."""
+
+        dtype = torch.float32
+
+        def decode(self, latents, return_dict, **_):
+            frames = 1 + 4 * (latents.shape[2] - 1) if latents.ndim == 5 else 0
+            shape = (1, 3, frames, 1, 1) if frames else (len(latents), 3, 1, 1)
+            return (torch.where(torch.rand(shape) < 0.5, -1.5, 1.5),)
+
+    frames = streamed(make(Loud()), torch.zeros(1, 1, 6, 1, 1), [6])
+    assert (float(frames.min()), float(frames.max())) == (-1.0, 1.0)
