@@ -49,6 +49,7 @@ from genattn.seam.settings_file import save_settings
 from genattn.seam.sparse_plugin import SparsePlugin, describe_model
 
 SETTINGS, PICTURE, JOURNAL, MAP = "settings.json", "front.png", "journal.jsonl", "map.safetensors"
+BEFORE = "settings-before.json"  # what an earlier goal chose, where a later one is missed
 JUDGED = ("colour", "shape", "motion", "size")
 BESIDE_DENSE = 3  # settings for each dense run
 PROFILE_PROMPTS, PROFILE_SEED = 4, 1_000_003  # the map is not made from the noise that it is judged on
@@ -227,8 +228,9 @@ class _Search:
         draw_front(everything, chosen, self.goal, out / PICTURE)
         if chosen is not None:
             self._save(known[chosen.name], chosen, everything, out)
-        else:
-            (out / SETTINGS).unlink(missing_ok=True)  # of an earlier goal
+        elif (out / SETTINGS).exists():
+            (out / SETTINGS).replace(out / BEFORE)
+            why += f"; what an earlier goal chose is in {out / BEFORE}"
         return Tuned(chosen, why, tuple(everything), out)
 
     def _rows(self, known: dict[str, AttentionSettings], prompts: int) -> list[Row]:

@@ -101,10 +101,13 @@ def test_a_stop_at_any_run_loses_nothing_and_changes_nothing(
     assert len((tmp_path / "stopped" / "journal.jsonl").read_text().splitlines()) == len(lines)
     # another goal asks nothing anew
     monkeypatch.setattr(tuning, "run_once", lambda *_: pytest.fail("all of it is in the journal"))
+    chosen_before = (tmp_path / "whole" / "settings.json").read_text()
     missed = tune(settings, PROMPTS, Goal(min_psnr=1, budget=50), tmp_path / "whole", **wanted)
     assert missed.chosen is None
     assert "no setting that is faster than dense reaches" in missed.why
     assert not (tmp_path / "whole" / "settings.json").exists()
+    assert (tmp_path / "whole" / "settings-before.json").read_text() == chosen_before
+    assert missed.why.endswith(f"what an earlier goal chose is in {tmp_path / 'whole' / 'settings-before.json'}")
     with pytest.raises(GenAttnError, match="belongs to a request with another prompts"):
         tune(settings, ["a bird"], Goal(budget=2), tmp_path / "whole", **wanted)
 
