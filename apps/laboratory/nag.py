@@ -121,7 +121,7 @@ def markdown(file: Path) -> str:
     """For the manual: with NAG over without it, a row per model and unit."""
     with file.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    lines = [["model", "attention", "of a", "image asked", "ratio", "interval of 95 %"], ["---"] * 6]
+    lines = [["model", "attention", "measured", "image attends", "ratio", "interval of 95 %"], ["---"] * 6]
     for row in rows:
         between = f"{float(row['low']):.2f} to {float(row['high']):.2f}"
         lines.append([row["model"], row["attention"], row["unit"], row["image_asked"], f"{float(row['ratio']):.2f}", between])

@@ -19,7 +19,7 @@ _NAMES = {
 def adaptive_table(file: Path) -> str:
     """A block per model and share: every pattern without and with a tail."""
     rows = read_rows(file)
-    header = ["pattern", "tail", "visited", "error", "PSNR dB", "against static", "SSIM", "oracle", "s a clip", "captions"]
+    header = ["pattern", "tail", "visited", "error", "PSNR dB", "against static", "SSIM", "oracle", "s per clip", "captions"]
     blocks = []
     for model in dict.fromkeys(r["model"] for r in rows):
         for share in sorted({float(r["share"]) for r in rows if r["model"] == model}):
@@ -31,11 +31,12 @@ def adaptive_table(file: Path) -> str:
     note = (
         "Every step and layer sparse, 12 steps (tiny-wan-long: 8), held-out captions, the same noise in all rows of a "
         "caption. Error: root of the mean squared relative error of the attention output in three steps of the dense run, "
-        "early, middle and late. Square brackets: 95 % bootstrap intervals over captions; against static: PSNR less that of "
-        "radial (tiny-wan) or the window (the others) without a tail, paired by caption. Oracle: share of colour, shape and "
-        "motion it finds as asked. "
+        "early, middle and late. Square brackets: 95 % bootstrap intervals over captions; against static: PSNR minus that of "
+        "radial (tiny-wan) or the window (the others) without a tail, paired by caption. Oracle: the share of colour, shape "
+        "and motion that it finds as asked. "
         f"{first['device']}, torch "
-        f"{first['torch_version']}, {first['date']}; the clock of a busy machine, at a length where attention is a small part."
+        f"{first['torch_version']}, {first['date']}; seconds by the clock of a busy machine, at a length where attention is "
+        "a small part."
     )
     return "\n\n".join([*blocks, f"<sub>{note}</sub>"])
 
@@ -98,9 +99,9 @@ def end_to_end_table(file: Path) -> str:
     lengths = sorted({int(row["frames"]) for row in rows})
     blocks = [_whole_calls([row for row in rows if int(row["frames"]) == frames]) for frames in lengths]
     note = (
-        "tiny-wan-long, 8 steps, every step and layer sparse but where the name says otherwise; held-out captions, the same "
-        "noise for all settings of a caption; dense is torch's own. Times faster than dense: by the clock where two figures "
-        "stand, the second, in brackets, by the processor's time over all captions. Oracle: share of colour, shape, motion and "
+        "tiny-wan-long, 8 steps, every step and layer sparse unless the name says otherwise; held-out captions, the same "
+        "noise for all settings of a caption; dense is torch's own. Times faster than dense: the first figure is by the clock, "
+        "the one in round brackets by processor time over all captions. Oracle: share of colour, shape, motion and "
         "size found as asked, and its change against dense, paired by caption. Square brackets: 95 % bootstrap intervals."
     )
     return "\n\n".join([*blocks, f"<sub>{note}</sub>"])
@@ -145,7 +146,7 @@ def first_screen_table(file: Path) -> str:
     """What matters, for README: how much faster a whole call is, and what of the clip is kept."""
     found = {row["setting"]: row for row in read_rows(file) if int(row["frames"]) == SHOWN_FRAMES}
     rows = [found[name] for name in SHOWN_FIRST if name in found]
-    header = ["attention", "whole call", "faster", "nearness to dense", "what was asked is there"]
+    header = ["attention", "whole call", "faster", "PSNR to dense", "clip shows what was asked"]
     body = [
         [
             row["setting"].replace("mean4", "tail").replace("mean", "tail"),

@@ -49,7 +49,7 @@ def quality_table(file: Path) -> str:
     names = {
         "attention": "attention",
         "density": "scores computed",
-        "seconds": "seconds a clip",
+        "seconds": "seconds per clip",
         "speedup": "speed-up",
         "peak_memory_gb": "peak GB",
         "psnr": "PSNR dB",
@@ -66,7 +66,7 @@ def quality_table(file: Path) -> str:
         f"{first['n']} held-out prompts, same seeds; colour, shape, motion: share of clips in which the oracle finds what was "
         f"asked. {first['device']}, torch {first['torch_version']}, diffusers {first['diffusers_version']}, {first['date']}, "
         f"commit {first['commit']}. At {_tokens(first)} tokens attention is a small part of a step: this table is about "
-        "quality, the one below about speed."
+        "quality; for speed see [kernels](kernels.md#measured)."
     )
     return f"{markdown_table([names[n] for n in shown], body)}\n\n<sub>{note}</sub>"
 
@@ -115,7 +115,7 @@ def speed_table(file: Path) -> str:
     first = kept[0]
     load = f"load average {float(first['loadavg']):.1f}"
     note = (
-        "One attention call, batch 1, held against the float64 definition before timing; dense is the fastest backend here "
+        "One attention call, batch 1, compared with the float64 definition before timing; dense is the fastest backend here "
         f"({first['dense']}). {first['device']}, {load}, torch {first['torch_version']}, {first['date']}, "
         f"commit {first['commit']}."
     )
@@ -126,7 +126,7 @@ def families_table() -> str:
     """How many of diffusers' attention models have a layout, in one sentence."""
     from genattn.apps.pages.family_table import claim
 
-    return f"{claim()} What holds for each: [docs/families.md](docs/families.md)."
+    return f"{claim()} [docs/families.md](docs/families.md) shows what works with each."
 
 
 def study_table(file: str) -> str:

@@ -17,7 +17,7 @@ pipeline_tag: text-to-video
 # tiny-animatediff
 
 A complete, trained `AnimateDiffPipeline` of {megabytes:.1f} MB: clips of coloured shapes that move. It is made to test and show
-methods on real motion modules where no model can be downloaded; it knows nothing but its tiny world.
+methods on real motion modules where no model can be downloaded; it knows only its tiny world.
 
 ```python
 from diffusers import AnimateDiffPipeline
@@ -29,30 +29,34 @@ pipe("a red circle moves right on a dark background", height={height}, width={wi
 
 ## Parts
 - `UNetMotionModel`, channels {channels}, {heads} heads: {unet_weights:.2f} M weights; of these the motion modules,
-  {motion_weights:.2f} M, once more as a `MotionAdapter`
+  {motion_weights:.2f} M, are also there as a `MotionAdapter`
 - `AutoencoderKL`, that of tiny-sd3, 4x in space, 4 channels: {vae_weights:.2f} M
-- `CLIPTextModel` of two layers, begun as those of tiny-sd3: {text_weights:.2f} M
+- `CLIPTextModel` of two layers, which began with the weights of tiny-sd3's: {text_weights:.2f} M
 - `DDIMScheduler`, v-prediction, zero terminal SNR
 
 ## Training
 Clips of {frames} frames drawn by `pipelines/tiny/world.py`, 15 % with two objects; 30 of the 240 colour x shape x motion
-combinations are held out. In every other step the objects are at their usual places. One frame of each clip at first, then
-four, then all of them.
+combinations are held out. In every other step the objects are at their usual places. Training shows one frame of each clip at
+first, then four, then all of them.
 
 | phase | steps | minutes | device |
 | --- | --- | --- | --- |
 {training}
 {notes}
 ## Scores
-{clips} captions that training never saw, half of held-out combinations, {study_steps} denoising steps of the stock pipeline,
-judged by `pipelines/tiny/oracle.py` and optical flow; what BroadWay does to them: `docs/broadway.md`.
+{clips} captions that training never saw, half of them of held-out combinations, {study_steps} denoising steps of the stock
+pipeline, judged by `pipelines/tiny/oracle.py` and optical flow. `docs/broadway.md` shows how BroadWay changes these scores.
 Measured on {device}, {date}, commit {commit}, torch {torch}, diffusers {diffusers}.
 
 | measure | stock |
 | --- | --- |
 {scores}
 
-Chance is 1 in 6 for a colour, 1 in 5 for a shape, 1 in 8 for a motion. Other frame counts and sizes were never trained on.
+Chance is 1 in 6 for a colour, 1 in 5 for a shape, 1 in 8 for a motion.
+
+## Limits
+The scores show what it cannot do: the asked motion is there in about half of the clips. Other frame counts and sizes were never
+trained on. Text outside of the captions of its world means nothing to it.
 
 Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny.animatediff`.
 """

@@ -24,7 +24,7 @@ pipeline_tag: text-to-video
 # {name}
 
 A complete, trained Wan text-to-video pipeline of {megabytes:.1f} MB: coloured shapes that move. It is made to test and
-show attention, guidance and long-video methods where no model can be downloaded; it knows nothing but its tiny world.
+show attention, guidance and long-video methods where no model can be downloaded; it knows only its tiny world.
 
 ```python
 from diffusers import WanPipeline
@@ -36,11 +36,11 @@ pipe("a red circle moves right on a dark background", height={height}, width={wi
 
 Captions: "a [small|large] COLOUR SHAPE MOTION [and a ... ] on a BACKGROUND background", with
 COLOUR {colours}; SHAPE {shapes}; MOTION {motions}; BACKGROUND {backgrounds}.
-Any other text tokenises, but means nothing to the model.
+Any other text can be tokenised, but means nothing to the model.
 
 ## Parts
 - `WanTransformer3DModel`, {layers} layers x {heads} heads of {head_dim}, patch {patch}: {transformer_weights:.2f} M weights
-- `AutoencoderKLWan`, 4x in space, 4x in time: {vae_weights:.2f} M; {z_dim} channels, the last {places} hold places (see Limits)
+- `AutoencoderKLWan`, 4x in space, 4x in time: {vae_weights:.2f} M; {z_dim} channels, the last {places} are positions (Limits)
 - `UMT5EncoderModel`: {text_weights:.2f} M, with a word tokenizer of its own
 - `FlowMatchEulerDiscreteScheduler`, shift {shift}
 
@@ -66,8 +66,8 @@ Measured on {measured_on}, {date}, commit {commit}, torch {torch}, diffusers {di
 {scores}
 
 ## Limits
-The scores say what it cannot do. Other frame counts or sizes than {frames} frames of {height} x {width} were never trained
-on, but for single frames.
+The scores show what it cannot do. Other frame counts or sizes than {frames} frames of {height} x {width} were never trained on,
+except single frames.
 The last {places} latent channels are cosines along frames, rows and columns that the denoiser makes for itself: rotary
 embeddings are relative, and this model began to follow captions in motion only once it had them. The decoder ignores them
 and the encoder leaves them 0, so latents encoded from a clip need them added (`training/places.py`) before
@@ -161,7 +161,7 @@ def model_card(folder: Path, run_dir: Path, rows: Sequence[dict[str, float | int
         vae_weights=count_weights(folder / "vae"),
         text_weights=count_weights(folder / "text_encoder"),
         shift=json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"],
-        device_line=f"{made} for {minutes:.0f} minutes in all, the other work of that machine beside it.",
+        device_line=f"{made} for {minutes:.0f} minutes in all, while other programs ran on that machine.",
         seed=seed,
         pairs=_pairs(entries),
         clips=counts.get("clips", 0),

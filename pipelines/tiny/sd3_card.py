@@ -16,7 +16,7 @@ pipeline_tag: text-to-image
 # tiny-sd3
 
 A complete, trained `StableDiffusion3Pipeline` of {megabytes:.1f} MB: pictures of coloured shapes. It is made to test and show
-guidance on single attention heads where no model can be downloaded; it knows nothing but its tiny world.
+guidance on single attention heads where no model can be downloaded; it knows only its tiny world.
 
 ```python
 from diffusers import StableDiffusion3Pipeline
@@ -29,7 +29,7 @@ pipe("a red circle moves right on a dark background", height={height}, width={wi
 ## Parts
 - `SD3Transformer2DModel`, {layers} joint blocks x {heads} heads of {head_dim}: {transformer_weights:.2f} M weights
 - `AutoencoderKL`, 4x in space, 4 channels: {vae_weights:.2f} M
-- two `CLIPTextModelWithProjection`, {text_weights:.2f} M together; the third encoder, a T5 of one layer, answers zeros
+- two `CLIPTextModelWithProjection`, {text_weights:.2f} M together; the third encoder, a T5 of one layer, gives zeros
 
 ## Training
 Stills drawn by `pipelines/tiny/world.py`, 15 % with two objects; 30 of the 240 colour x shape x motion combinations are held
@@ -40,15 +40,19 @@ out. For a third of the steps every object is at its usual place, then half of t
 {training}
 {notes}
 ## Scores
-{captions} captions that neither training nor the hunt saw, half of held-out combinations, {study_steps} denoising steps,
-{length} zeros for the third encoder, judged by `pipelines/tiny/oracle.py`. Match: the share of what a caption asks for that
-is there, with a bootstrap interval of 95 %. The last column is how much better the hunted heads are, paired by caption.
-Heads {found}, found on {hunting} other captions. Hunted heads, whole layer and random sets cost one more pass each, like CFG.
-Measured on {device}, {date}, commit {commit}, torch {torch}, diffusers {diffusers}.
+{captions} captions that neither training nor the hunt saw, half of them of held-out combinations, {study_steps} denoising
+steps, {length} zeros for the third encoder, judged by `pipelines/tiny/oracle.py`. Match: the share of what a caption asks for
+that is in the picture, with a bootstrap interval of 95 %. The last column is how much better the hunted heads are, paired by
+caption. Heads {found}, found on {hunting} other captions. Hunted heads, whole layer and random sets cost one
+more pass each, like CFG. Measured on {device}, {date}, commit {commit}, torch {torch}, diffusers {diffusers}.
 
 | condition | match | colour | shape | size | hunted minus this |
 | --- | --- | --- | --- | --- | --- |
 {scores}
+
+## Limits
+The scores show what it can do: single shapes and pairs of its own world at one size. Other sizes were never trained on. Text
+outside of the captions of its world means nothing to it. CFG does better than head guidance on this model.
 
 Licence: Apache-2.0, weights and code. Made by `python -m genattn.pipelines.tiny.sd3` and `studies/sd3.py`.
 """

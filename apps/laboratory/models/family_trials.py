@@ -142,4 +142,4 @@ def attempt(try_out: Callable[[], str]) -> str:
     try:
         return try_out()
     except Exception as error:  # a table of what fails must not fail
-        return kind_and_line(error)[:200]
+        return kind_and_line(error)[:300]

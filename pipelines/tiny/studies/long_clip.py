@@ -113,7 +113,7 @@ def markdown(table: Path) -> str:
     """For the manual: a row per length and variant, means with 95 % intervals."""
     with table.open(newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: (float(row["factor"]), list(VARIANTS).index(row["variant"])))
-    lines = [["length", "", *(name.replace("_", " ") for name in MEASURES), "processor seconds a clip"], ["---"] * 8]
+    lines = [["length", "", *(name.replace("_", " ") for name in MEASURES), "processor seconds per clip"], ["---"] * 8]
     for row in rows:
         cells = [f"{float(row[n]):.2f} [{float(row[f'{n}_low']):.2f}, {float(row[f'{n}_high']):.2f}]" for n in MEASURES]
         lines.append([f"{row['factor']}x, {row['frames']} frames", row["variant"], *cells, row["sample_seconds"]])

@@ -228,7 +228,7 @@ def markdown(file: Path, held_out: bool) -> str:
     """
     with file.open(newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if (int(row["first_seed"]) == FIRST_SEED) is held_out]
-    head = ["model", "named by", "scale, tau, alpha", "left open", "named value there", "change", "rest there", "change"]
+    head = ["model", "named by", "scale, tau, alpha", "left open", "shows named value", "change", "shows rest", "change"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         strength = ", ".join(f"{float(row[name]):g}" for name in ("scale", "tau", "alpha"))

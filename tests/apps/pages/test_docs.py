@@ -46,11 +46,7 @@ def test_index_names_every_page() -> None:
     assert linked == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
 
 
-# pages that show facts or plans of the repository itself
-ABOUT = ("README", "architecture", "design", "evidence", "peers", "scale", "what-is-next")
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in ABOUT], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "README"], ids=lambda page: page.name)
 def test_pages_begin_with_what_they_are_for_and_tell_their_limits(page: Path) -> None:
     title, first = [line for line in page.read_text().splitlines() if line.strip()][:2]
     assert title.startswith("# ")
@@ -83,19 +79,23 @@ def test_python_can_be_read(page: Path) -> None:
 
 
 def command_lines() -> list[tuple[str, str]]:
+    """Every `genattn ...` of the pages and model cards, in a block of code or within a sentence."""
     found = []
-    for page in PAGES:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "assets").glob("*/README.md"))):
         blocks = [block for language in ("", "bash", "sh") for block in code(page, language)]
-        text = "\n".join(blocks).replace("\\\n", " ")
-        found += [(page.name, line.strip()) for line in text.splitlines() if line.strip().startswith("genattn ")]
-    return found
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        spans = re.findall(r"`(genattn [^`|]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+        lines += [part for span in spans for part in " ".join(span.split()).split("; ")]
+        found += [(page.name, line.strip()) for line in lines if line.strip().startswith("genattn ")]
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize(("page", "line"), command_lines())
 def test_command_lines_can_be_read(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     command: Any = typer.main.get_command(cli.app)
-    while words and hasattr(command, "commands"):
+    while words and hasattr(command, "commands") and not words[0].startswith("--"):
+        assert words[0] in command.commands, f"{page}: {line}"
         command = command.commands[words.pop(0)]
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
