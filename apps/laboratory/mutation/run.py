@@ -30,6 +30,8 @@ TOPS = ("kernels", "genattn", "guidance", "pipelines", "apps")
 # what measures and draws for this repository alone is not what users run
 LEFT_OUT = ("apps/laboratory", "apps/pages", "apps/bench/gpu", "pipelines/tiny/studies", "pipelines/tiny/random")
 
+# the tests that read the sources, and so run no line: of what stands there when a module is imported
+_READING = "tests/test_defaults.py"
 _QUICK = 20  # so many tests come first, and alone: most mutants end there, before the others are collected
 
 
@@ -101,6 +103,8 @@ def rounds_for(root: Path, mutant: Mutant, covering: Covering | None, seconds: f
         return [nearest]
     found, are_all = covering.tests(mutant)
     tests = covering.order(found, seconds)
+    if not are_all and (root / _READING).is_file():
+        tests.insert(0, _READING)
     if are_all:  # of the nearest, the tests whose lines the record cannot know
         nearest = [test for test in nearest if test not in covering.files or "subprocess" in (root / test).read_text()]
     return [tests[:_QUICK], [*tests[_QUICK:], *nearest]]
