@@ -2,6 +2,7 @@
 
 import csv
 
+import matplotlib.pyplot
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ def test_rows_hold_what_a_reader_needs(tmp_path):
     assert row["ratio"] == pytest.approx(row["seconds"] / (row["density"] * row["dense_seconds"]))
     bench.plot_attention(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert not matplotlib.pyplot.get_fignums(), "a figure that stays open stays in memory"
 
 
 def test_a_wrong_result_gets_no_speed(monkeypatch, tmp_path):

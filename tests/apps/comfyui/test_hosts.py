@@ -1,17 +1,21 @@
-"""Token orders and attention calls of ComfyUI's families, on stand-ins; `test_live_orders` has the real models."""
+"""Token orders and attention calls of ComfyUI's families, and a node of a pipeline, on stand-ins; `test_live_orders` has the real models."""
 
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from genattn.apps.comfyui import pipes
 from genattn.apps.comfyui.hosts.call import RawCall, call_mask, core_attention, preference, preferred_of, takes_holders
 from genattn.apps.comfyui.hosts.families import HOSTS, host_of, served
 from genattn.apps.comfyui.hosts.host import Entry
 from genattn.apps.comfyui.patching.seam import Override
+from genattn.apps.comfyui.pipe_nodes import long_video_node
 from genattn.errors import GenAttnError
 from genattn.layouts.families import FAMILIES
 
@@ -190,3 +194,47 @@ def test_a_mask_has_four_axes(given: tuple[int, ...], expected: tuple[int, ...])
     assert found.shape == expected
     assert torch.equal(found.flatten(), mask.flatten())
     assert call_mask(None) is None
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def module(name: str, **parts: Any) -> None:
+        made = ModuleType(name)
+        vars(made).update(parts)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    module("comfy")
+    module("comfy.utils", ProgressBar=lambda total: SimpleNamespace(update_absolute=lambda *told: None))
+    module("comfy_api")
+    module("comfy_api.latest", VideoFromFile=lambda path: path)
+    module(
+        "folder_paths",
+        get_output_directory=lambda: str(tmp_path),
+        get_save_image_path=lambda prefix, folder: (folder, prefix, 3, "", prefix),
+    )
+
+
+@pytest.mark.usefixtures("comfy")
+def test_a_long_video_is_pictures_from_black_to_white(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def endless(pipe: Any, prompt: str, path: Path, show: Any, **settings: Any) -> Any:
+        asked.update(settings, path=path)
+        return [np.full((2, 3, 3), level, np.uint8) for level in (0, 51, 255)], "told"
+
+    monkeypatch.setattr(pipes, "endless", endless)
+    monkeypatch.setattr(pipes, "fps_of", lambda pipe: 12.0)
+    pipe = SimpleNamespace(pipe=None)
+    answer = long_video_node(pipe, "a", "", 5, 3, 0, 64, 0, 0.0, 4, True, True, 0.0)
+    images, film, told = answer.values
+    assert images.shape == (3, 2, 3, 3)
+    assert images.dtype == torch.float32
+    assert torch.allclose(images[:, 0, 0, 0], torch.tensor([0.0, 0.2, 1.0]))
+    assert (film, told) == (str(tmp_path / "genattn_long_00003_.mp4"), "told")
+    assert answer.text == "genattn_long_00003_.mp4: 3 frames"
+    # 0 and an empty text leave a setting to the pipeline
+    assert {name: asked.get(name) for name in ("width", "fps", "seed", "negative_prompt")} == {
+        "width": 64, "fps": 12.0, "seed": 5, "negative_prompt": None
+    }  # fmt: skip
+    assert not {"height", "num_inference_steps", "guidance_scale"} & set(asked)
+    assert asked["ouroboros"] is not None

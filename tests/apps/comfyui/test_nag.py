@@ -473,3 +473,7 @@ def test_masks_cover_both_texts_where_one_has_one(added: bool) -> None:
         lengthened_masks(way, {}, {**theirs, "attention_mask": mask(0, 1)}, 3)["attention_mask"], mask(1, 1, 1, 0, 1)
     )
     assert lengthened_masks(way, {}, theirs, 3) == {}
+    # one other text for all samples, and an axis between, as masks that are added have
+    mine = torch.stack([mask(1, 0, 1), mask(1, 1, 0)])
+    both = lengthened_masks(way, {"attention_mask": mine}, {**theirs, "attention_mask": mask(0, 1)[None]}, 3)
+    assert torch.equal(both["attention_mask"], torch.stack([mask(1, 0, 1, 0, 1), mask(1, 1, 0, 0, 1)]))

@@ -179,7 +179,12 @@ def test_a_long_video_stops_and_goes_on(session: Session) -> None:
     stopped = session.report(run)
     assert stopped["stopped"] == "interrupted"
     assert 8 <= stopped["frames"] < 33
-    rest = _last(resume(session, run))
+    updates = list(resume(session, run))
+    (begun, *_) = [update for update in updates if update.stage == "frames"]
+    assert (begun.done, begun.total) == (stopped["frames"], 33)
+    assert "drift" in begun.values
+    assert "segment" not in begun.values, "where the film is stands there before a new second is ready"
+    rest = _last(iter(updates))
     assert _frames(rest["film"]) == 33
     assert rest["report"]["frames"] == 33
     assert {row["statistic"] for row in rest["drift"]} == {"brightness", "contrast", "saturation"}

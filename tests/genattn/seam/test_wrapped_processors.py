@@ -12,6 +12,7 @@ from genattn import DensePattern, RadialPattern, apply
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
 from genattn.seam.cores import CURRENT
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
+from genattn.seam.processors import _CLAIMS, _LOCK, abandon_processors, acquire_processor, release_processors
 
 
 class Wrapper:
@@ -124,3 +125,23 @@ def test_an_attention_inside_another_gives_the_mark_back(fails: bool, plain: boo
         model.blocks[0].attn1(torch.randn(1, 12, outer.to_q.in_features))
         assert CURRENT.held == [None]
     assert sites == ["blocks.2.attn1 2", "blocks.0.attn1 12"]
+
+
+def test_what_went_while_the_lock_was_held_is_closed_by_the_next_who_comes() -> None:
+    """A finalizer may come at any moment, also in the middle of `apply`; it then only leaves word."""
+    gone, other = (build_model("wan").blocks[0].attn1.processor for _ in range(2))
+    stock = type(gone)
+    claim = acquire_processor(gone)
+    assert claim is not None
+    with _LOCK:
+        abandon_processors({claim.key: claim})
+        assert type(gone).__mro__[1] is stock, "nothing can be closed now"
+    second = acquire_processor(other)
+    assert second is not None
+    try:
+        assert type(gone) is stock
+        assert claim.key not in _CLAIMS
+        assert type(other).__mro__[1] is stock
+    finally:
+        release_processors({second.key: second})
+    assert type(other) is stock

@@ -231,3 +231,12 @@ def test_scores_by_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     hps.score = lambda pictures, prompt, cp: [0.25] * len(pictures)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hpsv2", hps)
     assert load_objective(f"hps:{weights}")([torch.rand(3, 8, 6)], ["a"]) == [0.25]
+
+
+def test_a_palette_is_looked_at_from_32_sides() -> None:
+    """Scores of a search that goes on must be those of the search that began."""
+    palette = PaletteObjective(torch.rand(3, 16, 16))
+    assert palette.profile(torch.rand(2, 3, 16, 16)).shape == (2, 32, 64)
+    assert torch.allclose(palette.directions.norm(dim=1), torch.ones(32))
+    grey = palette.profile(torch.full((1, 3, 8, 8), 0.5))
+    assert torch.allclose(grey, (0.5 * palette.directions.sum(1))[None, :, None].expand_as(grey))

@@ -19,6 +19,7 @@ from genattn.guidance.passes.prediction import leaves
 from genattn.layouts.families import family_of
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, families
 from genattn.pipelines.tiny.random.models import MODELS
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 from genattn.seam.sites import find_sites
 
 # the text of these is as long as the model says
@@ -253,3 +254,23 @@ def test_bria_fibo_hides_the_padding_of_either_text() -> None:
         with genattn.apply(model, NAG(negative_embeds=padded, layout="single")):
             seen = model(**asked)[0]
     assert float((whole - seen).abs().max()) > 1e-4
+
+
+def test_both_texts_of_mochi_are_told_with_the_picture_in_front() -> None:
+    """Sparse patterns stand on what a call says of its tokens: each text has the picture, and its own length."""
+
+    class Notes(Plugin):
+        def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+            told.append((call.layout.describe() if call.layout else "", call.query.shape[1]))
+            return inner(call)
+
+    told: list[tuple[str, int]] = []
+    model, inputs = built("mochi"), build_inputs("mochi")
+    nag = NAG(negative_embeds=negative_of("mochi", model, inputs), **vars(STRENGTH), layout="single")
+    with torch.no_grad(), genattn.apply(model, nag, Notes()):
+        model(**inputs)
+    kept = inputs["encoder_attention_mask"].sum(1).tolist()
+    assert kept == [9, 5]
+    expected = [(f"grid 3x8x6 + text {text}", 144 + text) for text in (9, 12, 5, 12)]
+    assert told == expected * (len(told) // 4)
+    assert told

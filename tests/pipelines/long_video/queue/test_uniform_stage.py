@@ -1,5 +1,7 @@
 """The second stage at uniform noise: one level for all, nothing lost or doubled, and a stopped run goes on."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,14 @@ def test_a_short_film_is_the_beginning_and_a_stopped_run_goes_on_to_the_bit(tmp_
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(GenAttnError, match=message):
         long_video(video_pipes.wan(), "a cat", num_frames=9, **{**SMALL, **settings})
+
+
+def test_a_block_half_full_goes_on_where_it_began():
+    fifo = SimpleNamespace(solver=flow_solver(6), seed=0)
+    first, second = (UniformStage(denoise, 3, 2, 6) for _ in range(2))
+    _, numbers = first.pass_on(fifo, FILM[:, :, :3], [5, 6, 7])
+    assert (numbers, first.held) == ([5, 6], 1)
+    second.load(first.to_tensors(), first.to_numbers())
+    (latents, numbers), (again, same) = (stage.pass_on(fifo, FILM[:, :, 3:4], [8]) for stage in (first, second))
+    assert numbers == same == [7, 8]
+    assert torch.equal(latents, again)
