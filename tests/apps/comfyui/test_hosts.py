@@ -1,4 +1,4 @@
-"""Token orders and attention calls of ComfyUI's families, and a node of a pipeline, on stand-ins; `test_live_orders` has the real models."""
+"""Token orders, attention calls and a node, on stand-ins for ComfyUI; `test_live_orders` has the real models."""
 
 import sys
 from pathlib import Path
