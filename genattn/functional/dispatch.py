@@ -54,7 +54,8 @@ def attention(
         key: [B, S, Hk, D] with Hk a divisor of H (grouped queries).
         value: the same.
         pattern: a Pattern; its description as a file holds it, {"type": "RadialPattern", "decay": 0.2}; or the name "radial",
-            "gna", "adaptive", "profile:PATH", or "auto", which is dense where a sparse call would not be faster.
+            "gna", "adaptive", "profile:PATH", or "auto", which is dense where a sparse call would not be faster. A pattern that
+            chooses by content does so for each entry of the batch.
         layout: the tokens of the sequence, S = layout.seqlen. Give this or `grid`.
         impl: "auto", the name of a backend (`genattn.kernels.block_sparse.IMPLS`), or, for a NeighborhoodPattern, "halo" (key
             boxes that follow the query tile) or "natten" (where it is installed).
@@ -85,8 +86,34 @@ def attention(
         )
     asked = asked_pattern(pattern, tail, query, layout)
     query, key, value = as_autocast(query, key, value)
+    flags: dict[str, Any] = {"impl": impl, "return_lse": return_lse, "scale": scale}
+    if asked.needs_tensors and query.shape[0] > 1:
+        return _each_entry(query, key, value, asked, layout, key_mask, **flags)
     plan = plan_for(query, key, asked, layout, impl)
-    return planned_attention(query, key, value, plan, impl=impl, return_lse=return_lse, scale=scale, key_mask=key_mask)
+    return planned_attention(query, key, value, plan, key_mask=key_mask, **flags)
+
+
+def _each_entry(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: Pattern,
+    layout: TokenLayout,
+    key_mask: torch.Tensor | None,
+    **flags: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Every entry of the batch by the tiles that it chose itself."""
+    if key_mask is not None:
+        key_mask = key_mask.expand(query.shape[0], -1)
+    found: list[Any] = []
+    for entry in range(query.shape[0]):
+        some = slice(entry, entry + 1)
+        plan = plan_for(query[some], key[some], pattern, layout, flags["impl"])
+        mask = None if key_mask is None else key_mask[some]
+        found.append(planned_attention(query[some], key[some], value[some], plan, key_mask=mask, **flags))
+    if not flags["return_lse"]:
+        return torch.cat(found)
+    return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
 
 
 def planned_attention(

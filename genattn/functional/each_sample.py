@@ -11,13 +11,13 @@ PlanOf = Callable[[torch.Tensor, torch.Tensor, int], AnyPlan]
 
 
 def rows_of_samples(batch: int, samples: int | None, passes: int | None = None) -> list[torch.Tensor]:
-    """The entries of each sample in a batch of sequences, int64; one group of all where the samples are not known.
+    """The entries of each sample in a batch of sequences, int64; each entry alone where the samples are not known.
 
     Entries are ordered by guidance pass, then sample, then what is folded into the batch (frames of a spatial attention).
     passes: in this batch; None: nothing is folded in.
     """
-    if samples is None or samples < 2 or batch % (samples * (passes or 1)):
-        return [torch.arange(batch)]
+    if samples is None or batch % (samples * (passes or 1)):
+        return list(torch.arange(batch).split(1))
     order = torch.arange(batch).view(passes or batch // samples, samples, -1)
     return [order[:, sample].flatten() for sample in range(samples)]
 

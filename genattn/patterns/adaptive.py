@@ -9,7 +9,7 @@
     reuse       a plan holds for several steps, and for both guidance passes          (AdaSpa, arXiv 2502.21079)
 
 Choosing only inside a static prior is DynamicRad's (arXiv 2604.20470). Text is always seen and sees all, every query sees its
-own place. Lists are per head and the same for all samples of a batch. Unlike the static patterns the mask depends on the
+own place. A plan's lists are per head and the same for all samples in it. Unlike the static patterns the mask depends on the
 tensors: `plan_for(query, key, layout)`, not `plan(layout)`.
 """
 
@@ -251,12 +251,12 @@ class AdaptivePattern(ContentPattern):
         """K-means of [B, n, H, D] with the samples of a batch side by side: labels [H, n], centres [H, clusters, B D]."""
         points = x.permute(2, 1, 0, 3).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
         slot = (name, None if self.share_passes or memory is None else memory.pass_name)
-        start = None if memory is None else memory.kept.get(slot)
+        start = memory.kept.get(slot) if memory is not None and memory.step >= 0 else None
         known = start is not None and start.shape == (points.shape[0], clusters, points.shape[2])
         rounds = self._tiling.step_iterations if known else self._tiling.iterations
         stride = self._tiling.stride(points.shape[1], clusters)
         labels, centres = kmeans(points, clusters, rounds, start if known else None, stride)
-        if memory is not None:
+        if memory is not None and memory.step >= 0:
             memory.kept[slot] = centres
         return labels, centres
 

@@ -199,6 +199,7 @@ class Injection:
             layout=layout,
             options=merged,
             sample_layouts=self.inputs.of_samples,
+            repeats=position.repeats,
             samples=self.tracker.samples,
             pass_is_told=pass_name is not None,
             why_no_layout=why,

@@ -33,6 +33,7 @@ class Run:
     adds its own name: "cond+softpag". extra: that name alone, None in the pipeline's own passes.
     layout: tokens of the self/joint attention, None when the family has no adapter; why_no_layout says why.
     sample_layouts: one layout for each sample, where the grids of the batch differ in size and `layout` is None.
+    repeats: forwards at this step before this one.
     samples: of the pipeline, before guidance multiplies them in a batch; None where no pipeline is seen running.
     pass_is_told: whether the pipeline named the pass itself; else the name is what pipelines of this family do.
     options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
@@ -49,6 +50,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     extra: str | None = None
     sample_layouts: tuple[TokenLayout, ...] = ()
+    repeats: int = 0
     samples: int | None = None
     pass_is_told: bool = False
     why_no_layout: str = ""

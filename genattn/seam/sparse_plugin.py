@@ -31,6 +31,7 @@ from genattn.seam.sites import find_sites, head_dims
 
 _LOG = logging.getLogger("genattn")
 _SAID: set[str] = set()
+_MOST_PASSES = 4  # in a step
 
 
 class SparsePlugin(Plugin):
@@ -200,10 +201,7 @@ class SparsePlugin(Plugin):
             _LOG.warning("%s stays dense: %s", call.site.name, reason)
 
     def plan_at(self, call: AttentionCall) -> BlockPlan:
-        """The plan by which this pattern answers the call; its layout must be known.
-
-        Raises GenAttnError for a pattern whose tiles differ by head.
-        """
+        """The plan for a call of a known layout. Raises GenAttnError for a pattern whose tiles differ by head."""
         assert call.layout is not None
         plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, memory=self._memory_at(call))
         if not isinstance(plan, BlockPlan):
@@ -215,7 +213,9 @@ class SparsePlugin(Plugin):
         if not self.pattern.needs_tensors:
             return None
         found = self._memory.setdefault((id(call.run.model), call.site.name + sample), SiteMemory())
-        found.step, found.pass_name = call.run.step, call.run.pass_name
+        run = call.run  # where nobody names the passes of a step, they keep their order
+        found.pass_name = run.pass_name or f"forward {run.repeats}"
+        found.step = run.step if run.pass_name or run.repeats < _MOST_PASSES else -1  # a bare model may stay at one step
         return found
 
     def _pattern_at(self, call: AttentionCall, impl: str = "auto") -> Pattern:

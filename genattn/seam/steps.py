@@ -26,12 +26,14 @@ from genattn.seam.visits import visits
 
 @dataclass(frozen=True)
 class Position:
-    """step: 0-based. num_steps: None when nobody tells. sigma: None likewise. is_new_run: first forward of a run."""
+    """step: 0-based. num_steps: None when nobody tells. sigma: None likewise. is_new_run: first forward of a run. repeats:
+    forwards at this step before this one."""
 
     step: int
     num_steps: int | None
     sigma: float | None
     is_new_run: bool
+    repeats: int
 
 
 @dataclass
@@ -114,7 +116,7 @@ class StepTracker:
         sigma = told.get("sigma")
         if sigma is None and step < len(progress.visits):
             sigma = progress.visits[step][1]
-        return Position(step, total, None if sigma is None else float(sigma), is_new)
+        return Position(step, total, None if sigma is None else float(sigma), is_new, progress.repeats)
 
     @property
     def _progress(self) -> _Progress:

@@ -31,8 +31,8 @@ OVERRIDE = "optimized_attention_override"
 APPLY_MODEL, ON_PRE_RUN, ON_CLEANUP = "apply_model", "on_pre_run", "on_cleanup"
 
 
-def run_of(model: Any, options: Mapping[str, Any]) -> Run:
-    """Step, noise level and pass as `transformer_options` tell them."""
+def run_of(model: Any, options: Mapping[str, Any], batch: int | None = None) -> Run:
+    """Step, noise level, pass and samples as `transformer_options` and the entries of the batch tell them."""
     sigmas, schedule = options.get("sigmas"), options.get("sample_sigmas")
     sigma = None if sigmas is None else float(sigmas.max())
     step, steps = -1, None
@@ -42,10 +42,12 @@ def run_of(model: Any, options: Mapping[str, Any]) -> Run:
         # samplers of second order ask between two steps; that belongs to the step before
         step = max((i for i in range(steps) if table[i] >= sigma * (1 - 1e-5)), default=0)
     names = {(0,): "cond", (1,): "uncond"}
-    told = tuple(sorted(set(options.get("cond_or_uncond") or ())))
+    chunks = options.get("cond_or_uncond") or ()
+    told = tuple(sorted(set(chunks)))
     name, extra = names.get(told, "cond_uncond" if told else None), options.get(PASS)
     full = f"{name or 'pass'}+{extra}" if extra else name
-    return Run(step=step, num_steps=steps, sigma=sigma, pass_name=full, extra=extra, model=model)
+    samples = batch // len(chunks) if batch and chunks and batch % len(chunks) == 0 else None
+    return Run(step=step, num_steps=steps, sigma=sigma, pass_name=full, extra=extra, samples=samples, model=model)
 
 
 _ORDER = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -122,7 +124,8 @@ def around_model(
         chain.attach(model)
     host = host_of(model)
     text = None if c_crossattn is None else c_crossattn.shape[1]
-    forward = Forward(chain, host, model, run_of(model, options), Entry(tuple(x.shape), text, extras), host.sites(model))
+    run = run_of(model, options, len(x))
+    forward = Forward(chain, host, model, run, Entry(tuple(x.shape), text, extras), host.sites(model))
     options.pop("block_index", None)  # of a forward before; refiners run before the first block tells its own
     others = dict(options.get("patches_replace") or {})
     options |= {FORWARD: forward, "patches_replace": {**others, "dit": forward.replacements(others.get("dit") or {})}}

@@ -162,6 +162,13 @@ def test_the_step_is_read_from_the_schedule(sigma: float, step: int) -> None:
     assert run_of(None, {}).step == -1
 
 
+@pytest.mark.parametrize(
+    ("chunks", "batch", "samples"), [([1, 0], 6, 3), ([0], 2, 2), ([1, 0, 0], 3, 1), ([1, 0], 3, None), ([], 4, None)]
+)
+def test_samples_are_the_entries_of_one_chunk(chunks: list[int], batch: int, samples: int | None) -> None:
+    assert run_of(None, {"cond_or_uncond": chunks}, batch).samples == samples
+
+
 class HunyuanVideo(nn.Module):
     patch_size, num_heads = [1, 2, 2], 4
 

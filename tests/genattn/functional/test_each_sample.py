@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+import genattn
 from genattn import NeighborhoodPattern, TokenLayout
-from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention
+from genattn.functional.dispatch import AnyPlan, attention, plan_for, planned_attention
 from genattn.functional.each_sample import attention_of_each, rows_of_samples
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.pattern import Pattern, SiteMemory
+from genattn.pipelines.tiny.random import build_inputs, build_model
 
 
 @pytest.mark.parametrize(
@@ -18,10 +20,10 @@ from genattn.patterns.pattern import Pattern, SiteMemory
         (6, 2, None, [[0, 2, 4], [1, 3, 5]]),
         (12, 2, 2, [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]),  # three frames folded in behind the samples
         (6, 3, 1, [[0, 1], [2, 3], [4, 5]]),
-        (3, 2, None, [[0, 1, 2]]),
         (4, 1, None, [[0, 1, 2, 3]]),
-        (4, None, None, [[0, 1, 2, 3]]),
-        (6, 2, 2, [[0, 1, 2, 3, 4, 5]]),  # does not divide: nothing is guessed
+        (3, None, None, [[0], [1], [2]]),
+        (3, 2, None, [[0], [1], [2]]),  # does not divide: nothing is guessed
+        (6, 2, 2, [[0], [1], [2], [3], [4], [5]]),
     ],
 )
 def test_entries_of_a_sample(batch: int, samples: int | None, passes: int | None, wanted: list[list[int]]) -> None:
@@ -59,3 +61,48 @@ def test_what_is_chosen_by_content_outlives_the_mode_of_its_call(pattern: Patter
     torch.testing.assert_close(out, expected)
     out.sum().backward()  # type: ignore[union-attr]
     assert wanting[2].grad is not None
+
+
+@pytest.mark.parametrize("pattern", [BlockTopK(keep=0.3), AdaptivePattern(tiles="clusters"), AdaptivePattern("top-p")])
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_entry_of_a_plain_call_is_as_alone(pattern: Pattern, masked: bool) -> None:
+    layout = TokenLayout.from_grid((6, 8, 8))
+    query, key, value = (torch.randn(3, layout.seqlen, 2, 16) for _ in range(3))
+    query[1], key[2] = 8 * query[1], 8 * key[2]  # one chooses quite otherwise than the others
+    mask = torch.rand(3, layout.seqlen) < 0.8 if masked else None
+    flags = {"return_lse": not masked}
+    found = attention(query, key, value, pattern, layout, key_mask=mask, **flags)
+    for entry in range(3):
+        one = slice(entry, entry + 1)
+        own = None if mask is None else mask[one]
+        alone = attention(query[one], key[one], value[one], pattern, layout, key_mask=own, **flags)
+        for some, wanted in zip(found, alone, strict=True) if not masked else [(found, alone)]:
+            torch.testing.assert_close(some[one], wanted)
+
+
+@pytest.mark.parametrize("pattern", [BlockTopK(keep=0.3), AdaptivePattern(tiles="clusters")])
+def test_a_bare_models_entries_choose_for_themselves(pattern: Pattern) -> None:
+    model = build_model("wan").double()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in build_inputs("wan").items() if torch.is_tensor(x)}
+    two = {name: torch.cat([x, x.flip(1) if x.is_floating_point() else x]) for name, x in inputs.items()}
+    with genattn.apply(model, pattern, dense_steps=0, dense_layers=0) as handle, torch.no_grad():
+        both = model(**two, return_dict=False)[0]
+        alone = [model(**{name: x[n : n + 1] for name, x in two.items()}, return_dict=False)[0] for n in range(2)]
+        assert handle.report().sparse_calls > 0
+    torch.testing.assert_close(both, torch.cat(alone))
+
+
+def test_a_bare_model_at_one_step_keeps_nothing_of_other_samples() -> None:
+    pattern = AdaptivePattern(tiles="clusters", refresh_every=3)
+    model, inputs = build_model("wan"), build_inputs("wan")
+    others = [{**inputs, "hidden_states": torch.randn_like(inputs["hidden_states"])} for _ in range(6)]
+    with torch.no_grad():
+        with genattn.apply(model, pattern, dense_steps=0, dense_layers=0):
+            alone = model(**others[5], return_dict=False)[0]
+        with genattn.apply(model, pattern, dense_steps=0, dense_layers=0) as handle:
+            for some in others[:5]:
+                model(**some, return_dict=False)
+            found = model(**others[5], return_dict=False)[0]
+            (plugin,) = handle.plugins
+            assert len(plugin._memory) == len(handle.report().sites)  # type: ignore[attr-defined]
+    torch.testing.assert_close(found, alone)
