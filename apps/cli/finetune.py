@@ -28,7 +28,9 @@ def finetune_command(
     width: options.Width = None,
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA on query, key, value and output.")] = 128,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    minutes: Annotated[float, typer.Option(help="Stop after this many minutes. The same command goes on.")] = 1e9,
+    minutes: Annotated[
+        float, typer.Option(help="Stop after this many minutes; default: never. The same command goes on.", show_default=False)
+    ] = 1e9,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-4,
     batch: Annotated[int, typer.Option(help="Clips per step on each GPU.")] = 1,
     dense_layers: Annotated[int, typer.Option(help="First blocks kept dense while training.")] = 2,

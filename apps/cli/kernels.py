@@ -9,7 +9,9 @@ from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines
 from genattn.errors import GenAttnError
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure: correctness first, ratios interleaved, rows to a CSV.")
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Time the attention backends of this machine, or tune the Triton kernels for its GPU."
+)
 
 _LARGEST_HEAD = 4096  # far beyond any model; an answer takes a tensor of that size
 

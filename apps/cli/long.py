@@ -42,7 +42,7 @@ def long_command(
     """Make a video of any length at constant memory. It can be played while it grows. After Ctrl-C or a kill it goes on
     with --resume.
 
-    The first frame is in FOLDER/first_frame.png as soon as it is decoded. What the film will cost is told before it starts;
+    The first frame is in FOLDER/first_frame.png as soon as it is decoded. The cost of the film is printed before it starts;
     the quickest setting is --partitions 1 --no-lookahead.
 
     Example: genattn long --prompt "a red circle moves right on a dark background" --frames 253 --folder out/long

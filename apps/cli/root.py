@@ -30,7 +30,7 @@ from genattn.errors import GenAttnError, RunFailed, first_line
 
 app = typer.Typer(
     name="genattn",
-    help="Sparse attention, head-level guidance and endless video for stock diffusers pipelines.",
+    help="Sparse attention, guidance by single attention heads and videos of any length, for stock diffusers pipelines.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -50,7 +50,7 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Sparse attention, head-level guidance and endless video for stock diffusers pipelines."""
+    """Sparse attention, guidance by single attention heads and videos of any length, for stock diffusers pipelines."""
 
 
 app.command("generate")(commands_sampling.generate_command)

@@ -12,35 +12,49 @@ SPARSE = (
     Field(
         "pattern",
         "COMBO",
-        "Which token may see which; dense switches the node off, auto takes what suits the model, settings reads a file.",
+        "Which tokens may see which. dense switches the node off, auto takes the preset of the model, settings reads a file.",
         "radial",
         options=PATTERNS,
     ),
     Field("decay", "FLOAT", "Radial: width of the windows, larger is denser; 0 takes the variant's own.", 0.0, 0.0, 16.0, 0.05),
-    Field("window", "STRING", "Neighborhood: keys per axis, frames,height,width (or one number); -1 is all.", "5,12,12"),
     Field(
-        "stride", "STRING", "Neighborhood: queries per axis that share a window; 1 slides, the window itself is blocked.", "1"
+        "window",
+        "STRING",
+        "Neighborhood: keys per axis as frames,height,width (or one number); -1 is the whole axis.",
+        "5,12,12",
+    ),
+    Field(
+        "stride",
+        "STRING",
+        "Neighborhood: queries per axis that share a window. 1: a sliding window; the window's size: separate blocks.",
+        "1",
     ),
     Field(
         "dense_steps", "FLOAT", "First steps kept dense: a share of them (below 1) or their number.", 0.25, 0.0, 1000.0, 0.05
     ),
-    Field("dense_blocks", "STRING", "Blocks kept dense, like 0-2,-1, over all stacks in order; -1 is the last.", "0"),
-    Field("impl", "COMBO", "Backend of the sparse calls; a named one that cannot serve says why.", "auto", options=IMPLS),
+    Field("dense_blocks", "STRING", "Blocks kept dense, such as 0-2,-1, counted over the whole model; -1 is the last.", "0"),
+    Field(
+        "impl",
+        "COMBO",
+        "Backend of the sparse calls. If you name one that cannot serve, the error says why.",
+        "auto",
+        options=IMPLS,
+    ),
     Field("pattern_options", "STRING", 'Further settings of the pattern as JSON, e.g. {"sink": false}.', ""),
 )
 
 # widgets that came later stand last and are optional, so that workflows saved before them still load
 LATER = (
     Field(
-        "path", "STRING", "profile: the map of the Profile node or genattn profile. settings: the file of genattn tune, which "
-        "also says what stays dense.", "", optional=True,
+        "path", "STRING", "For profile: the map of the Profile node or of genattn profile. For settings: the file of genattn "
+        "tune, which also says what stays dense.", "", optional=True,
     ),
     Field(
-        "tail", "COMBO", "What stands in for skipped tiles: auto is what measured best for the pattern, none drops them.",
+        "tail", "COMBO", "What stands in for skipped tiles. auto: what was measured best for the pattern; none: nothing.",
         "auto", optional=True, options=TAIL_CHOICES,
     ),
     Field(
-        "min_tokens", "INT", "Shorter sequences stay dense; -1 is the length from which sparse is faster here, 0 is never.",
+        "min_tokens", "INT", "Sequences with fewer tokens stay dense. -1: the length where sparse becomes faster; 0: no limit.",
         -1, -1, 1 << 30, 1, optional=True,
     ),
     Field("start_percent", "FLOAT", "Sparse from this share of the sampling on.", 0.0, 0.0, 1.0, 0.01, optional=True),
@@ -53,17 +67,21 @@ SIGMAS = (
 )
 
 HEADS = (
-    Field("heads", "STRING", "Heads like L11H15,L13H17:0.3, or whole layers like L7; pag and seg take layers.", "L1"),
-    Field("u", "FLOAT", "softpag: how far the heads are drawn towards the target.", 0.5, 0.0, 1.0, 0.05),
-    Field("scale", "FLOAT", "Weight of the guidance; 0 is off.", 3.0, -20.0, 20.0, 0.1),
+    Field("heads", "STRING", "Heads such as L11H15,L13H17:0.3, or whole layers such as L7; pag and seg take layers.", "L1"),
+    Field("u", "FLOAT", "softpag: how far the heads are moved towards the target, 0 to 1.", 0.5, 0.0, 1.0, 0.05),
+    Field("scale", "FLOAT", "How far to move away from the disturbed result; 0 is off.", 3.0, -20.0, 20.0, 0.1),
 )
 
 HEAD_SET = Field("head_set", "GENATTN_HEADS", "Heads from a file instead of the text.", optional=True)
 METHOD = Field(
-    "method", "COMBO", "softpag on heads, pag (own value) or seg (mean query) on layers.", "softpag", options=METHODS
+    "method",
+    "COMBO",
+    "softpag disturbs heads; pag (each token sees itself) and seg (mean query) disturb layers.",
+    "softpag",
+    options=METHODS,
 )
 _ATTENTION_TARGETS = tuple(target for target in TARGETS if target != "skip")
-TARGET = Field("target", "COMBO", "softpag: what the heads are drawn towards.", "identity", options=_ATTENTION_TARGETS)
+TARGET = Field("target", "COMBO", "softpag: what a disturbed head computes instead.", "identity", options=_ATTENTION_TARGETS)
 
 
 def check_sparse(

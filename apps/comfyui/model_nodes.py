@@ -141,19 +141,20 @@ def _plain(value: Any) -> Any:
 MODEL_NODES = (
     NodeSpec(
         "GenAttn_SparseAttention", "Sparse Attention (GenAttn)", _CATEGORY,
-        "Radial, neighborhood, adaptive or profiled attention on ComfyUI's video and image models, with blocks, steps and "
-        "noise levels to keep dense. Chains with other attention overrides.",
+        "Makes attention sparse (Radial, neighborhood, adaptive or profiled) on ComfyUI's video and image models. You choose "
+        "blocks, steps and noise levels that stay dense. Works together with other attention overrides.",
         ("radial attention", "neighborhood attention", "gna", "natten", "sparse attention", "speed up", "nabla", "sparge"),
         (_MODEL, *SPARSE, *SIGMAS, *LATER), (_MODEL_OUT,), sparse_attention, check=check_sparse, reads=("path",),
     ),
     NodeSpec(
         "GenAttn_Guidance", "DiT Guidance (GenAttn)", _CATEGORY,
-        "SoftPAG on chosen heads, PAG and SEG on layers, for the same models. One more pass per guided step.",
+        "Guidance for ComfyUI's video and image models: SoftPAG on chosen heads, PAG or SEG on layers. Costs one more pass per "
+        "guided step.",
         ("softpag", "pag", "perturbed attention guidance", "seg", "smoothed energy guidance", "headhunter", "quality"),
         (
             _MODEL, METHOD, *HEADS, TARGET,
-            Field("start", "FLOAT", "First moment, as a share of the steps.", 0.0, 0.0, 1.0, 0.01),
-            Field("stop", "FLOAT", "Last moment, as a share of the steps.", 1.0, 0.0, 1.0, 0.01),
+            Field("start", "FLOAT", "Guide from this share of the steps on.", 0.0, 0.0, 1.0, 0.01),
+            Field("stop", "FLOAT", "Guide up to this share of the steps.", 1.0, 0.0, 1.0, 0.01),
             *SIGMAS,
             Field("rescale", "FLOAT", "Give the result the spread of the unguided one; 0 is off.", 0.0, 0.0, 1.0, 0.05),
             HEAD_SET,
@@ -162,13 +163,13 @@ MODEL_NODES = (
     ),
     NodeSpec(
         "GenAttn_NAG", "NAG: Negative Prompt (GenAttn)", _CATEGORY,
-        "A negative prompt for distilled models at CFG 1: inside the attention over the text, without a second pass.",
+        "A negative prompt for distilled models at CFG 1. It acts inside the attention over the text, without a second pass.",
         ("nag", "normalized attention guidance", "negative prompt", "distilled", "turbo", "schnell", "cfg 1"),
         (
-            _MODEL, Field("negative", "CONDITIONING", "What is to be kept out: one encoded prompt."),
-            Field("nag_scale", "FLOAT", "How far away from the negative prompt; 0 for the family's own.", 0.0, 0.0, 30.0, 0.1),
-            Field("nag_tau", "FLOAT", "The most by which an answer may grow; 0 for the family's own.", 0.0, 0.0, 10.0, 0.1),
-            Field("nag_alpha", "FLOAT", "Share of the guided answer; 0 for the family's own.", 0.0, 0.0, 1.0, 0.01),
+            _MODEL, Field("negative", "CONDITIONING", "What to keep out of the picture: one encoded prompt."),
+            Field("nag_scale", "FLOAT", "How far to move away from it; 0: as the family has it.", 0.0, 0.0, 30.0, 0.1),
+            Field("nag_tau", "FLOAT", "How much the attention output may grow; 0: as the family has it.", 0.0, 0.0, 10.0, 0.1),
+            Field("nag_alpha", "FLOAT", "Share of the guided output; 0: as the family has it.", 0.0, 0.0, 1.0, 0.01),
             Field("start_percent", "FLOAT", "Act from this share of the sampling on.", 0.0, 0.0, 1.0, 0.01),
             Field("end_percent", "FLOAT", "Act up to this share of the sampling.", 1.0, 0.0, 1.0, 0.01),
         ),
@@ -179,11 +180,11 @@ MODEL_NODES = (
         "Video of any length from ComfyUI's own text-to-video Wan: as many frames as the latent has, a window at a time.",
         ("fifo", "long video", "endless video", "infinite", "context window", "freenoise"),
         (
-            Field("window", "INT", "Latent frames per forward; 21 are Wan's 81 frames.", 21, 2, 1024, 1),
+            Field("window", "INT", "Latent frames per window; Wan's 81 frames are 21.", 21, 2, 1024, 1),
             Field("latents_per_level", "INT", "Latents that share a noise level; 1 is FIFO-Diffusion.", 1, 1, 1024, 1),
             Field("lookahead", "BOOLEAN", "Every latent sees half a window of cleaner ones; twice the work.", True),
             Field("eta", "FLOAT", "Share of fresh noise per step.", 0.0, 0.0, 1.0, 0.01),
-            Field("window_batch", "INT", "Windows per forward: throughput against memory.", 1, 1, 64, 1),
+            Field("window_batch", "INT", "Windows per model call: more is faster and takes more memory.", 1, 1, 64, 1),
         ),
         (Out("SAMPLER", "SAMPLER", "For SamplerCustom, with a schedule that falls to 0."),), fifo_sampler,
     ),
@@ -209,15 +210,16 @@ MODEL_NODES = (
     ),
     NodeSpec(
         "GenAttn_BlockProbe", "Block Probe (GenAttn)", _CATEGORY,
-        "Which blocks stand sparse attention: one forward, each block dense and under the pattern, the relative error of each.",
+        "Shows which blocks tolerate sparse attention: one model call computes each block dense and sparse, and gives the "
+        "relative error of each.",
         ("error", "probe", "quality", "which blocks", "profile"),
         (
-            _MODEL, Field("positive", "CONDITIONING", "What the model is told."), _LATENT,
-            Field("sigma", "FLOAT", "Noise level of the forward.", 0.5, 0.001, 1.0, 0.01), SEED,
+            _MODEL, Field("positive", "CONDITIONING", "The encoded prompt."), _LATENT,
+            Field("sigma", "FLOAT", "Noise level at which the model is called.", 0.5, 0.001, 1.0, 0.01), SEED,
         ),
         (
             Out("IMAGE", "IMAGE", "Error per block."),
-            Out("json", "STRING", "Block, error, density, and why not, per block."),
+            Out("json", "STRING", "For each block its error and density, or why it stayed dense."),
             Out("worst", "FLOAT", "Largest relative error."),
         ),
         block_probe, is_output=True,
@@ -228,11 +230,11 @@ MODEL_NODES = (
         "with pattern profile. Do it once per model and size.",
         ("profile", "map", "measure", "attention map", "per head"),
         (
-            _MODEL, Field("positive", "CONDITIONING", "What the model is told."),
-            Field("negative", "CONDITIONING", "What the model is not to show."), _LATENT, SEED,
-            Field("sampling_steps", "INT", "Steps of each run; fewer than usual will do.", 8, 2, 200, 1),
+            _MODEL, Field("positive", "CONDITIONING", "The encoded prompt."),
+            Field("negative", "CONDITIONING", "The encoded negative prompt."), _LATENT, SEED,
+            Field("sampling_steps", "INT", "Steps of each run; fewer than usual are enough.", 8, 2, 200, 1),
             Field("cfg", "FLOAT", "Classifier-free guidance of the runs.", 1.0, 1.0, 30.0, 0.1),
-            Field("runs", "INT", "Runs, each with other noise; two more check the map.", 2, 2, 16, 1),
+            Field("runs", "INT", "Runs, each with other noise. Two more runs check the map.", 2, 2, 16, 1),
             Field("density", "FLOAT", "Share of the scores that the map visits.", 0.3, 0.02, 1.0, 0.01),
             Field("name", "STRING", "File in ComfyUI's output folder.", "genattn_map"),
         ),
@@ -245,8 +247,8 @@ MODEL_NODES = (
     ),
     NodeSpec(
         "GenAttn_Report", "Attention Report (GenAttn)", _CATEGORY,
-        "After the sampler: what ran sparse at what density in what time, every reason for a dense call, and whether another "
-        "node took the attention override away.",
+        "Reports after the sampler what ran sparse, at what density and in what time, why other calls stayed dense, and "
+        "whether another node replaced the attention override.",
         ("report", "density", "timing", "why dense", "statistics"),
         (_MODEL, Field("latent", "LATENT", "The sampler's result, which makes this node run after it.")),
         (

@@ -15,7 +15,9 @@ _CATEGORY = "GenAttn/diffusers"
 _PIPE = Field("pipe", "GENATTN_PIPE", "A diffusers pipeline from Load Pipeline.")
 _PIPE_OUT = Out("PIPE", "GENATTN_PIPE", "The pipeline with its settings; the model itself is untouched between samplings.")
 _PROMPT = Field("prompt", "STRING", "What to show.", "a red circle moves right on a dark background", multiline=True)
-_NEGATIVE = Field("negative", "STRING", "What to avoid (by NAG at guidance scale 1); empty for none.", "", multiline=True)
+_NEGATIVE = Field(
+    "negative", "STRING", "What to avoid (through NAG if the guidance scale is 1); empty for nothing.", "", multiline=True
+)
 _SIZES = (
     Field("height", "INT", "Pixels; 0 for what the model was made for.", 0, 0, 8192, 8),
     Field("width", "INT", "Pixels; 0 for what the model was made for.", 0, 0, 8192, 8),
@@ -23,8 +25,8 @@ _SIZES = (
     Field("guidance_scale", "FLOAT", "Classifier-free guidance; 0 for the model's.", 0.0, 0.0, 50.0, 0.1),
 )
 _FRAMES = Field("frames", "INT", "Frames; 0 for what the model was made for.", 0, 0, 10_000, 1)
-_FPS = Field("fps", "FLOAT", "Frames a second; 0 for the model's.", 0.0, 0.0, 240.0, 1.0)
-_REPORT_OUT = Out("report", "STRING", "What ran sparse, at what density, and why not the rest.")
+_FPS = Field("fps", "FLOAT", "Frames per second; 0 for the model's.", 0.0, 0.0, 240.0, 1.0)
+_REPORT_OUT = Out("report", "STRING", "What ran sparse, at what density, and why the rest stayed dense.")
 
 
 def load_pipeline_node(model: str, dtype: str, device: str, offline: bool) -> tuple[Any, ...]:
@@ -120,9 +122,9 @@ PIPE_NODES = (
         ("diffusers", "load", "pipeline", "from_pretrained"),
         (
             Field("model", "STRING", "Folder or hub id; empty for the shipped tiny-wan.", ""),
-            Field("dtype", "COMBO", "Of the weights.", "auto", options=("auto", "float32", "float16", "bfloat16")),
+            Field("dtype", "COMBO", "Number type of the weights.", "auto", options=("auto", "float32", "float16", "bfloat16")),
             Field("device", "COMBO", "Where it runs.", "auto", options=("auto", "cpu", "cuda", "mps")),
-            Field("offline", "BOOLEAN", "Take hub ids only from what is on this machine.", True),
+            Field("offline", "BOOLEAN", "Use only what is already on this machine; ask no hub.", True),
         ),
         (_PIPE_OUT,), load_pipeline_node, reads=("model",),
     ),
@@ -132,7 +134,8 @@ PIPE_NODES = (
         ("radial attention", "neighborhood attention", "softpag", "pag", "seg", "apply"),
         (
             _PIPE, *SPARSE,
-            Field("method", "COMBO", "Head guidance.", "none", options=("none", *METHODS)), *HEADS, TARGET, HEAD_SET,
+            Field("method", "COMBO", "Guidance by disturbed heads or layers.", "none", options=("none", *METHODS)),
+            *HEADS, TARGET, HEAD_SET,
             *LATER,
         ),
         (_PIPE_OUT,), apply_node, check=check_sparse, reads=("path",),
@@ -159,7 +162,7 @@ PIPE_NODES = (
         (
             _PIPE, _PROMPT, _NEGATIVE, SEED,
             Field("frames", "INT", "Frames of the film.", 121, 1, 100_000, 1), *_SIZES,
-            Field("partitions", "INT", "Windows in the queue; more means smaller steps in noise.", 4, 1, 64, 1),
+            Field("partitions", "INT", "Windows in the queue; more mean smaller noise steps and more work.", 4, 1, 64, 1),
             Field("lookahead", "BOOLEAN", "Every latent sees half a window of cleaner ones; twice the work.", True),
             Field("ouroboros", "BOOLEAN", "Coherent tail, subject attention and memory of Ouroboros-Diffusion.", False),
             _FPS,

@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4, help="blocks of the video DiT")
     parser.add_argument("--latent", type=int, default=32, help="height and width of the motion UNet's latents")
-    parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 256), help="of the motion UNet")
+    parser.add_argument("--channels", type=int, nargs="+", default=(64, 128, 256, 256), help="channels of the motion UNet")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--note", default="", help="written into every row, e.g. that the machine was busy")

@@ -15,8 +15,8 @@ from genattn.errors import GenAttnError
 
 ABOUT = (
     "# genattn\n"
-    "Sparse attention, head-level guidance and endless video on **stock** diffusers pipelines."
-    " Every run returns its seed and a report."
+    "Sparse attention, guidance by single attention heads and videos of any length, on **stock** diffusers pipelines."
+    " Every run shows its seed and a report."
 )
 
 

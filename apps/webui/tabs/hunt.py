@@ -77,21 +77,21 @@ def _fields(session: Session, names: Sequence[str], moving: bool) -> dict[str, A
     """The verb's fields in its order. moving: for models that make videos."""
     tiny = all(name.startswith("tiny-") for name in names)
     model = model_choice(session, names)
-    prompts = prompt_box(_moving(PROMPTS) if moving else PROMPTS, "Prompts, one a line", 4)
+    prompts = prompt_box(_moving(PROMPTS) if moving else PROMPTS, "Prompts, one per line", 4)
     objectives = gr.Dropdown(
         list(OBJECTIVES),
         value=[CAPTION_MATCH] if tiny else ["unclipped", "contrast"],
         multiselect=True,
-        label="Objectives, maximised",
+        label="What to look for (maximised)",
         info="A statistic alone is easily gamed (the sharpest picture is noise): pair it with unclipped or with a scorer.",
     )
     with gr.Row():
         rounds = gr.Number(1, label="Rounds", precision=0, minimum=1, min_width=80)
-        top_k = gr.Number(2, label="Heads a round", precision=0, minimum=1, min_width=80)
+        top_k = gr.Number(2, label="Heads per round", precision=0, minimum=1, min_width=80)
         scale = gr.Number(3.0, label="Guidance strength", min_width=80)
     with gr.Accordion("More", open=False):
         pool = gr.Textbox("", label="Heads to choose from", placeholder="all; or e.g. L2-5")
-        u = gr.Slider(0, 1, 1.0, step=0.05, label="u while searching")
+        u = gr.Slider(0, 1, 1.0, step=0.05, label="How strongly heads are disturbed (u)")
         target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
         batch = gr.Slider(1, 16, 4, step=1, label="Candidates per model call")
         sheet = gr.Checkbox(True, label="Draw every head's picture: the contact sheet")
@@ -110,7 +110,7 @@ def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], C
         with gr.Column(min_width=240):
             latest = picture("Just made", *small, type="numpy", buttons=[], height=300)
     table = gr.Dataframe(headers=["round", "heads", "score"], interactive=False, label="Rounds", elem_id="hunt-rounds")
-    contact = picture("Contact sheet: each head perturbed alone", type="filepath", elem_id="contact-sheet")
+    contact = picture("Contact sheet: one picture for each head disturbed", type="filepath", elem_id="contact-sheet")
     with gr.Row(elem_classes="tight"):
         found = gr.Textbox(label="Heads found", interactive=False, scale=3, elem_id="heads-found")
         use = gr.Button("Use in Image", scale=1, min_width=120, elem_id="use-heads")

@@ -89,7 +89,7 @@ def _fields(session: Session, names: Sequence[str]) -> tuple[dict[str, Any], gr.
     seed, fresh = seed_fields()
     with gr.Accordion("More", open=False):
         target = gr.Dropdown([t for t in TARGETS if t != "skip"], value="identity", label="Target")
-        negative = prompt_box("", label="Negative prompt (at guidance scale 1 by NAG)", lines=1)
+        negative = prompt_box("", label="Negative prompt (through NAG if the guidance scale is 1)", lines=1)
         sizes = size_fields(session, names[0], "steps")
         upload = local_file("Head set (JSON)", [".json"], elem_id="head-set")
     fields = {"prompt": prompt, "heads": heads, "u": u, "scale": scale, "target": target, "seed": seed, "randomize_seed": fresh}

@@ -41,7 +41,10 @@ _SIZE = ("height", "width")
 def why_not_streaming() -> str | None:
     """None if segments can be joined into one stream (Gradio needs ffmpeg and ffprobe for that), else the reason."""
     missing = [name for name in ("ffmpeg", "ffprobe") if shutil.which(name) is None]
-    return f"{' and '.join(missing)} not found: the newest second is shown alone until the film is done" if missing else None
+    if not missing:
+        return None
+    shown = "only the newest second is shown until the film is done; install ffmpeg to see it grow"
+    return f"{' and '.join(missing)} not found: {shown}"
 
 
 def long_tab(session: Session) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     seed, fresh = seed_fields()
     with gr.Accordion("More", open=False):
         with gr.Row():
-            partitions = gr.Slider(1, 8, 1, step=1, label="Partitions: windows in the queue; 4 is the papers', slower")
+            partitions = gr.Slider(1, 8, 1, step=1, label="Partitions: windows in the queue; the papers use 4, which is slower")
             correction = gr.Slider(0, 1, 0, step=0.05, label="Drift correction")
         with gr.Row():
             lookahead = gr.Checkbox(False, label="Lookahead (twice the work, as in the papers)")

@@ -22,8 +22,8 @@ def mask_tab(session: Session) -> dict[str, Any]:
             model = gr.Dropdown([OWN_SHAPE, *PRESETS], value=OWN_SHAPE, label="Shape of", info="a model at its usual size")
             grid = gr.Textbox(GRID, label="Tokens: frames x height x width", elem_id="mask-grid")
             with gr.Row():
-                before = gr.Number(0, label="Text before", precision=0, minimum=0, min_width=90)
-                after = gr.Number(0, label="Text after", precision=0, minimum=0, min_width=90)
+                before = gr.Number(0, label="Text tokens before", precision=0, minimum=0, min_width=90)
+                after = gr.Number(0, label="Text tokens after", precision=0, minimum=0, min_width=90)
                 block = gr.Dropdown([32, 64, 128], value=64, label="Tile", min_width=90)
             query = gr.Textbox("", label="Token: frame x row x column", placeholder="the middle one", elem_id="mask-token")
             with gr.Accordion("More", open=False):
@@ -31,7 +31,7 @@ def mask_tab(session: Session) -> dict[str, Any]:
                     "", label="Pattern settings (JSON)", placeholder='{"decay": 0.5, "window": "box"}', lines=1
                 )
             go = gr.Button("Draw", variant="primary", elem_id="mask-go")
-            plan = picture("Tiles: rows queries, columns keys; dark full, light needs a mask", height=330)
+            plan = picture("Tiles: rows are queries, columns are keys. Dark: fully visible; light: needs a mask", height=330)
         with gr.Column(scale=3):
             figures = gr.HTML("")
             window = picture("What the red token sees: click on any token", "clickable", elem_id="mask-window")
@@ -75,7 +75,7 @@ def mask_tab(session: Session) -> dict[str, Any]:
 
 def _figures(facts: dict[str, Any]) -> str:
     shown = [
-        (f"{facts['density']:.1%}", "density: scores in visited tiles"),
+        (f"{facts['density']:.1%}", "density: share of the scores in visited tiles"),
         (f"{facts['attention_speedup']:.2f}x", "attention, predicted from work"),
         (f"{facts['mask_free']:.0%}", "of visited tiles need no mask"),
         (f"{facts['tokens']:,}", "tokens"),

@@ -150,7 +150,7 @@ def report_field(elem_id: str) -> gr.JSON:
 
 def cost_field(elem_id: str) -> gr.Markdown:
     """The line that says what a run would cost."""
-    return gr.Markdown("What will this cost? A change of the fields tells.", elem_id=elem_id, elem_classes="hint")
+    return gr.Markdown("Change a field to see what the run will cost.", elem_id=elem_id, elem_classes="hint")
 
 
 def wire_cost(

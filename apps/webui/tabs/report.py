@@ -14,7 +14,9 @@ KEPT = 50
 def report_tab(session: Session) -> dict[str, Any]:
     """Build the tab; returns the visitor's list and what must be called with each new report."""
     kept = gr.State([], time_to_live=24 * 3600)
-    gr.Markdown("Runs of this page, newest first. Click on a row for its full report; files stay on the server for a while.")
+    gr.Markdown(
+        "The runs of this page, newest first. Click on a row for its full report. Files stay on the server for a while."
+    )
     table = gr.Dataframe(headers=list(COLUMNS), interactive=False, elem_id="report-rows", wrap=True)
     with gr.Row():
         with gr.Column():

@@ -38,8 +38,8 @@ COLUMNS = ("attention", "seconds", "density", "psnr", "ssim", "peak_memory_gb")
 _ATTENTION = ("attention", "pattern_options", "dense_steps", "dense_layers")
 _SIZES = ("frames", "steps", "height", "width")
 ONE_RUN = (
-    "Seconds are of one run each after a warm-up, on this machine as busy as it is now; at small sizes attention is a small"
-    " part of a step. Figures with intervals: `genattn compare`."
+    "Seconds are of one run each after a warm-up, on this machine with whatever else it does now. At small sizes attention is"
+    " a small part of a step. `genattn compare` gives figures with intervals."
 )
 EXAMPLES = [
     [PROMPT, "radial", "", 0.25],
@@ -95,7 +95,7 @@ def _fields(session: Session, names: Sequence[str]) -> dict[str, Any]:
     seed, fresh = seed_fields()
     with gr.Accordion("More", open=False):
         options = gr.Textbox("", label="Pattern settings (JSON)", placeholder='{"decay": 0.5}', lines=1)
-        negative = prompt_box("", label="Negative prompt (at guidance scale 1 by NAG)", lines=1)
+        negative = prompt_box("", label="Negative prompt (through NAG if the guidance scale is 1)", lines=1)
         sizes = size_fields(session, names[0], "frames", "steps")
     fields = {"prompt": prompt, "attention": attention, "pattern_options": options}
     fields |= {"dense_steps": dense_steps, "dense_layers": dense_layers, "seed": seed, "randomize_seed": fresh}
@@ -108,9 +108,11 @@ def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], C
     run = run_row("Make both clips", "video")
     both = gr.HTML(EMPTY, elem_id="video-player")
     figures = gr.HTML("")
-    strip = picture("Film strip: the same frames dense, sparse, and what differs", type="filepath", elem_id="film-strip")
+    strip = picture("Film strip: the same frames dense and sparse, and their difference", type="filepath", elem_id="film-strip")
     layers = picture(
-        "Tiles that each layer visited in the last step: rows queries, columns keys", type="filepath", elem_id="layer-map"
+        "Tiles that each layer visited in the last step: queries down, keys across",
+        type="filepath",
+        elem_id="layer-map",
     )
     with gr.Accordion("The clips as files", open=False):
         with gr.Row():
