@@ -32,7 +32,7 @@ LEFT_OUT = ("apps/laboratory", "apps/pages", "apps/bench/gpu", "pipelines/tiny/s
 
 # the tests that read the sources, and so run no line: of what stands there when a module is imported
 _READING = "tests/test_defaults.py"
-_QUICK = 20  # so many tests come first, and alone: most mutants end there, before the others are collected
+_QUICK = 10  # so many tests come first, and alone: most mutants end there, before the others are collected
 
 
 def mutants_of(root: Path, file: str) -> list[Mutant]:
@@ -102,7 +102,7 @@ def rounds_for(root: Path, mutant: Mutant, covering: Covering | None, seconds: f
     if covering is None:
         return [nearest]
     found, are_all = covering.tests(mutant)
-    tests = covering.order(found, seconds)
+    tests = covering.order(found, seconds, nearest)
     if not are_all and (root / _READING).is_file():
         tests.insert(0, _READING)
     if are_all:  # of the nearest, the tests whose lines the record cannot know

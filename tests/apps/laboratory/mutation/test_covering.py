@@ -103,6 +103,7 @@ def test_the_tests_of_a_line(recorded: Covering, line: int, names: list[str], ar
 def test_files_take_turns_and_the_seconds_are_a_limit(recorded: Covering, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "seconds", {"a::1": 1.0, "a::2": 2.0, "b::3": 5.0, "b::4": 30.0})
     assert recorded.order(["b::4", "b::3", "a::2", "a::1"], 60) == ["a::1", "b::3", "a::2", "b::4"]
+    assert recorded.order(["b::4", "b::3", "a::2", "a::1"], 60, ["b"]) == ["b::3", "a::1", "b::4", "a::2"], "what is near"
     assert recorded.order(["b::4", "b::3", "a::2", "a::1"], 7) == ["a::1", "b::3"]
 
 
