@@ -1,4 +1,5 @@
-"""What a call does when it says nothing: every default of a public class or function, as written down in defaults.txt.
+"""What a call does when it says nothing: every default of a public class or function and every public constant, as written
+down in defaults.txt.
 
 A default is a promise that no other test may meet. Where one is meant to change: tests/test_defaults.py > tests/defaults.txt
 """
@@ -94,6 +95,15 @@ def _parameters(node: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
     yield from ((arg.arg, value) for arg, value in zip(named.kwonlyargs, named.kw_defaults, strict=True) if value is not None)
 
 
+def _constants(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    for node in body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id.isupper() and not target.id.startswith("_"):
+            parts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            if any(isinstance(part, int | float) for part in parts):  # tables of words are read where they are used
+                yield target.id, node.value  # type: ignore[union-attr, misc]
+
+
 def _public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, str]]:
     """(name, defaults) of every class and function that has some."""
     for node in body:
@@ -106,8 +116,10 @@ def _public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def written() -> dict[str, str]:
-    """Every public name with its defaults, as they stand in the code."""
-    return {f"{file}: {name}": told for file, tree in _trees() for name, told in _public(tree.body) if told}
+    """Every file's constants and public names with their defaults, as they stand in the code."""
+    found = {f"{file}: ": _told(_constants(tree.body)) for file, tree in _trees()}
+    found |= {f"{file}: {name}": told for file, tree in _trees() for name, told in _public(tree.body)}
+    return {name: told for name, told in sorted(found.items()) if told}
 
 
 def test_defaults_are_those_that_were_promised() -> None:

@@ -93,6 +93,8 @@ def run_tests(root: Path, tests: list[str], timeout: float) -> tuple[str, str]:
     if done.returncode == 0:
         return "passed", ""
     failing = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if not failing and "ERROR: not found: " in done.stderr:
+        raise GenAttnError(f"the record must be of these tests, got one of others; record it anew: {done.stderr[:300]}")
     return "failed", failing[0] if failing else done.stdout[-300:] + done.stderr[-300:]
 
 

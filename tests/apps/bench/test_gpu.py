@@ -23,6 +23,7 @@ from genattn.apps.bench.timing import interleaved, timed
 from genattn.apps.bench.verdict import write_verdict
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
+from genattn.planning.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[3]
 TOY = AttentionCase("toy", (5, 8, 8), RadialPattern(), 5, 2, 16, torch.float32)
@@ -143,6 +144,18 @@ def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
 def test_what_no_longer_fits_the_time_is_named(tmp_path: Path) -> None:
     assert run_jobs([("late", lambda: [{"case": "late"}])], tmp_path / "rows.csv", FACTS, 0.0) == ["late"]
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_shapes_of_a_step_are_those_of_the_models() -> None:
+    """Wan 2.1 14B on 81 frames of 720 x 1280 and HunyuanVideo on 129, as their presets have them."""
+    for shape, name in ((WAN_14B, "wan-14b"), (HUNYUAN, "hunyuan-video")):
+        known = PRESETS[name]
+        layout = known.layout((720, 1280), known.frames)
+        assert (shape.grid, shape.heads, shape.head_dim) == (layout.grid, known.heads, known.head_dim)
+        assert (shape.hidden, shape.blocks) == (known.ffn, known.layers)
+        assert (shape.text, shape.context) == (known.joint_tokens, known.cross_tokens)
+    assert HUNYUAN.longer(4).grid == (129, 45, 80)
+    assert HUNYUAN.longer(4).name == "hunyuan 720p 4x"
 
 
 def test_a_denoising_step_of_both_kinds(tmp_path: Path) -> None:

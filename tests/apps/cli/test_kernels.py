@@ -35,3 +35,12 @@ def test_bench_takes_every_backend_it_can_measure_and_no_other(tmp_path: Path, m
     with pytest.raises(GenAttnError, match="--impl must be one of auto, triton, .*, natten, got nonsense"):
         bench_attention_command(quick=True, impl=["nonsense"], out=tmp_path / "a.csv")
     assert len(asked) == 1
+
+
+def test_doctor_takes_every_head_that_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for head_dim in (1, 4096):
+        doctor_command(head_dim=head_dim, as_json=True)
+        assert json.loads(capsys.readouterr().out)["backends"]["reference"] is None
+    for head_dim in (0, 4097):
+        with pytest.raises(GenAttnError, match=f"--head-dim must be >= 1 and at most 4096, got {head_dim}"):
+            doctor_command(head_dim=head_dim)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from genattn.apps.comfyui import pipes
+from genattn.apps.comfyui import pictures, pipes
 from genattn.apps.comfyui.hosts.call import RawCall, call_mask, core_attention, preference, preferred_of, takes_holders
 from genattn.apps.comfyui.hosts.families import HOSTS, host_of, served
 from genattn.apps.comfyui.hosts.host import Entry
@@ -18,6 +18,7 @@ from genattn.apps.comfyui.patching.seam import Override
 from genattn.apps.comfyui.pipe_nodes import long_video_node
 from genattn.errors import GenAttnError
 from genattn.layouts.families import FAMILIES
+from genattn.patterns.dense import DensePattern
 
 
 def stand_in(name: str, **fields: Any) -> Any:
@@ -205,6 +206,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     module("comfy")
     module("comfy.utils", ProgressBar=lambda total: SimpleNamespace(update_absolute=lambda *told: None))
+    module("comfy.samplers")
     module("comfy_api")
     module("comfy_api.latest", VideoFromFile=lambda path: path)
     module(
@@ -238,3 +240,13 @@ def test_a_long_video_is_pictures_from_black_to_white(monkeypatch: pytest.Monkey
     }  # fmt: skip
     assert not {"height", "num_inference_steps", "guidance_scale"} & set(asked)
     assert asked["ouroboros"] is not None
+
+
+@pytest.mark.usefixtures("comfy")
+@pytest.mark.parametrize(
+    ("sigma", "message"), [(0.0, "sigma must lie in"), (1.01, "got 1.01"), (1.0, "is dense"), (0.01, "is dense")]
+)
+def test_a_noise_level_to_probe_at(sigma: float, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "sparse_of", lambda model: SimpleNamespace(pattern=DensePattern()))
+    with pytest.raises(GenAttnError, match=message):
+        pictures.probe_blocks(None, None, torch.zeros(1), sigma, 0)

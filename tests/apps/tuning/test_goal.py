@@ -139,3 +139,11 @@ def test_budgets_as_people_write_them(text: str, value: float) -> None:
 def test_goals_that_are_refused(make: object, says: str) -> None:
     with pytest.raises(GenAttnError, match=says):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("goal", "expected"), [(Goal(budget=1.5), "near"), (Goal(min_psnr=20), "fast")])
+def test_a_goal_of_speed_alone_takes_the_nearest_and_any_other_the_fastest(goal: Goal, expected: str) -> None:
+    rows = [row("fast", 3.0, 25.0), row("near", 1.6, 40.0)]
+    found = choose(rows, goal)
+    assert found is not None
+    assert found.name == expected

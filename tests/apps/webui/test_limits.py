@@ -35,6 +35,8 @@ def test_prompts() -> None:
 def test_numbers_from_a_form() -> None:
     assert whole("seed", 12.0, 0) == 12
     assert whole("seed", None, 0, 7) == 7
+    assert whole("seed", 0, 0) == 0
+    assert whole("seed", None, 3, 0) == 0
     assert number("u", 0.5) == 0.5
     assert number("u", None, 1.0) == 1.0
     for wrong in (None, "12", 1.5, float("nan"), float("inf"), True, [1]):

@@ -8,10 +8,11 @@ from hypothesis import given, settings, strategies as st
 
 from genattn.apps.webui.verbs.head_map import cell_size, draw_head_map, head_at, read_heads, toggle_head, write_heads
 from genattn.apps.webui.verbs.limits import Limits
-from genattn.apps.webui.verbs.masks import FrameSheet, clicked_token, mask, preset_shape, read_token
+from genattn.apps.webui.verbs.masks import FrameSheet, _draw_tiles, clicked_token, mask, preset_shape, read_token
 from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
+from genattn.patterns.dense import DensePattern
 from genattn.planning.show import visible_from
 
 
@@ -143,3 +144,9 @@ def test_half_the_largest_score_is_half_the_colour() -> None:
     picture = np.asarray(draw_head_map({0: 3}, {}, {(0, 0): 2.0, (0, 1): 4.0, (0, 2): -2.0})).astype(float)
     half, whole, _ = (picture[26 + 22, 46 + 44 * head + 22] for head in range(3))
     assert np.abs((255 + whole) / 2 - half).max() <= 1
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(10, 24), (30, 14), (420, 1), (900, 1)])
+def test_a_tile_is_as_large_as_the_picture_lets_it(side: int, pixels: int) -> None:
+    drawn = _draw_tiles(DensePattern(), TokenLayout.from_grid((1, 1, side)), 1)
+    assert drawn.size == (side * pixels + 2, side * pixels + 2)

@@ -13,6 +13,7 @@ from genattn.errors import GenAttnError
 from genattn.geometry import plan_build
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.reference.attention import visible_mask
 from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.global_tokens import GlobalTokens
@@ -169,6 +170,10 @@ def test_bad_settings() -> None:
         GlobalTokens(DensePattern(), every=(1, 0, 2))
     with pytest.raises(GenAttnError, match=r"between -5 and 4, got \[5\]"):
         GlobalTokens(DensePattern(), frames=(0, 5)).plan(VIDEO)
+    with pytest.raises(GenAttnError, match=r"between -5 and 4, got \[-6\]"):
+        GlobalTokens(DensePattern(), frames=(0, -6)).plan(VIDEO)
+    first, last = (GlobalTokens(NeighborhoodPattern(3), frames=frames).plan(VIDEO) for frames in ((0, -1), (-5, 4)))
+    assert torch.equal(visible_mask(first), visible_mask(last)), "both ends are frames"
 
 
 def test_two_patterns_of_different_heads_share_lists() -> None:

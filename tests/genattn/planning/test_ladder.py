@@ -121,6 +121,11 @@ def test_break_even_grows_with_what_is_left_and_falls_with_the_model() -> None:
     assert break_even("cuda", "triton", 0.5, heads=40).tokens < break_even("cuda", "triton", 0.5, heads=8).tokens
     assert break_even("cuda", "triton", 0.99).tokens > 10**9
     assert break_even("tpu", "x", 0.5).source == "cost model for tpu, not measured"
+    # 2e-4 s at 1e14 a second are 2e10 operations; a token pays 4 * 12 * 128 / 2 for each token: sqrt(2e10 / 3072) = 2551.6
+    assert break_even("tpu", "x", 0.5).tokens == 2560
+    assert break_even("tpu", "x", 0.5, chooses=True).tokens == 5120
+    assert break_even("tpu", "x", 0.95).tokens < 1 << 20
+    assert break_even("cpu", "cpu", 1.0).tokens == 1 << 62
     with pytest.raises(GenAttnError, match=r"density must be a share of the scores in \(0, 1\], got 0.0"):
         break_even("cpu", "cpu", 0.0)
 

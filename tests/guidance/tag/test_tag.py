@@ -117,3 +117,11 @@ def test_refuses_other_shapes() -> None:
         amplified(torch.zeros(1, 4, 8, 6), torch.zeros(1, 4, 8, 8), 1.2)
     with pytest.raises(GenAttnError, match="TAG needs predictions of the latents' shape"):
         amplified(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8, 8), 1.2)
+
+
+def test_small_latents_have_a_direction_too_and_none_at_all_has_none() -> None:
+    prediction = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    latents = torch.tensor([[0.0, 0.25], [0.0, 0.0]])
+    expected = torch.tensor([[2.0, 2.0], [6.0, 8.0]], dtype=torch.float64)
+    assert torch.allclose(amplify_reference(prediction, latents, 2.0), expected)
+    assert torch.allclose(amplify(prediction, latents, 2.0), expected.float())

@@ -153,3 +153,13 @@ def test_no_channels_left_is_refused(vae, channels):
 def test_no_channels_to_add_is_refused(vae):
     with pytest.raises(GenAttnError, match="channels must be >= 1, got 0"):
         tiny_vae.widen_latents(vae, 0)
+
+
+def test_near_an_object_is_within_two_pixels() -> None:
+    clips = torch.zeros(1, 3, 1, 12, 12)
+    clips[0, 1, 0, 6, 5] = 0.11
+    expected = torch.zeros(12, 12)
+    expected[4:9, 3:8] = 1
+    assert torch.equal(tiny_vae._near_objects(clips)[0, 0, 0], expected)
+    clips[0, 1, 0, 6, 5] = 0.09
+    assert not tiny_vae._near_objects(clips).any()

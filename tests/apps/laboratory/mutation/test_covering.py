@@ -120,6 +120,11 @@ def test_a_mutant_is_killed_from_afar(recorded: Covering) -> None:
     assert (row["verdict"], row["by"]) == ("killed", "tests/far/test_low.py::test_high")
 
 
+def test_a_test_that_is_gone_is_no_kill(recorded: Covering) -> None:
+    with pytest.raises(run.GenAttnError, match="record it anew: ERROR: not found: .*test_low.py::test_gone"):
+        run.run_tests(recorded.root, ["tests/far/test_low.py::test_gone"], 60)
+
+
 def test_a_record_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("")
     with pytest.raises(run.GenAttnError, match=r"must be files that a recorded run of pytest wrote, got .*\.coverage"):
