@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genattn.apps.cli import options
-from genattn.apps.cli.printing import print_json, print_lines, print_table
+from genattn.apps.cli.printing import in_print, print_json, print_lines, print_table
 from genattn.apps.cli.progress import progress_bar
 from genattn.apps.sampling.prompt_file import read_prompts
 from genattn.errors import GenAttnError
@@ -180,7 +180,7 @@ def _show(found: Any, out: Path, as_json: bool) -> None:
             for i, r in enumerate(notes["rounds"])
         ]
     )
-    lines = [f"unguided: {notes['baseline']}", f"stopped: {notes['stopped']}", f"head set: {out}"]
+    lines = [f"unguided: {in_print(notes['baseline'])}", f"stopped: {notes['stopped']}", f"head set: {out}"]
     if notes["held_out"]:
         told = [
             f"{n} {g:+.4f} [{notes['held_out']['low'][n]:+.4f}, {notes['held_out']['high'][n]:+.4f}]"

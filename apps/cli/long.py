@@ -9,7 +9,7 @@ import typer
 from tqdm import tqdm
 
 from genattn.apps.cli import options
-from genattn.apps.cli.printing import print_json, print_lines, print_table
+from genattn.apps.cli.printing import in_print, in_words, print_json, print_lines, print_table
 from genattn.apps.cli.stopping import say_when_stopped
 from genattn.errors import GenAttnError
 
@@ -82,7 +82,8 @@ def long_command(
     if as_json:
         print_json(asdict(result))
     else:
-        print_lines(*(f"{name}: {value}" for name, value in asdict(result).items() if name != "video"))
+        told = {name: value for name, value in asdict(result).items() if name != "video" and value not in (None, {})}
+        print_lines(*(f"{in_words(name)}: {in_print(value)}" for name, value in told.items()))
     if result.stopped == "interrupted":
         from genattn.pipelines.long_video.run_stop import StopRequest
 
@@ -166,9 +167,10 @@ def measure_command(
     if as_json:
         print_json(found | {"metadata": metadata})
         return
-    print_table([{"measure": name, "value": value} for name, value in _flat(found)], str(file))
+    print_table([{"measure": in_words(name), "value": value} for name, value in _flat(found)], str(file))
     if metadata:
-        print_lines("made with: " + ", ".join(f"{name} {value}" for name, value in metadata.items()))
+        kept = {name: value for name, value in metadata.items() if value not in (None, "", "None")}
+        print_lines("made with: " + in_print(kept))
 
 
 def _flat(found: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -48,7 +48,23 @@ def simulate_command(
     if as_json:
         print_json(asdict(found))
     else:
-        print_table([{"bound": name, "value": value} for name, value in asdict(found).items()])
+        print_table(_bounds(found, attention_share))
+
+
+def _bounds(found: Any, attention_share: float) -> list[dict[str, Any]]:
+    """A simulation as people read it."""
+    tiles = {"query tile": found.tile_q, "key tile": found.tile_k}
+    faster = {"the scores wanted": found.flops, "slowest tile": found.worst_tile, "total work": found.total_work}
+    told = {"grid": _by(found.grid), **{name: "-" if tile is None else _by(tile) for name, tile in tiles.items()}}
+    told |= {f"attention faster at most, by {name}": f"{x:.2f}x" for name, x in faster.items() if x is not None}
+    if attention_share < 1:
+        told |= {
+            f"whole run faster at most, by {name}": f"{x:.2f}x"
+            for name, x in zip(("slowest tile", "total work"), found.end_to_end)
+        }
+    told |= {"scores computed": f"{found.density:.1%}", "visited tiles without a mask": f"{found.mask_free:.0%}"}
+    told |= {f"padding in {name}": f"{share:.1%}" for name, share in zip(("query tiles", "key tiles"), found.padding)}
+    return [{"": name, "value": value} for name, value in told.items()]
 
 
 def plan_command(

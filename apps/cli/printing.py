@@ -15,11 +15,43 @@ def print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=2, default=str))
 
 
+# names of the JSON reports as people read them; any other is shown with spaces in the place of underscores
+_WORDS = {
+    "n": "clips",
+    "speedup": "times as fast",
+    "density": "scores computed",
+    "peak_memory_gb": "peak GB",
+    "psnr": "PSNR dB",
+    "ssim": "SSIM",
+    "fps": "frames per second",
+}
+
+
+def in_words(name: str) -> str:
+    """The name of a column or measure for people."""
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def in_print(value: Any) -> str:
+    """A value for people: no long decimals, no brackets, nothing for what is not there."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{in_words(str(name))} {in_print(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(in_print, value)) or "none"
+    return str(value)
+
+
 def print_table(rows: Sequence[Mapping[str, Any]], title: str = "", names: Iterable[str] | None = None) -> None:
-    """Rows as a table; `NAME_low` and `NAME_high` are shown as an interval behind NAME."""
+    """Rows as a table, headed in words; `NAME_low` and `NAME_high` are shown as an interval behind NAME."""
     shown = [name for name in (names or rows[0]) if any(name in row for row in rows)]
     shown = [name for name in shown if not name.endswith(("_low", "_high"))]
-    table = Table(*shown, title=title or None)
+    table = Table(*map(in_words, shown), title=title or None)
     for row in rows:
         table.add_row(*(_cell(row, name) for name in shown))
     _console().print(table)
@@ -47,10 +79,7 @@ def _console() -> Console:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None:
-        return "-"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = in_print(row.get(name))
     return f"{text} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]" if f"{name}_low" in row else text
 
 
@@ -64,7 +93,7 @@ def print_clips(report: Mapping[str, Any]) -> None:
             {**run, **{name: {1.0: "yes", 0.0: "no"}.get(oracle[name], oracle[name]) for name in judged if name in oracle}}
         )
     title = f"{report['prompt']!r}, seed {report['seed']}, {report['num_inference_steps']} steps, {report['device']}"
-    print_table(rows, title, ["attention", "seconds", "density", "peak_memory_gb", "psnr", "ssim", *judged])
+    print_table(rows, title, ["attention", "seconds", "speedup", "density", "peak_memory_gb", "psnr", "ssim", *judged])
     print_lines(*(run["preset"] for run in report["runs"] if run.get("preset")))
     print_lines(*(f"note: {line}" for line in [*report["warnings"], *(n for run in report["runs"] for n in run["notes"])]))
     print_lines("wrote " + ", ".join([*report["files"], str(Path(report["files"][0]).with_suffix(".json"))]))

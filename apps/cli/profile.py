@@ -58,6 +58,6 @@ def profile_command(
     if as_json:
         print_json({"map": str(found.path), "density": found.density, "prompts": len(texts), "layers": rows})
         return
-    title = f"{found.map.header.model}: {found.density:.1%} of the scores, skipped cells stood in for"
+    title = f"{found.map.header.model}: {found.density:.1%} of the scores, means stand in for the rest"
     print_table([{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows], title)
     print_lines(f"map: {found.path}", *([f"picture: {picture}"] if picture is not None else []))

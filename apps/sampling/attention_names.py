@@ -140,9 +140,12 @@ def pattern_from_name(
         if window or stride:
             raise GenAttnError(f"--window and --stride belong to {WINDOWED}, got the map {name}")
         return _profile(**_settings(options), path=name.removeprefix("profile:"))
+    base = WINDOWED if base == "gna" else base  # what `genattn.apply` calls it
     if base not in ATTENTIONS:
         known = f"{AUTO}, {', '.join(ATTENTIONS)} or a map.safetensors"
-        raise GenAttnError(f"--attention must be one of {known}, got {name!r}")
+        near = difflib.get_close_matches(base, [AUTO, *ATTENTIONS], n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise GenAttnError(f"--attention must be one of {known}, got {name!r}{guess}")
     if spec:
         window, stride = _one_way(name, spec, window, stride)
     settings = _settings(options)
@@ -172,6 +175,7 @@ def attention_from_name(
     given = [option for option, value in told.items() if value]
     if name == AUTO and given:
         raise GenAttnError(f"{AUTO} takes its settings from the model's preset, got {', '.join(given)}; name the pattern too")
+    name = WINDOWED if name == "gna" else name
     return _BY_MODEL[name] if name in _BY_MODEL and not given else pattern_from_name(name, options, window, stride)
 
 
@@ -193,6 +197,9 @@ def _settings(options: str | None) -> dict[str, Any]:
     text = options.strip()
     if not text.startswith(("{", "[")) and "=" in text:
         pairs = [part.partition("=") for part in text.split(",")]
+        bare = next((key for key, sign, _ in pairs if not sign), None)
+        if bare is not None:
+            raise GenAttnError(f"--pattern-options must be KEY=VALUE pairs, got {bare!r} alone; write a shape as 5x9x9")
         return {key.strip(): _value(value.strip()) for key, _, value in pairs}
     try:
         found = json.loads(text)

@@ -153,6 +153,7 @@ def _row(result: RunResult, dense: list[RunResult], request: GenerateRequest) ->
     if result.preset:
         row["preset"] = result.preset
     if dense and result is not dense[0]:
+        row["speedup"] = round(dense[0].seconds / result.seconds, 3)
         row["psnr"] = round(psnr(result.frames, dense[0].frames), 2)
         row["ssim"] = round(ssim(result.frames, dense[0].frames), 4)
     if is_tiny_world(request.settings.model):

@@ -11,6 +11,7 @@
 Each gives a pattern, a schedule and a line that says which preset it is and why.
 """
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,9 +70,12 @@ def rung(name: str, model: Model) -> Rung:
         return Rung(pattern, {}, f"map {path}: {made.prompts} prompts, {made.target_density:.0%} of the scores")
     if name in PUBLISHED:
         return Rung(published(name), {}, f"{name}: the published rule with its own settings; no preset of the model is used")
-    makers = {"radial": _radial, "gna": _gna, "adaptive": _adaptive, "auto": _auto}
+    # "neighborhood" is what the command line calls "gna"
+    makers = {"radial": _radial, "gna": _gna, "neighborhood": _gna, "adaptive": _adaptive, "auto": _auto}
     if name not in makers:
-        raise GenAttnError(f"a pattern's name must be one of {', '.join(LADDER)}, got {name!r}")
+        near = difflib.get_close_matches(name, [*makers, *PUBLISHED], n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise GenAttnError(f"a pattern's name must be one of {', '.join(LADDER)}, got {name!r}{guess}")
     return makers[name](model, recognise(model.name, model.heads, model.layers, model.components))
 
 

@@ -46,8 +46,8 @@ def apply(
     with `schedule`, or with settings of Schedule by name: `apply(pipe, RadialPattern(), dense_steps=0.25, dense_layers=1)`.
     A name stands for the model's own preset: "radial", "gna", "adaptive", "profile:PATH" (or a path that ends in .safetensors),
     or "auto", dense where a sparse call would not be faster; settings by name win over the preset's. "sol", "sparge"
-    and "svg2" are published rules of choice. "settings:PATH" stands for all plugins in a file of `genattn tune` or of
-    `PluginConfig`. impl: backend of the patterns, as in `genattn.attention`.
+    and "svg2" are published rules of choice. "settings:PATH" (or a path that ends in .json) stands for all plugins in a file
+    of `genattn tune` or of `PluginConfig`. impl: backend of the patterns, as in `genattn.attention`.
 
     Raises GenAttnError, before anything is changed, when a plugin cannot serve one of the models.
     """
@@ -64,7 +64,7 @@ def apply(
     parts = tuple(getattr(target, "components", None) or ())
     ready: list[Plugin] = []
     for p in plugins:
-        if isinstance(p, str) and p.startswith(PREFIX):
+        if isinstance(p, str) and (p.startswith(PREFIX) or p.endswith(".json")):
             ready += loaded_for(p.removeprefix(PREFIX), schedule, settings, impl)
         elif isinstance(p, str):
             ready.append(named_plugin(p, denoisers(target), parts, schedule, settings, impl))
@@ -72,6 +72,8 @@ def apply(
             ready.append(SparsePlugin(p, plan, impl) if isinstance(p, Pattern) else p)
     for plugin in ready:
         if not isinstance(plugin, Plugin):
+            if isinstance(plugin, type):
+                raise GenAttnError(f"plugins must be objects, got the class {plugin.__name__}; write {plugin.__name__}(...)")
             raise GenAttnError(f"plugins must be Pattern or Plugin objects, got {type(plugin).__name__}: {plugin!r}")
     return Handle(target, ready)
 

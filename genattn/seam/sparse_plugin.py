@@ -14,7 +14,7 @@ from genattn.errors import GenAttnError
 from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention, why_no_tail
 from genattn.functional.each_sample import attention_of_each, rows_of_samples
 from genattn.geometry.token_layout import TokenLayout
-from genattn.kernels.block_sparse import as_autocast, choose_impl
+from genattn.kernels.block_sparse import IMPLS, as_autocast, choose_impl
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.first_queries import of_first_queries
 from genattn.kernels.plan.head_tiles import HeadTiles
@@ -46,6 +46,8 @@ class SparsePlugin(Plugin):
     def __init__(self, pattern: Pattern, schedule: Schedule | None = None, impl: str = "auto") -> None:
         if not isinstance(pattern, Pattern):
             raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
+        if impl not in (known := (*IMPLS, "halo", "natten")):
+            raise GenAttnError(f"impl must be one of {', '.join(known)}, got {impl!r}")
         self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl
         self.origin = ""  # which name and preset it comes from, for the report
         self.known_as = ""  # the diffusers class of a model that holds its weights under another name

@@ -21,6 +21,7 @@ HeadWeights = dict[Head, float]
 HeadsLike = str | Iterable[Head] | Iterable[str] | Mapping[Head, float] | Mapping[str, float]
 
 _RANGE = r"(\d+)(?:-(\d+))?"
+_WRITTEN = "heads must be written like L11H15, L2H0-5, L7 or L11H15:0.3"
 _NAME = re.compile(rf"L{_RANGE}(?:H(?:{_RANGE}|\*))?(?::([-+.\w]+))?", re.IGNORECASE)
 
 
@@ -107,6 +108,13 @@ def parse_head(name: str) -> Head:
     return int(match[1]), int(match[2])
 
 
+def check_head_names(heads: HeadsLike) -> None:
+    """Raise GenAttnError for a name that can be read in no model; which heads there are is known when it is put on one."""
+    for name, _ in _items(heads):
+        if isinstance(name, str) and not _NAME.fullmatch(name):
+            raise GenAttnError(f"{_WRITTEN}, got {name!r}")
+
+
 def plain_heads(heads: HeadsLike) -> str | list[str] | dict[str, float]:
     """A request for heads, JSON-ready and readable again: (layer, head) pairs are written as names."""
     if isinstance(heads, str):
@@ -149,10 +157,7 @@ def _key(name: object) -> str | Head:
 def _parse(name: str, layers: LayerMap, weight: float | None) -> tuple[list[Head], float | None]:
     match = _NAME.fullmatch(name)
     if match is None:
-        raise GenAttnError(
-            f"heads must be written like L11H15, L2H0-5, L7 or L11H15:0.3, got {name!r}; "
-            f"this model has {describe_layers(layers)}"
-        )
+        raise GenAttnError(f"{_WRITTEN}, got {name!r}; this model has {describe_layers(layers)}")
     first, last, low, high, own = match.groups()
     chosen = range(int(first), int(last or first) + 1)
     pairs = []

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.guidance.heads.names import HeadsLike, plain_heads, resolve_heads
+from genattn.guidance.heads.names import HeadsLike, check_head_names, plain_heads, resolve_heads
 from genattn.guidance.nag import answer
 from genattn.guidance.nag.carriers import HERE, Carried, Carrier, Passer, carrying
 from genattn.guidance.nag.cut import Cut
@@ -97,6 +97,8 @@ class NAG(Plugin):
         self.given = {"scale": scale, "tau": tau, "alpha": alpha}
         strength_for("", self.given)
         self.window = Window(start, stop)
+        if isinstance(heads, str):
+            check_head_names(heads)
         self.heads, self.embeds, self.encode, self.layout = heads, negative_embeds, dict(encode or {}), layout
         PassReader(layout)
         self.share, self._alone = bool(share), set[tuple[str, str]]()

@@ -7,7 +7,7 @@ meant, else the first self-attention (SD3.5's second, image-only attention is le
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
-from genattn.guidance.heads.names import HeadsLike, HeadWeights, check_weight, head_name, resolve_heads
+from genattn.guidance.heads.names import HeadsLike, HeadWeights, check_head_names, check_weight, head_name, resolve_heads
 from genattn.guidance.passes.block_swap import BlockOrder
 from genattn.guidance.softpag.perturbation import HeadMix, check_target, perturb_heads
 from genattn.kernels.plan.lasting import lasting
@@ -89,6 +89,9 @@ class HeadTap(Plugin):
             raise GenAttnError(f"per_sample must hold one selection per sample, got {per_sample!r}; add some")
         if heads is not None and not isinstance(heads, HeadSet) and not heads:
             raise GenAttnError(f"at least one head must be selected, got {heads!r}; name one, e.g. L0H0")
+        for part in (heads, *(per_sample or ())):
+            if isinstance(part, str | Mapping | Sequence):  # what can be read twice
+                check_head_names(part)
         self.heads, self.per_sample = heads, per_sample
         self.u, self.target = check_weight("u", u), check_target(target)
         self._models: WeakKeyDictionary[nn.Module, TappedModel] = WeakKeyDictionary()

@@ -28,6 +28,8 @@ def test_names_give_patterns() -> None:
     ("name", "options", "message"),
     [
         ("nonsense", None, "must be one of auto, " + ", ".join(ATTENTIONS)),
+        ("radail", None, "got 'radail'; did you mean 'radial'"),
+        ("neighborhood", "window_size=5,9,9", "must be KEY=VALUE pairs, got '9' alone; write a shape as 5x9x9"),
         ("radial", "{", "must be a JSON object or KEY=VALUE, got '{'"),
         ("radial", "[1]", "must be a JSON object"),
         ("dense", '{"decay": 1}', "dense attention has no settings"),
@@ -64,7 +66,8 @@ def test_a_window_that_nobody_named_is_made_for_the_size() -> None:
 
 def test_what_a_model_fills_in_stays_a_name() -> None:
     assert attention_from_name("auto") == "auto"
-    assert attention_from_name("neighborhood") == "gna"
+    assert attention_from_name("neighborhood") == attention_from_name("gna") == "gna"
+    assert pattern_from_name("gna:3x4x4") == pattern_from_name("neighborhood:3x4x4")
     assert attention_from_name("neighborhood", "density=0.3") == FittedNeighborhood(0.3)
     assert attention_from_name("neighborhood:5") == attention_from_name("neighborhood", window="5")
     assert attention_from_name("radial") == genattn.RadialPattern()

@@ -50,6 +50,7 @@ def test_files_and_report(settings: SamplingSettings, tmp_path: Path) -> None:
     assert dense["density"] == 1
     assert sparse["seconds"] > 0
     assert {"psnr", "ssim"} <= set(sparse)
+    assert sparse["speedup"] == pytest.approx(dense["seconds"] / sparse["seconds"], rel=0.05)
     assert {"torch", "diffusers", "genattn"} <= set(report["versions"])
 
 

@@ -85,12 +85,28 @@ def test_settings_win_over_the_presets_and_a_schedule_keeps_the_break_even() -> 
 def test_a_bare_model_and_refusals(tmp_path: Path) -> None:
     model = build_model("wan")
     genattn.apply(model, "radial").remove()
-    with pytest.raises(GenAttnError, match="must be one of radial, gna, adaptive, .*, auto, got 'radail'"):
+    with pytest.raises(
+        GenAttnError, match="must be one of radial, gna, adaptive, .*, auto, got 'radail'; did you mean 'radial'"
+    ):
         genattn.apply(model, "radail")
+    with pytest.raises(GenAttnError, match=r"plugins must be objects, got the class RadialPattern; write RadialPattern\(...\)"):
+        genattn.apply(model, RadialPattern)  # type: ignore[arg-type]
+    for plugin in ("radial", RadialPattern()):
+        with pytest.raises(GenAttnError, match="impl must be one of auto, triton, .*, halo, natten, got 'fooo'"):
+            genattn.apply(model, plugin, impl="fooo")
     with pytest.raises(GenAttnError, match="there is no"):
         genattn.apply(model, f"profile:{tmp_path / 'no.safetensors'}")
     with pytest.raises(GenAttnError, match="has no self or joint attention for a pattern"):
         genattn.apply(torch.nn.Linear(2, 2), "auto")
+
+
+def test_the_command_lines_name_for_windows_and_a_bare_file_of_settings(tmp_path: Path) -> None:
+    model = build_model("wan")
+    windows = genattn.apply(model, "neighborhood").plugins[0]
+    assert isinstance(windows.pattern, FittedNeighborhood)  # type: ignore[attr-defined]
+    genattn.remove(model)
+    with pytest.raises(GenAttnError, match=r"none\.json"):
+        genattn.apply(model, str(tmp_path / "none.json"))
 
 
 def test_backends() -> None:

@@ -1,10 +1,13 @@
 """Head names: what is read is what was written, and everything else is refused with the model's ranges."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, strategies as st
 
 from genattn.errors import GenAttnError
-from genattn.guidance.heads.names import all_heads, describe_layers, format_heads, parse_head, resolve_heads
+from genattn.guidance.heads.names import all_heads, check_head_names, describe_layers, format_heads, parse_head, resolve_heads
+from genattn.guidance.softpag.softpag import SoftPAG
 
 LAYERS = {0: 4, 1: 4, 2: 6}
 
@@ -75,3 +78,15 @@ def test_lists_and_describes() -> None:
     assert parse_head("L11H15") == (11, 15)
     with pytest.raises(GenAttnError, match="written like L11H15"):
         parse_head("L11")
+
+
+@pytest.mark.parametrize("heads", ["foo", "L1H2,H3", "L1H2;L2H0", ["L1", "1"], {"layer1": 0.5}])
+def test_names_that_no_model_has_are_refused_when_they_are_written(heads: Any) -> None:
+    with pytest.raises(GenAttnError, match="heads must be written like L11H15, L2H0-5, L7 or L11H15:0.3, got '"):
+        SoftPAG(heads)
+
+
+def test_heads_that_can_be_read_once_are_left_for_the_model() -> None:
+    assert list(SoftPAG(iter(["L1H0"])).heads) == ["L1H0"]  # type: ignore[arg-type]
+    for heads in ("L7", "L7-9H3", "l1h2:0.3", "L1H*", [(1, 2)], {(1, 2): 0.5}):
+        check_head_names(heads)  # type: ignore[arg-type]
