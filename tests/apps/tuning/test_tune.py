@@ -171,6 +171,14 @@ def test_what_is_tried() -> None:
     assert [s.pattern for s in mapped] == [ProfiledPattern(str(shipped), density=0.25, tail=t) for t in ("mean", "mean4")]  # type: ignore[arg-type]
     with pytest.raises(GenAttnError, match="have nothing to try"):
         candidates(Ground(WAN, (1, 32, 32)), ("window", "radial"))
+    for families, densities, message in (
+        (("window", "x"), (0.25,), "--try must be among window, .*, got x"),
+        ((), (0.25,), "got none"),
+        (("window",), (0.25, 1.0, 0.0), r"--densities must be shares of the scores in \(0, 1\), got \[1.0, 0.0\]"),
+        (("window",), (), "--densities .* got none"),
+    ):
+        with pytest.raises(GenAttnError, match=message):
+            candidates(Ground(WAN, (8, 16, 16)), families, densities)
 
 
 def test_what_is_left_out_is_said() -> None:
