@@ -135,6 +135,34 @@ def test_presets_agree_with_diffusers(name: str, cls: str) -> None:
     assert known.layers == given["num_layers"] + (given.get("num_single_layers") or 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "frames", "steps", "passes", "text", "grid"),
+    [
+        ("wan-1.3b", (480, 832), 81, 50, 2, (512, 0), (21, 30, 52)),
+        ("wan-14b", (720, 1280), 81, 50, 2, (512, 0), (21, 45, 80)),
+        ("wan2.2-14b", (720, 1280), 81, 40, 2, (512, 0), (21, 45, 80)),
+        ("wan2.2-5b", (704, 1280), 121, 50, 2, (512, 0), (31, 22, 40)),
+        ("hunyuan-video", (720, 1280), 129, 50, 1, (0, 256), (33, 45, 80)),
+        ("cogvideox-5b", (480, 720), 49, 50, 2, (0, 226), (13, 30, 45)),
+        ("cogvideox-2b", (480, 720), 49, 50, 2, (0, 226), (13, 30, 45)),
+        ("mochi", (480, 848), 163, 64, 2, (0, 256), (28, 30, 53)),
+        ("ltx-video", (512, 704), 161, 50, 2, (256, 0), (21, 16, 22)),
+        ("cosmos-7b", (704, 1280), 121, 35, 2, (512, 0), (16, 44, 80)),
+        ("flux-dev", (1024, 1024), 1, 28, 1, (0, 512), (1, 64, 64)),
+    ],
+)
+def test_presets_are_what_the_models_cards_say(
+    name: str, size: tuple[int, int], frames: int, steps: int, passes: int, text: tuple[int, int], grid: tuple[int, ...]
+) -> None:
+    """One pass a step for those distilled from guidance; text as (seen by cross-attention, in the same sequence)."""
+    known = PRESETS[name]
+    assert (known.size, known.frames, known.steps, known.passes) == (size, frames, steps, passes)
+    assert (known.cross_tokens, known.joint_tokens) == text
+    layout = known.layout(size, frames)
+    assert layout.grid == grid
+    assert layout.seqlen == math.prod(grid) + text[1]
+
+
 def test_minimax_h3_counts_frames_in_clips_of_seventeen() -> None:
     known = PRESETS["minimax-h3"]
     assert known.grid((768, 1344), 124) == (37, 24, 42)
