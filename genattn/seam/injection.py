@@ -75,10 +75,7 @@ class Injection:
     def leave(self, handle: "Handle") -> None:
         """Take a handle away; the last one restores the model."""
         self.handles.remove(handle)
-        if self.handles:
-            self._chain_up()
-        else:
-            self._uninstall()
+        (self._chain_up if self.handles else self._uninstall)()
 
     def _install(self) -> None:
         self.root = RootCalls(self.model, self)
@@ -151,7 +148,8 @@ class Injection:
     def _chain_up(self) -> None:
         pairs = [(plugin, handle) for handle in self.handles for plugin in handle.plugins]
         self._plugins = [plugin for plugin, _ in pairs]
-        self._wrappers = [plugin for plugin, _ in pairs if type(plugin).forward is not Plugin.forward]
+        outside_first = sorted(self._plugins, key=lambda plugin: not plugin.runs_passes)
+        self._wrappers = [plugin for plugin in outside_first if type(plugin).forward is not Plugin.forward]
         editors = [(plugin, handle) for plugin, handle in pairs if type(plugin).attention is not Plugin.attention]
         editors.sort(key=lambda pair: pair[0].answers)
         for mark in self.marks:

@@ -5,6 +5,8 @@
 Plugins form a chain in the order in which they were applied; the first is outermost, except that patterns, which answer a
 call themselves, stand inside of all that edit answers. Each gets the call and `inner`, which runs the rest of the chain. A
 pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
+The forwards of the denoiser form a second chain, in which those that run passes of their own (`Plugin.runs_passes`) stand
+outside of all others: whoever prepares or edits a pass then sees every one, whatever was applied first.
 """
 
 from abc import ABC
@@ -35,6 +37,8 @@ class Run:
     sample_layouts: one layout for each sample, where the grids of the batch differ in size and `layout` is None.
     repeats: forwards at this step before this one.
     samples: of the pipeline, before guidance multiplies them in a batch; None where no pipeline is seen running.
+    copied: the samples that a plugin further out has put behind the batch once more, all conditional; empty for the pipeline's
+    own batch.
     pass_is_told: whether the pipeline named the pass itself; else the name is what pipelines of this family do.
     options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
     model: the denoiser. pipe: the pipeline, None where plugins were applied to a bare model.
@@ -52,6 +56,7 @@ class Run:
     sample_layouts: tuple[TokenLayout, ...] = ()
     repeats: int = 0
     samples: int | None = None
+    copied: tuple[int, ...] = ()
     pass_is_told: bool = False
     why_no_layout: str = ""
     model: "nn.Module | None" = field(default=None, repr=False, compare=False)
@@ -151,6 +156,8 @@ class Plugin(ABC):  # noqa: B024
     """Keys that may come in the per-call options, besides `enabled` and `num_steps`."""
     answers: ClassVar[bool] = False
     """Whether `attention` computes the answer itself instead of editing what `inner` gives; such plugins stand innermost."""
+    runs_passes: ClassVar[bool] = False
+    """Whether `forward` runs the denoiser more than once for one answer; such forwards stand outermost."""
 
     def attach(self, model: "nn.Module", sites: Sequence[AttentionSite]) -> None:  # noqa: B027
         """Called once per denoiser before anything is changed; raise GenAttnError if this model cannot be served."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -118,7 +119,7 @@ class BroadWay(Plugin):
         self.conditional, self.method, self.pool = conditional, method, pool
         self.keep_first_frame = keep_first_frame
         self.report = BroadWayReport()
-        self._guided: GuidedSites | None = None
+        self._guided: WeakKeyDictionary[nn.Module, GuidedSites] = WeakKeyDictionary()
         self._forwards: dict[tuple[int, int], ForwardMaps] = {}
         self._last: dict[tuple[int, int], tuple[int, ForwardMaps]] = {}
         self._betas: dict[tuple[int, int, str, int], tuple[int, list[torch.Tensor]]] = {}
@@ -153,11 +154,11 @@ class BroadWay(Plugin):
                 f"temporal guidance needs whole attention calls, got split inference at {split[0]!r}; "
                 "call pipe.disable_free_noise_split_inference() or build the pipeline without it"
             )
-        self._guided = choose_sites(sites, self.blocks, self.anchor)
+        self._guided[model] = choose_sites(sites, self.blocks, self.anchor)
 
     def wants(self, site: AttentionSite) -> bool:
         """The guided attentions and their anchors."""
-        return self._guided is not None and site.name in self._guided.anchor_of
+        return any(site.name in guided.anchor_of for guided in self._guided.values())
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise GenAttnError for an alpha, beta or energy out of range."""
@@ -172,14 +173,14 @@ class BroadWay(Plugin):
             **settings,
             **{name: getattr(self, name) for name in names},
             "window": self.window.describe(),
-            "blocks": list(self._guided.blocks) if self._guided else None,
+            "blocks": list(dict.fromkeys(block for guided in self._guided.values() for block in guided.blocks)) or None,
             "guided_calls": len(self.report),
             "measured": self.report.by_block(),
         }
 
     def detach(self, model: nn.Module) -> None:
         """Forget the denoiser's blocks."""
-        self._guided = None
+        self._guided.pop(model, None)
         self._betas.clear()
         self._last.clear()
         self._frames.clear()
@@ -199,18 +200,20 @@ class BroadWay(Plugin):
 
     def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Callable[..., Any]) -> Any:
         """Run one forward of the denoiser; maps live as long as it does."""
-        if not self.window.contains(run):
+        guided = None if run.model is None else self._guided.get(run.model)
+        if guided is None or not self.window.contains(run):
             return inner(*args, **kwargs)
         clip = clip_shape(args, kwargs)
-        part = conditional_part(self.conditional, run.pass_name, clip.batch if clip else None, run.model)
+        batch = clip.batch if clip else batch_of(args, kwargs)
+        told = batch if clip or run.copied else None
+        part = conditional_part(self.conditional, run.pass_name, told, run.model, run.copied)
         place = _place_of(run)
         step, last = self._last.get(place, (None, None))
-        shared = last.maps if run.extra and last is not None and step == run.step else {}
-        if run.extra and last is not None:
-            samples = last.samples
-        else:
-            samples = run.samples or samples_in(part, run.pass_name, clip.batch if clip else batch_of(args, kwargs))
-        self._forwards[place] = state = ForwardMaps(part, clip, maps=dict(shared), samples=samples)
+        before = last if run.extra else None  # the pass that an extra one belongs to
+        shared = before.maps if before is not None and step == run.step else {}
+        own = run.samples or len(run.copied) or samples_in(part, run.pass_name, batch)
+        samples = own if before is None else before.samples
+        self._forwards[place] = state = ForwardMaps(part, clip, guided, maps=dict(shared), samples=samples)
         try:
             return inner(*args, **kwargs)
         finally:
@@ -223,7 +226,7 @@ class BroadWay(Plugin):
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Answer one guided attention, [B, S, H, D]; outside the window, hand it on."""
         state = self._forwards.get(_place_of(call.run))
-        if state is None or self._guided is None:
+        if state is None or call.site.name not in state.guided.anchor_of:
             self.refuse_recomputed(call.run)
             return inner(call)
         call.run.notes[id(self)] = True
@@ -235,21 +238,20 @@ class BroadWay(Plugin):
         key = (call.run.extra, call.site.name)
         index = state.calls[key]
         state.calls[key] += 1
-        answer = self._motion if self._guided.temporal else self._clip
+        answer = self._motion if state.guided.temporal else self._clip
         call.record.edited = True
         return answer(call, inner, state, index)
 
     def _motion(self, call: AttentionCall, inner: Inner, state: ForwardMaps, index: int) -> torch.Tensor:
         """A motion module: [B * h * w, F, H, D]."""
-        guided, name = self._guided, call.site.name
-        assert guided is not None
+        name = call.site.name
         if call.mask is not None or call.query.shape[1] < 2 or call.query.shape[1] != call.key.shape[1]:
             raise GenAttnError(
                 f"a frame-to-frame attention needs at least 2 frames and no mask, got {call.query.shape[1]} queries, "
                 f"{call.key.shape[1]} keys and mask={call.mask is not None} at {name!r}"
             )
         rows = motion_map(call.query, call.key, call.scale)
-        source = guided.anchor_of[name]
+        source = state.guided.anchor_of[name]
         anchor = None
         if name == source:
             state.maps[call.run.extra, name, index] = rows
@@ -271,7 +273,7 @@ class BroadWay(Plugin):
             )
             outs.append(out)
             scalars.append(numbers)
-        self._note(call, index, rows.shape[-1], scalars)
+        self._note(call, state, index, rows.shape[-1], scalars)
         return put_together(outs, groups)
 
     def _clip(self, call: AttentionCall, inner: Inner, state: ForwardMaps, index: int) -> torch.Tensor:
@@ -301,7 +303,7 @@ class BroadWay(Plugin):
             }
             results.append(self._edited(call, tensors, frames, picked(base, group), plan, shared))
         self._keep_rows(call, state, index, put_together([result.rows for result in results], groups))
-        self._note(call, index, frames.frames, [result.scalars for result in results])
+        self._note(call, state, index, frames.frames, [result.scalars for result in results])
         return put_together([result.out for result in results], groups)
 
     def _edited(
@@ -322,8 +324,7 @@ class BroadWay(Plugin):
         return edited_attention(query, key, value, frames, edit, plan=plan, base=base, **shared)
 
     def _clip_anchor(self, call: AttentionCall, state: ForwardMaps, index: int) -> torch.Tensor | None:
-        guided, extra = self._guided, call.run.extra
-        assert guided is not None
+        guided, extra = state.guided, call.run.extra
         if guided.running_mean:
             total, count = state.mean.get(extra, (None, 1))
             return None if total is None else total / count
@@ -338,8 +339,7 @@ class BroadWay(Plugin):
         return anchor[-batch:] if extra and anchor.shape[0] > batch else anchor
 
     def _keep_rows(self, call: AttentionCall, state: ForwardMaps, index: int, rows: torch.Tensor) -> None:
-        guided, name, extra = self._guided, call.site.name, call.run.extra
-        assert guided is not None
+        guided, name, extra = state.guided, call.site.name, call.run.extra
         if guided.running_mean:
             total, count = state.mean.get(extra, (None, 0))
             state.mean[extra] = (rows if total is None else total + rows, count + 1)
@@ -381,12 +381,11 @@ class BroadWay(Plugin):
         step, betas = self._betas.get((*_place_of(call.run), call.site.name, index), (None, []))
         return betas[place] if step == call.run.step and place < len(betas) else None
 
-    def _note(self, call: AttentionCall, index: int, frames: int, scalars: list[EditScalars]) -> None:
-        guided, name = self._guided, call.site.name
-        assert guided is not None
+    def _note(self, call: AttentionCall, state: ForwardMaps, index: int, frames: int, scalars: list[EditScalars]) -> None:
+        name = call.site.name
         if call.run.pass_name != "uncond" and call.run.extra is None:
             self._betas[(*_place_of(call.run), name, index)] = (call.run.step, [numbers.beta for numbers in scalars])
-        self.report.add(name, guided.block_of[name], frames, call.run, mean_scalars(scalars))
+        self.report.add(name, state.guided.block_of[name], frames, call.run, mean_scalars(scalars))
 
 
 def _place_of(run: Run) -> tuple[int, int]:

@@ -46,7 +46,11 @@ def clip_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ClipShape | Non
 
 
 def conditional_part(
-    setting: str | tuple[float, float], pass_name: str | None, batch: int | None, model: nn.Module | None = None
+    setting: str | tuple[float, float],
+    pass_name: str | None,
+    batch: int | None,
+    model: nn.Module | None = None,
+    copied: tuple[int, ...] = (),
 ) -> tuple[float, float]:
     """The conditional part of a batch as fractions.
 
@@ -55,12 +59,14 @@ def conditional_part(
 
     Args:
         setting: "auto", "all" or (first, last). pass_name: as `Run` has it. batch: samples in this forward, if known.
-        model: the denoiser, whose processors tell of PAG.
+        model: the denoiser, whose processors tell of PAG. copied: as `Run` has it; "auto" then leaves the copies out.
     """
     if setting == "all":
         return 0.0, 1.0
     if not isinstance(setting, str):
         return setting
+    if copied and batch:
+        return copied[0] / batch, (copied[-1] + 1) / batch
     perturbed = _pag_processor(model)
     if perturbed:
         return (1 / 3, 2 / 3) if perturbed.startswith("PAGCFG") else (0.0, 0.5)

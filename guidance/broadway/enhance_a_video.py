@@ -11,6 +11,7 @@ output projection, this behind the attention: the projection's bias is not scale
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class EnhanceAVideo(Plugin):
         self.weight = _checked(weight)
         self.blocks = blocks
         self.window = Window(start, stop, sigma_start, sigma_stop)
-        self._sites: frozenset[str] = frozenset()
+        self._sites: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
         self._scores: dict[str, torch.Tensor] = {}
         self._calls: Counter[str] = Counter()
 
@@ -86,17 +87,17 @@ class EnhanceAVideo(Plugin):
             )
         names = list(dict.fromkeys(block_name(s.name) for s in pool))
         chosen = names if self.blocks is None else pick_blocks(self.blocks, names)
-        self._sites = frozenset(s.name for s in pool if block_name(s.name) in chosen)
+        self._sites[model] = frozenset(s.name for s in pool if block_name(s.name) in chosen)
 
     def detach(self, model: nn.Module) -> None:
         """Forget the denoiser."""
-        self._sites = frozenset()
+        self._sites.pop(model, None)
         self._scores.clear()
         self._calls.clear()
 
     def wants(self, site: AttentionSite) -> bool:
         """The chosen full attentions."""
-        return site.name in self._sites
+        return any(site.name in sites for sites in self._sites.values())
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise GenAttnError for a weight out of range."""
@@ -106,7 +107,8 @@ class EnhanceAVideo(Plugin):
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """The attention, its video rows times the score."""
         out = inner(call)
-        if not self.window.contains(call.run):
+        chosen = () if call.run.model is None else self._sites.get(call.run.model, ())
+        if call.site.name not in chosen or not self.window.contains(call.run):
             return out
         if call.layout is None or call.layout.seqlen != call.query.shape[1]:
             told = call.run.why_no_layout or f"{call.query.shape[1]} tokens of unknown meaning"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.guidance.broadway.blocks import GuidedSites
 from genattn.guidance.broadway.calls import ClipShape, sample_groups
 from genattn.guidance.broadway.temporal_map import resize_anchor
 
@@ -18,6 +19,7 @@ class ForwardMaps:
     Attributes:
         conditional: part of the batch on which energies are measured, (first, last) as fractions.
         clip: the video's shape, or None where the forward does not tell it.
+        guided: the denoiser's guided attentions and their anchors.
         calls: how often each attention was called so far.
         maps: anchors' maps.
         mean: running sum of the clip's maps, and of how many.
@@ -27,6 +29,7 @@ class ForwardMaps:
 
     conditional: tuple[float, float]
     clip: ClipShape | None
+    guided: GuidedSites
     calls: Counter[tuple[str | None, str]] = field(default_factory=Counter)
     maps: dict[tuple[str | None, str, int], torch.Tensor] = field(default_factory=dict)
     mean: dict[str | None, tuple[torch.Tensor, int]] = field(default_factory=dict)
@@ -41,7 +44,7 @@ class ForwardMaps:
     def of_main_pass(self) -> "ForwardMaps":
         """The maps alone, for an extra pass that another plugin runs as a forward of its own."""
         maps = {k: v for k, v in self.maps.items() if k[0] is None}
-        return ForwardMaps(self.conditional, self.clip, maps=maps, samples=self.samples)
+        return ForwardMaps(self.conditional, self.clip, self.guided, maps=maps, samples=self.samples)
 
     def sequences(self, rows: torch.Tensor) -> list[torch.Tensor | None]:
         """The sequences of each sample among a motion module's maps [B * h * w, H, F, F]; those of one entry lie together."""

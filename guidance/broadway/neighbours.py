@@ -43,11 +43,12 @@ def sparse_plan(call: AttentionCall, pattern: SparsePlugin | None) -> BlockPlan 
 
 
 def has_wrapper_outside(run: Run, plugin: Plugin) -> bool:
-    """Whether a plugin applied before `plugin` wraps the denoiser's forward: it may run extra passes of its own."""
+    """Whether a plugin around `plugin` wraps the denoiser's forward: it may run extra passes of its own."""
     injection = None if run.model is None else run.model.__dict__.get(INJECTION)
     plugins = [] if injection is None else [p for handle in injection.handles for p in handle.plugins]
     before = plugins[: plugins.index(plugin)] if plugin in plugins else []
-    return any(type(other).forward is not Plugin.forward for other in before)
+    around = [*before, *(other for other in plugins if other.runs_passes)]
+    return any(type(other).forward is not Plugin.forward for other in around)
 
 
 def _inside(call: AttentionCall, plugin: Plugin) -> list[Plugin]:

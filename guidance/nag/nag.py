@@ -29,8 +29,7 @@ from genattn.guidance.nag.streams import TextWay
 from genattn.guidance.nag.ways import way_of, why_not_carried
 from genattn.guidance.passes.block_swap import swapped
 from genattn.guidance.passes.delta import Window
-from genattn.guidance.passes.pass_role import PassReader, PassRole
-from genattn.guidance.passes.prediction import batch_of
+from genattn.guidance.passes.pass_role import PassReader, PassRole, role_among_others
 from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
 from genattn.seam.denoiser import INJECTION, current_run, is_compiled_whole, without_cache_dit
@@ -221,7 +220,7 @@ class NAG(Plugin):
         reason = known.way.refuses(run.model, told) if known.way.refuses is not None else ""
         if reason:
             raise GenAttnError(f"NAG cannot carry a second text through {type(run.model).__name__} here: {reason}")
-        role = self._role(run, known, args, kwargs)
+        role = role_among_others(known.reader, run, args, kwargs)
         if role.kind != "cond":
             self._tell_if_same(run, known, told, role)
             return inner(*args, **kwargs)
@@ -292,13 +291,6 @@ class NAG(Plugin):
 
     def _given(self, run: Run) -> dict[str, Any]:
         return {**self.given, "scale": run.options_of(self).get("nag_scale", self.given["scale"])}
-
-    def _role(self, run: Run, known: _Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PassRole:
-        """The samples to guide; another plugin's extra pass holds conditional samples only."""
-        if run.extra is not None:
-            batch = batch_of(args, kwargs)[1]
-            return PassRole("cond", torch.arange(batch), batch)
-        return known.reader.role(run, args, kwargs, run.pipe)
 
     def _encoded(self, run: Run, known: _Model, told: Mapping[str, Any]) -> Texts:
         if isinstance(self.embeds, torch.Tensor):

@@ -56,7 +56,8 @@ def samples_of(role: PassRole, texts: int, mine: Any) -> torch.Tensor:
     Raises:
         GenAttnError: for neither one text nor one per prompt.
     """
-    guided = len(role.rows)
+    once = role.rows[: len(role.rows) // role.copies]
+    guided = len(once)
     if guided % texts:
         raise GenAttnError(
             f"negative_prompt must be one text or one per prompt, got {texts} for {guided} conditional samples; "
@@ -64,12 +65,12 @@ def samples_of(role: PassRole, texts: int, mine: Any) -> torch.Tensor:
         )
     per = guided // texts
     if texts > 1 and per > 1 and isinstance(mine, torch.Tensor) and len(mine) == role.batch:
-        groups = mine[role.rows.to(mine.device)].unflatten(0, (texts, per))
+        groups = mine[once.to(mine.device)].unflatten(0, (texts, per))
         if not torch.equal(groups, groups[:, :1].expand_as(groups)):
             raise GenAttnError(
                 f"negative_prompt must be one text or one per prompt, got {texts} for more prompts than that in a batch of "
                 f"{guided}; give as many as there are prompts"
             )
     samples = torch.zeros(role.batch, dtype=torch.int64)
-    samples[role.rows] = torch.arange(guided) // per
+    samples[role.rows] = (torch.arange(guided) // per).repeat(role.copies)
     return samples

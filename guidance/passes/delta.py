@@ -8,12 +8,15 @@ prediction be given the spread of the clean one (`rescale`, arXiv 2305.08891, se
 """
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.names import check_weight
+from genattn.guidance.passes.made import Place
 from genattn.seam.plugin import Run
 
 
@@ -135,6 +138,14 @@ class Projection:
         return (total - (1 - self.eta) * parallel).to(difference.dtype), kept
 
 
+def projection_from(settings: Mapping[str, Any]) -> Projection:
+    """A projection from its settings by name; raises GenAttnError for others."""
+    known = [f.name for f in fields(Projection)]
+    if set(settings) - set(known):
+        raise GenAttnError(f"a projection has {', '.join(known)}, got {sorted(settings)}; drop the others")
+    return Projection(**settings)
+
+
 @dataclass(frozen=True)
 class DeltaRule:
     """From the clean and the perturbed prediction to what is added.
@@ -158,6 +169,11 @@ class DeltaRule:
         check_weight("adaptive", self.adaptive, 0.0, math.inf)
         check_weight("rescale", self.rescale)
 
+    @property
+    def measures(self) -> bool:
+        """Whether what is added depends on norms or spreads of whole predictions."""
+        return bool(self.rescale) or self.projection is not None
+
     def weight(self, run: Run) -> float:
         """The weight at a step; raises GenAttnError if it decays and the run does not tell its length."""
         if not self.adaptive:
@@ -170,7 +186,12 @@ class DeltaRule:
         return self.scale * max(0.0, 1.0 - self.adaptive * run.fraction)
 
     def delta(
-        self, clean: torch.Tensor, perturbed: torch.Tensor, weight: float, previous: torch.Tensor | None = None
+        self,
+        clean: torch.Tensor,
+        perturbed: torch.Tensor,
+        weight: float,
+        previous: torch.Tensor | None = None,
+        place: Place | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What to add to every prediction of the step, and APG's running sum for the next.
 
@@ -179,7 +200,13 @@ class DeltaRule:
             perturbed: the same shape.
             weight: from `weight`.
             previous: running sum of the step before.
+            place: the part that the pipeline steps with, see `made_part`; nothing is added to the rest.
         """
+        if place is not None:
+            axis, rows = place[0], place[1].to(clean.device)
+            parts = (tensor.index_select(axis, rows) for tensor in (clean, perturbed))
+            some, kept = self.delta(*parts, weight, previous)
+            return torch.zeros_like(clean).index_copy(axis, rows, some), kept
         difference, kept = clean - perturbed, None
         if self.projection is not None:
             difference, kept = self.projection.apply(difference, clean, previous)

@@ -12,13 +12,13 @@ The pipeline names its passes (`cache_context`); where it does not, two equal ha
 and a second call with the same latents at the same step is another pass. What stays ambiguous is refused.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.guidance.passes.prediction import UNBATCHED, batch_of
+from genattn.guidance.passes.prediction import UNBATCHED, batch_of, take_call
 from genattn.layouts.families import family_of
 from genattn.seam.plugin import Run
 
@@ -35,11 +35,13 @@ class PassRole:
             a further pass of the pipeline's own.
         rows: int64, the conditional samples of a "cond" forward.
         batch: samples of the forward.
+        copies: how often the conditional samples stand in `rows`, one set behind the other.
     """
 
     kind: Literal["cond", "uncond", "other"]
     rows: torch.Tensor
     batch: int
+    copies: int = 1
 
     @property
     def is_whole(self) -> bool:
@@ -158,16 +160,31 @@ class PassReader:
         known = (batch, run.pass_name, guided)
         if known not in self._halves:
             # comparing reads from the device, so it is done once per run
-            self._halves[known] = _compare_halves(run.pass_name, _stack(latents), batch, kwargs, guided, pipe is None)
+            in_three = bool(run.samples) and batch == 3 * (run.samples or 0)
+            self._halves[known] = _compare_halves(run.pass_name, _stack(latents), batch, kwargs, guided, pipe is None, in_three)
         return self._halves[known]
 
 
+def role_among_others(reader: PassReader, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PassRole:
+    """The role of a forward inside another plugin's, whose extra passes and copies hold conditional samples only."""
+    batch = batch_of(args, kwargs)[1]
+    own = batch - len(run.copied)
+    if run.copied:  # the reader must see every pass of the pipeline, as the pipeline made it
+        args, kwargs = take_call(args, kwargs, torch.arange(own), batch)
+        role = reader.role(replace(run, copied=()), args, kwargs, run.pipe)
+        return PassRole(role.kind, torch.cat([role.rows, torch.arange(own, batch)]), batch, copies=2)
+    if run.extra is not None:
+        return PassRole("cond", torch.arange(batch), batch)
+    return reader.role(run, args, kwargs, run.pipe)
+
+
 def _compare_halves(
-    name: str | None, latents: torch.Tensor, batch: int, kwargs: dict[str, Any], guided: bool | None, bare: bool
+    name: str | None, latents: torch.Tensor, batch: int, kwargs: dict[str, Any], guided: bool | None, bare: bool, in_three: bool
 ) -> bool:
     if batch < 2 or guided is False or name in ("cond", "pred_cond"):
         return False
-    if batch % 2 or not _repeats(latents, 2):
+    # samples of one seed: six equal latents are two samples three times, where the pipeline has two
+    if in_three or batch % 2 or not _repeats(latents, 2):
         if batch % 3 == 0 and _repeats(latents, 3) and _differs(kwargs, batch, 3):
             raise GenAttnError(
                 f"three-way guidance in one batch cannot be told apart, got {batch} samples; "

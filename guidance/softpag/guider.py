@@ -85,7 +85,7 @@ class SoftPAGGuidance(BaseGuidance):
             self.register_to_config(inner={"_class_name": type(self.inner).__name__, **_plain(self.inner)})
         if target == "skip":
             raise GenAttnError("a guider perturbs heads, got target='skip'; use diffusers' SkipLayerGuidance or SoftPAG.stg")
-        self.tap = HeadTap(heads, u, target)
+        self.tap = _Tap(heads, u, target)
         self.window = Window(perturb_start, perturb_stop)
         self.rule = DeltaRule(scale, adaptive, rescale, None if apg_eta is None else Projection(apg_eta))
         self.guidance_scale = check_weight(
@@ -93,6 +93,7 @@ class SoftPAGGuidance(BaseGuidance):
         )
         self.guidance_rescale = check_weight("guidance_rescale", guidance_rescale)
         self._handles: dict[int, Handle] = {}
+        self._unverified: set[int] = set()
 
     @classmethod
     def from_head_set(cls, head_set: HeadSet, **settings: Any) -> "SoftPAGGuidance":
@@ -184,12 +185,14 @@ class SoftPAGGuidance(BaseGuidance):
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Perturb the heads of the pass that comes, if it is the perturbed one."""
         super().prepare_models(denoiser)
+        self.tap.mark_all(None)
         if self._label() != PERTURBED:
             if self.inner is not None:
                 self.inner.prepare_models(denoiser)
             return
         if id(denoiser) not in self._handles:
             self._handles[id(denoiser)] = apply(denoiser, self.tap)
+            self._unverified.add(id(denoiser))
         tapped = self.tap.model(denoiser)
         tapped.hits.clear()
         # weights of one row hold for any batch
@@ -199,8 +202,10 @@ class SoftPAGGuidance(BaseGuidance):
         """End the perturbation; after the last step give the denoiser back as it was."""
         if self._label() == PERTURBED:
             self.tap.mark_all(None)
-            missed = self.tap.model(denoiser).missed()
-            if missed and self._step in (0, None):
+            missed = self.tap.model(denoiser).missed() if id(denoiser) in self._unverified else []
+            self._unverified.discard(id(denoiser))  # caches may leave out blocks later
+            if missed:
+                self.release()
                 raise GenAttnError(f"every selected layer's attention must come by, got no call from layers {missed}")
         elif self.inner is not None:
             self.inner.cleanup_models(denoiser)
@@ -214,6 +219,7 @@ class SoftPAGGuidance(BaseGuidance):
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        self._unverified.clear()
 
     def forward(
         self,
@@ -233,6 +239,18 @@ class SoftPAGGuidance(BaseGuidance):
         if self.guidance_rescale > 0.0:
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+
+class _Tap(HeadTap):
+    """The guider's: an error or Ctrl-C in the perturbed pass leaves no mark behind."""
+
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Any) -> Any:
+        """Stock's."""
+        try:
+            return inner(*args, **kwargs)
+        except BaseException:
+            self.mark_all(None)
+            raise
 
 
 def _inner(given: "BaseGuidance | Mapping[str, Any] | None") -> BaseGuidance | None:

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -24,12 +24,14 @@ from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
 from genattn.guidance.heads.names import HeadsLike, plain_heads
 from genattn.guidance.passes.block_swap import Bypass, PrefixReuse, Recorder
-from genattn.guidance.passes.delta import DeltaRule, Projection, Window
+from genattn.guidance.passes.delta import DeltaRule, Projection, Window, projection_from
+from genattn.guidance.passes.made import made_part
 from genattn.guidance.passes.pass_role import PassReader, PassRole
 from genattn.guidance.passes.prediction import leaves, take_call, take_rows, with_leaves
 from genattn.guidance.softpag.perturbation import HeadMix
 from genattn.guidance.softpag.tap import HeadTap, TappedModel
 from genattn.layouts.site import AttentionSite
+from genattn.seam.denoiser import current_run
 from genattn.seam.plugin import Run
 
 MODES = ("extra", "batched", "replace_uncond")
@@ -82,6 +84,7 @@ class SoftPAG(HeadTap):
     """
 
     option_names: ClassVar[frozenset[str]] = frozenset(("softpag_scale",))
+    runs_passes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -172,7 +175,7 @@ class SoftPAG(HeadTap):
         if isinstance(given.get("heads"), Mapping) and "format" in given["heads"]:
             given["heads"] = HeadSet.from_dict(given["heads"], "the settings of SoftPAG")
         if given.get("projection") is not None:
-            given["projection"] = _projection(given["projection"])
+            given["projection"] = projection_from(given["projection"])
         return cls(**given)
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
@@ -204,8 +207,9 @@ class SoftPAG(HeadTap):
         weight = rule.weight(run) if self.window.contains(run) else 0.0
         if not self.window.contains(run) or (not weight and self.mode != "replace_uncond"):
             return inner(*args, **kwargs)
-        if self.mode != "extra" and _HERE.depth:
-            raise GenAttnError(f"several terms at once need mode='extra', got {self.mode!r} inside another; change the mode")
+        if _HERE.depth and (self.mode != "extra" or run.copied):
+            found = "batched" if run.copied else self.mode
+            raise GenAttnError(f"several terms at once need mode='extra', got {found!r} inside another; change the mode")
         tapped, state = self.model(run.model), self._states[run.model]  # type: ignore[index]
         role = state.reader.role(run, args, kwargs, run.pipe)
         guide = {"extra": self._extra, "batched": self._batched, "replace_uncond": self._replace}[self.mode]
@@ -236,7 +240,7 @@ class SoftPAG(HeadTap):
         for bypass in bypasses.values():
             tapped.hits[bypass.layer] += bypass.hits
         self._verify(step)
-        self._guide(step, clean, leaves(perturbed))
+        self._guide(step, clean, leaves(perturbed), kwargs)
         return self._shift(out, step)
 
     def perturbed_pass(
@@ -263,13 +267,14 @@ class SoftPAG(HeadTap):
         mixes = tapped.mix(len(rows), torch.arange(role.batch, len(rows)))
         # block caches compare with what they kept, whose batch is smaller outside of the window
         cached = getattr(step.run.model, "is_cache_enabled", False)
-        with step.run.extra_pass("batched") if cached else nullcontext(step.run) as run, self.marking(run, mixes):
+        run = replace(step.run, copied=tuple(role.rows.tolist()))
+        with step.run.extra_pass("batched") if cached else nullcontext(), current_run(run), self.marking(run, mixes):
             together = inner(*more_args, **more_kwargs)
         self.counts["batched_passes"] += 1
         self._verify(step)
         out = take_rows(together, torch.arange(role.batch), len(rows))
         clean = leaves(take_rows(out, role.rows, role.batch))
-        self._guide(step, clean, leaves(take_rows(together, torch.arange(role.batch, len(rows)), len(rows))))
+        self._guide(step, clean, leaves(take_rows(together, torch.arange(role.batch, len(rows)), len(rows))), kwargs)
         return self._shift(out, step)
 
     def _replace(self, step: "GuidedStep", args: tuple[Any, ...], kwargs: dict[str, Any], inner: Denoise) -> Any:
@@ -311,10 +316,14 @@ class SoftPAG(HeadTap):
         form = tapped.blocks.form_of(place, recorder.answer)
         return Bypass(tapped.blocks.block(place), form, float(tapped.rows[layer][0, 0]), layer)
 
-    def _guide(self, step: "GuidedStep", clean: list[torch.Tensor], perturbed: list[torch.Tensor]) -> None:
+    def _guide(
+        self, step: "GuidedStep", clean: list[torch.Tensor], perturbed: list[torch.Tensor], kwargs: dict[str, Any]
+    ) -> None:
         state = step.state
         before = state.momentum or [None] * len(clean)
-        pairs = [step.rule.delta(c, p, step.weight, m) for c, p, m in zip(clean, perturbed, before, strict=True)]
+        places = [made_part(step.run, c, kwargs) if step.rule.measures else None for c in clean]
+        several = zip(clean, perturbed, before, places, strict=True)
+        pairs = [step.rule.delta(c, p, step.weight, m, place) for c, p, m, place in several]
         state.deltas, state.momentum = [delta for delta, _ in pairs], [kept for _, kept in pairs]
         self.counts["guided_steps"] += 1
 
@@ -385,10 +394,3 @@ class GuidedStep:
     state: _State
     rule: DeltaRule
     weight: float
-
-
-def _projection(settings: Mapping[str, Any]) -> Projection:
-    known = [f.name for f in fields(Projection)]
-    if set(settings) - set(known):
-        raise GenAttnError(f"a projection has {', '.join(known)}, got {sorted(settings)}; drop the others")
-    return Projection(**settings)

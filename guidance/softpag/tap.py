@@ -97,7 +97,7 @@ class HeadTap(Plugin):
         self._models: WeakKeyDictionary[nn.Module, TappedModel] = WeakKeyDictionary()
         self._told: dict[str, dict[str, Any]] = {}
         self._sites: set[tuple[str, str]] = set()
-        self._marked: dict[tuple[int, int], dict[int, HeadMix]] = {}
+        self._marked: dict[tuple[int, int, str | None], dict[int, HeadMix]] = {}
         self._everywhere: dict[int, HeadMix] | None = None
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
@@ -164,8 +164,8 @@ class HeadTap(Plugin):
 
     @contextlib.contextmanager
     def marking(self, run: Run, mixes: dict[int, HeadMix]) -> Iterator[None]:
-        """Perturb the attention calls of this denoiser on this thread."""
-        key = (id(run.model), threading.get_ident())
+        """Perturb the attention calls of this denoiser on this thread, but for those of passes inside this one."""
+        key = (id(run.model), threading.get_ident(), run.extra)
         self._marked[key] = mixes
         try:
             yield
@@ -187,7 +187,7 @@ class HeadTap(Plugin):
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """The chain's answer, with heads perturbed where the pass is marked."""
         out = inner(call)
-        mixes = self._marked.get((id(call.run.model), threading.get_ident()), self._everywhere)
+        mixes = self._marked.get((id(call.run.model), threading.get_ident(), call.run.extra), self._everywhere)
         if mixes is None:  # maybe a block that is computed again in the backward pass, long after the marks
             mixes = call.run.notes.get(id(self))
         else:

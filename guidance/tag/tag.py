@@ -13,6 +13,7 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.guidance.passes.delta import Window
+from genattn.guidance.passes.made import made_part
 from genattn.guidance.passes.prediction import batch_of, leaves, with_leaves
 from genattn.guidance.tag.tangential import amplified
 from genattn.seam.plugin import Plugin, Run
@@ -55,7 +56,8 @@ class TAG(Plugin):
                 f"{sum(base is not None for base in bases)} inputs that could be theirs"
             )
         self.count += 1
-        return with_leaves(out, [amplified(p, x, eta) for p, x in zip(found, bases, strict=True)])
+        pairs = zip(found, bases, strict=True)
+        return with_leaves(out, [amplified(p, x, eta, made_part(run, p, kwargs)) for p, x in pairs])
 
     def settings(self) -> dict[str, Any]:
         """See Plugin.settings."""

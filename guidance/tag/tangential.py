@@ -11,6 +11,7 @@ DDIM's and those of flow matching are, moves along x and along p; x has no tange
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.guidance.passes.made import Place, on_made
 
 
 def amplify(prediction: torch.Tensor, latents: torch.Tensor, eta: float) -> torch.Tensor:
@@ -43,11 +44,19 @@ def amplify_reference(prediction: torch.Tensor, latents: torch.Tensor, eta: floa
     return torch.stack(answers)
 
 
-def amplified(prediction: torch.Tensor, latents: torch.Tensor | list[torch.Tensor], eta: float) -> torch.Tensor:
+def amplified(
+    prediction: torch.Tensor, latents: torch.Tensor | list[torch.Tensor], eta: float, place: Place | None = None
+) -> torch.Tensor:
     """`amplify` for a denoiser's answer and input.
 
     Leading channels are compared: further ones of the input carry a condition (image-to-video), further ones of the answer
-    a variance (PixArt, Latte), which is handed on.
+    a variance (PixArt, Latte), which is handed on. Channels come first or last, or behind the frames (CogVideoX).
+
+    Args:
+        prediction: [B, ...].
+        latents: what the denoiser was given for it.
+        eta: factor of the tangential part.
+        place: the part that the pipeline steps with, see `made_part`; all else is handed on.
 
     Raises:
         GenAttnError: if they differ in anything else.
@@ -56,6 +65,8 @@ def amplified(prediction: torch.Tensor, latents: torch.Tensor | list[torch.Tenso
         raise GenAttnError("TAG needs latents of one shape, got a list of several; run them one at a time")
     given = torch.stack(latents) if isinstance(latents, list) else latents
     axis = given.ndim - 1 if given.ndim == 3 else 1
+    if given.ndim == 5 == prediction.ndim and given.shape[1] == prediction.shape[1] and given.shape[2] > prediction.shape[2]:
+        axis = 2  # [B, F, C, H, W] with channels of a condition
     channels = min(given.shape[axis], prediction.shape[axis]) if given.ndim == prediction.ndim else 0
     if not channels or given.narrow(axis, 0, channels).shape != prediction.narrow(axis, 0, channels).shape:
         raise GenAttnError(
@@ -63,4 +74,5 @@ def amplified(prediction: torch.Tensor, latents: torch.Tensor | list[torch.Tenso
             "this model predicts something else"
         )
     lead, rest = prediction.narrow(axis, 0, channels), prediction.narrow(axis, channels, prediction.shape[axis] - channels)
-    return torch.cat([amplify(lead, given.narrow(axis, 0, channels), eta), rest], axis)
+    changed = on_made(lambda p, x: amplify(p, x, eta), place, lead, given.narrow(axis, 0, channels))
+    return torch.cat([changed, rest], axis)

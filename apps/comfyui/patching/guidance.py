@@ -73,7 +73,7 @@ class GuidedStep:
         batch = len(args["input"])
         options = create_model_options_clone(args["model_options"])
         options.setdefault("transformer_options", {})[PASS] = "softpag"
-        with self.softpag.marking(run, tapped.mix(batch, torch.arange(batch))):
+        with self.softpag.marking(replace(run, extra="softpag"), tapped.mix(batch, torch.arange(batch))):
             (answer,) = calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
         self.softpag.counts["extra_passes"] += 1
         missed = tapped.missed()

@@ -334,4 +334,4 @@ def test_maps_do_not_outlive_the_forward() -> None:
         run_model(model, "wan")
         assert not plugin._forwards
         assert not plugin._last
-    assert plugin._guided is None
+    assert not plugin._guided

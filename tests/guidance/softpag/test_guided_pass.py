@@ -281,6 +281,10 @@ def test_refuses_a_named_batch_that_repeats_nothing() -> None:
 
     with pytest.raises(GenAttnError, match="must repeat its latents, got 2 different samples"):
         role({"hidden_states": torch.randn(2, 4, 6, 6)}, "cond_uncond", Guided())
+    # three-way guidance of two samples with one seed: six equal latents are no [uncond, cond] of three
+    six = {"hidden_states": torch.ones(6, 4, 6, 6), "encoder_hidden_states": torch.randn(6, 5, 8)}
+    with pytest.raises(GenAttnError, match="three-way guidance in one batch"):
+        PassReader().role(Run(step=0, timestep=1.0, samples=2), (), six, Guided())
     reader = PassReader()
     first = reader.role(Run(step=0), (), {"hidden_states": torch.randn(2, 4)})
     with pytest.raises(GenAttnError, match="a whole number of times, got 2 samples after 3"):

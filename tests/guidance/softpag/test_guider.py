@@ -152,3 +152,53 @@ def test_refusals() -> None:
     with pytest.raises(GenAttnError, match="must come by, got no call"):
         guider.cleanup_models(model)
     guider.release()
+
+
+def guided_step(guider: SoftPAGGuidance, model: Any, inputs: Any, at: tuple[int, int], broken: int | None = None) -> Any:
+    """One step of a modular loop without CFG; `broken`: the pass that Ctrl-C ends."""
+    guider.set_state(*at, torch.tensor(1.0))
+    batches = guider.prepare_inputs({"text": (inputs["encoder_hidden_states"], inputs["encoder_hidden_states"])})
+    for number, batch in enumerate(batches):
+        guider.prepare_models(model)
+        hook = model.transformer_blocks[2].register_forward_pre_hook(_stop) if number == broken else None
+        try:
+            with torch.no_grad():
+                batch.noise_pred = model(**inputs, return_dict=False)[0]
+        finally:
+            if hook is not None:
+                hook.remove()
+        guider.cleanup_models(model)
+    return guider(batches).pred
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_broken_off_in_its_perturbed_pass_leaves_the_next_one_alone() -> None:
+    model, inputs = build_model("sd3"), build_inputs("sd3")
+    with torch.no_grad():
+        stock = model(**inputs, return_dict=False)[0]
+    guider = SoftPAGGuidance(heads="L1", u=1.0, scale=2.0, guidance_scale=1.0)
+    expected = guided_step(guider, model, inputs, (0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        guided_step(guider, model, inputs, (0, 1), broken=1)
+    with torch.no_grad():  # the user goes on without the guider
+        assert torch.equal(model(**inputs, return_dict=False)[0], stock)
+    assert torch.equal(guided_step(guider, model, inputs, (0, 1)), expected)
+    # between two passes nobody is asked: the marks of a pass that was prepared and never ran go with the next one
+    guider.set_state(0, 2, torch.tensor(1.0))
+    for _ in range(2):
+        guider.prepare_models(model)
+    torch.testing.assert_close(guided_step(guider, model, inputs, (0, 1)), expected, atol=0, rtol=0)
+
+
+def test_a_head_that_is_never_hit_is_told_where_guidance_begins_late() -> None:
+    model = build_model("sd3")
+    guider = SoftPAGGuidance(heads="L1", guidance_scale=1.0, perturb_start=0.5)
+    guider.set_state(1, 2, torch.tensor(1.0))
+    for _ in range(2):
+        guider.prepare_models(model)
+    with pytest.raises(GenAttnError, match="must come by, got no call"):
+        guider.cleanup_models(model)
+    assert not guider._handles

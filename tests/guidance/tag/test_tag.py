@@ -57,6 +57,28 @@ def test_equals_the_published_step(family: str, guidance_scale: float) -> None:
     assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0))[0], plain)
 
 
+def test_reference_images_are_no_part_of_the_sample() -> None:
+    """FLUX Kontext answers for its reference too, and steps with the image's part."""
+    from diffusers import FluxKontextPipeline
+
+    pipe: Any = FluxKontextPipeline(**build_pipeline("flux")[0].components)
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(9))
+    sizes = {"max_area": 16 * 24, "_auto_resize": False, "max_sequence_length": 16, "num_inference_steps": 2}
+    call = {"prompt": "a cat", "image": picture, "guidance_scale": 3.5, "output_type": "latent", **sizes}
+    stock = pipe.scheduler.step
+
+    def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return stock(amplify_reference(model_output, sample, 1.5).to(sample.dtype), timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    expected = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+    del pipe.scheduler.step
+    with genattn.apply(pipe, TAG(1.5)):
+        found = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # stock AnyFlow's own
 @pytest.mark.parametrize("family", families())
 def test_every_family(family: str) -> None:
