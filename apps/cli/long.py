@@ -1,6 +1,8 @@
 """Commands about finished and endless videos: long, measure."""
 
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +54,7 @@ def long_command(
 
     _check_long(context, prompt, folder, resume, fps)
     place = folder if resume is None else resume
-    say_when_stopped(lambda: _how_to_go_on(place))
+    say_when_stopped(lambda: _how_to_go_on(place, settings.model, settings.lora))
     pipe = open_pipeline(settings)
     if resume is not None:
         run = long_video(pipe, num_frames=settings.frames, resume=resume, window_batch=window_batch, stream=True)
@@ -109,14 +111,16 @@ def _check_long(context: typer.Context, prompt: str, folder: Path, resume: Path 
         raise GenAttnError(f"a resumed run keeps its settings, got {options_given} beside --resume; leave them out")
 
 
-def _how_to_go_on(place: Path) -> str:
+def _how_to_go_on(place: Path, model: str | None = None, loras: Sequence[str] = ()) -> str:
     if (place / "checkpoint.json").is_file():
-        return f"stopped; the film so far plays, and this goes on: genattn long --resume {place}"
+        model_given = [] if model is None else ["--model", str(model)]
+        command = ["genattn", "long", "--resume", str(place), *model_given, *(f"--lora={lora}" for lora in loras)]
+        return f"stopped; the film so far plays, and this goes on: {shlex.join(command)}"
     return "stopped before the first checkpoint; there is nothing to resume yet, the same command begins anew"
 
 
 # how a run is computed and how long it gets may change when it goes on; what it shows may not
-_BESIDE_RESUME = {"resume", "frames", "model", "dtype", "device", "cpu_offload", "window_batch", "as_json"}
+_BESIDE_RESUME = {"resume", "frames", "model", "lora", "dtype", "device", "cpu_offload", "window_batch", "as_json"}
 
 
 def _given(context: typer.Context) -> set[str]:

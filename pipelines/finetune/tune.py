@@ -30,6 +30,7 @@ from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDeno
 from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.long_video.solvers.noise_grid import NoiseGrid
 from genattn.pipelines.training.trainer import TrainSettings, train
+from genattn.reading import read_json
 from genattn.seam.context_parallel import enable_ulysses
 
 OnSave = Callable[[Any, int], None]
@@ -243,8 +244,14 @@ def _tokens(base: FrameDenoiser, size: ClipSize) -> int:
 def _same_run(out: Path, identity: dict[str, Any]) -> None:
     """Refuse to go on where a run was begun with other settings, as far as `identity` names them."""
     path, wanted = out / "settings.json", json.loads(json.dumps(identity))
-    if path.is_file() and (out / "training.safetensors").is_file():
-        before = json.loads(path.read_text())
+    if (out / "training.safetensors").is_file():
+        if not path.is_file():
+            raise GenAttnError(
+                f"{out} holds a run whose settings.json is gone: what it was begun with is not known; give another --out"
+            )
+        before = read_json(path, "the settings of a run")
+        if not isinstance(before, dict):
+            raise GenAttnError(f"{path} must hold an object, got {type(before).__name__}; it was changed by hand")
         other = [name for name in sorted(wanted) if before.get(name) != wanted[name]]
         if other:
             told = ", ".join(f"{name} was {before.get(name)!r}" for name in other)

@@ -19,8 +19,10 @@ import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
 from genattn.pipelines.long_video.forecast import Forecast, forecast_of, teller
+from genattn.pipelines.long_video.identity import plugins_on
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
 from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_checkpoint, read_record
+from genattn.pipelines.long_video.output.film_path import film_path, place_of
 from genattn.pipelines.long_video.output.folder_lock import FolderLock
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
 from genattn.pipelines.long_video.quality.drift import DriftCorrection, DriftMonitor
@@ -36,8 +38,6 @@ from genattn.pipelines.long_video.settings import LongVideoSettings
 from genattn.pipelines.long_video.single_step_caches import single_step_caches_off
 from genattn.pipelines.long_video.start_frames import StartFrames, clip_from_frames, given_latents
 from genattn.reading import whole
-
-FILM = "video.mp4"
 
 
 def long_video(
@@ -161,6 +161,7 @@ def start_video(
     base = frame_denoiser(pipe)
     folder = None if folder is None else Path(folder)
     group = group or WindowGroup.from_torch()
+    path = film_path(output, folder) if group.is_main else None
     with group.preparing(base.device), _held(folder, group) as lock:
         # one process looks: by the time the others come here it may have written its first checkpoint
         if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
@@ -173,9 +174,8 @@ def start_video(
             build.give(start)
         clip = build.first_clip(start, progress, teller(tell, progress and group.is_main))
         fifo = build.fifo(start_queue(build.shape, build.solver, clip, seed=settings.seed))
-        path = output if output is not None else None if folder is None else folder / FILM
         writer = None
-        if path is not None and group.is_main:
+        if path is not None:
             writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told(), sync=folder is not None)
         return LongVideo(build.parts(fifo, writer, folder, progress, lock))
 
@@ -240,14 +240,17 @@ def resume_video(
                 hook.load(tensors, record["hooks"])
             frames, drift = int(record["frames"]), DriftMonitor()
             drift.load(record["drift"])
+            pending = tensors.get("run.pending")
+            _check_shorter(build, fifo.passed_on - (0 if pending is None else pending.shape[2]))
         writer = None
         if record["film"] is not None and group.is_main:
             with whole(f"the checkpoint in {folder}"):
-                mark = WriterMark(int(record["film"]["frames"]), int(record["film"]["bytes"]))
-            writer = FragmentedMp4Writer(folder / FILM, settings.fps, mark=mark, sync=True)
+                film, path = record["film"], place_of(record["film"], folder)
+                mark = WriterMark(int(film["frames"]), int(film["bytes"]))
+            writer = FragmentedMp4Writer(path, settings.fps, mark=mark, metadata=build.told(), sync=True)
         parts = build.parts(fifo, writer, folder, progress, lock)
         parts.frames, parts.monitor = frames, drift
-        parts.pending = tensors.get("run.pending")
+        parts.pending = pending
         return LongVideo(parts)
 
 
@@ -258,6 +261,16 @@ def _resumed_settings(record: dict[str, Any], num_frames: int | None, window_bat
             f"the film already holds {record['frames']} frames and cannot become shorter, got num_frames={num_frames}"
         )
     return replace(saved, num_frames=saved.num_frames if num_frames is None else num_frames, window_batch=window_batch)
+
+
+def _check_shorter(build: "_Build", decoded: int) -> None:
+    """Refuse a length that the decoder is past already: some hold frames back that the film does not show yet."""
+    wanted = build.settings.num_frames
+    if wanted is not None and build.decoder.latents_for(wanted) < decoded:
+        raise GenAttnError(
+            f"the film already holds {build.decoder.frames_for(decoded)} frames, those in the decoder included, and cannot "
+            f"become shorter, got num_frames={wanted}"
+        )
 
 
 class _Build:
@@ -353,6 +366,7 @@ class _Build:
             "pipeline": type(self.base.pipe).__name__,
             "model": model_fingerprint(models),
             "size": [self.height, self.width],
+            **plugins_on(self.base.models),
             **fifo.settings(),
             **self.windows.settings(),
         }

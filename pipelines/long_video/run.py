@@ -20,9 +20,10 @@ from genattn.errors import GenAttnError, RunFailed
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser
 from genattn.pipelines.long_video.forecast import duration
 from genattn.pipelines.long_video.output.checkpoint import save_checkpoint
+from genattn.pipelines.long_video.output.film_path import told_place
 from genattn.pipelines.long_video.output.folder_lock import FolderLock
 from genattn.pipelines.long_video.output.stream_decode import StreamDecoder
-from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer
+from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
 from genattn.pipelines.long_video.quality.drift import DriftMonitor, describe_drift
 from genattn.pipelines.long_video.queue.fifo import Fifo
 from genattn.pipelines.long_video.queue.window_group import ProcessLeft
@@ -248,7 +249,7 @@ class LongVideo:
             "decoder": parts.decoder.to_numbers(),
             "hooks": numbers,
             "frames": parts.frames,
-            "film": None if mark is None else {"frames": mark.frames, "bytes": mark.bytes},
+            "film": None if parts.writer is None or mark is None else _film_record(parts.writer, mark, parts.folder),
             "drift": parts.monitor.to_numbers(),
             "settings": parts.settings.to_json(),
             "identity": parts.identity,
@@ -294,6 +295,10 @@ class LongVideo:
             video=np.stack(frames) if frames else None,
             made=self.made,
         )
+
+
+def _film_record(writer: FragmentedMp4Writer, mark: WriterMark, folder: Path) -> dict[str, Any]:
+    return {"frames": mark.frames, "bytes": mark.bytes, "path": told_place(writer.path, folder)}
 
 
 def _to_uint8(frames: torch.Tensor) -> list[np.ndarray]:

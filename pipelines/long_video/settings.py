@@ -1,6 +1,7 @@
 """What a user may set for a long video, checked before any work starts."""
 
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 from genattn.errors import GenAttnError
@@ -48,8 +49,8 @@ class LongVideoSettings:
                 raise GenAttnError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.uniform_steps < 0:
             raise GenAttnError(f"uniform_steps must be >= 0, got {self.uniform_steps}; 0 leaves the second stage out")
-        if not self.fps > 0:
-            raise GenAttnError(f"fps must be > 0, got {self.fps}")
+        if not (0 < self.fps <= 240 and Fraction(self.fps).limit_denominator(1001) > 0):
+            raise GenAttnError(f"fps must lie in (0, 240], got {self.fps}")
         if not 0 <= self.drift_correction <= 1:
             raise GenAttnError(f"drift_correction must be 0 to 1, got {self.drift_correction}")
         if self.start_as not in (None, "renoise", "condition"):

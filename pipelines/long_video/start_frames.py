@@ -31,6 +31,8 @@ def frames_to_tensor(start: StartFrames, size: tuple[int, int]) -> torch.Tensor:
         arrays = [np.asarray(p.convert("RGB") if hasattr(p, "convert") else p) for p in pictures]
         if not arrays or any(a.dtype != np.uint8 or a.ndim != 3 or a.shape[2] != 3 for a in arrays):
             raise GenAttnError(f"start must be pictures, uint8 [H, W, 3] each, got {[(a.dtype, a.shape) for a in arrays[:2]]}")
+        if len({a.shape for a in arrays}) > 1:
+            raise GenAttnError(f"start must be pictures of one size, got {sorted({a.shape[:2] for a in arrays})}; resize them")
         frames = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if tuple(frames.shape[-2:]) != size:
         raise GenAttnError(

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from genattn.errors import GenAttnError
+from genattn.reading import whole
 
 LossOf = Callable[[nn.Module, int, torch.Generator], torch.Tensor]
 
@@ -172,17 +173,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Load what `save_checkpoint` wrote; returns the number of steps done.
 
     Raises:
-        GenAttnError: if the file belongs to another model.
+        GenAttnError: if the file is damaged or belongs to another model.
     """
-    with safe_open(path, "pt") as file:
-        step = int(json.loads(file.metadata()["state"])["step"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with whole(f"the checkpoint {path}"), safe_open(path, "pt") as file:
+            step = int(json.loads(file.metadata()["state"])["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise GenAttnError(f"the checkpoint {path} is damaged ({error}); delete it to begin anew") from error
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise GenAttnError(f"the checkpoint must hold this model's weights, got {path} of another; delete or move it")
     model.load_state_dict(weights)
-    for name in average:
-        average[name].copy_(tensors[f"ema.{name}"])
+    with whole(f"the checkpoint {path}"):
+        for name in average:
+            average[name].copy_(tensors[f"ema.{name}"])
     for name, parameter in model.named_parameters():
         prefix = f"optim.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -28,7 +28,8 @@ _OWN_SUM, _TENSOR_SUM = "sha256", "tensors_sha256"
 
 
 def model_fingerprint(models: Mapping[str, Any]) -> str:
-    """A short hash over names, shapes and a sample of the values of all parameters; tells checkpoints and adapters apart."""
+    """A short hash over names, shapes and a sample of the values of all parameters; tells checkpoints apart, and adapters with
+    the strength that each is given."""
     digest = hashlib.sha256()
     for part, model in sorted(models.items()):
         digest.update(f"{part}:{type(model).__name__}".encode())
@@ -36,7 +37,19 @@ def model_fingerprint(models: Mapping[str, Any]) -> str:
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 16)][:16]
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
+        digest.update("".join(_adapters(model)).encode())
     return digest.hexdigest()[:16]
+
+
+def _adapters(model: Any) -> list[str]:
+    """The adapters of each layer that work, with their strength: no weight tells that."""
+    told = []
+    for name, layer in model.named_modules():
+        scaling, active = getattr(layer, "scaling", None), getattr(layer, "active_adapters", None)
+        if isinstance(scaling, Mapping) and isinstance(active, list):
+            working = [] if getattr(layer, "disable_adapters", False) else active
+            told.append(f"{name}:{[(each, float(scaling[each])) for each in working if each in scaling]}")
+    return told
 
 
 def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> Path:
@@ -70,8 +83,11 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, torch.
 
 
 def _sum_of(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _seal(body: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def save_video(
     target = Path(path)
     if target.suffix.lower() not in CONTAINERS:
         raise GenAttnError(f"the path must end in {', '.join(CONTAINERS)}, got {str(target)!r}")
-    if not 0 < fps <= 240:
+    if not (0 < fps <= 240 and Fraction(fps).limit_denominator(1001) > 0):
         raise GenAttnError(f"fps must lie in (0, 240], got {fps}")
     if not 0 <= crf <= 51:
         raise GenAttnError(f"crf must lie in 0 to 51, got {crf}")
@@ -57,7 +57,9 @@ def save_video(
 def as_frames(frames: Any) -> Frames:
     """The frames of one clip as uint8 [T, H, W, 3]; forms and errors as in `save_video`."""
     if isinstance(frames, torch.Tensor):
-        frames = frames.detach().float().cpu().movedim(1, -1).numpy() if frames.ndim == 4 else frames.detach().cpu().numpy()
+        frames = frames.detach().cpu()
+        frames = (frames.float() if frames.is_floating_point() else frames).numpy()
+        frames = np.moveaxis(frames, 1, -1) if frames.ndim == 4 else frames
     if isinstance(frames, Sequence):
         pictures = [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in frames]
         sizes = {picture.shape for picture in pictures}

@@ -112,7 +112,8 @@ def dynamic_degree(video: Video, fps: float = 8.0) -> tuple[float, bool]:
 
     The film is thinned to about 8 frames a second first, as VBench does; fps: of the film.
     """
-    video = check_video(check_video(video)[:: max(1, round(fps / 8))])
+    # a clip of a few frames is not thinned to a still
+    video = check_video(video)[:: max(1, min(round(fps / 8), len(video) - 1))]
     flow, strengths = _Flow(), []
     top = max(1, int(0.05 * video.shape[1] * video.shape[2]))
     for a, b in pairwise(video):

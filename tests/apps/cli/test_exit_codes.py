@@ -96,6 +96,16 @@ def test_a_stopped_long_video_says_how_to_go_on(tmp_path: Path) -> None:
     assert "nothing to resume yet, the same command begins anew" in _how_to_go_on(tmp_path)
     (tmp_path / "checkpoint.json").write_text("{}")
     assert _how_to_go_on(tmp_path).endswith(f"genattn long --resume {tmp_path}")
+    told = _how_to_go_on(tmp_path, "my model", ["a.safetensors:0.5"])
+    assert told.endswith(f"genattn long --resume {tmp_path} --model 'my model' --lora=a.safetensors:0.5")
+
+
+def test_a_film_with_a_lora_is_resumed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genattn.apps.cli import long
+
+    (tmp_path / "checkpoint.json").write_text("{}")
+    monkeypatch.setattr(long, "_given", lambda context: {"resume", "lora", "model"})
+    long._check_long(None, "", tmp_path, tmp_path, None)  # type: ignore[arg-type]
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

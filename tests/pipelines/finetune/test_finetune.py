@@ -316,3 +316,19 @@ def test_two_data_parallel_processes_train_as_one_with_twice_the_batch(clips: Pa
     for name, tensor in one.items():  # AdamW blows rounding up where gradients are tiny; other noise would show as 1e-2
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
     assert run(clips, tmp_path / "two", steps=2)[2].steps == 2, "one process reads what two wrote"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "settings.json is gone"), ("{", "readable JSON"), ("[]", "must hold an object"), ('{"seed": 1}', "other settings")],
+)
+def test_a_run_whose_settings_cannot_be_read_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    """What it was begun with is then not known, so going on could be with another model or other data."""
+    from genattn.pipelines.finetune.tune import _same_run
+
+    _same_run(tmp_path, {"seed": 0})
+    (tmp_path / "training.safetensors").write_bytes(b"")
+    if content is not None:
+        (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(GenAttnError, match=message):
+        _same_run(tmp_path, {"seed": 0})

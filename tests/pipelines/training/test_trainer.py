@@ -119,6 +119,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, accelerator):
         train(torch.nn.Linear(4, 1), regression, settings(), accelerator, path)
 
 
+@pytest.mark.parametrize("damage", [b"", b"x" * 64, None])
+def test_a_damaged_checkpoint_is_told(tmp_path, accelerator, damage):
+    path = tmp_path / "run.safetensors"
+    train(small_model(), regression, settings(steps=2), accelerator, path)
+    path.write_bytes(path.read_bytes()[:-8] if damage is None else damage)
+    with pytest.raises(GenAttnError, match="damaged"):
+        train(small_model(), regression, settings(), accelerator, path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, accelerator):
     with pytest.raises(GenAttnError, match="must stay finite, got nan at step 0"):
         train(

@@ -27,8 +27,9 @@ CLIP = (np.linspace(0, 1, 5 * 16 * 24 * 3).reshape(5, 16, 24, 3) * 255).round().
         lambda x: [Image.fromarray(frame).convert("RGBA") for frame in x],
         lambda x: list(x),
         lambda x: torch.from_numpy(x.astype(np.float32) / 255).permute(0, 3, 1, 2),
+        lambda x: torch.from_numpy(x).permute(0, 3, 1, 2),
     ],
-    ids=["uint8", "float", "pil", "rgba", "list", "tensor"],
+    ids=["uint8", "float", "pil", "rgba", "list", "tensor", "uint8-tensor"],
 )
 def test_every_form_is_the_same_frames(form: Any) -> None:
     assert np.array_equal(as_frames(form(CLIP)), CLIP)

@@ -63,6 +63,12 @@ def test_faster_is_more_dynamic():
     assert metrics.dynamic_degree(clip(2), fps=16)[0] > 1.5 * slow
 
 
+@pytest.mark.parametrize("frames", [2, 3, 5])
+def test_a_clip_of_a_few_frames_is_not_thinned_to_a_still(frames):
+    video = np.random.default_rng(0).integers(0, 255, (frames, 32, 32, 3), dtype=np.uint8)
+    assert metrics.dynamic_degree(video, fps=60.0) == metrics.dynamic_degree(video[[0, -1]], fps=8.0)
+
+
 def test_a_swapped_subject_is_seen_inside_the_mask_only():
     steady, swapped = clip(2.5), clip(2.5, swap=24)
     same, other = metrics.subject_consistency(steady), metrics.subject_consistency(swapped)
