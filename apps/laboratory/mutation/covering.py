@@ -68,7 +68,7 @@ class Covering:
     def order(self, tests: Iterable[str], seconds: float, near: Collection[str] = ()) -> list[str]:
         """Quick ones first and the test files by turns, those that are near before others, as many as the seconds allow."""
         turn: dict[str, int] = {}
-        placed = []
+        placed: list[tuple[int, bool, int, str]] = []
         for test in sorted(tests, key=lambda test: (self.seconds.get(test, 0.0), test)):
             file = test.split("::")[0]
             turn[file] = turn.get(file, -1) + 1
