@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 
+from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import IMPLS, choose_impl
 from genattn.kernels.cpu.native_build import cache_folder, native_library
 from genattn.kernels.peers.dense import dense_backends, missing_peers
+from genattn.kernels.peers.optional import why_not_natten
 from genattn.kernels.plan.block_plan import dense_plan
 from genattn.kernels.triton.config import arch_of, chip_of, measured_table, settings_of, table_row, tile_sizes
+from genattn.patterns.natten_windows import natten_windows
+from genattn.patterns.neighborhood import NeighborhoodPattern
 
 # time / (density x dense time) of the forward at head dim 128 in 16 bits, from instruction counts: docs/kernels.md says how
 PREDICTED = {
@@ -46,10 +50,16 @@ def doctor(head_dim: int = 128) -> dict[str, Any]:
         "native_kernel": library if isinstance(library, str) else f"{library.genattn_vector_lanes()} lanes",
         "cache": str(cache_folder()),
         "auto": choose_impl(probe, probe, probe, plan)[0],
-        "backends": {name: _why_not(name, probe, plan) for name in IMPLS if name != "auto"},
+        "backends": {name: _why_not(name, probe, plan) for name in IMPLS if name != "auto"} | _of_windows(probe),
         "dense": {**dict.fromkeys(served), **refused},
         "peers": missing_peers(),
     }
+
+
+def _of_windows(probe: torch.Tensor) -> dict[str, str | None]:
+    """The backends that take windows of a grid in the place of a plan."""
+    windows = natten_windows(NeighborhoodPattern(3), TokenLayout.from_grid((16, 16)))
+    return {"halo": None, "natten": why_not_natten(probe, windows)}
 
 
 def _settings(device: torch.device, head_dim: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 
 bench_app = typer.Typer(
     no_args_is_help=True, help="Time the attention backends of this machine, or tune the Triton kernels for its GPU."
@@ -59,6 +59,9 @@ def bench_attention_command(
         print_json(rows)
     else:
         print_lines(rows_to_share(rows))
+    idle = [name for name in impl or () if name != "auto" and all(row["impl"] != name for row in rows)]
+    if idle:
+        raise RunFailed(f"no case was measured for {', '.join(idle)}; `genattn doctor` says what it lacks")
 
 
 @bench_app.command("autotune")

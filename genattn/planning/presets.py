@@ -6,6 +6,7 @@ keep the first quarter of the steps and the first block dense: without dense ste
 paper, table B). Neighborhood settings are those of the GNA paper. None of them was measured by us on these checkpoints.
 """
 
+import difflib
 import json
 import math
 from dataclasses import replace
@@ -104,7 +105,9 @@ def preset(model: str) -> ModelPreset:
         return PRESETS[model]
     if (Path(model) / "model_index.json").is_file():
         return _from_folder(Path(model))
-    raise GenAttnError(f"model must be a pipeline folder or one of {', '.join(PRESETS)}, got {model!r}")
+    near = [name for name in PRESETS if name.startswith(model.lower())] or difflib.get_close_matches(model, PRESETS, n=3)
+    guess = f"; did you mean {' or '.join(near)}?" if model and near else ""
+    raise GenAttnError(f"model must be a pipeline folder or one of {', '.join(PRESETS)}, got {model!r}{guess}")
 
 
 def _from_folder(folder: Path) -> ModelPreset:

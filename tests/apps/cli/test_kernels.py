@@ -8,13 +8,15 @@ import pytest
 
 from genattn.apps.bench import attention as bench_attention
 from genattn.apps.cli.kernels import bench_attention_command, doctor_command
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, RunFailed
 
 
 def test_doctor_says_what_runs_and_why_not_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     doctor_command(as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["reference"] is None
+    assert facts["backends"]["halo"] is None
+    assert "natten" in facts["backends"]
     assert all(why is None or len(why) > 5 for why in {**facts["backends"], **facts["dense"]}.values())
     doctor_command()
     assert "backends" in capsys.readouterr().out
@@ -29,12 +31,17 @@ def test_bench_checks_its_files_first(tmp_path: Path) -> None:
 
 def test_bench_takes_every_backend_it_can_measure_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Sequence[str] | None] = []
-    monkeypatch.setattr(bench_attention, "bench_attention", lambda *_, impls, **__: asked.append(impls) or [])
-    bench_attention_command(quick=True, impl=list(bench_attention.MEASURABLE), out=tmp_path / "a.csv")
+    measured = lambda *_, impls, **__: asked.append(impls) or [{"impl": name} for name in impls if name not in idle]  # noqa: E731
+    monkeypatch.setattr(bench_attention, "bench_attention", measured)
+    idle = {"auto"}
+    bench_attention_command(quick=True, impl=list(bench_attention.MEASURABLE), out=tmp_path / "a.csv", as_json=True)
     assert set(asked[0] or ()) >= {"natten", "flex"}
     with pytest.raises(GenAttnError, match="--impl must be one of auto, triton, .*, natten, got nonsense"):
         bench_attention_command(quick=True, impl=["nonsense"], out=tmp_path / "a.csv")
     assert len(asked) == 1
+    idle = {"natten", "triton"}  # who names a backend is told by the exit code, too, that it was not measured
+    with pytest.raises(RunFailed, match="no case was measured for natten, triton; `genattn doctor`"):
+        bench_attention_command(quick=True, impl=["natten", "triton", "cpu"], as_json=True)
 
 
 def test_doctor_takes_every_head_that_can_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,8 @@ def test_show_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (lambda: plan_command("wan-14b", "720"), "--size must be HEIGHTxWIDTH, e.g. 720x1280, got '720'"),
         (lambda: plan_command("nonsense"), "model must be a pipeline folder or one of wan-1.3b"),
+        (lambda: plan_command("hunyuan"), "got 'hunyuan'; did you mean hunyuan-video or hunyuan-video-1.5"),
+        (lambda: plan_command("wan14b"), "got 'wan14b'; did you mean wan-14b"),
         (lambda: show_command("4x8x8", "dense"), "dense attention has none"),
     ],
 )
