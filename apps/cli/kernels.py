@@ -50,6 +50,8 @@ def bench_attention_command(
         raise GenAttnError(f"--impl must be one of {', '.join(MEASURABLE)}, got {', '.join(unknown)}")
     if rounds is not None and rounds < 1:
         raise GenAttnError(f"--rounds must be >= 1, got {rounds}")
+    if seconds is not None and not seconds > 0:
+        raise GenAttnError(f"--seconds must be > 0, got {seconds}")
     quiet = (lambda line: None) if as_json else print_lines
     where = None if device is None else pick_device(device)
     rows = bench_attention(quick, where, out, rounds, impls=impl, progress=quiet, seconds=seconds)

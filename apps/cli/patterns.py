@@ -253,6 +253,8 @@ def show_command(
     pattern = pattern_from_name(attention, pattern_options, window, stride)
     if pattern is None:
         raise GenAttnError("show draws a pattern, and dense attention has none; name another --attention")
+    if query is not None and out is None and not as_json:
+        raise GenAttnError("--query is drawn in a picture, and none was asked for; add --out show.png")
     layout = TokenLayout.from_grid(_grid(grid), text_before, text_after)
     plan = pattern.plan(layout, block, block)
     if out is not None:

@@ -3,6 +3,7 @@
 planner's candidates -> one dense run, each candidate answered beside it -> per layer and head the cheapest that is good enough
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def measured_plan(
     """
     import torch
 
+    if min_psnr is not None and not math.isfinite(min_psnr):
+        raise GenAttnError(f"--min-psnr must be a number of dB, got {min_psnr}; 30 is near to dense")
     pipe = open_pipeline(settings)
     if not makes_video(pipe):
         raise GenAttnError(f"plan --auto needs a video pipeline, got {type(pipe).__name__}")

@@ -88,6 +88,12 @@ def plan_settings(
     """
     if not 0 < target_density <= 1:
         raise GenAttnError(f"target_density must be in (0, 1], got {target_density}; 0.25 is a usual start")
+    if not 0 <= dense_steps <= 1:
+        raise GenAttnError(f"dense_steps must be a share of the steps in [0, 1], got {dense_steps:g}; 0.25 is a usual start")
+    if dense_layers < 0:
+        raise GenAttnError(f"dense_layers must be >= 0, got {dense_layers}; 1 is a usual start")
+    if steps is not None and steps < 1:
+        raise GenAttnError(f"steps must be >= 1, got {steps}; leave it out for the model's own")
     known = preset(model)
     height, width = size or known.size
     count = known.frames if frames is None else frames

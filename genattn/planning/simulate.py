@@ -66,6 +66,8 @@ def simulate(
     >>> round(found.worst_tile, 2)
     11.11
     """
+    if block < 1:
+        raise GenAttnError(f"block must be >= 1, got {block}; tiles hold 128 tokens by default")
     pattern, layout = NeighborhoodPattern(window_size, stride, dilation, is_causal), TokenLayout.from_grid(grid)
     axes = pattern.axes(layout)
     chosen = pattern.cuts(layout, block, block) if tile_q is None or tile_k is None else ((), ())

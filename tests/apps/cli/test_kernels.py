@@ -27,6 +27,9 @@ def test_bench_checks_its_files_first(tmp_path: Path) -> None:
         bench_attention_command(quick=True, out=tmp_path / "a.txt")
     with pytest.raises(GenAttnError, match=r"--plot must end in \.png"):
         bench_attention_command(quick=True, plot=tmp_path / "a.csv")
+    for seconds in (float("nan"), 0, -1):
+        with pytest.raises(GenAttnError, match=f"--seconds must be > 0, got {seconds}"):
+            bench_attention_command(quick=True, seconds=seconds)
 
 
 def test_bench_takes_every_backend_it_can_measure_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,13 @@ def test_show_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: plan_command("nonsense"), "model must be a pipeline folder or one of wan-1.3b"),
         (lambda: plan_command("hunyuan"), "got 'hunyuan'; did you mean hunyuan-video or hunyuan-video-1.5"),
         (lambda: plan_command("wan14b"), "got 'wan14b'; did you mean wan-14b"),
+        (lambda: plan_command(dense_steps=float("nan")), r"dense_steps must be a share of the steps in \[0, 1\], got nan"),
+        (lambda: plan_command(dense_steps=-1), r"dense_steps must be a share of the steps in \[0, 1\], got -1"),
+        (lambda: plan_command(dense_layers=-1), "dense_layers must be >= 0, got -1"),
+        (lambda: plan_command(steps=0), "steps must be >= 1, got 0"),
+        (lambda: plan_command("none", min_psnr=float("nan")), "--min-psnr must be a number of dB, got nan"),
+        (lambda: simulate_command("8x8x8", "4x4x4", block=0), "block must be >= 1, got 0"),
+        (lambda: show_command("8x8x8", query="4x4x4"), "--query is drawn in a picture, and none was asked for; add --out"),
         (lambda: show_command("4x8x8", "dense"), "dense attention has none"),
     ],
 )
