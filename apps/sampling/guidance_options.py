@@ -27,6 +27,7 @@ class GuidanceSettings:
             raise GenAttnError(f"--enhance must be a finite number, got {self.enhance}")
         if self.softpag is not None and self.softpag.endswith(".json") and not Path(self.softpag).is_file():
             raise GenAttnError(f"--softpag must name heads (L3H1,L5) or a head set's file, and there is no {self.softpag!r}")
+        self.plugins()  # what they refuse is known before a model is opened
 
     def plugins(self) -> list[Plugin]:
         """Fresh plugins, outermost first.

@@ -1,5 +1,6 @@
 """What goes into a run beside its prompt: LoRA files and pictures, checked before the model is opened."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,23 @@ def lora_of(text: str) -> tuple[str, float]:
         raise GenAttnError(f"--lora must be a .safetensors file or a hub id, got {found[0]!r}; other formats are not loaded")
     if not path.exists() and (path.suffix or found[0].startswith((".", "/", "~")) or found[0].count("/") != 1):
         raise GenAttnError(f"--lora must be a .safetensors file or a hub id (owner/name), and there is no file {found[0]!r}")
+    if not math.isfinite(found[1]):
+        raise GenAttnError(f"the weight of --lora must be a finite number, got {text!r}; 1 is the usual one")
+    if path.is_file():
+        _check_whole(path)
     return found
+
+
+def _check_whole(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise GenAttnError(
+            f"--lora {str(path)!r} must be a whole safetensors file: {first_line(error)}; copy it again"
+        ) from None
 
 
 def add_loras(pipe: Any, texts: Sequence[str]) -> None:

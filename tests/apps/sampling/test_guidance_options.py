@@ -35,11 +35,15 @@ def test_every_method_becomes_its_plugin() -> None:
         ({"broadway": "much"}, r"--broadway must be a strength \(0.3\) or one of .*animatediff.*, got 'much'"),
         ({"softpag": "missing.json"}, "there is no 'missing.json'"),
         ({"enhance": float("nan")}, "--enhance must be a finite number, got nan"),
+        ({"broadway": "nan"}, "alpha must be in .* got nan"),
+        ({"softpag": "foo"}, "heads must be written like .* got 'foo'"),
+        ({"softpag": "L1", "softpag_u": 2.0}, r"u must be a number in \[0, 1\], got 2.0"),
+        ({"softpag": "L1", "softpag_scale": float("inf")}, "scale must be a finite number, got inf"),
     ],
 )
-def test_what_is_refused(settings: dict[str, object], message: str) -> None:
+def test_what_is_refused_before_a_model_is_opened(settings: dict[str, object], message: str) -> None:
     with pytest.raises(GenAttnError, match=message):
-        GuidanceSettings(**settings).plugins()  # type: ignore[arg-type]
+        GuidanceSettings(**settings)  # type: ignore[arg-type]
 
 
 def test_guidance_acts_in_both_runs_and_is_told(random_wan_folder: Path, tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ def test_a_lora_acts_with_its_weight(random_wan_folder: Path, lora: Path) -> Non
 
 
 def test_names_and_weights(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
     file = tmp_path / "style.safetensors"
-    file.touch()
+    save_file({"a": torch.zeros(1)}, file)
     assert lora_of(f"{file}:0.8") == (str(file), 0.8)
     assert lora_of(str(file)) == (str(file), 1.0)
     assert lora_of("owner/name:-1") == ("owner/name", -1.0)
@@ -54,11 +56,19 @@ def test_names_and_weights(tmp_path: Path) -> None:
         ("style.ckpt", "--lora must be a .safetensors file or a hub id, got 'style.ckpt'; other formats are not loaded"),
         ("missing.safetensors:0.5", r"there is no file 'missing.safetensors'"),
         ("name", r"a hub id \(owner/name\), and there is no file 'name'"),
+        ("owner/name:nan", "the weight of --lora must be a finite number, got 'owner/name:nan'"),
     ],
 )
 def test_refused_before_a_model_is_opened(text: str, message: str) -> None:
     with pytest.raises(GenAttnError, match=message):
         SamplingSettings(lora=(text,))
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678{}", b"not a model"])
+def test_a_file_cut_short_is_refused_before_a_model_is_opened(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(content)
+    with pytest.raises(GenAttnError, match=r"--lora '.*cut.safetensors' must be a whole safetensors file: .*; copy it again"):
+        SamplingSettings(lora=(f"{tmp_path / 'cut.safetensors'}:0.5",))
 
 
 def test_what_does_not_fit_is_told(random_wan_folder: Path, tmp_path: Path) -> None:
