@@ -11,6 +11,7 @@ from genattn.kernels.cpu.grouped import grouped_attention, why_not_grouped
 from genattn.kernels.cpu.native import native_attention, why_not_native
 from genattn.kernels.failures import failed_before, failure_of, remember_failure
 from genattn.kernels.plan.block_plan import BlockPlan, plan_of_handle
+from genattn.kernels.plan.exact import exact
 from genattn.kernels.triton.block_sparse import triton_backward, triton_forward, why_not_triton
 from genattn.kernels.triton.full_tiles import full_tiles_forward, why_not_full_tiles
 from genattn.kernels.triton.int8_scores import triton_int8_forward, why_not_int8
@@ -84,6 +85,7 @@ def block_sparse_forward(
     return out.contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
 
 
+@exact
 def _forward(
     name: str,
     query: torch.Tensor,
@@ -161,7 +163,8 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
     query, key, value, key_mask, handle, ctx.scale, ctx.impl, ctx.with_lse = inputs
     ctx.save_for_backward(query, key, value, key_mask, handle, *output)
     if type(handle) is torch.Tensor:
-        # the plan must outlive this graph; under a tracer the handle is a stand-in
+        # the plan must outlive this graph, and where checkpointing computes the saved tensors again, the handle among them is
+        # that of another plan, which may be gone by then; under a tracer the handle is a stand-in
         ctx.plan = plan_of_handle(handle)
 
 
@@ -169,6 +172,7 @@ def _grads(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     if not ctx.with_lse:
         raise RuntimeError("with_lse must be True where gradients are wanted, got False")
     query, key, value, key_mask, handle, out, lse = ctx.saved_tensors
+    handle = ctx.plan.handle if hasattr(ctx, "plan") else handle
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     grads = block_sparse_backward(grad_out, grad_lse, query, key, value, key_mask, out, lse, handle, ctx.scale, ctx.impl)

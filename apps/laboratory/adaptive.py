@@ -160,7 +160,7 @@ class _Errors(Plugin):
         if call.run.step in self.looked_at and call.run.pass_name != "uncond" and call.layout is not None:
             for name, pattern in self.patterns.items():
                 there = pattern.for_layer(call.site.depth, self.layers).for_step(call.run.step, call.run.fraction)
-                plan = plan_for(call.query, call.key, there, call.layout)
+                plan = plan_for(call.query, call.key, there, call.layout, scale=call.scale)
                 sparse = planned_attention(call.query, call.key, call.value, plan, scale=call.scale)
                 assert isinstance(sparse, torch.Tensor)
                 self.errors[name].append(float((sparse - out).square().sum() / out.square().sum()))

@@ -82,7 +82,7 @@ class CallError(Plugin):
         if call.layout is None or call.layout.grid is None:
             raise GenAttnError(f"the sweep needs a model whose token grid is known, got none at {call.site.name}")
         for name, pattern in self.patterns.items():
-            plan = plan_for(call.query, call.key, pattern, call.layout)
+            plan = plan_for(call.query, call.key, pattern, call.layout, scale=call.scale)
             sparse = planned_attention(call.query, call.key, call.value, plan, scale=call.scale)
             assert isinstance(sparse, torch.Tensor)
             self.errors[name].append(float((sparse - out).square().sum() / out.square().sum()))

@@ -89,7 +89,7 @@ def attention(
     flags: dict[str, Any] = {"impl": impl, "return_lse": return_lse, "scale": scale}
     if asked.needs_tensors and query.shape[0] > 1:
         return _each_entry(query, key, value, asked, layout, key_mask, **flags)
-    plan = plan_for(query, key, asked, layout, impl)
+    plan = plan_for(query, key, asked, layout, impl, scale=scale)
     return planned_attention(query, key, value, plan, key_mask=key_mask, **flags)
 
 
@@ -108,7 +108,7 @@ def _each_entry(
     found: list[Any] = []
     for entry in range(query.shape[0]):
         some = slice(entry, entry + 1)
-        plan = plan_for(query[some], key[some], pattern, layout, flags["impl"])
+        plan = plan_for(query[some], key[some], pattern, layout, flags["impl"], scale=flags["scale"])
         mask = None if key_mask is None else key_mask[some]
         found.append(planned_attention(query[some], key[some], value[some], plan, key_mask=mask, **flags))
     if not flags["return_lse"]:
@@ -215,11 +215,12 @@ def plan_for(
     layout: TokenLayout,
     impl: str = "auto",
     memory: SiteMemory | None = None,
+    scale: float | None = None,
 ) -> AnyPlan:
     """The plan of `pattern` with the tile sizes that suit the device of `query` and the length of the sequence.
 
     Boxes that follow the query tile for impl="halo", windows for "natten", else lists of fixed tiles. memory: what this
-    attention site keeps between the calls of a run, for patterns that choose by content.
+    attention site keeps between the calls of a run, and scale: of the scores, for patterns that choose by content.
     """
     if impl == "halo":
         return halo_plan(pattern, layout)
@@ -231,7 +232,7 @@ def plan_for(
     if not pattern.needs_tensors:
         return pattern.plan_for(query, key, layout, *sides).to(query.device)
     # what is chosen outlives the call: it may have come in inference mode, or under another default device
-    return lasting(pattern.plan_for)(query, key, layout, *sides, memory=memory).to(query.device)
+    return lasting(pattern.plan_for)(query, key, layout, *sides, memory=memory, scale=scale).to(query.device)
 
 
 def block_plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from genattn.kernels.block_sparse import as_autocast
+from genattn.kernels.plan.exact import exact
+
 _ROWS = 1 << 24  # scores at a time where no kernel tells: 64 MB in float32
 
 
@@ -23,6 +26,7 @@ def dense_with_lse(
         mask: None, bool or additive, [B, Sk] or broadcastable to [B, H, Sq, Sk].
         scale: of the scores, None for D ** -0.5.
     """
+    query, key, value = as_autocast(query, key, value)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return None
     if mask is not None and not isinstance(mask, torch.Tensor):
@@ -38,8 +42,13 @@ def attention_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same on any device, for few keys: some rows of scores at a time where no kernel serves, in at least float32."""
     found = dense_with_lse(query, key, value, mask, scale)
-    if found is not None:
-        return found
+    return _by_rows(*as_autocast(query, key, value), mask, scale) if found is None else found
+
+
+@exact
+def _by_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     repeat = query.shape[2] // key.shape[2]
     key, value = (t.repeat_interleave(repeat, 2) if repeat > 1 else t for t in (key, value))
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -59,6 +68,7 @@ def attention_with_lse(
     return torch.cat(outs, 1), torch.cat(sums, 1)
 
 
+@exact
 def merged(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """The answer over the keys of both, [B, S, H, D]; a part that sees nothing has a log-sum-exp of minus infinity."""
     top = torch.maximum(first[1], second[1]).clamp(min=-1e30)

@@ -21,6 +21,7 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import PADDING
+from genattn.kernels.plan.exact import exact
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.content import ContentPattern, Listing, check_tensors, keep_plan, kept_plan
 from genattn.patterns.listed_plans import clustered_plan, plan_of_listed, static_codes
@@ -130,6 +131,7 @@ class AdaptivePattern(ContentPattern):
 
     # ---- plans
 
+    @exact
     @torch.no_grad()
     def plan_for(
         self,
@@ -139,6 +141,7 @@ class AdaptivePattern(ContentPattern):
         block_q: int = 128,
         block_k: int = 128,
         memory: SiteMemory | None = None,
+        scale: float | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries [B, S, H, D] and keys [B, S, Hk, D]: lists per head, estimates averaged over the batch.
 
@@ -150,15 +153,24 @@ class AdaptivePattern(ContentPattern):
         if plan is not None:
             return plan
         if isinstance(self.tiles, Clusters):
-            plan = self.stand_in(self._clustered(query, key, layout, (block_q, block_k), memory))
+            plan = self.stand_in(self._clustered(query, key, layout, (block_q, block_k), memory, scale))
         else:
-            found = self.listing(query, key, layout, block_q, block_k)
+            found = self.listing(query, key, layout, block_q, block_k, scale)
             plan = self.stand_in(plan_of_listed(found.listed, found.query_tiles, found.key_tiles, layout.seqlen))
         keep_plan(memory, slot, plan, self.share_passes)
         return plan
 
+    @exact
     @torch.no_grad()
-    def listing(self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int) -> Listing:
+    def listing(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block_q: int,
+        block_k: int,
+        scale: float | None = None,
+    ) -> Listing:
         """See ContentPattern.listing."""
         if isinstance(self.tiles, Clusters):
             raise GenAttnError("clusters are tiles of each head's own; combine patterns on boxes or runs instead")
@@ -181,6 +193,7 @@ class AdaptivePattern(ContentPattern):
             query_tiles,
             key_tiles,
             self.score,
+            scale,
             open=allowed,
             spread=self.chosen_by.needs_spread,
             counted=counted or None,
@@ -219,6 +232,7 @@ class AdaptivePattern(ContentPattern):
         layout: TokenLayout,
         block: tuple[int, int],
         memory: SiteMemory | None,
+        scale: float | None,
     ) -> HeadTiles:
         """Clusters of the grid's queries and keys, the rule between their centres, tiles of each head's own."""
         places = layout.grid_positions.to(query.device)
@@ -228,7 +242,8 @@ class AdaptivePattern(ContentPattern):
         repeats = query.shape[2] // key.shape[2]
         labels_k, centres_k = labels_k.repeat_interleave(repeats, 0), centres_k.repeat_interleave(repeats, 0)
         heads, batch = query.shape[2], query.shape[0]
-        mean_q = centres_q.view(heads, count[0], batch, -1).permute(2, 0, 1, 3) * query.shape[-1] ** -0.5
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        mean_q = centres_q.view(heads, count[0], batch, -1).permute(2, 0, 1, 3) * factor
         mean_k = centres_k.view(heads, count[1], batch, -1).permute(2, 0, 1, 3)
         tokens = sizes(labels_k, count[1])[:, None, :]
         score = mean_q @ mean_k.transpose(-1, -2)

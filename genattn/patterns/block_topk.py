@@ -61,13 +61,22 @@ class BlockTopK(ContentPattern):
         block_q: int = 128,
         block_k: int = 128,
         memory: SiteMemory | None = None,
+        scale: float | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries [B, S, H, D] and keys [B, S, Hk, D]: lists per head, scores averaged over the batch.
 
         Raises GenAttnError if the tensors do not fit the layout.
         """
-        return self.choice.plan_for(query, key, layout, block_q, block_k, memory)
+        return self.choice.plan_for(query, key, layout, block_q, block_k, memory, scale)
 
-    def listing(self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int) -> Listing:
+    def listing(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block_q: int,
+        block_k: int,
+        scale: float | None = None,
+    ) -> Listing:
         """See ContentPattern.listing."""
-        return self.choice.listing(query, key, layout, block_q, block_k)
+        return self.choice.listing(query, key, layout, block_q, block_k, scale)

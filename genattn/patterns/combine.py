@@ -63,14 +63,15 @@ class _Parts(Pattern):
             pattern.check_model(name, heads, layers)
 
     def _codes(
-        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int
+        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block: tuple[int, int], scale: float | None
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """(per part uint8 codes [H or 1, NQ, NK] on the CPU, query tiles, key tiles); the content parts name the tiles.
 
         Raises GenAttnError where a part is a combination of its own, or where two parts cut the sequence differently.
         """
         check_tensors(query, key, layout)
-        content = {p: p.listing(query, key, layout, block_q, block_k) for p in self.patterns if isinstance(p, ContentPattern)}
+        choosing = [p for p in self.patterns if isinstance(p, ContentPattern)]
+        content = {p: p.listing(query, key, layout, *block, scale) for p in choosing}
         if any(p.needs_tensors and p not in content for p in self.patterns):
             raise GenAttnError(
                 f"a {type(self).__name__} cannot hold another combination with a pattern that looks at the tensors; "
@@ -154,6 +155,7 @@ class _Combined(_Parts):
         block_q: int = 128,
         block_k: int = 128,
         memory: SiteMemory | None = None,
+        scale: float | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries and keys, on the tiles of the parts that look at them."""
         if not self.needs_tensors:
@@ -161,10 +163,10 @@ class _Combined(_Parts):
         static = [p for p in self.patterns if not p.needs_tensors] or [DensePattern()]
         content = [p for p in self.patterns if p.needs_tensors]
         if len(content) == 1 and isinstance(content[0], ContentPattern):
-            alone = content[0].with_tail(None).plan_for(query, key, layout, block_q, block_k, memory)
+            alone = content[0].with_tail(None).plan_for(query, key, layout, block_q, block_k, memory, scale)
             if isinstance(alone, HeadTiles):
                 return self.stand_in(combined_head_tiles(alone, _combined(static, layout, self.op), self.op))
-        codes, query_tiles, key_tiles = self._codes(query, key, layout, block_q, block_k)
+        codes, query_tiles, key_tiles = self._codes(query, key, layout, (block_q, block_k), scale)
         # a pair that the content parts settle is all or nothing; what is left open is up to the static parts alone
         rule = _combined(static, layout, self.op)
         plan = plan_of_codes(combined_codes(codes, self.op), query_tiles, key_tiles, rule, layout.seqlen)
@@ -254,6 +256,7 @@ class PerHead(_Parts):
         block_q: int = 128,
         block_k: int = 128,
         memory: SiteMemory | None = None,
+        scale: float | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries and keys, on the tiles of the parts that look at them."""
         if not self.needs_tensors:
@@ -261,7 +264,7 @@ class PerHead(_Parts):
         choice = self.choice or ()
         if len(choice) != query.shape[2]:
             raise GenAttnError(f"PerHead needs one entry per head, got {len(choice)} entries for {query.shape[2]} heads")
-        codes, query_tiles, key_tiles = self._codes(query, key, layout, block_q, block_k)
+        codes, query_tiles, key_tiles = self._codes(query, key, layout, (block_q, block_k), scale)
         rows = torch.stack([codes[part][head if len(codes[part]) > 1 else 0] for head, part in enumerate(choice)])
         static = tuple(DensePattern() if p.needs_tensors else p for p in self.patterns)
         rule = PerHead(static, choice).rule(layout)

@@ -34,7 +34,15 @@ class ContentPattern(Pattern):
         return True
 
     @abstractmethod
-    def listing(self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block_q: int, block_k: int) -> Listing:
+    def listing(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block_q: int,
+        block_k: int,
+        scale: float | None = None,
+    ) -> Listing:
         """The chosen pairs on tiles that are the same for all heads; GenAttnError where every head has tiles of its own."""
 
     def rule(self, layout: TokenLayout) -> ElementRule:

@@ -222,10 +222,12 @@ class Pattern(ABC):
         block_q: int = 128,
         block_k: int = 128,
         memory: SiteMemory | None = None,
+        scale: float | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for actual queries [B, S, H, D] and keys [B, S, Hk, D]; only content-adaptive patterns look at them.
 
-        memory: what this attention site keeps between the calls of one run, where there is one.
+        memory: what this attention site keeps between the calls of one run, where there is one. scale: of the scores, None for
+        D ** -0.5.
         """
         return self.plan(layout, block_q, block_k)
 

@@ -182,6 +182,35 @@ def stock_state(module: nn.Module, before: Mapping[str, Any], ours: Mapping[str,
     return {name: value for name, value in state.items() if name not in (INJECTION, MARK)}
 
 
+class CacheContexts:
+    """The cache contexts that pipelines are in on one denoiser, [name, what was told, ...] each.
+
+    Pipelines in several threads are in contexts of their own. A thread that is in none takes the last one of any: a replica
+    runs apart from the pipeline.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[int, list[Any]]] = []
+
+    def enter(self, noted: list[Any]) -> None:
+        """A context of this thread starts."""
+        self._open.append((threading.get_ident(), noted))
+
+    def leave(self, noted: list[Any]) -> None:
+        """This very context ends; equal ones stay."""
+        self._open = [entry for entry in self._open if entry[1] is not noted]
+
+    def open(self) -> list[list[Any]]:
+        """The open ones, the innermost last."""
+        here = threading.get_ident()
+        return [noted for thread, noted in self._open if thread == here] or [noted for _, noted in self._open]
+
+    def innermost(self) -> tuple[str | None, dict[str, Any]]:
+        """(name, what was told) of the context that holds here; (None, {}) outside of all."""
+        known = self.open()
+        return (known[-1][0], known[-1][1]) if known else (None, {})
+
+
 def _noting_cache_context(model: nn.Module, below: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """The model's own cache_context, whose name tells which pass runs."""
 
@@ -190,14 +219,14 @@ def _noting_cache_context(model: nn.Module, below: Callable[[], Callable[..., An
         injection = model.__dict__.get(INJECTION)
         noted: list[Any] = [name, told]
         if injection is not None:
-            injection.cache.append(noted)
+            injection.cache.enter(noted)
         try:
             stock = below()
             with stock(name, **_taken(stock, told)):
                 yield
         finally:
             if injection is not None:
-                injection.cache.remove(noted)
+                injection.cache.leave(noted)
 
     return cache_context
 

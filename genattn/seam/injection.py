@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,8 +17,17 @@ from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.families import family_of
 from genattn.seam.context_parallel import Part, gathered, has_text_apart, held_by_each, places_of, shared_attention, split_of
 from genattn.seam.cores import MARK, Mark, StockCore
-from genattn.seam.denoiser import RootCalls, current_run, other_caches, run_of, same_objects, stock_state, wrapped
-from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
+from genattn.seam.denoiser import (
+    CacheContexts,
+    RootCalls,
+    current_run,
+    other_caches,
+    run_of,
+    same_objects,
+    stock_state,
+    wrapped,
+)
+from genattn.seam.plugin import OFF, AttentionCall, CallRecord, Plugin, Run, is_off, why_all_stay_out
 from genattn.seam.processors import (
     Claim,
     FunctionProcessor,
@@ -36,7 +46,7 @@ if TYPE_CHECKING:
     from genattn.seam.handle import Handle
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_OFF = "switched off (enabled=False)"
+_READING = threading.RLock()  # what a forward reads at the root is of one pipeline, whichever run in other threads
 
 
 class Injection:
@@ -47,7 +57,7 @@ class Injection:
         self.family = family_of(model)
         self.inputs = RootInputs(type(model), self.family)
         self.handles: list[Handle] = []
-        self.cache: list[list[Any]] = []
+        self.cache = CacheContexts()
         self.found = find_sites(model, name, self.family)
         self.blocks = 1 + max((site.depth for _, site in self.found), default=-1)
         self.marks: list[Mark] = []
@@ -161,13 +171,13 @@ class Injection:
         self.sync()
         kwargs, told = self.inputs.take_options(kwargs)
         again = self.recorded.run_of_backward(known_only=True)
-        run = again or self._begin(args, kwargs, told)
-        self.refuse_split(p for p in self._plugins if not _is_off(p, run))
+        run = again or self._begun(args, kwargs, told)
+        self.refuse_split(p for p in self._plugins if not is_off(p, run))
         for handle in self.handles if again is None else ():
             handle.before_forward(self, run)
         chain = self._stock_with_layout(stock, args, kwargs) if self._wrappers else stock
         for plugin in reversed(self._wrappers):
-            if not _is_off(plugin, run):
+            if not is_off(plugin, run):
                 chain = wrapped(plugin, chain)
         with current_run(run), self.recorded.recording(run):
             result = chain(*args, **kwargs)
@@ -175,7 +185,17 @@ class Injection:
             handle.after_forward(self, run)
         return result
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: Mapping[str, Any]) -> Run:
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: Mapping[str, Any]) -> Run:
+        with _READING:
+            run, is_new = self._read(args, kwargs, told)
+            if is_new:
+                self._unseen = {id(plugin) for plugin in self._plugins if type(plugin).foresee is not Plugin.foresee}
+                for handle in self.handles:
+                    handle.begin_run(run)
+        return run
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], told: Mapping[str, Any]) -> tuple[Run, bool]:
+        """(what the root tells of this forward, whether it is the first of a run)."""
         merged: dict[str, Any] = {}
         for handle in self.handles:
             merged.update(handle.current_options)
@@ -183,7 +203,7 @@ class Injection:
         for handle in self.handles if told else ():
             handle.check_options(told)
         bound = self.inputs.bind(args, kwargs)
-        pass_name, cache_told = (self.cache[-1][0], self.cache[-1][1]) if self.cache else (None, {})
+        pass_name, cache_told = self.cache.innermost()
         timestep = self.inputs.timestep(bound)
         rising = self.family is not None and self.family.rising
         position = self.tracker.observe(timestep, cache_told, merged.get("num_steps"), rising, self.model)
@@ -200,17 +220,14 @@ class Injection:
             repeats=position.repeats,
             samples=self.tracker.samples,
             pass_is_told=pass_name is not None,
+            wants_gradient=torch.is_grad_enabled(),
             why_no_layout=why,
             model=self.model,
             pipe=self.tracker.pipe,
             scoped={id(p): {**h.current_options, **told} for h in self.handles for p in h.plugins},
             enter_extra=self._extra_pass,
         )
-        if position.is_new_run:
-            self._unseen = {id(plugin) for plugin in self._plugins if type(plugin).foresee is not Plugin.foresee}
-            for handle in self.handles:
-                handle.begin_run(run)
-        return run
+        return run, position.is_new_run
 
     def _stock_with_layout(
         self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -221,10 +238,12 @@ class Injection:
             run = run_of(self.model)
             if run is None or same_objects(given, args, named, kwargs):
                 return stock(*given, **named)
-            layout, why = self.inputs.layout(self.model, self.inputs.bind(given, named))
-            if layout == run.layout and self.inputs.of_samples == run.sample_layouts:
+            with _READING:
+                layout, why = self.inputs.layout(self.model, self.inputs.bind(given, named))
+                samples = self.inputs.of_samples
+            if layout == run.layout and samples == run.sample_layouts:
                 return stock(*given, **named)
-            run = replace(run, layout=layout, why_no_layout=why, sample_layouts=self.inputs.of_samples)
+            run = replace(run, layout=layout, why_no_layout=why, sample_layouts=samples)
             with current_run(run), self.recorded.recording(run):
                 return stock(*given, **named)
 
@@ -234,7 +253,7 @@ class Injection:
     def _extra_pass(self, run: Run, name: str) -> Iterator[Run]:
         extra = replace(run, pass_name=f"{run.pass_name or 'pass'}+{name}", extra=name, notes={})
         with contextlib.ExitStack() as stack:
-            stack.enter_context(other_caches(self.model, self.cache, name, str(extra.pass_name)))
+            stack.enter_context(other_caches(self.model, self.cache.open(), name, str(extra.pass_name)))
             stack.enter_context(self.recorded.recording(extra))
             yield stack.enter_context(current_run(extra))
 
@@ -257,7 +276,7 @@ class Injection:
         queries, keys = tensors[0].shape[1], tensors[1].shape[1]
         if self._unseen:
             self._foresee(mark, tensors, mask, flags, run)
-        reason = _why_all_stay_out(mark, run, queries)
+        reason = why_all_stay_out([plugin for plugin, _ in mark.chain], run, mark.site, queries)
         if reason:
             return _untouched(mark, tensors, mask, flags, core, reason)
         whole = None if flags["is_causal"] else asking_layout(mark.site, self.family, run, queries, keys)
@@ -269,7 +288,7 @@ class Injection:
 
     def _foresee(self, mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], run: Run) -> None:
         """Show the first call of the run to the plugins that want to see it."""
-        wanting = [plugin for plugin, _ in mark.chain if id(plugin) in self._unseen and not _is_off(plugin, run)]
+        wanting = [plugin for plugin, _ in mark.chain if id(plugin) in self._unseen and not is_off(plugin, run)]
         layout = layout_at(mark.site, self.family, run, tensors[0].shape[1], tensors[1].shape[1])
         call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
         for plugin in wanting:
@@ -286,7 +305,7 @@ class Injection:
         run: Run,
     ) -> torch.Tensor:
         """The chain on what this process answers of the whole sequence; stock code where no plugin acts."""
-        acting = [plugin for plugin, _ in mark.chain if plugin.touches_attention and not _is_off(plugin, run)]
+        acting = [plugin for plugin, _ in mark.chain if plugin.touches_attention and not is_off(plugin, run)]
         split = split_of(core.parallel_config)
         if not acting or not split or flags["is_causal"]:  # stock has its own words for causal calls
             reason = (
@@ -372,26 +391,12 @@ def _count(mark: Mark, query: torch.Tensor, keys: int, record: CallRecord, began
         handle.count(mark.site, query, keys, record, seconds, events)
 
 
-def _why_all_stay_out(mark: Mark, run: Run, queries: int) -> str:
-    """The reason for which no plugin at this site has anything to do with the call; empty when one must be asked."""
-    reason = ""
-    for plugin, _ in mark.chain:
-        reason = _OFF if _is_off(plugin, run) else plugin.stays_out(run, mark.site, queries)
-        if not reason:
-            break
-    return reason
-
-
-def _is_off(plugin: Plugin, run: Run) -> bool:
-    return not run.options_of(plugin).get("enabled", True)
-
-
 def _through(chain: tuple[Any, ...], place: int, call: AttentionCall, core: StockCore | TheirRows) -> torch.Tensor:
     """The call through the plugins from `place` on, then to the user's own backend."""
     if place == len(chain):
         return core.answer(call)
     plugin = chain[place][0]
-    if _is_off(plugin, call.run):
-        call.record.stayed_dense(_OFF)
+    if is_off(plugin, call.run):
+        call.record.stayed_dense(OFF)
         return _through(chain, place + 1, call, core)
     return plugin.attention(call, lambda inner: _through(chain, place + 1, inner, core))

@@ -42,6 +42,7 @@ class Run:
     pass_is_told: whether the pipeline named the pass itself; else the name is what pipelines of this family do.
     options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
     model: the denoiser. pipe: the pipeline, None where plugins were applied to a bare model.
+    wants_gradient: whether autograd records this forward, so that blocks of it may be computed again in the backward pass.
     notes: what plugins decided in this pass, by identity, for blocks that are computed again in the backward pass.
     """
 
@@ -58,6 +59,7 @@ class Run:
     samples: int | None = None
     copied: tuple[int, ...] = ()
     pass_is_told: bool = False
+    wants_gradient: bool = False
     why_no_layout: str = ""
     model: "nn.Module | None" = field(default=None, repr=False, compare=False)
     pipe: Any = field(default=None, repr=False, compare=False)
@@ -227,3 +229,21 @@ class Plugin(ABC):  # noqa: B024
     def from_settings(cls, settings: Mapping[str, Any]) -> "Plugin":
         """A fresh plugin from what `settings` gave; lists may stand for tuples."""
         return cls(**settings)
+
+
+OFF = "switched off (enabled=False)"
+
+
+def is_off(plugin: Plugin, run: Run) -> bool:
+    """Whether the options of this forward switch `plugin` off."""
+    return not run.options_of(plugin).get("enabled", True)
+
+
+def why_all_stay_out(plugins: Sequence[Plugin], run: Run, site: AttentionSite, queries: int) -> str:
+    """The reason for which none of the plugins at a site has anything to do with a call; empty when one must be asked."""
+    reason = ""
+    for plugin in plugins:
+        reason = OFF if is_off(plugin, run) else plugin.stays_out(run, site, queries)
+        if not reason:
+            break
+    return reason

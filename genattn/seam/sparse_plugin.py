@@ -13,6 +13,7 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention, why_no_tail
 from genattn.functional.each_sample import attention_of_each, rows_of_samples
+from genattn.functional.memories import Memories
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import IMPLS, as_autocast, choose_impl
 from genattn.kernels.plan.block_plan import BlockPlan
@@ -24,7 +25,7 @@ from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern, SiteMemory, forget_plans
 from genattn.planning.ladder import Model, rung
-from genattn.seam.masks import grid_key_mask, key_mask, why_not_apart
+from genattn.seam.masks import grid_key_mask, key_mask, rows_of_call, why_not_apart
 from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
 from genattn.seam.sites import find_sites, head_dims
@@ -55,7 +56,7 @@ class SparsePlugin(Plugin):
         self._blocks: dict[int, int] = {}
         self._mask: tuple[Any, Any] | None = None
         self._said: set[str] = set()
-        self._memory: dict[tuple[int, str], SiteMemory] = {}
+        self._memory = Memories()
         self._used: set[Pattern] = set()
 
     def attach(self, model: nn.Module, sites: Sequence[AttentionSite]) -> None:
@@ -83,8 +84,8 @@ class SparsePlugin(Plugin):
             self._mask = None
 
     def begin_run(self, run: Run) -> None:
-        """Forget what a pattern chose in the last run."""
-        self._memory.clear()
+        """Forget what a pattern chose in this pipeline's last run."""
+        self._memory.forget(run.pipe)
 
     def blocks_of(self, model: nn.Module | None) -> int:
         """Number of blocks of an attached model, over all its stacks."""
@@ -116,7 +117,7 @@ class SparsePlugin(Plugin):
         impl = call.run.options_of(self).get("impl", self.impl)
         if impl in ("auto", "halo", "natten") or self.why_not(call) or call.layout is None:
             return
-        plan = plan_for(call.query, call.key, self._pattern_at(call, impl), call.layout)
+        plan = plan_for(call.query, call.key, self._pattern_at(call, impl), call.layout, scale=call.scale)
         if not isinstance(plan, BlockPlan):
             return
         tensors = as_autocast(call.query, call.key, call.value)
@@ -151,7 +152,7 @@ class SparsePlugin(Plugin):
         groups = _samples_of(call) if pattern.needs_tensors else []
         if len(groups) > 1 and others is None:
             return self._by_own_plans(call, pattern, groups, impl=impl, scale=call.scale, key_mask=keys)
-        plan = plan_for(call.query, call.key, pattern, call.layout, impl, self._memory_at(call))
+        plan = plan_for(call.query, call.key, pattern, call.layout, impl, self._memory_at(call), call.scale)
         if call.only_first:
             plan = _for_own_rows(plan, call)
         flags: dict[str, Any] = {"impl": impl, "scale": call.scale, "key_mask": keys}
@@ -159,7 +160,7 @@ class SparsePlugin(Plugin):
         call.record.ran_sparse(plan.density, None if tail is None else tail.kind)
         if others is not None:
             out = planned_attention(call.query, call.key, call.value, plan, **flags)
-            return out.index_copy(1, others, inner(_rows_of(call, others)).to(out.dtype))  # type: ignore[union-attr]
+            return out.index_copy(1, others, inner(rows_of_call(call, others)).to(out.dtype))  # type: ignore[union-attr]
         if call.record.wants_lse:
             with contextlib.suppress(GenAttnError):  # some backends do not tell it
                 out, call.record.lse = planned_attention(call.query, call.key, call.value, plan, return_lse=True, **flags)
@@ -172,7 +173,7 @@ class SparsePlugin(Plugin):
         assert layout is not None
 
         def plan_of(query: torch.Tensor, key: torch.Tensor, number: int) -> AnyPlan:
-            return plan_for(query, key, pattern, layout, impl, self._memory_at(call, f"[{number}]"))
+            return plan_for(query, key, pattern, layout, impl, self._memory_at(call, f"[{number}]"), call.scale)
 
         out, plans = attention_of_each(call.query, call.key, call.value, groups, plan_of, **flags)
         tail = getattr(plans[0], "tail", None)
@@ -205,16 +206,20 @@ class SparsePlugin(Plugin):
     def plan_at(self, call: AttentionCall) -> BlockPlan:
         """The plan for a call of a known layout. Raises GenAttnError for a pattern whose tiles differ by head."""
         assert call.layout is not None
-        plan = plan_for(call.query, call.key, self._pattern_at(call), call.layout, memory=self._memory_at(call))
+        pattern, memory = self._pattern_at(call), self._memory_at(call)
+        plan = plan_for(call.query, call.key, pattern, call.layout, memory=memory, scale=call.scale)
         if not isinstance(plan, BlockPlan):
             raise GenAttnError("this needs a plan with the same tiles for all heads, got clusters; use tiles='boxes'")
         return plan
 
     def _memory_at(self, call: AttentionCall, sample: str = "") -> SiteMemory | None:
-        """What the site keeps for a pattern that chooses by content, in all or of one sample."""
-        if not self.pattern.needs_tensors:
+        """What the site keeps for a pattern that chooses by content, in all or of one sample.
+
+        Nothing where gradients are wanted: a block that is computed again in the backward pass must choose as it did before.
+        """
+        if not self.pattern.needs_tensors or call.run.wants_gradient:
             return None
-        found = self._memory.setdefault((id(call.run.model), call.site.name + sample), SiteMemory())
+        found = self._memory.at(call.run.pipe, (id(call.run.model), call.site.name + sample))
         run = call.run  # where nobody names the passes of a step, they keep their order
         found.pass_name = run.pass_name or f"forward {run.repeats}"
         found.step = run.step if run.pass_name or run.repeats < _MOST_PASSES else -1  # a bare model may stay at one step
@@ -253,8 +258,9 @@ class SparsePlugin(Plugin):
             return None, None, ""
         counts = isinstance(call.mask, torch.Tensor) and not call.mask.is_inference()
         version = call.mask._version if counts else None
-        if self._mask is not None and self._mask[0][0]() is call.mask and self._mask[0][1:] == (version, call.query.shape[:2]):
-            return self._mask[1]  # type: ignore[no-any-return]
+        known = self._mask  # another thread may put its own there meanwhile
+        if known is not None and known[0][0]() is call.mask and known[0][1:] == (version, call.query.shape[:2]):
+            return known[1]  # type: ignore[no-any-return]
         keys, reason = key_mask(call.mask, call.query.shape[0], call.query.shape[1], call.key.shape[1])
         others = None
         if reason:
@@ -301,12 +307,6 @@ def _for_own_rows(plan: AnyPlan, call: AttentionCall) -> BlockPlan:
             "under ring context parallelism a plan must have fixed tiles, got one that has none; use impl='auto'"
         )
     return of_first_queries(plan, call.query.shape[1])
-
-
-def _rows_of(call: AttentionCall, rows: torch.Tensor) -> AttentionCall:
-    """The call of some of its queries, under their rows of its mask."""
-    mask = call.mask.index_select(2, rows.to(call.mask.device))
-    return call.with_tensors(query=call.query.index_select(1, rows), mask=mask, layout=None)
 
 
 def _samples_of(call: AttentionCall) -> list[torch.Tensor]:

@@ -10,9 +10,12 @@ what goes to text is no cell's. Only a slab of the scores is there at a time.
 
 import torch
 
+from genattn.kernels.plan.exact import exact
+
 _SCORES_AT_ONCE = 1 << 24
 
 
+@exact
 def cell_mass(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -62,10 +65,11 @@ def sampled(cells: torch.Tensor, samples: int) -> torch.Tensor:
     """Int64 [N, samples or fewer]: tokens evenly spaced over each cell."""
     count = (cells >= 0).sum(1)
     some = min(samples, int(count.max()))
-    spot = ((torch.arange(some, device=cells.device) + 0.5) / some * count[:, None]).long()
+    spot = (2 * torch.arange(some, device=cells.device) + 1) * count[:, None] // (2 * some)
     return cells.long().gather(1, spot)
 
 
+@exact
 def share_errors(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -108,5 +108,5 @@ def _scores(
     for head in range(mean_q.shape[1]):  # one head at a time: parts times the size of the result
         fine = (mean_q[:, head] @ pieces[:, head].flatten(1, 2).transpose(-1, -2)).unflatten(-1, used.shape)
         fine = fine.masked_fill(~used, -torch.inf)
-        scores.append(fine.logsumexp(-1) - used.sum(-1).clamp_min(1).log())
+        scores.append(fine.logsumexp(-1) - used.sum(-1).clamp_min(1).to(fine.dtype).log())
     return torch.stack(scores, dim=1)

@@ -29,7 +29,9 @@ def kmeans(
     if iterations < 1:
         raise GenAttnError(f"iterations of k-means must be >= 1, got {iterations}")
     if centres is None or centres.shape != (heads, clusters, points.shape[2]):
-        centres = points[:, torch.linspace(0, count - 1, clusters, device=points.device).round().long()]
+        # whole numbers: the default type may be one that cannot tell neighbours apart
+        spots = torch.arange(clusters, device=points.device) * (2 * count - 2) + clusters - 1
+        centres = points[:, spots // max(1, 2 * clusters - 2)]
     labels = torch.full((heads, count), -1, device=points.device)
     some = points[:, ::stride].contiguous()
     for left in reversed(range(iterations)):

@@ -111,10 +111,10 @@ def predict(
     of that layout. Between the recorded places the logarithm is interpolated; farther offsets count as the farthest recorded.
     Absolute frames count from the start in the first half of the clip and from the end in the second.
     """
-    size = torch.tensor([1.0, grid.rows, grid.columns])
-    apart = (places[None, :] - places[:, None]) * size + torch.tensor(grid.shape) - 1.0
+    size = torch.tensor([1.0, grid.rows, grid.columns], dtype=torch.float32)
+    apart = (places[None, :] - places[:, None]) * size + torch.tensor(grid.shape, dtype=torch.float32) - 1.0
     value = _sample(relative, apart)
-    spot = places * size - torch.tensor([0.0, 0.5, 0.5])
+    spot = places * size - torch.tensor([0.0, 0.5, 0.5], dtype=torch.float32)
     spot[:, 0] = _anchored(places[:, 0], frames, grid.frames)
     spot = spot[None]
     return value + _sample(key_place, spot) + _sample(query_place, spot).transpose(1, 2)

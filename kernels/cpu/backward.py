@@ -10,12 +10,14 @@ import torch
 
 from genattn.kernels.cpu.groups import Group, groups_of_plan
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.exact import exact
 from genattn.kernels.reference.attention import pseudo_rows
 from genattn.kernels.reference.tail import spread_over_tokens, tail_keys, tail_scores
 
 _SCORES_AT_ONCE = 1 << 24
 
 
+@exact
 def grouped_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,

@@ -11,11 +11,13 @@ tail adds pseudo-keys to the sums in the place of the tiles that are not listed:
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.exact import exact
 from genattn.kernels.reference.tail import TailKeys, tail_keys, tail_scores
 
 _SCORES_AT_ONCE = 1 << 26
 
 
+@exact
 def reference_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -10,6 +10,7 @@ import os
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
+from genattn.kernels.plan.exact import exact
 from genattn.kernels.reference.tail import TailKeys
 from genattn.kernels.triton.config import Launch, arch_of, launch_of, most_lanes
 from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
@@ -95,6 +96,7 @@ def empty_results(query: torch.Tensor, plan: BlockPlan) -> tuple[torch.Tensor, t
     return out, lse
 
 
+@exact
 def triton_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,

@@ -47,6 +47,17 @@ def test_gradients_match_the_definition(impl, seed, heads, masked):
         assert (a.double() - b).norm() <= 3e-6 * b.norm()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "grouped"])
+@pytest.mark.parametrize("tail", [None, "mean2"])
+def test_a_backward_pass_inside_of_autocast(impl, tail):
+    plan = random_plan(2, (2, 4, 5)).with_tail(tail)
+    inputs = [x.bfloat16().requires_grad_() for x in _inputs(plan)]
+    want = torch.autograd.grad(block_sparse_attention(*inputs, plan, impl=impl).float().square().sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(block_sparse_attention(*inputs, plan, impl=impl).float().square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 def test_pieces_of_a_group_add_up(monkeypatch):
     plan = random_plan(5)
     inputs = _inputs(plan, grad=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from genattn.functional.log_sum_exp import attention_with_lse, dense_with_lse, is_native, merged
 
@@ -68,3 +69,16 @@ def test_only_pytorchs_own_backend_counts() -> None:
     assert is_native(dispatch.dispatch_attention_fn, "native")
     assert not is_native(dispatch.dispatch_attention_fn, "flash")
     assert not is_native(lambda: None, None)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_autocast_casts_as_stock_does(learning: bool) -> None:
+    query, key = (torch.randn(1, 20, 2, 8, requires_grad=learning) for _ in range(2))
+    value = torch.randn(1, 20, 2, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = attention_with_lse(query, key, value, None, None)
+        stock = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    assert out.dtype == stock.dtype == torch.bfloat16
+    torch.testing.assert_close(out, stock, atol=2e-2, rtol=0)
+    want = attention_with_lse(query.bfloat16(), key.bfloat16(), value, None, None)
+    torch.testing.assert_close(lse, want[1], atol=1e-5, rtol=0)

@@ -190,3 +190,14 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     write_map(_map(replace(HEADER, prompts=5, layout="another")), path)
     assert read_map(path).header.prompts == 5
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_type_is_no_matter(path: str, dtype: torch.dtype) -> None:
+    pattern, layout = ProfiledPattern(path, block=16).for_layer(1, 2), TokenLayout.from_grid((300, 4, 4))
+    expected, before = pattern.rule(layout).table, torch.get_default_dtype()  # type: ignore[attr-defined]
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(pattern.rule(layout).table, expected)  # type: ignore[attr-defined]
+    finally:
+        torch.set_default_dtype(before)

@@ -1,15 +1,24 @@
 """Patterns that differ by layer, or look at the tensors, reach the attention of a stock model."""
 
+import copy
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import genattn
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import plan_for, tile_size
+from genattn.functional.memories import Memories
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
-from genattn.pipelines.tiny.random.build import build_pipeline
+from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
 from genattn.seam.report import Report
+from genattn.selection.rules import TopK
+from genattn.selection.tiling import Clusters
 
 WIDE = {"num_frames": 17, "height": 128, "width": 128, "num_inference_steps": 1, "output_type": "latent"}
 
@@ -78,3 +87,78 @@ def test_what_a_sample_chooses_is_no_matter_of_its_neighbours(family: str, patte
     effect = float((both - stock).abs().max())
     assert effect > 0
     assert float((both - alone).abs().max()) <= 1e-3 * effect
+
+
+def _two_pipes(family: str) -> tuple[list[Any], dict[str, Any]]:
+    """Two pipelines on one denoiser, all else their own, and a call without a prompt."""
+    pipe, call = build_pipeline(family)
+    parts = {name: part if isinstance(part, torch.nn.Module) else copy.deepcopy(part) for name, part in pipe.components.items()}
+    other = type(pipe)(**parts)
+    other.set_progress_bar_config(disable=True)
+    call.pop("prompt")
+    return [pipe, other], {**call, **WIDE, "num_inference_steps": 3}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        AdaptivePattern(TopK(0.3), refresh_every=3),
+        AdaptivePattern(TopK(0.3), share_passes=True),
+        AdaptivePattern(TopK(0.3), tiles=Clusters(4, 8)),
+    ],
+    ids=["kept over steps", "shared by passes", "clusters"],
+)
+def test_a_run_inside_of_anothers_chooses_for_itself(pattern: genattn.Pattern) -> None:
+    pipes, call = _two_pipes("wan")
+
+    def run(which: int, inside: list[torch.Tensor] | None = None) -> torch.Tensor:
+        def between(pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            if step == 0 and inside is not None:
+                inside.append(run(1))
+            return {}
+
+        given = {"prompt": ("a cat", "a dog on a hill")[which], "generator": torch.Generator().manual_seed(which)}
+        return pipes[which](**given, callback_on_step_end=between, **call).frames  # type: ignore[no-any-return]
+
+    with genattn.apply(pipes[0], pattern, dense_steps=0, dense_layers=0):
+        alone, inside = [run(0), run(1)], []
+        assert torch.equal(run(0, inside), alone[0])
+        assert torch.equal(inside[0], alone[1])
+
+
+def test_what_a_run_chose_goes_with_its_pipeline() -> None:
+    memories, gone = Memories(), DiffusionPipeline()
+    memories.at(gone, "site").kept["plan"] = kept = _Plan()
+    memories.at(None, "site").kept["plan"] = 1
+    memories.forget(None)
+    assert memories.at(None, "site").kept == {}
+    assert memories.at(gone, "site").kept == {"plan": kept}
+    left = weakref.ref(kept)
+    del kept, gone
+    gc.collect()
+    assert left() is None
+
+
+class _Plan:
+    """Something that can be looked at from afar."""
+
+
+@pytest.mark.parametrize("pattern", [AdaptivePattern(refresh_every=2), AdaptivePattern(tiles=Clusters(4, 8, 2, 1))])
+def test_blocks_computed_again_choose_as_they_did(pattern: genattn.Pattern) -> None:
+    def gradient(again: bool) -> torch.Tensor:
+        model, inputs = build_model("wan"), build_inputs("wan", grid=(4, 8, 8))
+        if again:
+            model.enable_gradient_checkpointing()
+        model.train()
+        found = start = inputs["hidden_states"].clone().requires_grad_(True)
+        with genattn.apply(model, pattern, dense_steps=0, dense_layers=0) as handle:
+            for timestep in (900.0, 500.0, 100.0):  # the gradient goes through a run of three steps
+                given = {**inputs, "hidden_states": found, "timestep": torch.tensor([timestep])}
+                found = found - 0.3 * model(**given).sample
+            found.square().mean().backward()
+            assert handle.report().sparse_calls > 0
+        assert start.grad is not None
+        return start.grad
+
+    plain = gradient(False)
+    assert float((gradient(True) - plain).norm()) <= 1e-5 * float(plain.norm())

@@ -1,5 +1,6 @@
 """Step, number of steps, noise level and run boundaries, on stock pipelines with stock schedulers."""
 
+import threading
 from typing import Any
 
 import diffusers
@@ -8,6 +9,7 @@ import torch
 
 import genattn
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam.denoiser import CacheContexts
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin, Run
 from genattn.seam.steps import StepTracker
@@ -307,3 +309,61 @@ def test_a_third_pass_of_a_step_is_not_named() -> None:
         tracker.observe(0.5, {}, None)
         names.append(tracker.guess_pass("two_pass"))
     assert names == ["cond", "uncond", None]
+
+
+def test_two_threads_know_their_own_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from genattn.seam.root_inputs import RootInputs
+
+    a, call = build_pipeline("wan")
+    own = {name: part for name, part in a.components.items() if name != "scheduler"}
+    b = type(a)(**own, scheduler=type(a.scheduler).from_config(a.scheduler.config))
+    b.set_progress_bar_config(disable=True)
+    call |= {"negative_prompt": None}
+    texts = {"prompt_embeds": torch.zeros(1, 7, 32), "negative_prompt_embeds": torch.zeros(1, 7, 32), "prompt": None}
+    arrived, stock = [threading.Event(), threading.Event()], RootInputs.layout
+
+    def layout(self: RootInputs, model: Any, bound: Any) -> Any:
+        """Both threads stand here together, if nothing keeps them apart."""
+        number = int(threading.current_thread().name)
+        arrived[number].set()
+        arrived[1 - number].wait(0.2)
+        return stock(self, model, bound)
+
+    monkeypatch.setattr(RootInputs, "layout", layout)
+    log = Log()
+    with apply(a, log):
+        runs = [
+            threading.Thread(target=sample, args=(pipe, {**call, **texts}), kwargs={"num_inference_steps": steps}, name=str(n))
+            for n, (pipe, steps) in enumerate([(a, 2), (b, 3)])
+        ]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+    of = {pipe: [run for run in log.runs if run.pipe is pipe] for pipe in (a, b)}
+    for pipe, steps in ((a, 2), (b, 3)):
+        assert [(run.step, run.num_steps, run.pass_name) for run in of[pipe]] == [
+            (step, steps, name) for step in range(steps) for name in ("cond", "uncond")
+        ]
+
+
+def test_cache_contexts_of_threads_and_of_equal_names() -> None:
+    contexts, seen = CacheContexts(), []
+    first, equal = ["cond", {"sigma": torch.ones(2)}], ["cond", {"sigma": torch.ones(2)}]
+    contexts.enter(first)
+    contexts.enter(equal)
+    contexts.leave(equal)
+    assert contexts.open() == [first]
+
+    def elsewhere() -> None:
+        seen.append(contexts.innermost()[0])  # a replica takes what the pipeline is in
+        contexts.enter(["uncond", {}])
+        seen.append(contexts.innermost()[0])
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == ["cond", "uncond"]
+    assert contexts.innermost() == ("cond", first[1])
+    contexts.leave(first)
+    assert CacheContexts().innermost() == (None, {})

@@ -89,3 +89,12 @@ def test_errors_of_skipping(tail: bool) -> None:
                     all_v = torch.cat([values[b, h], *(x[None] for x in more_v)], 0)
                     wanted[h] += (all_s.softmax(-1) @ all_v - dense[b, h, rows]).square().sum()
         assert torch.allclose(error[choice], wanted, rtol=1e-4)
+
+
+def test_autocast_changes_nothing() -> None:
+    q, k, v, mask = _drawn()
+    kept = torch.rand(2, H, len(CELLS), len(CELLS)) > 0.5
+    expected = *cell_mass(q, k, CELLS, key_mask=mask), *share_errors(q, k, v, CELLS, kept, True, key_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = *cell_mass(q, k, CELLS, key_mask=mask), *share_errors(q, k, v, CELLS, kept, True, key_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
