@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "genattn genattn/distributed genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning "
         "kernels kernels/cpu kernels/plan"
     ),
-    "genattn/selection": "genattn genattn/geometry",
+    "genattn/selection": "genattn genattn/geometry kernels/plan",
     "guidance/broadway": (
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam "
         "guidance/passes "

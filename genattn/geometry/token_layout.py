@@ -18,6 +18,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.kernels.plan.lasting import lasting
+from genattn.settings import one_of, several, whole_number, whole_numbers
 
 SegmentKind = Literal["text", "grid", "reference", "audio", "register", "padding"]
 _KINDS = ("text", "grid", "reference", "audio", "register", "padding")
@@ -37,12 +38,13 @@ class Segment:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise GenAttnError(f"segment kind must be one of {', '.join(_KINDS)}, got {self.kind!r}")
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        if not 1 <= len(self.shape) <= 3 or any(n < 1 for n in self.shape):
-            raise GenAttnError(f"a segment needs 1 to 3 axes of at least one token each, got shape {self.shape}")
-        stop: int = math.prod(self.shape) if self.stop is None else self.stop
+        one_of("segment kind", self.kind, _KINDS)
+        what = "1 to 3 axes of at least one token each"
+        object.__setattr__(self, "shape", whole_numbers("shape of a segment", self.shape, 1, what))
+        if not 1 <= len(self.shape) <= 3:
+            raise GenAttnError(f"shape of a segment must be {what}, got {self.shape}")
+        object.__setattr__(self, "start", whole_number("start", self.start, None, "a place in the raster"))
+        stop = math.prod(self.shape) if self.stop is None else whole_number("stop", self.stop, None, "a place in the raster")
         if not 0 <= self.start < stop <= math.prod(self.shape):
             raise GenAttnError(
                 f"a piece of {self.shape} must lie in [0, {math.prod(self.shape)}], got [{self.start}, {self.stop}]"
@@ -67,7 +69,12 @@ class TokenLayout:
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", tuple(self.segments))
+        object.__setattr__(self, "segments", several("segments", self.segments, "a list of Segment"))
+        strange = [s for s in self.segments if not isinstance(s, Segment)]
+        if strange:
+            raise GenAttnError(
+                f"segments must be Segment objects, got {strange[0]!r}; TokenLayout.from_grid makes the usual ones"
+            )
         if not self.segments:
             raise GenAttnError("a layout needs at least one segment, got none")
         shapes = {s.shape for s in self.segments if s.kind == "grid"}
@@ -90,9 +97,13 @@ class TokenLayout:
         >>> layout.seqlen, layout.describe()
         (487, 'text 7 + grid 8x6x10')
         """
-        if text_before < 0 or text_after < 0:
-            raise GenAttnError(f"text lengths must be >= 0, got text_before={text_before}, text_after={text_after}")
-        parts = [Segment("grid", tuple(grid))]
+        what = "a number of text tokens >= 0"
+        text_before, text_after = (
+            whole_number("text_before", text_before, 0, what),
+            whole_number("text_after", text_after, 0, what),
+        )
+        sizes = whole_numbers("grid", grid, 1, "1 to 3 whole numbers >= 1 such as (frames, height, width)")
+        parts = [Segment("grid", sizes)]
         if text_before:
             parts.insert(0, Segment("text", (text_before,)))
         if text_after:

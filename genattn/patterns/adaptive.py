@@ -13,6 +13,7 @@ own place. A plan's lists are per head and the same for all samples in it. Unlik
 tensors: `plan_for(query, key, layout)`, not `plan(layout)`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,6 +33,7 @@ from genattn.selection.guards import Similarity, beside, holds, shares_tokens
 from genattn.selection.kmeans import kmeans, means_by_label, sizes
 from genattn.selection.rules import Rule, TopK, rule_named
 from genattn.selection.tiling import Boxes, Clusters, Runs, Tiling, tiling_named
+from genattn.settings import flag, refuse, whole_number
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,13 @@ class AdaptivePattern(ContentPattern):
             object.__setattr__(self, "tiles", tiling_named(self.tiles))
         if not isinstance(self.tiles, Boxes | Runs | Clusters):
             raise GenAttnError(f"tiles must be a tiling such as Boxes() or its name, got {self.tiles!r}")
-        for name, value, least in (("neighbours", self.neighbours, 0), ("refresh_every", self.refresh_every, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise GenAttnError(f"{name} must be a whole number >= {least}, got {value!r}")
+        for name, least in (("neighbours", 0), ("refresh_every", 1)):
+            value = whole_number(name, getattr(self, name), least, f"a whole number >= {least}")
+            object.__setattr__(self, name, value)
+        flag("share_passes", self.share_passes)
+        for name, kind in (("score", PooledScore), ("guard", Similarity | None), ("budget", Budget | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise refuse(name, getattr(self, name), f"a {getattr(kind, '__name__', str(kind))}")
         for name, prior in (("inside", self.inside), ("always", self.always)):
             if prior is not None and (not isinstance(prior, Pattern) or prior.needs_tensors):
                 raise GenAttnError(f"{name} must be a pattern of geometry alone, such as RadialPattern(), got {prior!r}")
@@ -86,34 +92,45 @@ class AdaptivePattern(ContentPattern):
     def for_layer(self, layer: int, num_layers: int) -> "AdaptivePattern":
         """The choice with the amount and the priors of one layer."""
         amount = None if self.budget is None else self.budget.of_layer(layer, num_layers)
-        changes = {
-            name: prior.for_layer(layer, num_layers)
-            for name, prior in (("inside", self.inside), ("always", self.always))
-            if prior is not None
-        }
-        found = replace(self, **changes) if changes else self  # type: ignore[arg-type]
+        found = self._with_priors(lambda prior: prior.for_layer(layer, num_layers))
         if amount is None:
             return found
         assert self.budget is not None
         return replace(found, selection=self.chosen_by.with_amount(amount), budget=Budget(steps=self.budget.steps))
 
     def for_step(self, step: int = -1, fraction: float | None = None) -> "AdaptivePattern":
-        """The choice with the factor of this part of the run on its amount."""
+        """The choice with the factor of this part of the run on its amount, and the priors of this step."""
+        found = self._with_priors(lambda prior: prior.for_step(step, fraction))
         if self.budget is None or not self.budget.steps:
-            return self
+            return found
         factor = self.budget.factor(fraction)
-        return replace(self, selection=self.chosen_by.scaled(factor), budget=replace(self.budget, steps=()))
+        return replace(found, selection=self.chosen_by.scaled(factor), budget=replace(self.budget, steps=()))
 
     def for_heads(self, first: int, count: int) -> "AdaptivePattern":
         """The choice for some of the heads."""
-        amount, found = self.chosen_by.amount, self
+        amount, found = self.chosen_by.amount, self._with_priors(lambda prior: prior.for_heads(first, count))
         if isinstance(amount, tuple):
             found = replace(found, selection=self.chosen_by.with_amount(amount[first : first + count]))
-        for name in ("inside", "always"):
-            prior = getattr(self, name)
-            if prior is not None:
-                found = replace(found, **{name: prior.for_heads(first, count)})  # type: ignore[arg-type]
         return found
+
+    def _with_priors(self, change: Callable[[Pattern], Pattern]) -> "AdaptivePattern":
+        """With changed priors; itself where there is none."""
+        priors = {"inside": self.inside, "always": self.always}
+        changes = {name: change(prior) for name, prior in priors.items() if prior is not None}
+        return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+
+    def check_model(self, name: str, heads: tuple[int, ...], layers: int) -> None:
+        """The priors must be for this model, and every amount must be one for all heads or one per head."""
+        for prior in (self.inside, self.always):
+            if prior is not None:
+                prior.check_model(name, heads, layers)
+        amounts = (self.chosen_by.amount, *(() if self.budget is None else self.budget.layers))
+        for given in {len(amount) for amount in amounts if isinstance(amount, tuple)}:
+            if set(heads) != {given}:
+                raise GenAttnError(
+                    f"a rule needs one amount, or one per head, got {given} amounts for {name} with "
+                    f"{'/'.join(str(n) for n in sorted(set(heads)))} heads"
+                )
 
     def check(self, layout: TokenLayout) -> None:
         """The priors must serve the layout, and a grid must hold as many tokens as clusters."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
@@ -19,6 +18,7 @@ from genattn.patterns.pattern import SiteMemory, TailName
 from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
 from genattn.selection.rules import TopK
+from genattn.settings import number, whole_number
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class BlockTopK(ContentPattern):
     levels: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise GenAttnError(f"keep must be a share in (0, 1], got {self.keep}")
-        if not 0 <= self.min_similarity <= 1:
-            raise GenAttnError(f"min_similarity must be in [0, 1], got {self.min_similarity}; 0 turns it off")
-        if self.levels < 0 or self.levels > 8:
-            raise GenAttnError(f"levels must be between 0 and 8, got {self.levels}")
+        least = number("min_similarity", self.min_similarity, 0, 1, "a cosine in [0, 1]; 0 turns it off")
+        checked = {
+            "keep": number("keep", self.keep, 0, 1, "a share in (0, 1]", above=True),
+            "min_similarity": least,
+            "levels": whole_number("levels", self.levels, 0, "a whole number between 0 and 8", most=8),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         super().__post_init__()
 
     @property

@@ -22,6 +22,7 @@ from genattn.patterns.content import ContentPattern, check_tensors
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.listed_plans import combined_codes, combined_head_tiles, plan_of_codes, static_codes, visible_codes
 from genattn.patterns.pattern import Pattern, SiteMemory, TailName
+from genattn.settings import several, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class _Parts(Pattern):
     patterns: tuple[Pattern, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patterns", tuple(self.patterns))
+        what = "a list of patterns"
+        object.__setattr__(self, "patterns", several("patterns", self.patterns, what))
         if not self.patterns or not all(isinstance(p, Pattern) for p in self.patterns):
             raise GenAttnError(f"{type(self).__name__} needs at least one pattern, got {self.patterns!r}")
         super().__post_init__()
@@ -125,6 +127,13 @@ class _Combined(_Parts):
         first = self.patterns[0]
         found = first.measured_tail if first.tail == "auto" else first.tail
         return None if self.hides_on_purpose else found
+
+    def with_measured_tail(self) -> Pattern:
+        """The first part with its measured tail, where nothing else is asked for."""
+        if self.tail != "auto":
+            return self
+        first, *others = self.patterns
+        return type(self)(first.with_measured_tail(), *others)
 
     def with_tail(self, tail: TailName) -> Pattern:
         """This combination with another tail."""
@@ -314,7 +323,10 @@ def _one_mask_per_layer() -> GenAttnError:
 
 
 def _set_choice(pattern: PerHead | PerLayer, what: str) -> None:
-    choice = tuple(range(len(pattern.patterns))) if pattern.choice is None else tuple(int(c) for c in pattern.choice)
+    wanted = f"a pattern 0..{len(pattern.patterns) - 1} for every {what}"
+    choice = tuple(range(len(pattern.patterns)))
+    if pattern.choice is not None:
+        choice = whole_numbers("choice", pattern.choice, None, wanted)
     if not choice or not all(0 <= c < len(pattern.patterns) for c in choice):
         raise GenAttnError(f"choice must name a pattern 0..{len(pattern.patterns) - 1} for every {what}, got {tuple(choice)}")
     object.__setattr__(pattern, "choice", choice)

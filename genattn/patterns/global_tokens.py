@@ -18,27 +18,21 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import BlockRule, CombinedRule, ElementRule, GridRule, PerHeadRule
 from genattn.patterns.pattern import Pattern, TailName
+from genattn.settings import whole_numbers
 
 
 @dataclass(frozen=True)
-class GlobalTokens(Pattern):
-    """`pattern` plus global tokens. frames: indices, negative from the end. every: a step per (frames, height, width).
-
-    tail: "auto" takes the inner pattern's.
-    """
+class AroundPattern(Pattern):
+    """Base of the patterns that add to one other pattern, of geometry alone. tail: "auto" takes the inner pattern's."""
 
     pattern: Pattern
-    frames: tuple[int, ...] = ()
-    every: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "frames", tuple(int(f) for f in self.frames))
-        if self.every is not None:
-            object.__setattr__(self, "every", tuple(int(n) for n in self.every))
-            if len(self.every) != 3 or min(self.every) < 1:
-                raise GenAttnError(f"every must give a step >= 1 for frames, height and width, got {self.every}")
-        if not self.frames and self.every is None:
-            raise GenAttnError("GlobalTokens needs frames or every, got neither; e.g. frames=(0,) or every=(1, 8, 8)")
+        if not isinstance(self.pattern, Pattern) or self.pattern.needs_tensors:
+            raise GenAttnError(
+                f"{type(self).__name__} needs a pattern of geometry alone inside, such as RadialPattern(), "
+                f"got {self.pattern!r}; Union(...) takes those that choose by content"
+            )
         super().__post_init__()
 
     @property
@@ -51,21 +45,48 @@ class GlobalTokens(Pattern):
         """The inner pattern's own, or the one that measured best for it."""
         return self.pattern.measured_tail if self.pattern.tail == "auto" else self.pattern.tail
 
+    def with_measured_tail(self) -> "AroundPattern":
+        """With the inner pattern's measured tail, where nothing else is asked for."""
+        return self if self.tail != "auto" else replace(self, pattern=self.pattern.with_measured_tail())
+
     def tail_of_heads(self) -> TailName | tuple[TailName, ...]:
         """The inner pattern's where nothing else is asked for."""
         return self.pattern.tail_of_heads() if self.tail == "auto" else self.tail
 
-    def for_layer(self, layer: int, num_layers: int) -> "GlobalTokens":
+    def for_layer(self, layer: int, num_layers: int) -> "AroundPattern":
         """With the inner pattern of one layer."""
         return replace(self, pattern=self.pattern.for_layer(layer, num_layers))
 
-    def for_step(self, step: int = -1, fraction: float | None = None) -> "GlobalTokens":
+    def for_step(self, step: int = -1, fraction: float | None = None) -> "AroundPattern":
         """With the inner pattern of one step."""
         return replace(self, pattern=self.pattern.for_step(step, fraction))
 
-    def for_heads(self, first: int, count: int) -> "GlobalTokens":
+    def for_heads(self, first: int, count: int) -> "AroundPattern":
         """With the inner pattern of some heads."""
         return replace(self, pattern=self.pattern.for_heads(first, count))
+
+    def check_model(self, name: str, heads: tuple[int, ...], layers: int) -> None:
+        """The inner pattern must be for this model."""
+        self.pattern.check_model(name, heads, layers)
+
+
+@dataclass(frozen=True)
+class GlobalTokens(AroundPattern):
+    """`pattern` plus global tokens. frames: indices, negative from the end. every: a step per (frames, height, width)."""
+
+    frames: tuple[int, ...] = ()
+    every: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frames", whole_numbers("frames", self.frames, None, "indices of frames; e.g. (0, -1)"))
+        if self.every is not None:
+            steps = whole_numbers("every", self.every, 1, "a step >= 1 for frames, height and width; e.g. (1, 8, 8)")
+            object.__setattr__(self, "every", steps)
+            if len(steps) != 3:
+                raise GenAttnError(f"every must give a step >= 1 for frames, height and width, got {self.every}")
+        if not self.frames and self.every is None:
+            raise GenAttnError("GlobalTokens needs frames or every, got neither; e.g. frames=(0,) or every=(1, 8, 8)")
+        super().__post_init__()
 
     def check(self, layout: TokenLayout) -> None:
         """The frames must exist."""

@@ -28,6 +28,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule, GridRule
 from genattn.patterns.dense import dense_rule, dense_tiles
 from genattn.patterns.pattern import Pattern
+from genattn.settings import refuse
 
 AXES = ("frames", "height", "width")
 
@@ -62,7 +63,9 @@ class NeighborhoodPattern(Pattern):
             object.__setattr__(self, name, _flags(name, getattr(self, name)))
         for name in ("base_size", "tile"):
             value = getattr(self, name)
-            if value is not None and not (name == "tile" and value in ("auto", "runs")):
+            if name == "tile" and not isinstance(value, Sequence):
+                raise refuse(name, value, "auto, runs, or a size >= 1 per axis")
+            if value is not None and not (name == "tile" and isinstance(value, str) and value in ("auto", "runs")):
                 object.__setattr__(self, name, _axis_sizes(name, value))
         self._check_values()
         super().__post_init__()
@@ -201,14 +204,14 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _integers(name: str, value: Any) -> int | tuple[int, ...]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
     if not values or any(isinstance(v, bool) or not isinstance(v, int | np.integer) for v in values):
         raise GenAttnError(f"{name} must be an integer, or one per axis, got {value!r}")
     return tuple(int(v) for v in values) if isinstance(value, Sequence) else int(value)
 
 
 def _flags(name: str, value: Any) -> bool | tuple[bool, ...]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
     if not values or not all(isinstance(v, bool) for v in values):
         raise GenAttnError(f"{name} must be True or False, or one per axis, got {value!r}")
     return values if isinstance(value, Sequence) else bool(value)

@@ -22,6 +22,7 @@ from genattn.kernels.plan.freed import GIVE_BACK, give_back
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.plan.tail import TAILS
+from genattn.settings import whole_number
 
 MASK_LIMIT = 16_384
 _LOG = logging.getLogger("genattn")
@@ -131,7 +132,7 @@ class Pattern(ABC):
     tail: TailName = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.tail not in (None, "auto", *TAILS):
+        if not isinstance(self.tail, str | None) or self.tail not in (None, "auto", *TAILS):
             raise GenAttnError(f"tail must be None or one of auto, {', '.join(TAILS)}, got {self.tail!r}")
         if self.tail in TAILS and self.hides_on_purpose:
             raise GenAttnError(
@@ -256,8 +257,8 @@ class Pattern(ABC):
 
     def plan(self, layout: TokenLayout, block_q: int = 128, block_k: int = 128) -> BlockPlan:
         """The block plan for tiles of `block_q` x `block_k` tokens; cached by pattern, layout and tile sizes."""
-        if block_q < 1 or block_k < 1:
-            raise GenAttnError(f"block_q and block_k must be >= 1, got {block_q} and {block_k}")
+        sides = {"block_q": block_q, "block_k": block_k}
+        block_q, block_k = (whole_number(name, side, 1, "a number of tokens >= 1") for name, side in sides.items())
         key = (self, layout, block_q, block_k)
         plan = _CACHE.get(key)
         if plan is None:

@@ -21,6 +21,7 @@ from genattn.patterns.pattern import Pattern, TailName
 from genattn.selection.profile_map import ProfileMap, read_map
 from genattn.selection.relative_map import predict
 from genattn.selection.tiling import Boxes
+from genattn.settings import number, whole_number
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class ProfiledPattern(Pattern):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(self.path))
-        if self.density is not None and not 0 < self.density <= 1:
-            raise GenAttnError(f"density must be a share of the scores in (0, 1], got {self.density}")
-        if self.block is not None and (isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1):
-            raise GenAttnError(f"block must be a number of tokens per cell >= 1, got {self.block!r}; None suits most")
+        if self.density is not None:
+            density = number("density", self.density, 0, 1, "a share of the scores in (0, 1]", above=True)
+            object.__setattr__(self, "density", density)
+        if self.block is not None:
+            block = whole_number("block", self.block, 1, "a number of tokens per cell >= 1; None suits most")
+            object.__setattr__(self, "block", block)
         read_map(self.path)
         super().__post_init__()
 

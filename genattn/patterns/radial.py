@@ -15,6 +15,8 @@ Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for 
 """
 
 import math
+import numbers
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -31,6 +33,7 @@ from genattn.kernels.plan.element_rule import ElementRule, GridRule
 from genattn.patterns.dense import dense_rule, dense_tiles
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial_official import official_rule
+from genattn.settings import flag, number, one_of, refuse, several, whole_number
 
 Variant = Literal["paper", "official", "genattn"]
 _VARIANTS = ("paper", "official", "genattn")
@@ -63,9 +66,12 @@ class RadialPattern(Pattern):
     half_window: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("variant", self.variant, _VARIANTS)
-        _one_of("window", self.window, ("strip", "box"))
-        _one_of("model", self.model, ("wan", "hunyuan"))
+        one_of("variant", self.variant, _VARIANTS)
+        one_of("window", self.window, ("strip", "box"))
+        one_of("model", self.model, ("wan", "hunyuan"))
+        flag("half_window", self.half_window)
+        if self.sink is not None:
+            flag("sink", self.sink)
         if self.window == "box" and self.variant != "genattn":
             raise GenAttnError(f"window='box' needs variant='genattn', got variant={self.variant!r}; use window='strip'")
         if self.half_window and (self.variant, self.model) != ("official", "wan"):
@@ -73,15 +79,17 @@ class RadialPattern(Pattern):
                 "half_window needs variant='official' and model='wan', whose release had it, "
                 f"got {self.variant!r} and {self.model!r}; leave it out"
             )
-        if self.block is not None and not (isinstance(self.block, int) and self.block >= 1):
-            raise GenAttnError(f"block must be an integer >= 1, got {self.block!r}; use None for the default")
-        if not isinstance(self.floor, int) or self.floor < 0:
-            raise GenAttnError(f"floor must be a number of cells >= 0, got {self.floor!r}; 1 is the default")
+        if self.block is not None:
+            block = whole_number("block", self.block, 1, "an integer >= 1; use None for the default")
+            object.__setattr__(self, "block", block)
+        floor = whole_number("floor", self.floor, 0, "a number of cells >= 0; 1 is the default")
+        object.__setattr__(self, "floor", floor)
         object.__setattr__(self, "decay", None if self.decay is None else _checked_decay(self.decay))
         if self.layer_decay is not None:
             if self.decay is not None:
                 raise GenAttnError(f"give decay or layer_decay, not both: got {self.decay} and {self.layer_decay}")
-            object.__setattr__(self, "layer_decay", tuple(_checked_decay(d) for d in self.layer_decay))
+            layers = several("layer_decay", self.layer_decay, "a list with one decay per layer")
+            object.__setattr__(self, "layer_decay", tuple(_checked_decay(d) for d in layers))
         super().__post_init__()
 
     def for_layer(self, layer: int, num_layers: int) -> "RadialPattern":
@@ -206,15 +214,12 @@ def _token_window(length: int, half: int) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(index - half, 0), np.minimum(index + half + 1, length)
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise GenAttnError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
 def _checked_decay(decay: float | Sequence[float]) -> float | tuple[float, ...]:
-    values = (decay,) if isinstance(decay, int | float) else tuple(decay)
-    if not values or not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values):
-        raise GenAttnError(
-            f"decay must be a finite number > 0, or one per head, got {decay!r}; the published values are 0.2 to 1.0"
-        )
-    return float(values[0]) if isinstance(decay, int | float) else tuple(float(v) for v in values)
+    what = "a finite number > 0, or one per head; the published values are 0.2 to 1.0"
+    most = sys.float_info.max
+    if isinstance(decay, numbers.Real):
+        return number("decay", decay, 0, most, what, above=True)
+    values = several("decay", decay, what)
+    if not values:
+        raise refuse("decay", decay, what)
+    return tuple(number("decay", value, 0, most, what, above=True) for value in values)

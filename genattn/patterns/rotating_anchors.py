@@ -14,31 +14,24 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import ElementRule
-from genattn.patterns.global_tokens import GlobalTokens
+from genattn.patterns.global_tokens import AroundPattern, GlobalTokens
 from genattn.patterns.pattern import Pattern
+from genattn.settings import whole_number
 
 
 @dataclass(frozen=True)
-class RotatingAnchors(Pattern):
+class RotatingAnchors(AroundPattern):
     """`pattern` plus every `stride`-th frame as an anchor, >= 1. offset: the first anchor; `for_step` moves it on."""
 
-    pattern: Pattern
     stride: int
     offset: int = 0
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise GenAttnError(f"stride must be >= 1 frame between anchors, got {self.stride}")
-        if not 0 <= self.offset < self.stride:
+        for name, least in (("stride", 1), ("offset", 0)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least, f"a number of frames >= {least}"))
+        if self.offset >= self.stride:
             raise GenAttnError(f"offset must be 0 to stride - 1 = {self.stride - 1}, got {self.offset}")
-
-    def for_layer(self, layer: int, num_layers: int) -> "RotatingAnchors":
-        """With the inner pattern of one layer."""
-        return replace(self, pattern=self.pattern.for_layer(layer, num_layers))
-
-    def for_heads(self, first: int, count: int) -> "RotatingAnchors":
-        """With the inner pattern of some heads."""
-        return replace(self, pattern=self.pattern.for_heads(first, count))
+        super().__post_init__()
 
     def for_step(self, step: int = -1, fraction: float | None = None) -> "RotatingAnchors":
         """With the anchors of one sampling step, the inner pattern's too; an unknown step (-1) leaves them."""

@@ -5,14 +5,15 @@ arXiv:2506.19852, section 5.1). Steps are fractions of the run or counts; raw ti
 """
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from genattn.errors import GenAttnError
 from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import Run
+from genattn.settings import number, refuse, several, whole_number, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,18 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("dense_steps", "dense_last_steps"):
-            _check_steps(name, getattr(self, name))
-        if not isinstance(self.dense_layers, int):
-            object.__setattr__(self, "dense_layers", tuple(int(n) for n in self.dense_layers))
-        layers = (self.dense_layers,) if isinstance(self.dense_layers, int) else self.dense_layers
-        if isinstance(self.dense_layers, bool) or any(n < 0 for n in (*layers, self.dense_last_layers)):
-            raise GenAttnError(
-                "dense_layers and dense_last_layers must be numbers of blocks >= 0 (or a list of block numbers), "
-                f"got {self.dense_layers!r} and {self.dense_last_layers!r}"
-            )
+            object.__setattr__(self, name, _checked_steps(name, getattr(self, name)))
+        object.__setattr__(self, "dense_layers", _checked_layers(self.dense_layers))
+        for name, what in (("dense_last_layers", "a number of blocks >= 0"), ("min_tokens", "a number of tokens >= 0")):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0, what))
         if self.sigma is not None:
             object.__setattr__(self, "sigma", _checked_window(self.sigma))
         if self.passes is not None:
-            object.__setattr__(self, "passes", (self.passes,) if isinstance(self.passes, str) else tuple(self.passes))
-        if isinstance(self.min_tokens, bool) or self.min_tokens < 0:
-            raise GenAttnError(f"min_tokens must be a number of tokens >= 0, got {self.min_tokens!r}")
+            what = 'names of guidance passes such as ("cond",), or None for all'
+            names = (self.passes,) if isinstance(self.passes, str) else several("passes", self.passes, what)
+            if not names or not all(isinstance(name, str) and name for name in names):
+                raise refuse("passes", self.passes, what)
+            object.__setattr__(self, "passes", names)
 
     @staticmethod
     @lru_cache(maxsize=1)
@@ -112,14 +110,23 @@ def _count(steps: float | int, total: int) -> int:
     return steps if isinstance(steps, int) else math.ceil(steps * total - 1e-9)
 
 
-def _check_steps(name: str, value: float | int) -> None:
-    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0
-    if wrong or (isinstance(value, float) and value > 1):
-        raise GenAttnError(f"{name} must be a share of the run in [0.0, 1.0] or a whole number of steps >= 0, got {value!r}")
+def _checked_steps(name: str, value: object) -> float | int:
+    what = "a share of the run in [0.0, 1.0] or a whole number of steps >= 0"
+    if isinstance(value, numbers.Integral):
+        return whole_number(name, value, 0, what)
+    return number(name, value, 0, 1, what)
 
 
-def _checked_window(sigma: tuple[float, float]) -> tuple[float, float]:
-    values = tuple(float(x) for x in sigma)
+def _checked_layers(value: object) -> int | tuple[int, ...]:
+    what = "a number of blocks >= 0, or a list of block numbers"
+    if isinstance(value, numbers.Integral):
+        return whole_number("dense_layers", value, 0, what)
+    return whole_numbers("dense_layers", value, 0, what)
+
+
+def _checked_window(sigma: object) -> tuple[float, float]:
+    what = "a window (low, high) with low <= high"
+    values = [number("sigma", end, -math.inf, math.inf, what) for end in several("sigma", sigma, what)]
     if len(values) != 2 or not values[0] <= values[1]:
-        raise GenAttnError(f"sigma must be a window (low, high) with low <= high, got {sigma!r}")
-    return values  # type: ignore[return-value]
+        raise refuse("sigma", sigma, what)
+    return values[0], values[1]

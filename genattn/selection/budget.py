@@ -8,12 +8,15 @@ error                          Every head has a curve of error over share. Start
 """
 
 import heapq
+import numbers
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.settings import number, refuse, several
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,11 @@ class Budget:
     steps: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        layers = tuple(float(a) if isinstance(a, int | float) else tuple(float(v) for v in a) for a in self.layers)
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "steps", tuple((float(until), float(factor)) for until, factor in self.steps))
+        object.__setattr__(self, "layers", tuple(_amounts(a) for a in several("layers", self.layers, _LAYERS)))
+        object.__setattr__(self, "steps", tuple(_part(p) for p in several("steps", self.steps, _STEPS)))
         ends = [until for until, _ in self.steps]
         if ends and (ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] > 1):
             raise GenAttnError(f"steps must end in rising order within (0, 1], got {ends}; e.g. ((0.2, 2.0), (1.0, 1.0))")
-        if any(factor <= 0 for _, factor in self.steps):
-            raise GenAttnError(f"factors of steps must be > 0, got {[factor for _, factor in self.steps]}; 1 changes nothing")
 
     def factor(self, fraction: float | None) -> float:
         """The factor at `fraction` of the run in [0, 1); 1 where it is unknown or behind the last part."""
@@ -52,6 +52,28 @@ class Budget:
                 f"a budget needs one amount per layer, got {len(self.layers)} amounts for layer {layer} of {num_layers}"
             )
         return self.layers[layer]
+
+
+_LAYERS = "a list with one amount of the rule per layer, or one per head of each layer"
+_STEPS = "pairs (until, factor) such as ((0.2, 2.0), (1.0, 1.0))"
+_MOST = sys.float_info.max
+
+
+def _amounts(given: object) -> float | tuple[float, ...]:
+    if isinstance(given, numbers.Real):
+        return number("layers", given, -_MOST, _MOST, _LAYERS)
+    each = several("layers", given, _LAYERS)
+    if not each:
+        raise refuse("layers", given, _LAYERS)
+    return tuple(number("layers", amount, -_MOST, _MOST, _LAYERS) for amount in each)
+
+
+def _part(given: object) -> tuple[float, float]:
+    pair = several("steps", given, _STEPS)
+    if len(pair) != 2:
+        raise refuse("steps", given, _STEPS)
+    factor = "> 0 and finite; 1 changes nothing"
+    return number("steps", pair[0], -_MOST, _MOST, _STEPS), number("factors of steps", pair[1], 0, _MOST, factor, above=True)
 
 
 def spread_shares(errors: torch.Tensor, shares: Sequence[float], target: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.selection.pooling import lanes_used, tile_means, tile_variances
+from genattn.settings import flag, whole_number
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class PooledScore:
     weighted: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 0 <= self.levels <= 8:
-            raise GenAttnError(f"levels must be a whole number between 0 and 8, got {self.levels!r}; 2 is usual")
+        levels = whole_number("levels", self.levels, 0, "a whole number between 0 and 8; 2 is usual", most=8)
+        object.__setattr__(self, "levels", levels)
+        flag("weighted", self.weighted)
 
 
 @dataclass(frozen=True, eq=False)

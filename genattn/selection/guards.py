@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from genattn.errors import GenAttnError
 from genattn.selection.pooling import likeness_among, likeness_to_mean
+from genattn.settings import flag, number, one_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Similarity:
     shut: bool = False
 
     def __post_init__(self) -> None:
-        if not -1 <= self.least <= 1:
-            raise GenAttnError(f"least must be a cosine in [-1, 1], got {self.least}; -1 keeps nothing in addition")
-        if self.of not in ("mean", "pairs"):
-            raise GenAttnError(f"of must be mean or pairs, got {self.of!r}")
+        what = "a cosine in [-1, 1]; -1 keeps nothing in addition"
+        object.__setattr__(self, "least", number("least", self.least, -1, 1, what))
+        one_of("of", self.of, ("mean", "pairs"))
+        for name in ("centred", "queries", "shut"):
+            flag(name, getattr(self, name))
 
     def unlike(self, x: torch.Tensor, tiles: torch.Tensor, is_key: bool) -> torch.Tensor:
         """Bool [H, N]: tiles of x [B, S, H, D] that are too unlike in some sample."""

@@ -8,6 +8,7 @@
 Every rule keeps at least the heaviest tile of each row.
 """
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.selection.estimate import Estimate
+from genattn.settings import BELOW_ONE, flag, number, one_of, refuse, several
 
 Amount = float | tuple[float, ...]
 
@@ -106,8 +108,9 @@ class TopP(Rule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mass", _amount("mass", self.mass, 0, 1, "a share of the attention mass in (0, 1]"))
-        if not 0 <= self.least < 1:
-            raise GenAttnError(f"least must be a share of the key tiles in [0, 1), got {self.least}; 0 keeps none in any case")
+        what = "a share of the key tiles in [0, 1); 0 keeps none in any case"
+        object.__setattr__(self, "least", number("least", self.least, 0, BELOW_ONE, what))
+        flag("reach", self.reach)
 
     def choose(self, estimate: Estimate) -> torch.Tensor:
         """See Rule."""
@@ -132,8 +135,7 @@ class Threshold(Rule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tau", _amount("tau", self.tau, -100, 100, "a number of standard deviations in (-100, 100]"))
-        if self.variance not in ("exact", "diag"):
-            raise GenAttnError(f"variance must be exact or diag, got {self.variance!r}; exact needs nothing more")
+        one_of("variance", self.variance, ("exact", "diag"))
 
     def choose(self, estimate: Estimate) -> torch.Tensor:
         """See Rule."""
@@ -214,10 +216,13 @@ def _check_heads(given: int, heads: int) -> None:
 
 
 def _amount(name: str, value: float | Sequence[float], low: float, high: float, what: str) -> Amount:
-    values = (value,) if isinstance(value, int | float) else tuple(value)
-    if not values or not all(isinstance(v, int | float) and low < v <= high for v in values):
-        raise GenAttnError(f"{name} must be {what}, or one per head, got {value!r}")
-    return float(value) if isinstance(value, int | float) else tuple(float(v) for v in values)
+    what = f"{what}, or one per head"
+    if isinstance(value, numbers.Real):
+        return number(name, value, low, high, what, above=True)
+    values = several(name, value, what)
+    if not values:
+        raise refuse(name, value, what)
+    return tuple(number(name, entry, low, high, what, above=True) for entry in values)
 
 
 def _each(amount: float | Sequence[float], change: Any) -> Amount:

@@ -1,5 +1,6 @@
 """Which tokens make up a tile: boxes of a frame, runs of the sequence, or clusters of tokens that resemble each other."""
 
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from genattn.errors import GenAttnError
 from genattn.geometry.tiles import best_box, cell_tiles, empty_raster, query_key_tiles, run_raster
 from genattn.geometry.token_layout import TokenLayout
+from genattn.settings import refuse, whole_number, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,12 @@ class Clusters:
     def __post_init__(self) -> None:
         for name in ("query", "key"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise GenAttnError(f"clusters of {name} must be a whole number >= 1 or None, got {value!r}")
-        for name in ("iterations", "step_iterations", "sample"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise GenAttnError(f"{name} must be a whole number >= 1, got {value!r}; 10, 2 and 4 are usual")
+            if value is not None:
+                value = whole_number(f"clusters of {name}", value, 1, "a whole number >= 1 or None")
+                object.__setattr__(self, name, value)
+        for name, usual in (("iterations", 10), ("step_iterations", 2), ("sample", 4)):
+            value = whole_number(name, getattr(self, name), 1, f"a whole number >= 1; {usual} is usual")
+            object.__setattr__(self, name, value)
 
     def stride(self, tokens: int, clusters: int) -> int:
         """Which tokens the rounds before the last look at: every stride-th."""
@@ -92,7 +94,7 @@ TILINGS: dict[str, type[Boxes] | type[Runs] | type[Clusters]] = {"boxes": Boxes,
 
 def tiling_named(name: str) -> Tiling:
     """The tiling called `name` with its default settings. Raises GenAttnError that lists the names."""
-    if name not in TILINGS:
+    if not isinstance(name, str) or name not in TILINGS:
         raise GenAttnError(f"tiles must be one of {', '.join(TILINGS)} or a tiling object, got {name!r}")
     return TILINGS[name]()
 
@@ -100,7 +102,9 @@ def tiling_named(name: str) -> Tiling:
 def _block(value: object) -> tuple[int, int] | None:
     if value is None:
         return None
-    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()
-    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sides):
-        raise GenAttnError(f"block must be tokens per tile >= 1, one number or (query, key), got {value!r}")
-    return sides[0], sides[1]
+    what = "tokens per tile >= 1, one number or (query, key)"
+    sides = (value, value) if isinstance(value, numbers.Integral) else whole_numbers("block", value, 1, what)
+    if len(sides) != 2:
+        raise refuse("block", value, what)
+    query, key = (whole_number("block", side, 1, what) for side in sides)
+    return query, key

@@ -166,7 +166,7 @@ def test_bad_settings() -> None:
         Union(DensePattern(), NeighborhoodPattern((9, 3, 3))).plan(VIDEO)
     with pytest.raises(GenAttnError, match="frames or every"):
         GlobalTokens(DensePattern())
-    with pytest.raises(GenAttnError, match="every must give a step"):
+    with pytest.raises(GenAttnError, match="every must be a step"):
         GlobalTokens(DensePattern(), every=(1, 0, 2))
     with pytest.raises(GenAttnError, match=r"between -5 and 4, got \[5\]"):
         GlobalTokens(DensePattern(), frames=(0, 5)).plan(VIDEO)

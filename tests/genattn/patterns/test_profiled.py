@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,17 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.reference.attention import visible_mask
+from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict
 from genattn.patterns.combine import Union
+from genattn.patterns.global_tokens import GlobalTokens
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.profiled import ProfiledPattern, keep_rows
+from genattn.patterns.rotating_anchors import RotatingAnchors
+from genattn.selection.budget import Budget
 from genattn.selection.profile_map import FORMAT, ProfileHeader, ProfileMap, read_map, write_map
 from genattn.selection.relative_map import CellGrid
+from genattn.selection.rules import TopK
 
 LAYOUT = TokenLayout.from_grid((6, 8, 8))
 HEADER = ProfileHeader("WanTransformer3DModel", 2, 3, (6, 2, 2), (0.5, 1.0), 0.3, 4, (0.1, 0.3, 0.6, 1.0), "grid 6x8x8")
@@ -201,3 +207,27 @@ def test_the_default_type_is_no_matter(path: str, dtype: torch.dtype) -> None:
         assert torch.equal(pattern.rule(layout).table, expected)  # type: ignore[attr-defined]
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda pattern: GlobalTokens(pattern, (0,)),
+        lambda pattern: RotatingAnchors(pattern, 2),
+        lambda pattern: Union(pattern, NeighborhoodPattern(3)),
+        lambda pattern: AdaptivePattern(inside=pattern),
+        lambda pattern: AdaptivePattern(always=RotatingAnchors(pattern, 2)),
+    ],
+)
+def test_a_map_of_another_model_is_refused_wherever_it_stands(path: str, around: Any) -> None:
+    pattern = around(ProfiledPattern(path))
+    pattern.check_model("WanTransformer3DModel", (3, 3), 2)
+    with pytest.raises(GenAttnError, match="was made for WanTransformer3DModel with 2 layers of 3 heads, got .* 4 heads"):
+        pattern.check_model("WanTransformer3DModel", (4, 4), 2)
+
+
+@pytest.mark.parametrize("given", [{"selection": TopK((0.2, 0.3, 0.4))}, {"budget": Budget((0.5, (0.2, 0.3, 0.4)))}])
+def test_amounts_for_other_heads_are_refused(given: dict[str, Any]) -> None:
+    AdaptivePattern(**given).check_model("Model", (3, 3), 2)
+    with pytest.raises(GenAttnError, match="one per head, got 3 amounts for Model with 4 heads"):
+        AdaptivePattern(**given).check_model("Model", (4, 4), 2)

@@ -244,7 +244,7 @@ def test_bad_settings(settings_: dict[str, object], says: str) -> None:
 
 
 def test_bad_tiles_and_large_masks() -> None:
-    with pytest.raises(GenAttnError, match="block_q and block_k must be >= 1"):
+    with pytest.raises(GenAttnError, match="block_q must be a number of tokens >= 1"):
         RadialPattern().plan(TokenLayout.from_grid((2, 2, 2)), 0, 4)
     with pytest.raises(GenAttnError, match="at most 16384 tokens, got 16385"):
         RadialPattern().mask(TokenLayout.from_grid((16_385,)))

@@ -103,7 +103,7 @@ def test_guards() -> None:
     [
         (lambda: PooledScore(9), "levels must be a whole number between 0 and 8, got 9"),
         (lambda: Similarity(2.0), r"least must be a cosine in \[-1, 1\], got 2.0"),
-        (lambda: Similarity(of="all"), "of must be mean or pairs, got 'all'"),  # type: ignore[arg-type]
+        (lambda: Similarity(of="all"), "of must be one of mean, pairs, got 'all'"),  # type: ignore[arg-type]
         (lambda: Boxes((0, 4)), "block must be tokens per tile >= 1"),
         (lambda: Runs((1, 2, 3)), "block must be tokens per tile >= 1"),  # type: ignore[arg-type]
         (lambda: Clusters(query=0), "clusters of query must be a whole number >= 1 or None, got 0"),

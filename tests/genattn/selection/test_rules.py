@@ -117,7 +117,7 @@ def test_nothing_open_gives_nothing() -> None:
         (lambda: TopP(float("nan")), "mass must be"),
         (lambda: TopP(0.5, least=1.0), "least must be a share of the key tiles in"),
         (lambda: Threshold(float("inf")), "tau must be a number of standard deviations"),
-        (lambda: Threshold(1.0, "full"), "variance must be exact or diag, got 'full'"),  # type: ignore[arg-type]
+        (lambda: Threshold(1.0, "full"), "variance must be one of exact, diag, got 'full'"),  # type: ignore[arg-type]
         (lambda: rule_named("topk"), "rule must be one of top-k, top-p, threshold, error-aware or a rule object, got 'topk'"),
     ],
 )
