@@ -11,7 +11,7 @@ BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 def refuse(name: str, value: object, what: str) -> GenAttnError:
-    """The error for a setting that is not what it must be; what: "a share of the run" or "a share of the run; 0.3 is usual"."""
+    """The error for a setting that is not what it must be; what: "a share", or with what to do, "a share; 0.3 is usual"."""
     must, _, todo = what.partition("; ")
     return GenAttnError(f"{name} must be {must}, got {value!r}" + (f"; {todo}" if todo else ""))
 

@@ -126,7 +126,7 @@ def test_references_go_by_a_layout() -> None:
         ({"grid": GRID, "layout": TokenLayout.from_grid(GRID)}, "got both"),
         ({"layout": TokenLayout.from_grid(GRID), "text_after": 2}, "a layout has its text already, got 0 and 2"),
         ({"grid": (4, 5, 7)}, r"grid \(4, 5, 7\) with text_before=0 and text_after=0 has 140 tokens, the query has 120"),
-        ({"grid": GRID, "text_before": -1}, "text lengths must be >= 0"),
+        ({"grid": GRID, "text_before": -1}, "text_before must be a number of text tokens >= 0, got -1"),
         ({"grid": (4.0, 5, 6)}, "grid must be 1 to 3 whole numbers"),
         ({"grid": 120}, "grid must be 1 to 3 whole numbers"),
         ({"grid": (1, 4, 5, 6)}, "1 to 3 axes"),
