@@ -257,14 +257,7 @@ class Injection:
             stack.enter_context(self.recorded.recording(extra))
             yield stack.enter_context(current_run(extra))
 
-    def attend(
-        self,
-        mark: Mark,
-        tensors: Tensors,
-        mask: Any,
-        flags: dict[str, Any],
-        core: StockCore,
-    ) -> torch.Tensor:
+    def attend(self, mark: Mark, tensors: Tensors, mask: Any, flags: dict[str, Any], core: StockCore) -> torch.Tensor:
         """Run the chain of `mark` over one call of the core."""
         if not mark.chain:
             return core(*tensors, mask, **flags)
@@ -369,7 +362,6 @@ def _asked_by_some(
     The rows that nobody asked for are zero queries; what a plugin answers there is dropped.
     """
     query, key, value = tensors
-
     everywhere = spread_queries(query, whole, kinds)
     call = AttentionCall(everywhere, key, value, mask, site=mark.site, run=run, layout=whole, record=CallRecord(), **flags)
     return gather_queries(_timed(mark, call, TheirRows(core, whole, kinds)), whole, kinds)
