@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.cpu import groups as cpu_groups
+from genattn.kernels.cpu import grouped as cpu_grouped, groups as cpu_groups
 from genattn.kernels.peers import flex
 from genattn.kernels.plan.block_plan import run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states, random_plan
@@ -173,3 +173,12 @@ def test_heads_side_by_side_stand_in_for_their_own_tiles(monkeypatch, impl, mask
         torch.testing.assert_close(whole[0][:, rows], out, atol=1e-5, rtol=1e-4)
     groups = cpu_groups.groups_with_tail(plan)[0]
     assert any(0 < group.tail <= 24 for group in groups), "each run takes what it sees of 72 pseudo-keys"
+
+
+@pytest.mark.parametrize("threads", [1, 4, 16])
+def test_heads_served_together_stand_in_for_the_same_tiles(monkeypatch, threads):
+    """However many heads and samples a machine with many threads takes at once."""
+    monkeypatch.setattr(cpu_grouped.torch, "get_num_threads", lambda: threads)
+    plan = random_plan(3, globals_=4, padding=3, keep=0.3).with_tail("mean")
+    inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 1)
+    _assert_close(block_sparse_attention(*inputs, plan, impl="grouped", return_lse=True), inputs, plan, torch.float32)
