@@ -66,7 +66,7 @@ class ProbingPAG(SoftPAG):
         clean = leaves(take_rows(out, role.rows, role.batch))
         if self.base:
             mixes = self._mixes(step, [self.count] * len(role.rows))
-            self._guide(step, clean, leaves(self.perturbed_pass(step.run, role, mixes, args, kwargs, inner)))
+            self._guide(step, clean, leaves(self.perturbed_pass(step.run, role, mixes, args, kwargs, inner)), kwargs)
             self.passes += len(role.rows)
         found: dict[int, torch.Tensor] = {}
         for (_, members), prefix in zip(groups, prefixes, strict=True):

@@ -204,8 +204,8 @@ class DeltaRule:
         """
         if place is not None:
             axis, rows = place[0], place[1].to(clean.device)
-            parts = (tensor.index_select(axis, rows) for tensor in (clean, perturbed))
-            some, kept = self.delta(*parts, weight, previous)
+            mine, theirs = clean.index_select(axis, rows), perturbed.index_select(axis, rows)
+            some, kept = self.delta(mine, theirs, weight, previous)
             return torch.zeros_like(clean).index_copy(axis, rows, some), kept
         difference, kept = clean - perturbed, None
         if self.projection is not None:
