@@ -14,6 +14,9 @@ class Memories:
         self._of_pipes: weakref.WeakKeyDictionary[Any, dict[Hashable, SiteMemory]] = weakref.WeakKeyDictionary()
         self._bare: dict[Hashable, SiteMemory] = {}
 
+    def __len__(self) -> int:
+        return len(self._bare) + sum(len(sites) for sites in self._of_pipes.values())
+
     def at(self, pipe: Any, site: Hashable) -> SiteMemory:
         """What `site` keeps in the run of `pipe`."""
         sites = self._bare if pipe is None else self._of_pipes.setdefault(pipe, {})
