@@ -5,10 +5,11 @@
 Nothing is written before every frame of the run is there and finite.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,12 @@ def oracle_scores(frames: npt.NDArray[np.uint8], prompt: str) -> dict[str, float
     return {name: round(value, 4) for name, value in {**shares, **whole}.items()}
 
 
+def without_folders(description: str) -> str:
+    """Of the files that it names, the last part alone: a clip is passed on, and a folder may tell who made it."""
+    alone = PureWindowsPath(description).name if description.endswith((".safetensors", ".json")) else description
+    return re.sub(r"(['\"])[^'\"]*[/\\\\]([^'\"/\\\\]+)\1", r"\1\2\1", alone)
+
+
 def _write_clips(request: GenerateRequest, report: dict[str, Any], results: list[RunResult]) -> None:
     clips = {request.out: results[0].frames}
     for dense in results[1:]:
@@ -186,6 +193,7 @@ def _write_clips(request: GenerateRequest, report: dict[str, Any], results: list
         clips[request.out.with_stem(f"{request.out.stem}.side-by-side")] = pair
     names = ("prompt", "seed", "attention", "pattern", "dense_steps", "dense_layers", "pipeline", "num_inference_steps")
     tags = {name: report[name] for name in names} | {"genattn": genattn.__version__}
+    tags |= {name: without_folders(tags[name]) for name in ("attention", "pattern") if tags[name] is not None}
     for path, frames in clips.items():
         if path.suffix.lower() in VIDEO_SUFFIXES:
             write_video(path, frames, report["fps"], tags)

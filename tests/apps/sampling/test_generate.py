@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from genattn.apps.sampling.attention_names import attention_from_name, pattern_from_name
-from genattn.apps.sampling.generate import GenerateRequest, generate
+from genattn.apps.sampling.generate import GenerateRequest, generate, without_folders
 from genattn.apps.sampling.output_files import read_video
 from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, to_uint8
 from genattn.errors import GenAttnError
@@ -262,3 +262,17 @@ def test_oracle_scores_of_a_true_clip() -> None:
     assert [scores[name] for name in ("colour", "shape", "motion", "background", "count")] == [1.0] * 5
     assert oracle_scores(clip, "a blue square moves left on a light background")["colour"] == 0
     assert oracle_scores(clip, "a cat") is None
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ("ProfiledPattern(tail='mean4', path='/home/me/m.safetensors', density=0.4)",) * 2,
+        ("ProfiledPattern(path='C:\\\\Users\\\\me\\\\m.safetensors')", "ProfiledPattern(path='m.safetensors')"),
+        ("/home/me/maps/m.safetensors", "m.safetensors"),
+        ("RadialPattern(decay=0.2, variant='genattn')",) * 2,
+        ("settings", "settings"),
+    ],
+)
+def test_a_clip_names_files_without_their_folders(told: str, wanted: str) -> None:
+    assert without_folders(told) == wanted.replace("/home/me/", "")
