@@ -14,7 +14,7 @@ SHOWN = ("dynamic_degree", "motion_amount", "consistency", "smoothness", "flicke
 
 
 def broadway_table(file: Path) -> str:
-    """The newest study in `file` as Markdown.
+    """The newest row of every variant in `file` as Markdown; the note tells those of another commit than stock's.
 
     Raises:
         GenAttnError: if there is none.
@@ -23,8 +23,9 @@ def broadway_table(file: Path) -> str:
         raise GenAttnError(f"{file} is not there; run: python -m genattn.pipelines.tiny.studies.broadway --table {file}")
     with file.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    rows = rows[max(i for i, row in enumerate(rows) if row["variant"] == "stock") :]
-    first, others = rows[0], rows[1:]
+    newest = {row["variant"]: row for row in rows}
+    first, others = newest["stock"], [row for variant, row in newest.items() if variant != "stock"]
+    earlier = [f"{r['variant']}: {r['date']}, commit {r['commit']}" for r in others if r["commit"] != first["commit"]]
     body = [[name.replace("_", " "), f"{float(first[name]):.4g}", *(_change(row, name) for row in others)] for name in SHOWN]
     table = markdown_table(["measure", "stock", *(row["variant"] for row in others)], body)
     said = "; ".join(
@@ -34,7 +35,7 @@ def broadway_table(file: Path) -> str:
         f"{first['model']}, {first['clips']} captions that training never saw, {first['steps']} steps, same noise, alpha "
         f"{first['alpha']}, beta {first['beta']}, guided until {float(first['stop']):.0%} of the steps; change against stock "
         f"with its bootstrap interval of 95 % over clips. {first['device']}, torch {first['torch']}, diffusers "
-        f"{first['diffusers']}, {first['date']}, commit {first['commit']}."
+        f"{first['diffusers']}, {first['date']}, commit {first['commit']}{'; '.join(['', *earlier])}."
     )
     return f"{table}\n\n{said}.\n\n<sub>{note}</sub>"
 

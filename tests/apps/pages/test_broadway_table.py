@@ -35,6 +35,18 @@ def test_the_newest_study_is_shown(tmp_path: Path) -> None:
     assert "20% of the steps" in text
 
 
+def test_a_variant_that_was_measured_again_stands_beside_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "broadway.csv"
+    stock, both = (row | {"date": "2026-11-20", "commit": "earlier"} for row in study(-1.0))
+    append_rows(file, [stock, both | {"variant": "enhancement"}, both])
+    append_rows(file, [row | {"commit": "later"} for row in study(1.0)])
+    text = broadway_table(file)
+    assert text.splitlines()[0] == "| measure | stock | enhancement | both |"
+    assert text.endswith("commit later; enhancement: 2026-11-20, commit earlier.</sub>")
+    assert "enhancement: the claim fails" in text
+    assert "both: the claim holds" in text
+
+
 def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match="studies.broadway --table"):
         broadway_table(tmp_path / "no.csv")
