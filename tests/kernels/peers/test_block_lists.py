@@ -96,7 +96,7 @@ def places_of(order: Order | None, plan: BlockPlan) -> tuple[int, int]:
 PATTERNS: dict[str, Callable[[], Any]] = {
     "radial": lambda: RadialPattern(tail=None, decay=0.3),
     "windows of boxes": lambda: NeighborhoodPattern((2, 3, 4), stride=(1, 3, 2)),
-    "windows of runs": lambda: NeighborhoodPattern((2, 3, 4), tile=None),
+    "windows of runs": lambda: NeighborhoodPattern((2, 3, 4), tile="runs"),
     "causal": lambda: NeighborhoodPattern((2, 3, 4), is_causal=(True, False, False)),
     "heads differ": lambda: PerHead((RadialPattern(tail=None), DensePattern()), (0, 1, 1, 0)),
     "dense": DensePattern,
