@@ -163,3 +163,11 @@ def test_small_latents_have_a_direction_too_and_none_at_all_has_none() -> None:
     expected = torch.tensor([[2.0, 2.0], [6.0, 8.0]], dtype=torch.float64)
     assert torch.allclose(amplify_reference(prediction, latents, 2.0), expected)
     assert torch.allclose(amplify(prediction, latents, 2.0), expected.float())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_how_large_the_latents_are_does_not_matter(size: float) -> None:
+    prediction, latents = torch.randn(2, 4, 3, 5).double(), torch.randn(2, 4, 3, 5).double()
+    wanted = amplify_reference(prediction, latents, 1.4)
+    torch.testing.assert_close(amplify_reference(prediction, size * latents, 1.4), wanted)
+    torch.testing.assert_close(amplified(prediction, size * latents, 1.4), wanted)
