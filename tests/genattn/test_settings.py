@@ -52,10 +52,10 @@ FLAGS = {"reach", "weighted", "centred", "queries", "shut", "share_passes", "sin
 def test_a_value_of_the_wrong_kind_is_refused(kind: type, name: str) -> None:
     kind(**NEEDED[kind])
     for what, value in NEVER.items():
-        with pytest.raises(GenAttnError):
+        with pytest.raises(GenAttnError, match=r"(?s)\b(must|needs?|takes?)\b.*\bgot\b"):
             print(what, kind(**{**NEEDED[kind], name: value}))
     if name not in FLAGS:  # True is no number, no name and no list
-        with pytest.raises(GenAttnError):
+        with pytest.raises(GenAttnError, match=r"(?s)\b(must|needs?|takes?)\b.*\bgot\b"):
             print(kind(**{**NEEDED[kind], name: True}))
 
 
