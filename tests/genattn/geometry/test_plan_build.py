@@ -10,6 +10,7 @@ from genattn.geometry.tiles import best_box, cell_raster, token_coords
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan, run_tiles
 from genattn.kernels.plan.element_rule import ElementRule
+from genattn.patterns.combine import Intersection, Union
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.global_tokens import GlobalTokens
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -64,6 +65,18 @@ def test_no_s_by_s_memory() -> None:
         x.numel() * x.element_size() for x in (plan.query_tiles, plan.key_tiles, plan.row_ptr, plan.columns, plan.num_full)
     )
     assert lists < LONG.seqlen**2 / 8 / 1000
+
+
+def test_parts_that_only_together_settle_a_tile_pair() -> None:
+    """Every part leaves the tiles on the diagonal open: the union fills them, the intersection empties those beside them."""
+    layout = TokenLayout.from_grid((64, 1, 1))
+    near = NeighborhoodPattern((7, -1, -1))
+    apart = [NeighborhoodPattern((3, -1, -1), dilation=(by, 1, 1)) for by in (4, 5, 6, 7)]
+    union = Union(near, *apart).plan(layout, 8, 8)
+    assert union.num_full.tolist() == [[1] * 8]
+    even, odd = NeighborhoodPattern((3, -1, -1), dilation=(2, 1, 1)), NeighborhoodPattern((3, -1, -1), dilation=(3, 1, 1))
+    both = Intersection(even, odd).plan(layout, 8, 8)
+    assert [both.columns[both.row_ptr[0, i] : both.row_ptr[0, i + 1]].tolist() for i in range(2, 6)] == [[2], [3], [4], [5]]
 
 
 class _OddRule:

@@ -312,6 +312,15 @@ def test_windows_beyond_the_models_positions_are_refused():
     assert "learned positions" in str(frame_denoiser(cog).limits(7))
 
 
+def test_latte_without_a_negative_prompt_is_guided_by_the_empty_one():
+    base = frame_denoiser(video_pipes.latte())
+    empty, none, bad = (base.encode_prompt("a cat", negative, True).uncond for negative in ("", None, "bad"))
+    assert torch.equal(none["encoder_hidden_states"], empty["encoder_hidden_states"])
+    shown, hidden = bad["encoder_hidden_states"], empty["encoder_hidden_states"]
+    assert shown.shape != hidden.shape or not torch.equal(shown, hidden)
+    assert base.encode_prompt("a cat", "bad", False).uncond is None
+
+
 def test_two_experts_are_routed_by_level():
     pipe = video_pipes.wan(two_experts=True)
     base = frame_denoiser(pipe)

@@ -162,6 +162,16 @@ def test_the_gaussian_tail_is_standard_noise_by_frame_number():
     assert torch.equal(tail[:, :, 1:], GaussianTail()(fifo, fifo.queue.latents, [41]))
 
 
+def test_what_enters_the_queue_is_the_tail_that_was_given():
+    class Ramp(GaussianTail):
+        def __call__(self, fifo, latents, numbers):
+            return torch.tensor(numbers, dtype=latents.dtype)[:, None, None].expand(1, 3, -1, 5, 6)
+
+    fifo = run(flow_solver(8), QueueShape(8, 4), torch.randn(CLIP), 3, tail=Ramp())[2]
+    assert (fifo.queue.latents[:, :, -1] == fifo.queue.next_number - 1).all()
+    assert isinstance(run(flow_solver(8), QueueShape(8, 4), torch.randn(CLIP), 1)[2].tail, GaussianTail)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
