@@ -33,21 +33,24 @@ MAY_IMPORT = {
     "genattn/decoding": "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/seam",
     "genattn/distributed": "",
     "genattn/functional": (
-        "genattn genattn/geometry genattn/patterns genattn/planning kernels kernels/peers kernels/plan kernels/triton"
+        "genattn genattn/geometry genattn/patterns genattn/planning genattn/selection kernels kernels/peers "
+        "kernels/plan kernels/triton"
     ),
     "genattn/geometry": "genattn kernels/plan",
     "genattn/hosts": "genattn genattn/functional genattn/patterns genattn/seam",
     "genattn/layouts": "genattn genattn/geometry",
     "genattn/patterns": "genattn genattn/geometry genattn/selection kernels/peers kernels/plan",
     "genattn/planning": "genattn genattn/geometry genattn/patterns genattn/selection kernels/plan",
-    "genattn/profiling": "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam genattn/selection",
+    "genattn/profiling": (
+        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/seam genattn/selection"
+    ),
     "genattn/seam": (
         "genattn genattn/distributed genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning "
         "kernels kernels/cpu kernels/plan"
     ),
     "genattn/selection": "genattn genattn/geometry kernels/plan",
     "guidance/broadway": (
-        "genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam "
+        "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/seam "
         "guidance/passes "
         "kernels kernels/plan kernels/triton"
     ),

@@ -19,7 +19,7 @@ from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
 from genattn.apps.bench.timing import interleaved
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import first_line
-from genattn.functional.dispatch import block_plan_for
+from genattn.functional.planned import block_plan_for
 from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
 from genattn.kernels.peers.dense import dense_backends
 from genattn.kernels.peers.optional import natten_attention, why_not_natten

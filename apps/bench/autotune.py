@@ -18,7 +18,7 @@ from genattn.apps.bench.cases import AttentionCase
 from genattn.apps.bench.timing import interleaved, timed
 from genattn.apps.sampling.measured_rows import provenance
 from genattn.errors import GenAttnError, kind_and_line
-from genattn.functional.dispatch import block_plan_for
+from genattn.functional.planned import block_plan_for
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, forward_grid
 from genattn.kernels.triton.config import arch_of, chip_of, measured_table, settings_of, table_row
 from genattn.kernels.triton.launch import launch

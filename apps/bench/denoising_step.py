@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genattn.apps.bench.timing import interleaved, timed
-from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.functional.planned import plan_for, planned_attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.peers.dense import dense_backends
 from genattn.patterns.pattern import Pattern

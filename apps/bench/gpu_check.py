@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from genattn.functional.dispatch import block_plan_for
+from genattn.functional.planned import block_plan_for
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, dense_plan

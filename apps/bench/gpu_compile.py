@@ -16,7 +16,7 @@ import torch
 
 from genattn.apps.bench.cases import AttentionCase, lease_cases
 from genattn.apps.bench.gpu_check import checks
-from genattn.functional.dispatch import block_plan_for, tile_size
+from genattn.functional.planned import block_plan_for, tile_size
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.reference.tail import TailKeys
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments

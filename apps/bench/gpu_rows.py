@@ -11,7 +11,7 @@ from genattn.apps.bench.cases import AttentionCase
 from genattn.apps.bench.gpu_compile import SETTINGS
 from genattn.apps.bench.timing import interleaved
 from genattn.errors import kind_and_line
-from genattn.functional.dispatch import block_plan_for, plan_for, planned_attention
+from genattn.functional.planned import block_plan_for, plan_for, planned_attention
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states

@@ -12,7 +12,7 @@ from genattn.apps.comfyui.hosts.host import Entry
 from genattn.apps.comfyui.patching.chain import Chain
 from genattn.apps.comfyui.patching.seam import chain_of, patch_model
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import tile_size
+from genattn.functional.planned import tile_size
 from genattn.geometry.token_layout import TokenLayout
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.dense import DensePattern

@@ -18,8 +18,8 @@ from genattn.apps.sampling.run import SamplingSettings, call_arguments, makes_vi
 from genattn.errors import GenAttnError
 from genattn.planning.ladder import Model as Known
 from genattn.seam.handle import denoisers
+from genattn.seam.named import describe_model
 from genattn.seam.plugin import Plugin
-from genattn.seam.sparse_plugin import describe_model
 
 
 @dataclass(frozen=True)

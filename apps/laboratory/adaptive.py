@@ -32,7 +32,7 @@ from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import append_rows, merged, provenance, read_rows
 from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, run_once
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.functional.planned import plan_for, planned_attention
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import typer
 
 from genattn.apps.sampling.measured_rows import append_rows, provenance
-from genattn.functional.dispatch import plan_for, planned_attention, tile_size
+from genattn.functional.planned import plan_for, planned_attention, tile_size
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import run_tiles

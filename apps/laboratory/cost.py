@@ -19,7 +19,7 @@ import typer
 
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import block_plan_for, planned_attention
+from genattn.functional.planned import block_plan_for, planned_attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.reference.attention import visible_rows
 from genattn.patterns.neighborhood import NeighborhoodPattern

@@ -17,7 +17,7 @@ import typer
 
 from genattn.apps.laboratory.break_even import fastest
 from genattn.apps.sampling.measured_rows import append_rows, provenance
-from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.functional.planned import plan_for, planned_attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.pattern import Pattern

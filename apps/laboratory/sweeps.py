@@ -24,7 +24,7 @@ from genattn.apps.sampling.compare import compare
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.apps.sampling.run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, planned_attention
+from genattn.functional.planned import plan_for, planned_attention
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern

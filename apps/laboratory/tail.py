@@ -27,7 +27,7 @@ from genattn.apps.sampling.compare import compare
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.apps.sampling.run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import block_plan_for
+from genattn.functional.planned import block_plan_for
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states

@@ -10,7 +10,7 @@ from typing import Any
 
 from genattn.apps.sampling.run import SamplingSettings, call_arguments, makes_video, open_pipeline
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import tile_size
+from genattn.functional.planned import tile_size
 from genattn.patterns.as_json import pattern_to_dict, save_pattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern

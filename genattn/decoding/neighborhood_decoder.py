@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention
+from genattn.functional.planned import AnyPlan, plan_for, planned_attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.neighborhood import NeighborhoodPattern

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from genattn.errors import GenAttnError
 from genattn.functional.dispatch import attention as sparse_attention
-from genattn.seam.masks import key_mask
+from genattn.functional.masks import key_mask
 
 _LOG = logging.getLogger("genattn")
 _OUTSIDE = ("before", "after")

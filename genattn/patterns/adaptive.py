@@ -24,14 +24,15 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import PADDING
 from genattn.kernels.plan.exact import exact
 from genattn.kernels.plan.head_tiles import HeadTiles
-from genattn.patterns.content import ContentPattern, Listing, check_tensors, keep_plan, kept_plan
+from genattn.patterns.content import ContentPattern, Listing, check_tensors, keep_choice, kept_choice
 from genattn.patterns.listed_plans import clustered_plan, plan_of_listed, static_codes
 from genattn.patterns.pattern import Pattern, SiteMemory, TailName
 from genattn.selection.budget import Budget
 from genattn.selection.estimate import Estimate, PooledScore, estimate, mass_of
 from genattn.selection.guards import Similarity, beside, holds, shares_tokens
-from genattn.selection.kmeans import kmeans, means_by_label, sizes
+from genattn.selection.kmeans import kmeans, means_by_label, nearest, sizes
 from genattn.selection.rules import Rule, TopK, rule_named
+from genattn.selection.seen import seen_lanes, seen_places, without_hidden
 from genattn.selection.tiling import Boxes, Clusters, Runs, Tiling, tiling_named
 from genattn.settings import flag, refuse, whole_number
 
@@ -159,23 +160,30 @@ class AdaptivePattern(ContentPattern):
         block_k: int = 128,
         memory: SiteMemory | None = None,
         scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries [B, S, H, D] and keys [B, S, Hk, D]: lists per head, estimates averaged over the batch.
 
-        Raises GenAttnError if the tensors do not fit the layout.
+        key_mask: bool [B, S]; hidden keys take no part. Raises GenAttnError if the tensors do not fit the layout, or if the
+        entries of the batch hide different places of the grid.
         """
-        check_tensors(query, key, layout)
-        slot = (self, layout, block_q, block_k, query.shape[2], query.device)
-        plan = kept_plan(memory, slot, self.refresh_every, self.share_passes)
+        check_tensors(query, key, layout, key_mask)
+        slot = ("plan", self, layout, block_q, block_k, query.shape[2], query.device)
+        plan: BlockPlan | HeadTiles | None = kept_choice(memory, slot, self.refresh_every, self.share_passes)
         if plan is not None:
             return plan
-        if isinstance(self.tiles, Clusters):
-            plan = self.stand_in(self._clustered(query, key, layout, (block_q, block_k), memory, scale))
+        if self.tiles_by_head:
+            plan = self.stand_in(self._clustered(query, key, layout, (block_q, block_k), memory, scale, key_mask))
         else:
-            found = self.listing(query, key, layout, block_q, block_k, scale)
+            found = self.listing(query, key, layout, block_q, block_k, scale, key_mask=key_mask)
             plan = self.stand_in(plan_of_listed(found.listed, found.query_tiles, found.key_tiles, layout.seqlen))
-        keep_plan(memory, slot, plan, self.share_passes)
+        keep_choice(memory, slot, plan, self.share_passes)
         return plan
+
+    @property
+    def tiles_by_head(self) -> bool:
+        """Whether the tiles are clusters."""
+        return isinstance(self.tiles, Clusters)
 
     @exact
     @torch.no_grad()
@@ -187,28 +195,50 @@ class AdaptivePattern(ContentPattern):
         block_q: int,
         block_k: int,
         scale: float | None = None,
+        memory: SiteMemory | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> Listing:
         """See ContentPattern.listing."""
         if isinstance(self.tiles, Clusters):
             raise GenAttnError("clusters are tiles of each head's own; combine patterns on boxes or runs instead")
-        assert not isinstance(self.tiles, str)
-        check_tensors(query, key, layout)
-        made = self.tiles.tiles(layout, block_q, block_k)
+        check_tensors(query, key, layout, key_mask)
+        slot = ("listing", self, layout, block_q, block_k, query.shape[2], query.device)
+        found: Listing | None = kept_choice(memory, slot, self.refresh_every, self.share_passes)
+        if found is None:
+            found = self._listed(query, key, layout, (block_q, block_k), scale, key_mask)
+            keep_choice(memory, slot, found, self.share_passes)
+        return found
+
+    def _listed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block: tuple[int, int],
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> Listing:
+        """The chosen pairs of boxes or runs."""
+        assert isinstance(self.tiles, Boxes | Runs)
+        made = self.tiles.tiles(layout, *block)
         query_tiles, key_tiles = made[0].to(query.device), made[1].to(query.device)
+        seen, key = seen_places(key_mask, layout), without_hidden(key, key_mask)
+        query_lanes, key_lanes = seen_lanes(query_tiles, seen, or_all=True), seen_lanes(key_tiles, seen)
+        used = (key_lanes >= 0).any(1)
         repeats = query.shape[2] // key.shape[2]
         unlike = None
         if self.guard is not None:
-            unlike = self.guard.unlike(key, key_tiles, True).repeat_interleave(repeats, dim=0)
+            unlike = (self.guard.unlike(key, key_lanes, True, key_mask) & used).repeat_interleave(repeats, dim=0)
         text = holds(key_tiles, (layout.raster_index < 0).to(query.device))
         allowed = self._open(layout, made, unlike, query.device)
-        counted = int((~text & (key_tiles >= 0).any(1)).sum())
+        counted = int((~text & used).sum())
         if 0 < counted < len(key_tiles):  # text is always seen: neither chosen nor counted
             allowed = ~text[None, None] if allowed is None else allowed & ~text
         found = estimate(
             query,
             key,
-            query_tiles,
-            key_tiles,
+            query_lanes,
+            key_lanes,
             self.score,
             scale,
             open=allowed,
@@ -219,10 +249,10 @@ class AdaptivePattern(ContentPattern):
         if unlike is not None:
             listed = listed | unlike[:, None, :]
         if self.guard is not None and self.guard.queries:
-            listed = listed | self.guard.unlike(query, query_tiles, False)[:, :, None]
+            listed = listed | self.guard.unlike(query, query_lanes, False)[:, :, None]
         if self.always is not None:
             listed = listed | (static_codes(self.always.rule(layout), *made) > 0).to(query.device)
-        return Listing(listed & (key_tiles >= 0).any(1), query_tiles, key_tiles)
+        return Listing(listed & used, query_tiles, key_tiles)
 
     def _open(
         self, layout: TokenLayout, tiles: tuple[torch.Tensor, torch.Tensor], unlike: torch.Tensor | None, device: torch.device
@@ -250,24 +280,32 @@ class AdaptivePattern(ContentPattern):
         block: tuple[int, int],
         memory: SiteMemory | None,
         scale: float | None,
+        key_mask: torch.Tensor | None,
     ) -> HeadTiles:
         """Clusters of the grid's queries and keys, the rule between their centres, tiles of each head's own."""
         places = layout.grid_positions.to(query.device)
-        count = self._tiling.counts(places.numel(), *block)
-        labels_q, centres_q = self._labels(query[:, places], count[0], memory, "query centres")
-        labels_k, centres_k = self._labels(key[:, places], count[1], memory, "key centres")
+        seen, key = seen_places(key_mask, layout), without_hidden(key, key_mask)
+        shown = None if seen is None else seen.to(query.device)[places]
+        wanted = self._tiling.counts(places.numel(), *block)
+        labels_q, centres_q = self._labels(query[:, places], wanted[0], memory, "query centres", shown)
+        labels_k, centres_k = self._labels(key[:, places], wanted[1], memory, "key centres", shown)
         repeats = query.shape[2] // key.shape[2]
         labels_k, centres_k = labels_k.repeat_interleave(repeats, 0), centres_k.repeat_interleave(repeats, 0)
-        heads, batch = query.shape[2], query.shape[0]
+        batch = query.shape[0]
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        mean_q = centres_q.view(heads, count[0], batch, -1).permute(2, 0, 1, 3) * factor
-        mean_k = centres_k.view(heads, count[1], batch, -1).permute(2, 0, 1, 3)
-        tokens = sizes(labels_k, count[1])[:, None, :]
+        mean_q = centres_q.unflatten(2, (batch, -1)).permute(2, 0, 1, 3) * factor
+        mean_k = centres_k.unflatten(2, (batch, -1)).permute(2, 0, 1, 3)
+        count = mean_k.shape[2]
+        if shown is not None:  # what is hidden is a cluster of its own that nobody chooses
+            labels_k = labels_k.masked_fill(~shown, count)
+        tokens = sizes(labels_k, count + 1)[:, None, :count]
         score = mean_q @ mean_k.transpose(-1, -2)
-        allowed = (tokens > 0).expand(-1, count[0], -1)
+        allowed = (tokens > 0).expand(-1, mean_q.shape[2], -1)
         mass = mass_of(score, allowed, tokens if self.score.weighted else None)
         variance = self._cluster_variance(key[:, places], labels_k, mean_k) if self.chosen_by.needs_spread else None
         listed = self.chosen_by.choose(Estimate(mean_q, mean_k, score, mass, allowed, variance))
+        if shown is not None:
+            listed = torch.nn.functional.pad(listed, (0, 1))
         index = layout.raster_index.to(query.device)
         others, padding = (index == -1).nonzero().flatten(), (index == PADDING).nonzero().flatten()
         return clustered_plan(labels_q, labels_k, listed, places, others, padding, layout.seqlen, block)
@@ -278,23 +316,32 @@ class AdaptivePattern(ContentPattern):
         return self.tiles
 
     def _labels(
-        self, x: torch.Tensor, clusters: int, memory: SiteMemory | None, name: str
+        self, x: torch.Tensor, clusters: int, memory: SiteMemory | None, name: str, shown: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K-means of [B, n, H, D] with the samples of a batch side by side: labels [H, n], centres [H, clusters, B D]."""
+        """K-means of [B, n, H, D] with the samples of a batch side by side: labels [H, n], centres [H, clusters, B D].
+
+        shown: bool [n], the points that make the centres; the others take the label of the nearest.
+        """
         points = x.permute(2, 1, 0, 3).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        made_by = points if shown is None else points[:, shown]
+        clusters = min(clusters, made_by.shape[1])
         slot = (name, None if self.share_passes or memory is None else memory.pass_name)
         start = memory.kept.get(slot) if memory is not None and memory.step >= 0 else None
         known = start is not None and start.shape == (points.shape[0], clusters, points.shape[2])
         rounds = self._tiling.step_iterations if known else self._tiling.iterations
-        stride = self._tiling.stride(points.shape[1], clusters)
-        labels, centres = kmeans(points, clusters, rounds, start if known else None, stride)
+        stride = self._tiling.stride(made_by.shape[1], clusters)
+        labels, centres = kmeans(made_by, clusters, rounds, start if known else None, stride)
         if memory is not None and memory.step >= 0:
             memory.kept[slot] = centres
+        if shown is not None:
+            found = torch.empty(points.shape[:2], dtype=labels.dtype, device=labels.device)
+            found[:, shown], found[:, ~shown] = labels, nearest(points[:, ~shown], centres)
+            labels = found
         return labels, centres
 
     def _cluster_variance(self, key: torch.Tensor, labels: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """[B, H, C, D]: variance of each channel inside a cluster. key [B, n, Hk, D], labels [H, n]."""
+        """[B, H, C, D]: variance of each channel inside a cluster. key [B, n, Hk, D], labels [H, n], C for no cluster."""
         x = key.repeat_interleave(labels.shape[0] // key.shape[2], dim=2).permute(0, 2, 1, 3).to(mean.dtype)
-        zero = torch.zeros_like(mean[0])
-        square = torch.stack([means_by_label(sample.square(), labels, zero) for sample in x])
+        zero = torch.nn.functional.pad(torch.zeros_like(mean[0]), (0, 0, 0, 1))
+        square = torch.stack([means_by_label(sample.square(), labels, zero) for sample in x])[:, :, :-1]
         return (square - mean.square()).clamp_min(0)

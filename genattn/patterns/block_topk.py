@@ -64,12 +64,13 @@ class BlockTopK(ContentPattern):
         block_k: int = 128,
         memory: SiteMemory | None = None,
         scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries [B, S, H, D] and keys [B, S, Hk, D]: lists per head, scores averaged over the batch.
 
         Raises GenAttnError if the tensors do not fit the layout.
         """
-        return self.choice.plan_for(query, key, layout, block_q, block_k, memory, scale)
+        return self.choice.plan_for(query, key, layout, block_q, block_k, memory, scale, key_mask)
 
     def listing(
         self,
@@ -79,6 +80,8 @@ class BlockTopK(ContentPattern):
         block_q: int,
         block_k: int,
         scale: float | None = None,
+        memory: SiteMemory | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> Listing:
         """See ContentPattern.listing."""
-        return self.choice.listing(query, key, layout, block_q, block_k, scale)
+        return self.choice.listing(query, key, layout, block_q, block_k, scale, memory, key_mask)

@@ -6,9 +6,9 @@
 All parts of a plan need the same tiles. Each part proposes its own; the tiles with the least work for all parts are taken.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -18,11 +18,13 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import CombinedRule, ElementRule, PerHeadRule
 from genattn.kernels.plan.head_tiles import HeadTiles
-from genattn.patterns.content import ContentPattern, check_tensors
+from genattn.patterns.content import ContentPattern, Listing, check_tensors
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.listed_plans import combined_codes, combined_head_tiles, plan_of_codes, static_codes, visible_codes
 from genattn.patterns.pattern import Pattern, SiteMemory, TailName
 from genattn.settings import several, whole_numbers
+
+Combined = TypeVar("Combined", BlockPlan, HeadTiles)
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,57 @@ class _Parts(Pattern):
         for pattern in self.patterns:
             pattern.check_model(name, heads, layers)
 
-    def _codes(
-        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, block: tuple[int, int], scale: float | None
-    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """(per part uint8 codes [H or 1, NQ, NK] on the CPU, query tiles, key tiles); the content parts name the tiles.
+    def _chosen(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        layout: TokenLayout,
+        block: tuple[int, int],
+        memory: SiteMemory | None,
+        scale: float | None,
+        key_mask: torch.Tensor | None,
+    ) -> dict[Pattern, Listing]:
+        """What each part that looks at the tensors chose, or chose some steps before, all on the same tiles.
 
         Raises GenAttnError where a part is a combination of its own, or where two parts cut the sequence differently.
         """
-        check_tensors(query, key, layout)
+        check_tensors(query, key, layout, key_mask)
         choosing = [p for p in self.patterns if isinstance(p, ContentPattern)]
-        content = {p: p.listing(query, key, layout, *block, scale) for p in choosing}
+        content: dict[Pattern, Listing] = {p: p.listing(query, key, layout, *block, scale, memory, key_mask) for p in choosing}
         if any(p.needs_tensors and p not in content for p in self.patterns):
             raise GenAttnError(
                 f"a {type(self).__name__} cannot hold another combination with a pattern that looks at the tensors; "
                 "name all parts in one combination"
             )
+        first, *others = content.values()
+        if not all(_same(o.query_tiles, first.query_tiles) and _same(o.key_tiles, first.key_tiles) for o in others):
+            raise GenAttnError(f"the parts of a {type(self).__name__} that look at the tensors must have the same tiles")
+        return content
+
+    def _codes(
+        self, content: dict[Pattern, Listing], layout: TokenLayout
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """(per part uint8 codes [H or 1, NQ, NK] on the CPU, query tiles, key tiles); the content parts name the tiles."""
         first = next(iter(content.values()))
         tiles = first.query_tiles, first.key_tiles
-        if not all(_same(found.query_tiles, tiles[0]) and _same(found.key_tiles, tiles[1]) for found in content.values()):
-            raise GenAttnError(f"the parts of a {type(self).__name__} that look at the tensors must have the same tiles")
         codes = [
-            visible_codes(content[p].listed).cpu() if isinstance(p, ContentPattern) else static_codes(p.rule(layout), *tiles)
+            visible_codes(content[p].listed).cpu() if p in content else static_codes(p.rule(layout), *tiles)
             for p in self.patterns
         ]
         return codes, *tiles
+
+    def _kept(self, memory: SiteMemory | None, chosen: Sequence[Any], make: Callable[[], Combined]) -> Combined:
+        """The plan that `make` gives for what the parts chose; that of the call before while they keep to their choice."""
+        if memory is None or memory.step < 0:
+            return make()
+        slot = "combined", memory.pass_name
+        known = memory.kept.get(slot)
+        same = known is not None and known[0] == self and len(known[1]) == len(chosen)
+        if known is not None and same and all(old is new for old, new in zip(known[1], chosen)):
+            return known[2]  # type: ignore[no-any-return]
+        plan = make()
+        memory.kept[slot] = self, list(chosen), plan
+        return plan
 
     def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
         """The exact plan on the tiles of the part whose tiles cost least."""
@@ -165,21 +194,31 @@ class _Combined(_Parts):
         block_k: int = 128,
         memory: SiteMemory | None = None,
         scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries and keys, on the tiles of the parts that look at them."""
         if not self.needs_tensors:
             return self.plan(layout, block_q, block_k)
         static = [p for p in self.patterns if not p.needs_tensors] or [DensePattern()]
         content = [p for p in self.patterns if p.needs_tensors]
-        if len(content) == 1 and isinstance(content[0], ContentPattern):
-            alone = content[0].with_tail(None).plan_for(query, key, layout, block_q, block_k, memory, scale)
-            if isinstance(alone, HeadTiles):
+        if len(content) == 1 and isinstance(content[0], ContentPattern) and content[0].tiles_by_head:
+            alone = content[0].with_tail(None).plan_for(query, key, layout, block_q, block_k, memory, scale, key_mask)
+            assert isinstance(alone, HeadTiles)
+
+            def of_heads() -> HeadTiles:
                 return self.stand_in(combined_head_tiles(alone, _combined(static, layout, self.op), self.op))
-        codes, query_tiles, key_tiles = self._codes(query, key, layout, (block_q, block_k), scale)
-        # a pair that the content parts settle is all or nothing; what is left open is up to the static parts alone
-        rule = _combined(static, layout, self.op)
-        plan = plan_of_codes(combined_codes(codes, self.op), query_tiles, key_tiles, rule, layout.seqlen)
-        return self.stand_in(plan.to(query.device))
+
+            return self._kept(memory, [alone], of_heads)
+        chosen = self._chosen(query, key, layout, (block_q, block_k), memory, scale, key_mask)
+
+        def of_all() -> BlockPlan:
+            codes, query_tiles, key_tiles = self._codes(chosen, layout)
+            # a pair that the content parts settle is all or nothing; what is left open is up to the static parts alone
+            rule = _combined(static, layout, self.op)
+            plan = plan_of_codes(combined_codes(codes, self.op), query_tiles, key_tiles, rule, layout.seqlen)
+            return self.stand_in(plan.to(query.device))
+
+        return self._kept(memory, list(chosen.values()), of_all)
 
 
 @dataclass(frozen=True, init=False)
@@ -266,6 +305,7 @@ class PerHead(_Parts):
         block_k: int = 128,
         memory: SiteMemory | None = None,
         scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for these queries and keys, on the tiles of the parts that look at them."""
         if not self.needs_tensors:
@@ -273,11 +313,16 @@ class PerHead(_Parts):
         choice = self.choice or ()
         if len(choice) != query.shape[2]:
             raise GenAttnError(f"PerHead needs one entry per head, got {len(choice)} entries for {query.shape[2]} heads")
-        codes, query_tiles, key_tiles = self._codes(query, key, layout, (block_q, block_k), scale)
-        rows = torch.stack([codes[part][head if len(codes[part]) > 1 else 0] for head, part in enumerate(choice)])
-        static = tuple(DensePattern() if p.needs_tensors else p for p in self.patterns)
-        rule = PerHead(static, choice).rule(layout)
-        return self.stand_in(plan_of_codes(rows, query_tiles, key_tiles, rule, layout.seqlen).to(query.device))
+        chosen = self._chosen(query, key, layout, (block_q, block_k), memory, scale, key_mask)
+
+        def of_all() -> BlockPlan:
+            codes, query_tiles, key_tiles = self._codes(chosen, layout)
+            rows = torch.stack([codes[part][head if len(codes[part]) > 1 else 0] for head, part in enumerate(choice)])
+            static = tuple(DensePattern() if p.needs_tensors else p for p in self.patterns)
+            rule = PerHead(static, choice).rule(layout)
+            return self.stand_in(plan_of_codes(rows, query_tiles, key_tiles, rule, layout.seqlen).to(query.device))
+
+        return self._kept(memory, list(chosen.values()), of_all)
 
 
 @dataclass(frozen=True)

@@ -224,11 +224,12 @@ class Pattern(ABC):
         block_k: int = 128,
         memory: SiteMemory | None = None,
         scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
     ) -> BlockPlan | HeadTiles:
         """The plan for actual queries [B, S, H, D] and keys [B, S, Hk, D]; only content-adaptive patterns look at them.
 
         memory: what this attention site keeps between the calls of one run, where there is one. scale: of the scores, None for
-        D ** -0.5.
+        D ** -0.5. key_mask: bool [B, S], keys that are hidden and take no part in the choice.
         """
         return self.plan(layout, block_q, block_k)
 

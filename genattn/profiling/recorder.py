@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError, RunFailed
+from genattn.functional.masks import key_mask
 from genattn.geometry.tiles import best_box
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.profiled import cells_of, usual_cell
-from genattn.seam.masks import key_mask
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.selection.cell_mass import cell_mass, share_errors
 from genattn.selection.profile_map import VALUES, ProfileHeader, ProfileMap

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import tile_size
+from genattn.functional.planned import tile_size
 from genattn.geometry.token_layout import TokenLayout
 from genattn.layouts.family import Family
 from genattn.layouts.site import AttentionSite

@@ -15,12 +15,13 @@ from genattn.patterns.pattern import Pattern
 from genattn.seam.denoiser import INJECTION
 from genattn.seam.explain import Explanation, FirstForward, explain_run, without_bar
 from genattn.seam.injection import Injection
+from genattn.seam.named import named_plugin
 from genattn.seam.plugin import CallRecord, Plugin, Run
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
 from genattn.seam.settings_file import PREFIX, loaded_for
 from genattn.seam.sites import head_dims, unwrapped
-from genattn.seam.sparse_plugin import SparsePlugin, named_plugin
+from genattn.seam.sparse_plugin import SparsePlugin
 from genattn.seam.steps import StepTracker
 
 _COMPONENTS = (

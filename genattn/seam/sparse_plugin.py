@@ -11,27 +11,23 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import AnyPlan, plan_for, planned_attention, why_no_tail
-from genattn.functional.each_sample import attention_of_each, rows_of_samples
+from genattn.functional.each_sample import attention_of_each, rows_of_samples, same_places
+from genattn.functional.masks import grid_key_mask, key_mask, why_not_apart
 from genattn.functional.memories import Memories
+from genattn.functional.planned import AnyPlan, plan_for, planned_attention, why_no_tail
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import IMPLS, as_autocast, choose_impl
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.first_queries import of_first_queries
 from genattn.kernels.plan.head_tiles import HeadTiles
-from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern, SiteMemory, forget_plans
-from genattn.planning.ladder import Model, rung
-from genattn.seam.masks import grid_key_mask, key_mask, rows_of_call, why_not_apart
 from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
-from genattn.seam.sites import find_sites, head_dims
 
 _LOG = logging.getLogger("genattn")
-_SAID: set[str] = set()
 _MOST_PASSES = 4  # in a step
 
 
@@ -149,18 +145,19 @@ class SparsePlugin(Plugin):
         assert call.layout is not None
         pattern = self._pattern_at(call, impl)
         self._used.add(pattern)
-        groups = _samples_of(call) if pattern.needs_tensors else []
-        if len(groups) > 1 and others is None:
-            return self._by_own_plans(call, pattern, groups, impl=impl, scale=call.scale, key_mask=keys)
-        plan = plan_for(call.query, call.key, pattern, call.layout, impl, self._memory_at(call), call.scale)
+        flags: dict[str, Any] = {"impl": impl, "scale": call.scale, "key_mask": keys}
+        groups = same_places(_samples_of(call), keys, call.layout) if pattern.needs_tensors else []
+        if len(groups) > 1:
+            out = self._by_own_plans(call, pattern, groups, **flags)
+            return out if others is None else _with_rows(out, others, call, inner)
+        plan = plan_for(call.query, call.key, pattern, call.layout, impl, self._memory_at(call), call.scale, keys)
         if call.only_first:
             plan = _for_own_rows(plan, call)
-        flags: dict[str, Any] = {"impl": impl, "scale": call.scale, "key_mask": keys}
         tail = plan.tail if isinstance(plan, BlockPlan | HeadTiles) else None
         call.record.ran_sparse(plan.density, None if tail is None else tail.kind)
         if others is not None:
-            out = planned_attention(call.query, call.key, call.value, plan, **flags)
-            return out.index_copy(1, others, inner(rows_of_call(call, others)).to(out.dtype))  # type: ignore[union-attr]
+            out = planned_attention(call.query, call.key, call.value, plan, **flags)  # type: ignore[assignment]
+            return _with_rows(out, others, call, inner)
         if call.record.wants_lse:
             with contextlib.suppress(GenAttnError):  # some backends do not tell it
                 out, call.record.lse = planned_attention(call.query, call.key, call.value, plan, return_lse=True, **flags)
@@ -172,10 +169,11 @@ class SparsePlugin(Plugin):
         layout, impl = call.layout, flags["impl"]
         assert layout is not None
 
-        def plan_of(query: torch.Tensor, key: torch.Tensor, number: int) -> AnyPlan:
-            return plan_for(query, key, pattern, layout, impl, self._memory_at(call, f"[{number}]"), call.scale)
+        def plan_of(query: torch.Tensor, key: torch.Tensor, keys: torch.Tensor | None, number: int) -> AnyPlan:
+            return plan_for(query, key, pattern, layout, impl, self._memory_at(call, f"[{number}]"), call.scale, keys)
 
         out, plans = attention_of_each(call.query, call.key, call.value, groups, plan_of, **flags)
+        assert isinstance(out, torch.Tensor)
         tail = getattr(plans[0], "tail", None)
         call.record.ran_sparse(sum(plan.density for plan in plans) / len(plans), None if tail is None else tail.kind)
         return out
@@ -207,7 +205,8 @@ class SparsePlugin(Plugin):
         """The plan for a call of a known layout. Raises GenAttnError for a pattern whose tiles differ by head."""
         assert call.layout is not None
         pattern, memory = self._pattern_at(call), self._memory_at(call)
-        plan = plan_for(call.query, call.key, pattern, call.layout, memory=memory, scale=call.scale)
+        keys, _, _ = self._key_mask(call)
+        plan = plan_for(call.query, call.key, pattern, call.layout, memory=memory, scale=call.scale, key_mask=keys)
         if not isinstance(plan, BlockPlan):
             raise GenAttnError("this needs a plan with the same tiles for all heads, got clusters; use tiles='boxes'")
         return plan
@@ -309,6 +308,13 @@ def _for_own_rows(plan: AnyPlan, call: AttentionCall) -> BlockPlan:
     return of_first_queries(plan, call.query.shape[1])
 
 
+def _with_rows(out: torch.Tensor, rows: torch.Tensor, call: AttentionCall, inner: Inner) -> torch.Tensor:
+    """out [B, S, H, D], the queries `rows` answered by `inner` under their rows of the mask."""
+    mask = call.mask.index_select(2, rows.to(call.mask.device))
+    own = inner(call.with_tensors(query=call.query.index_select(1, rows), mask=mask, layout=None))
+    return out.index_copy(1, rows, own.to(out.dtype))
+
+
 def _samples_of(call: AttentionCall) -> list[torch.Tensor]:
     """The entries of each sample of the pipeline, whatever guidance and frames multiplied them by."""
     folded = call.site.kind == "spatial"
@@ -339,61 +345,3 @@ def _why_no_layout(call: AttentionCall) -> str:
 
 def _kinds(sites: Sequence[AttentionSite]) -> str:
     return ", ".join(sorted({site.kind for site in sites})) or "none"
-
-
-# ---- from a name such as "auto": what the model is, which preset it gets, and how that is told
-
-
-def named_plugin(
-    name: str,
-    models: Mapping[str, nn.Module],
-    components: Sequence[str],
-    schedule: Schedule | None,
-    settings: Mapping[str, Any],
-    impl: str,
-) -> SparsePlugin:
-    """The plugin that `name` stands for on these denoisers of one pipeline. settings win over the preset's schedule.
-
-    Says once per model where no preset is known. Raises GenAttnError for an unknown name.
-    """
-    component, model = next(iter(models.items()))
-    found = rung(name, describe_model(component, model, components, impl))
-    if not found.known and found.why not in _SAID:
-        _SAID.add(found.why)
-        _LOG.warning("%s: %s", name, found.why)
-    plan = schedule or Schedule(**{**found.schedule, **settings})
-    if schedule is not None and not schedule.min_tokens:
-        plan = replace(schedule, min_tokens=found.schedule.get("min_tokens", 0))
-    plugin = SparsePlugin(found.pattern, plan, impl)
-    plugin.origin = f"{name!r}: {found.why}"
-    return plugin
-
-
-def describe_model(component: str, model: nn.Module, components: Sequence[str], impl: str = "auto") -> Model:
-    """What the planner asks of a denoiser. Raises GenAttnError when it has no attention for a pattern."""
-    sites = find_sites(model, component, family_of(model))
-    inside = [site for _, site in sites if site.kind in ("self", "joint") and site.depth >= 0]
-    if not inside:
-        raise GenAttnError(f"{model.__class__.__name__} has no self or joint attention for a pattern")
-    dims = head_dims(sites)
-    device = next(model.parameters()).device.type
-    return Model(
-        model.__class__.__name__,
-        inside[0].heads,
-        1 + max(site.depth for site in inside),
-        dims.get(inside[0].name, 128),
-        tuple(components),
-        device,
-        backend_of(device, impl),
-    )
-
-
-def backend_of(device: str, impl: str) -> str:
-    """The backend that will answer sparse calls: the named one, or the first for the device."""
-    if impl != "auto":
-        return impl
-    if device != "cpu":
-        return "triton"
-    from genattn.kernels.cpu.native_build import native_library
-
-    return "grouped" if isinstance(native_library(), str) else "cpu"

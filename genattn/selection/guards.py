@@ -31,10 +31,13 @@ class Similarity:
         for name in ("centred", "queries", "shut"):
             flag(name, getattr(self, name))
 
-    def unlike(self, x: torch.Tensor, tiles: torch.Tensor, is_key: bool) -> torch.Tensor:
-        """Bool [H, N]: tiles of x [B, S, H, D] that are too unlike in some sample."""
+    def unlike(self, x: torch.Tensor, tiles: torch.Tensor, is_key: bool, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Bool [H, N]: tiles of x [B, S, H, D] that are too unlike in some sample; x is zero where bool [B, S] hides it."""
         if is_key and self.centred:
-            x = x - x.mean(1, keepdim=True)
+            mean = x.mean(1, keepdim=True)
+            if key_mask is not None:
+                mean = mean * (key_mask.shape[1] / key_mask.sum(1).clamp_min(1))[:, None, None, None].to(mean.dtype)
+            x = x - mean
         measure = likeness_to_mean if self.of == "mean" else likeness_among
         found = measure(x, tiles)
         below = found <= self.least if self.of == "pairs" else found < self.least

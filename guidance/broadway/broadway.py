@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
+from genattn.functional.masks import key_mask
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.broadway.blocks import GuidedSites, choose_sites
 from genattn.guidance.broadway.calls import (
@@ -41,7 +42,6 @@ from genattn.guidance.passes.delta import Window
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import plain
-from genattn.seam.masks import key_mask
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 
 METHODS = ("exact", "pooled")

@@ -5,7 +5,7 @@ from typing import Any
 
 from genattn.apps.comfyui.hosts.families import host_of
 from genattn.planning.ladder import Model
-from genattn.seam.sparse_plugin import backend_of
+from genattn.seam.named import backend_of
 
 
 def known_model(model: Any) -> Model:

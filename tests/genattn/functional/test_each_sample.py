@@ -5,8 +5,9 @@ import torch
 
 import genattn
 from genattn import NeighborhoodPattern, TokenLayout
-from genattn.functional.dispatch import AnyPlan, attention, plan_for, planned_attention
+from genattn.functional.dispatch import attention
 from genattn.functional.each_sample import attention_of_each, rows_of_samples
+from genattn.functional.planned import AnyPlan, plan_for, planned_attention
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.pattern import Pattern, SiteMemory
@@ -36,11 +37,13 @@ def test_every_group_is_answered_by_its_own_plan() -> None:
     query, key, value = (torch.randn(4, layout.seqlen, 2, 16) for _ in range(3))
     mask = torch.rand(4, layout.seqlen) < 0.8
 
-    def plan_of(q: torch.Tensor, k: torch.Tensor, number: int) -> AnyPlan:
+    def plan_of(q: torch.Tensor, k: torch.Tensor, keys: torch.Tensor | None, number: int) -> AnyPlan:
+        assert keys is None or torch.equal(keys, mask[number::2])
         return plan_for(q, k, patterns[number], layout)
 
     out, plans = attention_of_each(query, key, value, rows_of_samples(4, 2), plan_of, mask)
-    assert plans == [plan_of(query, key, 0), plan_of(query, key, 1)]
+    assert plans == [plan_of(query, key, None, 0), plan_of(query, key, None, 1)]
+    assert isinstance(out, torch.Tensor)
     for entry in range(4):
         some = slice(entry, entry + 1)
         one = planned_attention(query[some], key[some], value[some], plans[entry % 2], key_mask=mask[some])

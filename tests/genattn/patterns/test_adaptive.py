@@ -1,12 +1,16 @@
 """The choice by content with each of its parts exchanged: what it keeps, what it costs, how it runs on every kind of tile."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 import genattn
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import block_plan_for, explain_attention, plan_for, planned_attention
+from genattn.functional.dispatch import explain_attention
+from genattn.functional.planned import block_plan_for, plan_for, planned_attention
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
@@ -208,6 +212,43 @@ def test_plans_are_kept_over_steps_and_passes() -> None:
     assert alone.plan_for(query, key, LAYOUT, memory=nameless) is not alone.plan_for(query, key, LAYOUT, memory=nameless)
     unknown = SiteMemory()
     assert alone.plan_for(query, key, LAYOUT, memory=unknown) is not alone.plan_for(query, key, LAYOUT, memory=unknown)
+
+
+COMBINED = {
+    "union": lambda parts: Union(*parts, NeighborhoodPattern((2, 2, 3))),
+    "intersection": lambda parts: Intersection(NeighborhoodPattern((4, 5, 5)), *parts),
+    "one of them": lambda parts: Union(parts[1]),
+    "per head": lambda parts: PerHead(parts, (0, 1, 1, 0)),
+    "clusters": lambda _: Union(AdaptivePattern(tiles=Clusters(5, 6), refresh_every=2), NeighborhoodPattern((2, 2, 3))),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_parts_of_a_combination_are_chosen_anew_as_often_as_each_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def noted(self: AdaptivePattern, how: str, make: Callable[..., Any], *given: Any) -> Any:
+        made.append(how if how == "clusters" else f"{self.chosen_by.amount}")
+        return make(self, *given)
+
+    for where, how in (("_listed", "boxes"), ("_clustered", "clusters")):
+        make = getattr(AdaptivePattern, where)
+        monkeypatch.setattr(AdaptivePattern, where, lambda self, *given, h=how, m=make: noted(self, h, m, *given))
+    parts = AdaptivePattern(TopK(0.3), refresh_every=3), AdaptivePattern(TopP(0.4), refresh_every=2)
+    pattern: Pattern = COMBINED[name](parts)
+    (query, key, _), memory = _qkv(batch=1), SiteMemory()
+    plans, choices = [], []
+    for memory.step in range(6):
+        memory.pass_name = "cond"
+        made.clear()
+        plans.append(pattern.plan_for(query * (1 + memory.step), key, LAYOUT, 16, 16, memory))
+        choices.append(sorted(made))
+        memory.pass_name = "uncond"  # the other pass has a choice of its own
+        assert pattern.plan_for(-query, key, LAYOUT, 16, 16, memory) is not plans[-1]
+    every = {"one of them": [[], ["0.4"]], "clusters": [[], ["clusters"]]}.get(name)
+    both = [["0.3", "0.4"], [], ["0.4"], ["0.3"], ["0.4"], []]
+    assert choices == (both if every is None else [every[step % 2 == 0] for step in range(6)])
+    assert [plans[n] is plans[n - 1] for n in range(1, 6)] == [not chosen for chosen in choices[1:]]
 
 
 def test_centres_are_carried_to_the_next_step() -> None:

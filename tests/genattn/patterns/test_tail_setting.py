@@ -8,7 +8,7 @@ import torch
 
 import genattn
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for
+from genattn.functional.planned import plan_for
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.tail import TAILS

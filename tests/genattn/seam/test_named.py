@@ -12,7 +12,7 @@ from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.radial import RadialPattern
 from genattn.pipelines.tiny.random.build import build_model, build_pipeline
 from genattn.planning.fitted import FittedNeighborhood
-from genattn.seam import sparse_plugin
+from genattn.seam import named
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 
@@ -21,7 +21,7 @@ WIDE = {"num_frames": 17, "height": 128, "width": 128, "num_inference_steps": 2,
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_plugin, "_SAID", set())
+    monkeypatch.setattr(named, "_SAID", set())
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,6 @@ def test_the_command_lines_name_for_windows_and_a_bare_file_of_settings(tmp_path
 
 
 def test_backends() -> None:
-    assert sparse_plugin.backend_of("cuda", "auto") == "triton"
-    assert sparse_plugin.backend_of("cpu", "auto") in ("cpu", "grouped")
-    assert sparse_plugin.backend_of("cpu", "grouped") == "grouped"
+    assert named.backend_of("cuda", "auto") == "triton"
+    assert named.backend_of("cpu", "auto") in ("cpu", "grouped")
+    assert named.backend_of("cpu", "grouped") == "grouped"

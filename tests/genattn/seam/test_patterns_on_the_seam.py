@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 
 import genattn
 from genattn.errors import GenAttnError
-from genattn.functional.dispatch import plan_for, tile_size
 from genattn.functional.memories import Memories
+from genattn.functional.planned import plan_for, tile_size
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import genattn
-from genattn.functional.dispatch import tile_size, why_no_tail
+from genattn.functional.planned import tile_size, why_no_tail
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.patterns.combine import PerHead, PerLayer
 from genattn.pipelines.tiny.random.build import build_pipeline
@@ -84,9 +84,9 @@ def test_where_tails_are_served() -> None:
     assert all(why_no_tail(impl, cpu) is None for impl in ("auto", "cpu", "grouped", "reference", "flex", "sdpa"))
     assert "has no stand-in" in (why_no_tail("natten", cpu) or "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genattn.functional.dispatch.SERVES_TAIL", False)
+        patch.setattr("genattn.functional.planned.SERVES_TAIL", False)
         assert "Triton" in (why_no_tail("auto", cuda) or "")
-        patch.setattr("genattn.functional.dispatch.SERVES_TAIL", True)
+        patch.setattr("genattn.functional.planned.SERVES_TAIL", True)
         assert why_no_tail("auto", cuda) is None
 
 

@@ -9,6 +9,7 @@ import torch
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.functional.masks import key_mask
 from genattn.guidance.broadway.blocks import choose_sites
 from genattn.guidance.broadway.broadway import BroadWay
 from genattn.guidance.broadway.frame_marginal_reference import frame_rows, full_map, reference_edit
@@ -21,7 +22,6 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
-from genattn.seam.masks import key_mask
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 VIDEO = ("wan", "skyreels", "hunyuan-video", "cogvideox", "ltx")

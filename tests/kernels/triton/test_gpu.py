@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genattn.apps.bench.cases import AttentionCase
-from genattn.functional.dispatch import plan_for
+from genattn.functional.planned import plan_for
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.reference.attention import reference_attention
 from genattn.patterns.neighborhood import NeighborhoodPattern

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from genattn.geometry.token_layout import TokenLayout
-from genattn.seam.plugin import AttentionCall
 
 _HIDDEN = -1e3
 
@@ -95,9 +94,3 @@ def why_not_apart(mask: Any, query: torch.Tensor, key: torch.Tensor, layouts: Se
         return reason or ("" if set(wanted) == {tokens} else f"sequences of {tokens} tokens for layouts of {wanted}")
     shown = torch.arange(tokens, device=keys.device) < torch.tensor(wanted, device=keys.device)[:, None]
     return "" if torch.equal(keys, shown) else "the mask is not the filling behind each sample's own tokens"
-
-
-def rows_of_call(call: AttentionCall, rows: torch.Tensor) -> AttentionCall:
-    """The call of some of its queries, under their rows of its mask."""
-    mask = call.mask.index_select(2, rows.to(call.mask.device))
-    return call.with_tensors(query=call.query.index_select(1, rows), mask=mask, layout=None)

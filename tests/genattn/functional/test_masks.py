@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genattn.seam.masks import grid_key_mask, key_mask
+from genattn.functional.masks import grid_key_mask, key_mask
 
 B, S = 2, 6
 VALID = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
