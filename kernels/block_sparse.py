@@ -33,7 +33,9 @@ def block_sparse_attention(
     """Attention of `query` over the keys that `plan` lets it see.
 
     query [B, Sq, H, D]; key, value [B, Sk, Hk, D], Hk a divisor of H (grouped queries); any strides; fp16, bf16, fp32
-    (float64 in "reference"). scale: default D ** -0.5. key_mask: bool [B, Sk], False hides a key from every query.
+    (float64 in "reference"). scale: default D ** -0.5. key_mask: bool [B, Sk], False hides a key from every query: what
+    stands there may be NaN or Inf and reaches no result and no gradient. At a key that the plan alone hides from a query, NaN
+    and Inf may reach that query, as `scaled_dot_product_attention` lets them through its mask.
     Returns out [B, Sq, H, D], or (out, lse) with lse [B, Sq, H] the natural log of the softmax's denominator. A query that
     sees nothing gets zeros and -inf.
 

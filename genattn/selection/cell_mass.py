@@ -11,6 +11,7 @@ what goes to text is no cell's. Only a slab of the scores is there at a time.
 import torch
 
 from genattn.kernels.plan.exact import exact
+from genattn.selection.seen import without_hidden
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -30,7 +31,7 @@ def cell_mass(
     queries per cell, evenly spaced over its tokens.
     """
     batch, _, heads, dim = query.shape
-    scale = dim**-0.5 if scale is None else scale
+    scale, key = dim**-0.5 if scale is None else scale, without_hidden(key, key_mask)
     chosen = sampled(cells, samples)
     some = chosen.shape[1]
     keys = key.float().repeat_interleave(heads // key.shape[2], dim=2).permute(0, 2, 3, 1)
@@ -88,6 +89,7 @@ def share_errors(
     """
     batch, _, heads, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
+    key, value = without_hidden(key, key_mask), without_hidden(value, key_mask)
     chosen, index = sampled(cells, samples), cells.long().clamp_min(0)
     repeats = heads // key.shape[2]
     keys, values = (x.float().repeat_interleave(repeats, dim=2).transpose(1, 2) for x in (key, value))

@@ -128,13 +128,14 @@ def halo_attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, S, H, D]: attention of query [B, S, H, D] over key, value [B, S, Hk, D]; key_mask bool [B, S] hides keys.
-
-    Every query must be left at least one key. Raises ValueError if the tensors do not fit the plan.
+    """[B, S, H, D]: attention of query [B, S, H, D] over key, value [B, S, Hk, D]; key_mask bool [B, S] hides keys,
+    which may then hold anything. A query that is left none gets zeros. Raises ValueError if the tensors do not fit the plan.
     """
     check_halo_inputs(query, key, plan)
     plan = plan.to(query.device)
     out = torch.zeros_like(query)
+    if key_mask is not None:  # a hidden key must not leak through 0 * NaN
+        key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
     if plan.dense_queries.numel():
         rows = plan.dense_queries[None]
         part = _attend(query, key, value, rows, plan.visible_keys[None], None, scale, key_mask)
@@ -185,6 +186,10 @@ def _attend(
     if key_mask is not None:
         seen = key_mask[:, columns].flatten(0, 1)[:, None, None, :].expand(-1, -1, rows.shape[1], -1)
         mask = seen if mask is None else mask & seen
-    grouped = query.shape[2] != key.shape[2]
+    grouped, empty = query.shape[2] != key.shape[2], None
+    if mask is not None and key_mask is not None:  # a row that sees nothing is NaN in some backends
+        empty = ~mask.any(-1, keepdim=True)
+        mask = mask | empty
     part = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    part = part if empty is None else part.masked_fill(empty, 0.0)
     return part.transpose(1, 2).unflatten(0, (batch, -1))

@@ -209,6 +209,40 @@ def test_entries_of_a_model_choose_by_their_own_masks(square: bool, samples: int
         torch.testing.assert_close(found[:, -5:], inner(call)[:, -5:])
 
 
+@pytest.mark.parametrize("content", [float("inf"), float("nan")])
+@pytest.mark.parametrize("tail", [None, "mean2"])
+@pytest.mark.parametrize("impl", ["reference", "cpu", "grouped", "sdpa", "flex", "halo"])
+def test_no_backend_lets_hidden_places_through(impl: str, tail: str | None, content: float) -> None:
+    """Not into the answers, which are zero where nothing is left to see, and not into the gradients of the others."""
+    if impl == "halo" and tail:
+        pytest.skip("boxes that follow the query have no tail")
+    layout = TokenLayout.from_grid((2, 8, 8))
+    pattern = NeighborhoodPattern((1, 3, 3), tail=tail)
+    mask = torch.ones(2, layout.seqlen, dtype=torch.bool)
+    mask[0, :70], mask[1, ::3] = False, False
+    given = [torch.randn(2, layout.seqlen, 2, 8) for _ in range(3)]
+    results = []
+    for spoilt in (False, True):
+        inputs = [x.clone() for x in given]
+        for x in inputs[1:] if spoilt else ():
+            x[~mask] = content
+        inputs = [x.requires_grad_(impl != "flex") for x in inputs]
+        if impl == "flex":
+            with pytest.raises(GenAttnError, match="a key mask would need a new compiled mask"):
+                attention(*inputs, pattern, layout, impl=impl, key_mask=mask)
+            return
+        out = attention(*inputs, pattern, layout, impl=impl, key_mask=mask)
+        assert isinstance(out, torch.Tensor)
+        out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    for clean, found in zip(*results):
+        torch.testing.assert_close(found, clean)
+    out, _, key_grad, value_grad = results[1]
+    assert (out[0, :54].abs().max() == 0) == (tail is None)  # a window of hidden keys alone
+    assert key_grad[~mask].abs().max() == 0  # type: ignore[union-attr, index]
+    assert value_grad[~mask].abs().max() == 0  # type: ignore[union-attr, index]
+
+
 def test_a_kept_choice_keeps_to_its_mask() -> None:
     query, key, _ = _qkv()
     pattern, memory = AdaptivePattern(TopK(0.2), tiles=TILES, refresh_every=2), SiteMemory(step=0, pass_name="cond")

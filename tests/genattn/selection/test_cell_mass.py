@@ -49,6 +49,17 @@ def test_mass_and_loss() -> None:
             assert torch.allclose(loss[:, i, j], want_loss, atol=1e-6)
 
 
+def test_hidden_keys_may_hold_anything() -> None:
+    q, k, v, mask = _drawn()
+    kept = torch.eye(4, dtype=torch.bool).expand(1, H, -1, -1)
+    wanted = *cell_mass(q, k, CELLS, key_mask=mask), *share_errors(q, k, v, CELLS, kept, True, key_mask=mask)
+    for x in (k, v):
+        x[~mask] = math.nan
+    found = *cell_mass(q, k, CELLS, key_mask=mask), *share_errors(q, k, v, CELLS, kept, True, key_mask=mask)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_samples_are_spread_over_the_cell() -> None:
     assert sampled(CELLS, 2)[0].tolist() == [3, 6]
     assert sampled(CELLS, 99).shape == (4, 6)
