@@ -4,8 +4,8 @@ Nothing leaves the machine: system fonts, no analytics, no sharing, no run histo
 the GPU, the others wait in a queue with a bound; only the session's folder can be read through the server.
 """
 
+import io
 import os
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def serve(
     open_browser: bool = False,
 ) -> tuple[Any, str]:
     """Start the server in a thread; gives (page, address). Raises GenAttnError if the port is taken."""
-    with redirect_stdout(sys.stderr):  # Gradio tells of its caches where a program expects our JSON
+    with redirect_stdout(io.StringIO()):  # Gradio tells of its caches, where a program expects our JSON
         page = build(session)
     from genattn.apps.webui.tabs.player import HEAD
     from genattn.apps.webui.theme import CSS, theme

@@ -24,12 +24,25 @@ CSS = (
 .cards { display: flex; flex-wrap: wrap; gap: 10px; }
 .card { flex: 1 1 110px; padding: 10px 14px; border: 1px solid var(--border-color-primary); border-radius: 10px;
         background: var(--background-fill-secondary); }
-.card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+.card b { display: block; white-space: nowrap; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .card span { font-size: 0.8rem; color: var(--body-text-color-subdued); }
 /* models of 64 pixels: show pixels, not blur */
 .small img, .small video { image-rendering: pixelated; }
 .clickable img { cursor: pointer; }
 .caption { margin-top: 4px; }
+/* labels and buttons of a picture or a clip stand on a line above it, where they hide nothing */
+.icon-button-wrapper:not(:has(button)) { display: none !important; }
+.drawn .icon-button-wrapper { position: static !important; width: fit-content; margin: 0 0 4px auto; }
+.drawn .image-container { display: flex; flex-direction: column; }
+.drawn .image-container > button { flex: 1; min-height: 0; }
+label[data-testid=block-label].float:not(.hide) { position: static !important; width: fit-content; margin-bottom: 6px; }
+.block:has(> label.float:not(.hide)) { height: auto !important; }
+.block:has(> label.float:not(.hide)) .image-container { position: static; }
+.block:has(> label.float:not(.hide)) video { max-height: 320px; }
+/* a list of files to take along: whole names, and nothing to press that only takes a line off the list */
+.downloads td:has(> .label-clear-button) { display: none; }
+.downloads .filename, .downloads .filename .stem { overflow: visible; max-width: none; }
+footer .divider { display: none !important; }
 /* six tabs side by side on a phone; nothing is cut */
 .gradio-container { min-width: 0 !important; }
 @media (max-width: 640px) {
@@ -40,6 +53,7 @@ CSS = (
   .gradio-container .row { flex-wrap: wrap; }
   .gradio-container .column { min-width: 0 !important; }
   .gradio-container table { font-size: 0.8rem; }
+  [id$=-examples] :is(th, td):nth-child(n+3) { display: none; }
   .run-row { position: sticky; bottom: 0; z-index: 5; background: var(--body-background-fill); }
 }
 .caption p { font-size: 0.85rem; font-weight: 600; color: var(--body-text-color-subdued); margin: 0; }

@@ -101,7 +101,7 @@ def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], A
     cost = cost_field("image-cost")
     run = run_row("Draw both", "image")
     pair = gr.ImageSlider(
-        label="without guidance | guided",
+        label="unguided | guided",
         format="png",
         type="filepath",
         interactive=False,

@@ -34,6 +34,7 @@ from genattn.errors import GenAttnError
 
 PROMPT = '0:"a red circle moves right on a dark background" 60:"a blue circle moves right on a dark background"'
 _WAIT_SECONDS = 30.0
+_COLOURS = dict(zip(PLOTTED, ("#d97706", "#2563eb", "#16a34a")))
 _FILM = ("prompt", "frames", "fade", "partitions", "lookahead", "start_picture")
 _SIZE = ("height", "width")
 
@@ -138,14 +139,15 @@ def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], C
         film = gr.Video(label="Film so far", interactive=False, height=300, elem_classes=small, elem_id="film")
     if alone is not None:
         gr.Markdown(alone, elem_classes="hint")
+    gr.HTML(_drift_caption(), elem_classes="caption", padding=False)
     drift = gr.LinePlot(
         None,  # an empty table is an error to the plot
         x="frame",
         y="change",
         color="statistic",
         height=220,
-        title="Drift: change since the first second, in levels of 0 to 255",
-        color_map=dict(zip(PLOTTED, ("#d97706", "#2563eb", "#16a34a"))),
+        color_map=_COLOURS,
+        colors_in_legend=[],  # on a phone a legend and a title inside the plot leave no room for its lines
         elem_id="drift",
     )
     with gr.Row(elem_classes="tight"):
@@ -156,6 +158,11 @@ def _results(session: Session, small: list[str]) -> tuple[Run, dict[str, Any], C
     results["report"] = report_field("long-report")
     taken, files = downloads(session, "long-files")
     return run, {**results, "downloads": taken, "cost": cost}, files, more, again
+
+
+def _drift_caption() -> str:
+    names = ", ".join(f"<span style='color: {colour}'>{name}</span>" for name, colour in _COLOURS.items())
+    return f"<p>Drift: change since the first second, in levels of 0 to 255: {names}</p>"
 
 
 def _frame(rows: list[dict[str, Any]]) -> Any:

@@ -183,7 +183,8 @@ def wire_cost(
 
 def downloads(session: Session, elem_id: str) -> tuple[gr.File, Callable[[Any], Any]]:
     """Every file of a run to take along, and how they are found from its report."""
-    field = gr.File(label="Download", file_count="multiple", interactive=False, elem_id=elem_id)
+    look: dict[str, Any] = {"file_count": "multiple", "interactive": False, "elem_classes": "downloads"}
+    field = gr.File(label="Download", elem_id=elem_id, **look)
     return field, lambda report: session.files_of(report)
 
 

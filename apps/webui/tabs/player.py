@@ -73,8 +73,8 @@ def player(dense: str, sparse: str, name: str, pixels: bool = False) -> str:
     call = "window.genattnPlayer"
     look = "muted loop playsinline autoplay preload='auto'"
     small = " small" if pixels else ""
-    return f"""
-<div class='ab{small}' id='ab-player' data-view='slider'>
+    # no empty line first: Gradio keeps examples in a table, where it takes that for a formula and puts a ' before it
+    return f"""<div class='ab{small}' id='ab-player' data-view='slider'>
   <div class='ab-stage'>
     <video class='ab-dense' {look} src='{_address(dense)}' ontimeupdate='{call}.tick(this)'></video>
     <video class='ab-sparse' {look} src='{_address(sparse)}'></video>

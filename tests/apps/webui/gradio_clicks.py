@@ -1,9 +1,10 @@
 """A visitor in headless Chromium: clicks through every tab of the app and takes a picture of each.
 
-python tests/apps/webui/gradio_clicks.py http://127.0.0.1:7860/ assets/figures        the pictures kept in the repository
+python tests/apps/webui/gradio_clicks.py http://127.0.0.1:7860/ FOLDER        pictures of an app that runs already
 """
 
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = "/usr/bin/chromium"
+KEPT = os.environ.get("GENATTN_SCREENSHOTS")  # a folder: the pictures of the docs are made anew there, with the shipped models
 _PARTS = ("gradio", "playwright")
 _NOISE = ("DeprecationWarning", "FutureWarning", "ResourceWarning", "UserWarning", "pytest.PytestUnraisableExceptionWarning")
 BROWSER = [  # marks of a test module that opens a browser
@@ -192,6 +194,9 @@ def hunt(v: Visitor) -> None:
     v.open("Heads")
     v.page.get_by_text("More", exact=True).locator("visible=true").click()
     v.page.get_by_label("Heads to choose from").locator("visible=true").fill("L1" if v.quick else "L2-3")
+    if not v.quick:  # few heads and steps: captions alone would give every head the same score
+        v.page.get_by_label("What to look for").locator("visible=true").click()
+        v.page.get_by_role("option", name="sharpness").click()
     v.number("Steps", 1 if v.quick else 6)
     v.run("hunt")
     v.page.locator("#contact-sheet img").wait_for()

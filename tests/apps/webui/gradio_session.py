@@ -23,6 +23,11 @@ def random_session(folder: Path, limits: Limits = LIMITS) -> Session:
     return Session(folder / "out", [str(random_model(folder, "wan", WAN)), str(random_model(folder, "sd3", SD3))], limits)
 
 
+def shipped_session(folder: Path) -> Session:
+    """A session in `folder` with the shipped tiny models, for pictures that show something."""
+    return Session(folder / "out", (), Limits())
+
+
 def random_model(folder: Path, family: str, defaults: dict[str, Any]) -> Path:
     """A random pipeline of a family with its defaults beside it, as a shipped one lies on disk."""
     place = folder / f"random-{family}"

@@ -1,10 +1,11 @@
 """The app in headless Chromium: every tab used, a clean console, no address outside the machine, a picture of each tab."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from gradio_clicks import BROWSER, STEPS, TABS, Visitor, visiting
-from gradio_session import random_session, served
+from gradio_clicks import BROWSER, KEPT, STEPS, TABS, Visitor, visiting
+from gradio_session import random_session, served, shipped_session
 from PIL import Image
 
 pytestmark = BROWSER
@@ -13,7 +14,8 @@ pytestmark = BROWSER
 @pytest.fixture(scope="module")
 def visitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visitor]:
     folder = tmp_path_factory.mktemp("browser")
-    with served(random_session(folder)) as url, visiting(url, folder, quick=True) as someone:
+    session = shipped_session(folder) if KEPT else random_session(folder)
+    with served(session) as url, visiting(url, Path(KEPT or folder), quick=not KEPT) as someone:
         yield someone
 
 

@@ -1,29 +1,22 @@
-"""The page on a phone and on a desk: every tab reachable, nothing cut, and the two clips played together.
+"""The page on a phone and on a desk: every tab reachable, nothing cut or hidden, and the two clips played together."""
 
-GENATTN_SCREENSHOTS=assets/figures makes the pictures of the docs anew, with the shipped tiny models in place of random ones.
-"""
-
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gradio_clicks import BROWSER, TABS, Visitor, video, visiting
-from gradio_session import LIMITS, random_session, served
+from gradio_clicks import BROWSER, KEPT, TABS, Visitor, video, visiting
+from gradio_session import random_session, served, shipped_session
 from PIL import Image
-
-from genattn.apps.webui.verbs.session import Session
 
 pytestmark = BROWSER
 WIDTHS = {390: "_phone", 1280: ""}
-KEPT = os.environ.get("GENATTN_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("widths")
-    with served(Session(folder / "out", (), LIMITS) if KEPT else random_session(folder)) as url:
+    with served(shipped_session(folder) if KEPT else random_session(folder)) as url:
         yield url
 
 
@@ -48,9 +41,25 @@ EDGES = """() => [...document.querySelectorAll('button, input, select, textarea,
   .map(e => [e.getBoundingClientRect(), e.tagName + '#' + (e.id || e.closest('[id]')?.id) + ' ' + e.innerText?.slice(0, 30)])
   .map(([at, who]) => [at.left, at.right, who])"""
 
+# pictures that are taller or wider than the block that shows them
+TALL = """() => [...document.querySelectorAll('.image-frame img, .slider-wrap, .block video')].filter(e => e.checkVisibility())
+  .filter(e => e.getBoundingClientRect().bottom > e.closest('.block').getBoundingClientRect().bottom + 1)
+  .map(e => e.closest('.block').id || e.className)"""
+# pairs of a button and the picture or clip that it lies on
+HIDDEN = """() => {
+  const seen = of => [...document.querySelectorAll(of)].filter(e => e.checkVisibility() && e.getBoundingClientRect().width > 1);
+  const buttons = seen('.icon-button-wrapper button, label[data-testid=block-label]').filter(e => !e.matches('.sr-only'));
+  return buttons.flatMap(b => seen('.image-frame img, .slider-wrap, video').filter(p => {
+    const [x, y] = [b.getBoundingClientRect(), p.getBoundingClientRect()];
+    return x.left < y.right - 1 && x.right > y.left + 1 && x.top < y.bottom - 1 && x.bottom > y.top + 1;
+  }).map(p => (b.ariaLabel || b.innerText) + ' on ' + (p.closest('.block')?.id || p.className)));
+}"""
+
 
 def assert_nothing_is_cut(v: Visitor) -> None:
     v.page.wait_for_timeout(500)
+    assert v.page.evaluate(HIDDEN) == []
+    assert v.page.evaluate(TALL) == []
     assert v.page.evaluate("document.documentElement.scrollWidth") <= width(v), "the page scrolls sideways"
     cut = [who for left, right, who in v.page.evaluate(EDGES) if left < -1 or right > width(v) + 1]
     assert cut == []
@@ -105,19 +114,30 @@ def test_two_clips_in_one_player(visitor: Visitor) -> None:
     page.locator(".ab-cut").fill("50")
     for picture in ("#film-strip img", "#layer-map img"):
         assert page.locator(picture).evaluate("e => e.naturalWidth") > 100
+    page.get_by_text("The clips as files").click()
     names = page.locator("#video-files").inner_text()
     assert all(
         name.split(".")[0] in names for name in ("dense.mp4", "sparse.mp4", "film-strip.png", "layers.png", "report.json")
     )
     assert_nothing_is_cut(visitor)
+    page.get_by_text("The clips as files").click()
     with Image.open(visitor.shoot("Video", WIDTHS[width(visitor)])) as picture:
         assert picture.width == width(visitor)
+
+
+def test_a_kept_example_is_shown_as_a_run_is(visitor: Visitor) -> None:
+    visitor.open("Video")
+    film = visitor.page.locator("#ab-player .ab-dense")
+    before = film.get_attribute("src")
+    visitor.example("video")
+    visitor.until(lambda: film.get_attribute("src") != before)
+    assert visitor.page.locator("#video-player").inner_text().startswith("dense"), "nothing stands before the player"
 
 
 def test_the_cost_follows_the_fields(visitor: Visitor) -> None:
     visitor.open("Video")
     assert "100% of the calls stay dense" not in visitor.page.locator("#video-cost").inner_text()
-    visitor.number("Keep first steps dense", 2)
+    visitor.number("Keep first steps dense", 100)
     visitor.wait_for("#video-cost", "100% of the calls stay dense")
     visitor.number("Keep first steps dense", 2.5)  # neither a share nor a count
     visitor.wait_for("#video-cost", "This cannot run")
