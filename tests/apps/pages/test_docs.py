@@ -47,18 +47,19 @@ def test_index_names_every_page() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "README"], ids=lambda page: page.name)
-def test_pages_begin_with_what_they_are_for_and_tell_their_limits(page: Path) -> None:
+def test_pages_begin_with_what_they_are_for_and_end_with_their_limits(page: Path) -> None:
     title, first = [line for line in page.read_text().splitlines() if line.strip()][:2]
     assert title.startswith("# ")
     assert first[0].isalpha() or first[0] == "`", f"a page begins with a sentence, got {first!r}"
-    assert re.findall(r"^## Limits$", page.read_text(), re.MULTILINE)
+    prose = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^## (.+)$", prose, re.MULTILINE)[-1] == "Limits", "a page ends with its limits"
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method_pages_have_one_form(name: str) -> None:
     page = (DOCS / f"{name}.md").read_text()
     headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
-    wanted = ["Formula", "Settings", "Cost", "Limits", "Source"]
+    wanted = ["Formula", "Settings", "Cost", "Source", "Limits"]
     assert [heading for heading in headings if heading in wanted] == wanted
     first = page.index("## Formula")
     assert "../assets/figures/" in page[:first], "the idea stands in a picture before the formula"
