@@ -13,8 +13,8 @@ from genattn.pipelines.tiny.studies.broadway import verdict
 SHOWN = ("dynamic_degree", "motion_amount", "consistency", "smoothness", "flickering", "accuracy", "colour", "shape", "motion")
 
 
-def broadway_table(file: Path) -> str:
-    """The newest row of every variant in `file` as Markdown; the note tells those of another commit than stock's.
+def broadway_table(file: Path, model: str) -> str:
+    """The newest row of every variant of `model` in `file` as Markdown; the note tells those of another commit than stock's.
 
     Raises:
         GenAttnError: if there is none.
@@ -22,8 +22,9 @@ def broadway_table(file: Path) -> str:
     if not file.is_file():
         raise GenAttnError(f"{file} is not there; run: python -m genattn.pipelines.tiny.studies.broadway --table {file}")
     with file.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    newest = {row["variant"]: row for row in rows}
+        newest = {row["variant"]: row for row in csv.DictReader(handle) if row["model"] == model}
+    if "stock" not in newest:
+        raise GenAttnError(f"{file} must have rows of {model}, got none; run its study with --model assets/{model}")
     first, others = newest["stock"], [row for variant, row in newest.items() if variant != "stock"]
     earlier = [f"{r['variant']}: {r['date']}, commit {r['commit']}" for r in others if r["commit"] != first["commit"]]
     body = [[name.replace("_", " "), f"{float(first[name]):.4g}", *(_change(row, name) for row in others)] for name in SHOWN]

@@ -129,11 +129,11 @@ def families_table() -> str:
     return f"{claim()} [docs/families.md](docs/families.md) shows what works with each."
 
 
-def study_table(file: str) -> str:
-    """BroadWay's study in a file of assets/bench."""
+def study_table(file: str, model: str) -> str:
+    """BroadWay's study of a model in a file of assets/bench."""
     from genattn.apps.pages.broadway_table import broadway_table
 
-    return broadway_table(ROOT / "assets" / "bench" / file)
+    return broadway_table(ROOT / "assets" / "bench" / file, model)
 
 
 def commands_table() -> str:
@@ -243,8 +243,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/headhunter.md": {"clips": _clip_heads},
     "docs/finetuning.md": {"longer": _longer_finetuning},
     "docs/broadway.md": {
-        "motion-modules": lambda: study_table("broadway.csv"),
-        "transformer": lambda: study_table("broadway_dit.csv"),
+        "motion-modules": lambda: study_table("broadway.csv", "tiny-animatediff"),
+        "transformer": lambda: study_table("broadway_dit.csv", "tiny-wan"),
     },
 }
 

@@ -25,7 +25,8 @@ def test_the_newest_study_is_shown(tmp_path: Path) -> None:
     file = tmp_path / "broadway.csv"
     append_rows(file, study(-1.0))
     append_rows(file, study(1.0))
-    text = broadway_table(file)
+    append_rows(file, [row | {"model": "tiny-wan", "clips": 9} for row in study(-2.0)])
+    text = broadway_table(file, "tiny-animatediff")
     with file.open(newline="") as handle:
         newest = list(csv.DictReader(handle))[-1]
     assert f"| dynamic degree | {float(newest['dynamic_degree']) - float(newest['dynamic_degree_change']):.4g} | +" in text
@@ -40,7 +41,7 @@ def test_a_variant_that_was_measured_again_stands_beside_the_others(tmp_path: Pa
     stock, both = (row | {"date": "2026-11-20", "commit": "earlier"} for row in study(-1.0))
     append_rows(file, [stock, both | {"variant": "enhancement"}, both])
     append_rows(file, [row | {"commit": "later"} for row in study(1.0)])
-    text = broadway_table(file)
+    text = broadway_table(file, "tiny-animatediff")
     assert text.splitlines()[0] == "| measure | stock | enhancement | both |"
     assert text.endswith("commit later; enhancement: 2026-11-20, commit earlier.</sub>")
     assert "enhancement: the claim fails" in text
@@ -49,4 +50,10 @@ def test_a_variant_that_was_measured_again_stands_beside_the_others(tmp_path: Pa
 
 def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match="studies.broadway --table"):
-        broadway_table(tmp_path / "no.csv")
+        broadway_table(tmp_path / "no.csv", "tiny-wan")
+
+
+def test_a_model_without_rows_names_its_study(tmp_path: Path) -> None:
+    append_rows(tmp_path / "broadway.csv", study(1.0))
+    with pytest.raises(GenAttnError, match="must have rows of tiny-wan, got none; run its study with --model assets/tiny-wan"):
+        broadway_table(tmp_path / "broadway.csv", "tiny-wan")
