@@ -5,6 +5,7 @@
 The .cast plays in any asciinema player; the .svg is its last screenful, for pages that play nothing.
 """
 
+import codecs
 import json
 import os
 import re
@@ -62,6 +63,7 @@ def _output(command: str, folder: Path) -> list[Event]:
     process = subprocess.Popen(words, stdin=follower, stdout=follower, stderr=follower, cwd=folder, env=plain | quiet)
     os.close(follower)
     shown: list[Event] = []
+    decoded = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may come in two reads
     while True:
         ready, _, _ = select.select([leader], [], [], 0.1)
         try:
@@ -69,7 +71,7 @@ def _output(command: str, folder: Path) -> list[Event]:
         except OSError:  # the other end is closed
             break
         if data:
-            shown.append((time.monotonic(), without_notices(data.decode(errors="replace"))))
+            shown.append((time.monotonic(), without_notices(decoded.decode(data))))
         elif process.poll() is not None:
             break
     os.close(leader)

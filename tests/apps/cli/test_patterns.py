@@ -56,6 +56,8 @@ def test_plan_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "480x832" in printed
     assert "genattn generate --model FOLDER_OR_ID --settings settings.json" in printed
     assert "legal sizes nearby" in printed
+    assert "\nsource of radial official: mit-han-lab/radial-attention" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("│ neighborhood")]) > 5, "a setting is one line"
 
 
 def test_show_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,3 +43,5 @@ def test_shipped_recording_shows_todays_commands() -> None:
     assert cast.stat().st_size < 150_000
     assert picture.stat().st_size < 150_000
     assert "Traceback" not in shown
+    assert "\ufffd" not in shown, "a character that came in two reads"
+    assert not re.search(r"/(?:root|home|work|tmp)/", shown)
