@@ -26,6 +26,7 @@ from genattn.patterns.dense import DensePattern
 from genattn.patterns.pattern import Pattern, SiteMemory, forget_plans
 from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
+from genattn.settings import refuse
 
 _LOG = logging.getLogger("genattn")
 _MOST_PASSES = 4  # in a step
@@ -43,6 +44,8 @@ class SparsePlugin(Plugin):
     def __init__(self, pattern: Pattern, schedule: Schedule | None = None, impl: str = "auto") -> None:
         if not isinstance(pattern, Pattern):
             raise GenAttnError(f"pattern must be a Pattern such as RadialPattern(), got {type(pattern).__name__}: {pattern!r}")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise refuse("schedule", schedule, "a Schedule or None; e.g. Schedule(dense_steps=0.25)")
         if impl not in (known := (*IMPLS, "halo", "natten")):
             raise GenAttnError(f"impl must be one of {', '.join(known)}, got {impl!r}")
         self.pattern, self.schedule, self.impl = pattern, schedule or Schedule(), impl

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from genattn.errors import GenAttnError
 from genattn.layouts.site import AttentionSite
+from genattn.settings import refuse, several, whole_number
 
 FIRST, MEAN = "first", "mean"
 MOTION_ANCHOR = "up_blocks.1"
@@ -127,6 +128,24 @@ def _with_mean(temporal: bool, by_block: dict[str, list[AttentionSite]], chosen:
         )
     pairs = {s.name: s.name for block in chosen for s in by_block[block]}
     return GuidedSites(temporal, pairs, {n: block_name(n) for n in pairs}, running_mean=True)
+
+
+def checked_block(name: str, value: object) -> str | int:
+    """A block as `pick_blocks` takes it: its name, its position, or a range of positions. Raises GenAttnError."""
+    if isinstance(value, str) and value.strip():
+        return value
+    return whole_number(name, value, 0, "the name of a block such as 'up_blocks.2', or its position")
+
+
+def checked_blocks(blocks: object) -> tuple[str | int, ...] | None:
+    """Several of them, None for the default. Raises GenAttnError."""
+    if blocks is None:
+        return None
+    what = "a list of blocks by name or position such as ['up_blocks.2'] or [14, '16-20'], or None"
+    found = tuple(checked_block("a block", each) for each in several("blocks", blocks, what))
+    if not found:
+        raise refuse("blocks", blocks, what)
+    return found
 
 
 def pick_blocks(wanted: Sequence[str | int], names: list[str]) -> list[str]:

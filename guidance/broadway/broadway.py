@@ -20,7 +20,7 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.functional.masks import key_mask
 from genattn.geometry.token_layout import TokenLayout
-from genattn.guidance.broadway.blocks import GuidedSites, choose_sites
+from genattn.guidance.broadway.blocks import GuidedSites, checked_block, checked_blocks, choose_sites
 from genattn.guidance.broadway.calls import (
     clip_shape,
     conditional_part,
@@ -43,6 +43,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import plain
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
+from genattn.settings import flag, number
 
 METHODS = ("exact", "pooled")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -100,6 +101,7 @@ class BroadWay(Plugin):
         keep_first_frame: bool = False,
     ) -> None:
         self.edit = MapEdit(alpha, beta, tau, tau_frames, parse_energy(energy), keep_energy)
+        start, stop = (number(n, v, 0.0, 1.0, "a share of the steps in [0, 1]") for n, v in (("start", start), ("stop", stop)))
         if stop <= start:
             raise GenAttnError(f"stop must be above start, got start={start} and stop={stop}; 0 and 0.2 guide the first fifth")
         # a window keeps both of its ends; a fifth of fifty steps is ten of them, not eleven
@@ -115,9 +117,9 @@ class BroadWay(Plugin):
             raise GenAttnError(f"method must be one of {', '.join(METHODS)}, got {method!r}; 'exact' is the definition")
         if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
             raise GenAttnError(f"pool must be an integer >= 1, got {pool!r}; 1 averages nothing")
-        self.blocks, self.anchor, self._stop = blocks, anchor, stop
+        self.blocks, self.anchor, self._stop = checked_blocks(blocks), checked_block("anchor", anchor), stop
         self.conditional, self.method, self.pool = conditional, method, pool
-        self.keep_first_frame = keep_first_frame
+        self.keep_first_frame = flag("keep_first_frame", keep_first_frame)
         self.report = BroadWayReport()
         self._guided: WeakKeyDictionary[nn.Module, GuidedSites] = WeakKeyDictionary()
         self._forwards: dict[tuple[int, int], ForwardMaps] = {}

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.guidance.broadway.blocks import block_name, pick_blocks
+from genattn.guidance.broadway.blocks import block_name, checked_blocks, pick_blocks
 from genattn.guidance.broadway.frame_marginal_approx import same_place_rows
 from genattn.guidance.broadway.key_frames import key_frames
 from genattn.guidance.passes.delta import Window
 from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
+from genattn.settings import number
 
 WEIGHTS = {"wan": 4.0, "hunyuanvideo": 4.0, "cogvideox": 3.4}
 _LIMIT = 100.0
@@ -54,7 +55,7 @@ class EnhanceAVideo(Plugin):
         sigma_stop: float | None = None,
     ) -> None:
         self.weight = _checked(weight)
-        self.blocks = blocks
+        self.blocks = checked_blocks(blocks)
         self.window = Window(start, stop, sigma_start, sigma_stop)
         self._sites: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
         self._scores: dict[str, torch.Tensor] = {}
@@ -141,6 +142,4 @@ def enhance_score(rows: torch.Tensor, weight: float) -> torch.Tensor:
 
 
 def _checked(weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not -_LIMIT <= weight <= _LIMIT:
-        raise GenAttnError(f"weight must be a number in [-{_LIMIT:g}, {_LIMIT:g}], got {weight!r}; published: {WEIGHTS}")
-    return float(weight)
+    return number("weight", weight, -_LIMIT, _LIMIT, f"a number in [-{_LIMIT:g}, {_LIMIT:g}]; published: {WEIGHTS}")

@@ -22,6 +22,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.kernels.plan.lasting import lasting
+from genattn.settings import flag, number
 
 BETA_LIMIT = 100.0
 AUTO_DISPARITY = 0.5
@@ -61,6 +62,7 @@ class MapEdit:
             )
         if self.energy is not None and not (_between(self.energy, -1.0, 10.0) and self.energy > -1.0):
             raise GenAttnError(f"energy must be in (-1, 10], got {self.energy!r}; '+20%' or 0.2 asks for a fifth more")
+        flag("keep_energy", self.keep_energy)
         if self.energy is None and self.keep_energy and self.beta != "auto" and self.beta < 1.0:
             raise GenAttnError(
                 f"beta must be >= 1 while keep_energy is on, got {self.beta}; pass keep_energy=False to calm motion"
@@ -342,9 +344,11 @@ def parse_energy(energy: str | float | None) -> float | None:
     Raises:
         GenAttnError: for anything else.
     """
-    if energy is None or (isinstance(energy, int | float) and not isinstance(energy, bool)):
-        return None if energy is None else float(energy)
-    text = str(energy).replace(" ", "")
+    if energy is None:
+        return None
+    if not isinstance(energy, str):
+        return number("energy", energy, -1.0, 10.0, "a percentage like '+20%' or a number like 0.2, in (-1, 10]", above=True)
+    text = energy.replace(" ", "")
     try:
         return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

@@ -8,7 +8,7 @@ model it was found on.
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from genattn.guidance.heads.names import (
     resolve_heads,
 )
 from genattn.reading import read_json, whole
+from genattn.settings import number, refuse, whole_number
 
 FORMAT = "genattn-head-set"
 VERSION = 1
@@ -65,15 +66,26 @@ class HeadSet:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer_map", {int(k): int(v) for k, v in sorted(self.layer_map.items())})
+        object.__setattr__(self, "layer_map", _checked_layers(self.layer_map))
         object.__setattr__(self, "heads", resolve_heads(self.heads, self.layer_map))
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
-            raise GenAttnError(f"scale must be a finite number, got {self.scale!r}; the usual range is 1 to 8")
+        most = sys.float_info.max
+        object.__setattr__(
+            self, "scale", number("scale", self.scale, -most, most, "a finite number; the usual range is 1 to 8")
+        )
         for name in ("model", "model_id", "target", "objective"):
             if not isinstance(getattr(self, name), str):
                 raise GenAttnError(f"{name} of a head set must be a text, got {getattr(self, name)!r}")
-        if not 0.0 <= self.start <= self.stop <= 1.0:
+        for name in ("start", "stop"):
+            number(name, getattr(self, name), 0.0, 1.0, "a fraction of the steps in [0, 1]")
+        if self.start > self.stop:
             raise GenAttnError(f"start and stop must be fractions with start <= stop, got {self.start} and {self.stop}")
+        for name in ("scores", "versions", "notes"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise refuse(f"{name} of a head set", getattr(self, name), "a dict")
+        if not all(isinstance(head, tuple) and len(head) == 2 for head in self.scores):
+            raise refuse("scores of a head set", self.scores, "a dict of (layer, head): score")
+        scores = {head: number(f"the score of {head_name(head)}", s, -most, most, "finite") for head, s in self.scores.items()}
+        object.__setattr__(self, "scores", scores)
 
     @classmethod
     def from_names(cls, heads: HeadsLike, layers: LayerMap, u: float = 1.0, **settings: Any) -> "HeadSet":
@@ -151,10 +163,22 @@ class HeadSet:
             )
         known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
         try:
-            known["heads"] = {parse_head(name): float(u) for name, u in plain["heads"].items()}
-            known["scores"] = {parse_head(name): float(score) for name, score in plain.get("scores", {}).items()}
-            known["layer_map"] = {int(layer): int(count) for layer, count in plain["layer_map"].items()}
+            known["heads"] = {parse_head(name): u for name, u in plain["heads"].items()}
+            known["scores"] = {parse_head(name): score for name, score in plain.get("scores", {}).items()}
+            known["layer_map"] = {int(layer): count for layer, count in plain["layer_map"].items()}
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise GenAttnError(f"a head set needs heads and layer_map, got {source} ({error}); save it again") from error
         with whole(f"the head set in {source}"):
             return cls(**known)
+
+
+def _checked_layers(layers: object) -> dict[int, int]:
+    """Heads per layer, sorted. Raises GenAttnError for anything else."""
+    what = "heads per layer, {0: 24, 1: 24}, all of them whole numbers"
+    if not isinstance(layers, Mapping):
+        raise refuse("layer_map", layers, what)
+    found = {
+        whole_number("a layer of layer_map", layer, 0, what): whole_number(f"layer_map[{layer!r}]", heads, 1, what)
+        for layer, heads in layers.items()
+    }
+    return dict(sorted(found.items()))

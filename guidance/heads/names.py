@@ -9,11 +9,12 @@ The layer index is that of HeadHunter (arXiv 2506.10978): FLUX.1 counts its 19 d
 single-stream blocks. A layer map, {layer: number of heads}, says which names a model has.
 """
 
-import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 
 from genattn.errors import GenAttnError
+from genattn.settings import number, refuse
 
 Head = tuple[int, int]
 LayerMap = Mapping[int, int]
@@ -48,13 +49,7 @@ def check_weight(name: str, value: float, low: float = 0.0, high: float = 1.0) -
     Raises:
         GenAttnError: if it is no finite number in the range.
     """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not low <= number <= high:
-        raise GenAttnError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}; choose one in that range")
-    return number
+    return number(name, value, low, high, f"a number in [{low:g}, {high:g}]; choose one in that range")
 
 
 def resolve_heads(heads: HeadsLike, layers: LayerMap, u: float = 1.0) -> HeadWeights:
@@ -109,10 +104,21 @@ def parse_head(name: str) -> Head:
 
 
 def check_head_names(heads: HeadsLike) -> None:
-    """Raise GenAttnError for a name that can be read in no model; which heads there are is known when it is put on one."""
-    for name, _ in _items(heads):
+    """Raise GenAttnError for a name or a weight that no model can have; a model's own heads are looked at when it is there."""
+    for name, weight in _items(heads):
         if isinstance(name, str) and not _NAME.fullmatch(name):
             raise GenAttnError(f"{_WRITTEN}, got {name!r}")
+        if weight is not None:
+            check_weight(f"u of {name if isinstance(name, str) else head_name(name)}", weight)
+
+
+def checked_heads(heads: HeadsLike) -> HeadsLike:
+    """`heads` in a form that can be read again and again. Raises GenAttnError as `check_head_names` does."""
+    kept = heads if isinstance(heads, str | Mapping) else tuple(name for name, _ in _items(heads))
+    check_head_names(kept)
+    if not kept or (isinstance(kept, str) and not _items(kept)):
+        raise GenAttnError(f"at least one head must be selected, got {heads!r}; name one, e.g. L0H0")
+    return kept
 
 
 def plain_heads(heads: HeadsLike) -> str | list[str] | dict[str, float]:
@@ -141,17 +147,25 @@ def _items(heads: HeadsLike) -> list[tuple[str | Head, float | None]]:
         return [(part.strip(), None) for part in heads.split(",") if part.strip()]
     if isinstance(heads, Mapping):
         return [(_key(name), weight) for name, weight in heads.items()]
-    if isinstance(heads, Iterable):
+    wrong = refuse("heads", heads, "names or (layer, head) pairs; write e.g. 'L11H15,L13H17'")
+    if not isinstance(heads, Iterable):
+        raise wrong
+    try:
         return [(_key(name), None) for name in heads]
-    raise GenAttnError(f"heads must be names or (layer, head) pairs, got {heads!r}; write e.g. 'L11H15,L13H17'")
+    except TypeError:  # a tensor or an array without axes
+        raise wrong from None
 
 
 def _key(name: object) -> str | Head:
     if isinstance(name, str):
         return name.strip()
-    if isinstance(name, tuple | list) and len(name) == 2 and all(isinstance(n, int) for n in name):
+    if isinstance(name, tuple | list) and len(name) == 2 and all(_is_index(n) for n in name):
         return int(name[0]), int(name[1])
     raise GenAttnError(f"a head must be a name like L11H15 or a (layer, head) pair, got {name!r}; write it so")
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _parse(name: str, layers: LayerMap, weight: float | None) -> tuple[list[Head], float | None]:
@@ -163,6 +177,10 @@ def _parse(name: str, layers: LayerMap, weight: float | None) -> tuple[list[Head
     pairs = []
     for layer in chosen:
         _check_layer(layer, layers)
+        if low is not None and int(low) <= int(high or low):
+            _check_head(
+                (layer, max(int(low), min(int(high or low), layers[layer]))), layers
+            )  # before a list is made of a mistyped million
         heads = range(layers[layer]) if low is None else range(int(low), int(high or low) + 1)
         pairs += [(layer, head) for head in heads]
     if not pairs:

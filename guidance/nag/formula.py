@@ -8,14 +8,14 @@
 `guide` is what runs; `guide_reference` is the same in float64, channel by channel joined as the formula says.
 """
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from genattn.errors import GenAttnError
 from genattn.guidance.heads.names import check_weight
+from genattn.settings import number
 
 Total = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,9 +36,8 @@ class Strength:
 
     def __post_init__(self) -> None:
         for name in ("scale", "tau"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
-                raise GenAttnError(f"{name} must be a finite number of at least 1, got {value!r}; usual are 3 to 11 and 2.5")
+            what = "a finite number of at least 1; usual are 3 to 11 and 2.5"
+            number(name, getattr(self, name), 1.0, sys.float_info.max, what)
         check_weight("alpha", self.alpha)
 
     @property

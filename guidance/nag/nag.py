@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
-from genattn.guidance.heads.names import HeadsLike, check_head_names, plain_heads, resolve_heads
+from genattn.guidance.heads.names import HeadsLike, checked_heads, plain_heads, resolve_heads
 from genattn.guidance.nag import answer
 from genattn.guidance.nag.carriers import HERE, Carried, Carrier, Passer, carrying
 from genattn.guidance.nag.cut import Cut
@@ -37,6 +37,7 @@ from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.processors import stock_class
 from genattn.seam.report import GenAttnWarning
 from genattn.seam.root_inputs import RootInputs
+from genattn.settings import flag, refuse
 
 Denoise = Callable[..., Any]
 
@@ -96,11 +97,12 @@ class NAG(Plugin):
         self.given = {"scale": scale, "tau": tau, "alpha": alpha}
         strength_for("", self.given)
         self.window = Window(start, stop)
-        if isinstance(heads, str):
-            check_head_names(heads)
-        self.heads, self.embeds, self.encode, self.layout = heads, negative_embeds, dict(encode or {}), layout
+        self.heads = None if heads is None else checked_heads(heads)
+        if encode is not None and not isinstance(encode, Mapping):
+            raise refuse("encode", encode, "a dict of arguments of the pipeline's encode_prompt, or None")
+        self.embeds, self.encode, self.layout = negative_embeds, dict(encode or {}), layout
         PassReader(layout)
-        self.share, self._alone = bool(share), set[tuple[str, str]]()
+        self.share, self._alone = flag("share", share), set[tuple[str, str]]()
         self.counts: Counter[str] = Counter()
         self._models: WeakKeyDictionary[nn.Module, _Model] = WeakKeyDictionary()
         self._texts: dict[Any, Texts] = {}

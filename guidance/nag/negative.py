@@ -10,6 +10,7 @@ from genattn.errors import GenAttnError
 from genattn.guidance.passes.pass_role import PassRole
 from genattn.seam.processors import stock_class
 from genattn.seam.root_inputs import RootInputs
+from genattn.settings import refuse, several
 
 
 def checked_prompts(given: Any, embeds: Any) -> tuple[str, ...]:
@@ -24,9 +25,10 @@ def checked_prompts(given: Any, embeds: Any) -> tuple[str, ...]:
         )
     if given is None:
         return ()
-    prompts = (given,) if isinstance(given, str) else tuple(given)
+    what = "a text or a list of texts; e.g. 'blurry'"
+    prompts = (given,) if isinstance(given, str) else several("negative_prompt", given, what)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise GenAttnError(f"negative_prompt must be a text or a list of texts, got {given!r}; e.g. 'blurry'")
+        raise refuse("negative_prompt", given, what)
     if any(not prompt.strip() for prompt in prompts):
         raise GenAttnError(
             f"negative_prompt must say something, got {given!r}: an empty text names nothing to keep out; "

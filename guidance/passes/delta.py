@@ -8,6 +8,7 @@ prediction be given the spread of the clean one (`rescale`, arXiv 2305.08891, se
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -18,6 +19,7 @@ from genattn.errors import GenAttnError
 from genattn.guidance.heads.names import check_weight
 from genattn.guidance.passes.made import Place
 from genattn.seam.plugin import Run
+from genattn.settings import number, refuse
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Projection:
 
     def __post_init__(self) -> None:
         check_weight("eta", self.eta)
-        check_weight("norm_cap", self.norm_cap, 0.0, math.inf)
+        check_weight("norm_cap", self.norm_cap, 0.0, sys.float_info.max)
         check_weight("momentum", self.momentum, -1.0, 1.0)
 
     def apply(
@@ -164,10 +166,12 @@ class DeltaRule:
     projection: Projection | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
-            raise GenAttnError(f"scale must be a finite number, got {self.scale!r}; the usual range is 1 to 8")
-        check_weight("adaptive", self.adaptive, 0.0, math.inf)
+        most = sys.float_info.max
+        number("scale", self.scale, -most, most, "a finite number; the usual range is 1 to 8")
+        check_weight("adaptive", self.adaptive, 0.0, most)
         check_weight("rescale", self.rescale)
+        if self.projection is not None and not isinstance(self.projection, Projection):
+            raise refuse("projection", self.projection, "a Projection or None; e.g. Projection(eta=0.0)")
 
     @property
     def measures(self) -> bool:

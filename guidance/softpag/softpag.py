@@ -112,7 +112,7 @@ class SoftPAG(HeadTap):
             raise GenAttnError(f"mode must be one of {', '.join(MODES)}, got {mode!r}; choose one of those")
         if mode != "extra" and target == "skip":
             raise GenAttnError(f"target 'skip' needs a pass of its own, got mode={mode!r}; use mode='extra'")
-        if reuse_prefix not in (True, False, "auto"):
+        if not isinstance(reuse_prefix, bool | str) or reuse_prefix not in (True, False, "auto"):
             raise GenAttnError(f"reuse_prefix must be True, False or 'auto', got {reuse_prefix!r}; choose one of those")
         PassReader(layout)
         self.mode, self.layout, self.reuse_prefix = mode, layout, reuse_prefix

@@ -7,7 +7,7 @@ meant, else the first self-attention (SD3.5's second, image-only attention is le
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,12 +17,13 @@ from torch import nn
 
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
-from genattn.guidance.heads.names import HeadsLike, HeadWeights, check_head_names, check_weight, head_name, resolve_heads
+from genattn.guidance.heads.names import HeadsLike, HeadWeights, check_weight, checked_heads, head_name, resolve_heads
 from genattn.guidance.passes.block_swap import BlockOrder
 from genattn.guidance.softpag.perturbation import HeadMix, check_target, perturb_heads
 from genattn.kernels.plan.lasting import lasting
 from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
+from genattn.settings import several
 
 _KINDS = ("joint", "self", "spatial", "temporal")
 
@@ -87,11 +88,11 @@ class HeadTap(Plugin):
             raise GenAttnError(f"either heads or per_sample must be given, got {heads!r} and {per_sample!r}; name one")
         if per_sample is not None and not per_sample:
             raise GenAttnError(f"per_sample must hold one selection per sample, got {per_sample!r}; add some")
-        if heads is not None and not isinstance(heads, HeadSet) and not heads:
-            raise GenAttnError(f"at least one head must be selected, got {heads!r}; name one, e.g. L0H0")
-        for part in (heads, *(per_sample or ())):
-            if isinstance(part, str | Mapping | Sequence):  # what can be read twice
-                check_head_names(part)
+        if heads is not None and not isinstance(heads, HeadSet):
+            heads = checked_heads(heads)
+        if per_sample is not None:
+            parts = several("per_sample", per_sample, "a list of selections, one per sample")
+            per_sample = [checked_heads(part) if part else () for part in parts]
         self.heads, self.per_sample = heads, per_sample
         self.u, self.target = check_weight("u", u), check_target(target)
         self._models: WeakKeyDictionary[nn.Module, TappedModel] = WeakKeyDictionary()
