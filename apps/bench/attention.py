@@ -27,6 +27,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.reference.attention import visible_rows
 from genattn.patterns.natten_windows import natten_windows
 from genattn.patterns.neighborhood import NeighborhoodPattern
+from genattn.whole_file import save_figure
 
 TABLE = Path("assets/bench/attention.csv")
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -320,6 +321,5 @@ def plot_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xlabel("time / (density x dense time), lower is better")
     axes.tick_params(axis="y", labelsize=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, 150)
     plt.close(figure)

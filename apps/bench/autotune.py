@@ -24,6 +24,7 @@ from genattn.kernels.triton.config import arch_of, chip_of, measured_table, sett
 from genattn.kernels.triton.launch import launch
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
+from genattn.whole_file import write_whole
 
 KERNELS = ("forward", "dq", "dkv")
 Setting = tuple[int, ...]
@@ -105,10 +106,7 @@ def keep(arch: str, head_dim: int, entry: Mapping[str, list[int]]) -> Path:
     table: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     row = table_row(head_dim)
     table[row] = {**table.get(row, {}), **entry}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(table, indent=1) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(table, indent=1) + "\n")
     settings_of.cache_clear()
     return path
 

@@ -40,11 +40,13 @@ def bench_attention_command(
     """
     from genattn.apps.bench.attention import MEASURABLE, bench_attention, plot_attention, rows_to_share
     from genattn.apps.sampling.load_pipeline import pick_device
+    from genattn.apps.sampling.measured_rows import check_rows
     from genattn.apps.sampling.output_files import check_out
 
-    for option, path, suffix in (("--out", out, ".csv"), ("--plot", plot, ".png")):
-        if path is not None:
-            check_out(path, (suffix,), option)
+    if out is not None:
+        check_rows(out)
+    if plot is not None:
+        check_out(plot, (".png",), "--plot")
     unknown = sorted(set(impl or ()) - set(MEASURABLE))
     if unknown:
         raise GenAttnError(f"--impl must be one of {', '.join(MEASURABLE)}, got {', '.join(unknown)}")

@@ -77,7 +77,8 @@ _REFUSALS = tuple(
 )
 
 
-_MACHINE = (errno.ENOSPC, errno.EIO, getattr(errno, "EDQUOT", errno.EIO))  # the request was fine, the disk is not
+# the request was fine, the disk or the limits of the machine are not
+_MACHINE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE, getattr(errno, "EDQUOT", errno.EIO))
 _SMALLER = "try --cpu-offload model, fewer frames, or a smaller size"
 
 

@@ -84,12 +84,11 @@ def compare_command(
     """
     from genattn.apps.cli.progress import progress_bar
     from genattn.apps.sampling.compare import compare, parse_attention
-    from genattn.apps.sampling.measured_rows import append_rows
-    from genattn.apps.sampling.output_files import check_out
+    from genattn.apps.sampling.measured_rows import append_rows, check_rows
     from genattn.apps.sampling.prompt_file import read_prompts
 
     if out is not None:
-        check_out(out, (".csv",))
+        check_rows(out)
     wanted = [parse_attention(text, dense_layers) for text in attention or ["radial"]]
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else []), *held_out_captions(held_out)]
     with progress_bar("clips") as on_sample:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from genattn.apps.comfyui.nodes import node_specs
 from genattn.apps.comfyui.schema import Field, NodeSpec
+from genattn.whole_file import write_whole
 
 ADVICE = {
     "GenAttn_SparseAttention": """
@@ -103,6 +104,6 @@ def write_pages(target: Path) -> list[Path]:
     written = []
     for spec in node_specs():
         place = target / f"{spec.id}.md"
-        place.write_text(page(spec), encoding="utf-8")
+        write_whole(place, page(spec))
         written.append(place)
     return written

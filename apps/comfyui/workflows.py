@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
+from genattn.whole_file import write_whole
 
 Graph = Mapping[str, Mapping[str, Any]]
 _WIDGETS = ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")
@@ -42,7 +43,7 @@ def write_workflows(url: str, source: Path, target: Path) -> list[Path]:
         graph = json.loads(file.read_text(encoding="utf-8"))
         place = target / file.name
         workflow = to_workflow(graph, node_definitions(url, graph), file.stem)
-        place.write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+        write_whole(place, json.dumps(workflow, indent=1) + "\n")
         written.append(place)
     return written
 

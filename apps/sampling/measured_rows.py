@@ -1,6 +1,7 @@
 """Measured rows: what each must carry, and how it is appended to a file under assets/bench."""
 
 import csv
+import io
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -8,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import genattn
+from genattn.apps.sampling.output_files import check_out
 from genattn.apps.sampling.run import versions
+from genattn.errors import GenAttnError
+from genattn.text_file import read_text
+from genattn.whole_file import whole_file
 
 
 def provenance(device: str) -> dict[str, str]:
@@ -16,35 +21,59 @@ def provenance(device: str) -> dict[str, str]:
     import torch
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    root = Path(genattn.__file__).resolve().parent.parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
     return {
         "device": name,
         **{f"{k}_version": v for k, v in versions().items()},
-        "commit": found.stdout.strip() or "not a checkout",
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    root = Path(genattn.__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # an installed package may lie in somebody else's checkout
+        return "not a checkout"
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    except OSError:  # no git: measured rows must not be lost for the want of a name
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def check_rows(path: Path) -> None:
+    """Make the folder of a CSV that rows shall be appended to, and read what is there: refused before rows are measured.
+
+    Raises GenAttnError for what cannot be written, and for a file that is no such table.
+    """
+    check_out(path, (".csv",))
+    read_rows(path)
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a CSV; new columns are added to the file's header, missing ones stay empty."""
     old = read_rows(path)
     names = list(dict.fromkeys(k for row in [*old, *rows] for k in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="") as file:
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*old, *rows])
-    part.replace(path)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV, every value as it stands there; none without the file."""
+    """The rows of a CSV, every value as it stands there; none without the file.
+
+    Raises GenAttnError for a file that is no text, or has a row of more cells than there are columns.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise GenAttnError(f"{path} must be a CSV in UTF-8, and cannot be read ({error}); name another file") from None
+    wrong = next((number for number, row in enumerate(rows, 2) if None in row), None)
+    if wrong is not None:
+        raise GenAttnError(f"{path} must have a cell a column, and row {wrong} has more; name another file")
+    return rows
 
 
 def merged(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.video.upright import upright
+from genattn.whole_file import write_picture, write_whole
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 IMAGE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
@@ -35,7 +36,9 @@ def check_out(path: Path, suffixes: Sequence[str], option: str = "--out") -> Non
         raise GenAttnError(f"{option} must name a file, but {str(path)!r} is a folder; add a file name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
+        folder = Path(os.path.realpath(path)).parent  # of a link's target, where the file will be
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
             pass
         longest = os.pathconf(path.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     except OSError as error:
@@ -88,7 +91,6 @@ def write_image(path: Path, image: Frames, metadata: Mapping[str, Any]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    part = _part(path)
     kind = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower(), path.suffix[1:].upper())
     tags: dict[str, Any] = {}
     if kind == "PNG":
@@ -97,11 +99,7 @@ def write_image(path: Path, image: Frames, metadata: Mapping[str, Any]) -> None:
     else:
         tags["exif"] = Image.Exif()
         tags["exif"][_IMAGE_DESCRIPTION] = json.dumps(metadata)
-    try:
-        Image.fromarray(image).save(part, format=kind, **tags)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_picture(Image.fromarray(image), path, kind, **tags)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -137,13 +135,4 @@ def _film_text(path: Path) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Indented JSON, moved into place when whole."""
-    part = _part(path)
-    try:
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    write_whole(path, json.dumps(content, indent=2) + "\n")

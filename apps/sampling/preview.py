@@ -5,6 +5,7 @@
 The line is exact for a flow model whose velocity no longer changes; early previews are therefore blurred, not noisy.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ class StepPreview:
         latents = values.get("latents")
         begin = time.monotonic()
         if begin - self._last >= self.every and latents is not None and latents.ndim in (4, 5):
-            with torch.no_grad():
-                picture = first_frame(pipe, clean_estimate(pipe.scheduler, step, self._before, latents))
-            write_image(self.path, picture, {"preview": True, "step": step + 1})
+            try:
+                with torch.no_grad():
+                    picture = first_frame(pipe, clean_estimate(pipe.scheduler, step, self._before, latents))
+                write_image(self.path, picture, {"preview": True, "step": step + 1})
+            except (OSError, torch.OutOfMemoryError):  # a preview is not worth the run it shows
+                self.every = math.inf
             self._last = time.monotonic()
             self.seconds += self._last - begin
         self._before = latents

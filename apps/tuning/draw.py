@@ -9,6 +9,7 @@ from pathlib import Path
 
 from genattn.apps.tuning.goal import Goal, Row, front
 from genattn.errors import GenAttnError
+from genattn.whole_file import save_figure
 
 # Okabe and Ito's colours, told apart by every eye; the marks tell them apart in grey
 _LOOKS = {
@@ -55,7 +56,7 @@ def draw_front(rows: Sequence[Row], chosen: Row | None, goal: Goal, path: Path) 
     axes.set(xlabel="times as fast as dense, whole call", ylabel="PSNR against dense, dB", title=f"wanted: {goal}")
     axes.margins(x=0.14, y=0.08)
     axes.legend(fontsize=8, title="hollow: dense start", title_fontsize=7)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)
 
 
 def need_matplotlib() -> None:

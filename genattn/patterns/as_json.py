@@ -26,6 +26,7 @@ from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
 from genattn.selection.rules import ErrorAware, Threshold, TopK, TopP
 from genattn.selection.tiling import Boxes, Clusters, Runs
+from genattn.whole_file import write_whole
 
 TYPES: dict[str, Callable[..., Pattern]] = {
     cls.__name__: cls
@@ -85,13 +86,10 @@ def pattern_from_dict(settings: Mapping[str, Any]) -> Pattern:
 
 def save_pattern(pattern: Pattern, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
     """Write `pattern` with `notes` (where it comes from) as a JSON file, whole or not at all."""
-    target = Path(path)
     text = json.dumps(
         {"format": "genattn-pattern-1", "pattern": pattern_to_dict(pattern), "notes": dict(notes or {})}, indent=1
     )
-    half = target.with_name(target.name + ".part")
-    half.write_text(text + "\n")
-    half.replace(target)
+    write_whole(path, text + "\n")
 
 
 def load_pattern(path: str | Path) -> Pattern:

@@ -18,6 +18,7 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.patterns.pattern import Pattern
+from genattn.whole_file import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def draw_pattern(
             draw_window(figure, slot, pattern, layout, query, head)
     figure.suptitle(f"{type(pattern).__name__} on {layout.describe()}", fontsize=9)
     if path is not None:
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, 110)
     return figure
 
 

@@ -10,6 +10,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.selection.profile_map import ProfileMap
+from genattn.whole_file import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ def draw_profile(found: ProfileMap, path: str | Path | None = None, tail: bool =
         place.set(title=f"layer {layer} head {head}", xlabel=f"offset in cells, {rows} x {columns}", ylabel="frames apart")
     figure.suptitle(f"{found.header.model}, {density:.0%} of the scores, {found.header.prompts} prompts")
     if path is not None:
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, 110)
     return figure
 
 

@@ -19,6 +19,7 @@ from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.selection.cell_mass import cell_mass, share_errors
 from genattn.selection.profile_map import VALUES, ProfileHeader, ProfileMap
 from genattn.selection.relative_map import CellGrid, Margins, fit, margins
+from genattn.whole_file import whole_file
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
@@ -143,10 +144,8 @@ class Recorder(Plugin):
             for part in ("offset", "key", "query")
         }
         record = about | {"done": done, "layout": self.layout.describe(), "segments": _segments(self.layout)}
-        half = path.with_name(path.name + ".half")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, half, metadata={"record": json.dumps(record)})
-        half.replace(path)
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata={"record": json.dumps(record)})
 
     def load(self, path: Path, about: dict[str, Any]) -> int:
         """How many prompts the file holds, 0 without a file. Raises GenAttnError for one of other settings or a damaged one."""

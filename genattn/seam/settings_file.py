@@ -25,6 +25,7 @@ from genattn.reading import read_json, whole
 from genattn.seam.plugin import Plugin
 from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
+from genattn.whole_file import write_whole
 
 PREFIX = "settings:"
 FORMAT_VERSION = 1
@@ -107,9 +108,7 @@ def save_settings(path: str | Path, plugins: Sequence[Plugin], notes: Mapping[st
         ),
         "_notes": dict(notes or {}),
     }
-    half = target.with_name(target.name + ".part")
-    half.write_text(json.dumps(content, indent=1) + "\n")
-    half.replace(target)
+    write_whole(target, json.dumps(content, indent=1) + "\n")
 
 
 def check_version(version: Any, names: Sequence[str] | Mapping[str, Any] = ()) -> None:

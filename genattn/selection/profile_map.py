@@ -19,6 +19,7 @@ import torch
 from genattn.errors import GenAttnError
 from genattn.selection.budget import spread_shares
 from genattn.selection.relative_map import CellGrid
+from genattn.whole_file import whole_file
 
 FORMAT, VERSION = "genattn-profile", 1
 VALUES = ("mass", "loss")
@@ -104,11 +105,9 @@ def write_map(found: ProfileMap, path: str | Path) -> Path:
     from safetensors.torch import save_file
 
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(target.name + ".part")
     about = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(asdict(found.header))}
-    save_file({name: t.contiguous() for name, t in found.tensors.items()}, half, metadata=about)
-    half.replace(target)
+    with whole_file(target) as part:
+        save_file({name: t.contiguous() for name, t in found.tensors.items()}, part, metadata=about)
     return target
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from genattn.errors import GenAttnError
 from genattn.guidance.broadway.temporal_map import AUTO_DISPARITY, EditScalars
 from genattn.seam.plugin import Run
+from genattn.whole_file import save_figure, write_whole
 
 NUMBERS = ("alpha", "beta", "e1", "e2", "e3", "disparity")
 _LIMIT = 20_000
@@ -87,7 +88,7 @@ class BroadWayReport:
 
     def save_json(self, path: str | Path) -> None:
         """Write `to_dict`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+        write_whole(path, json.dumps(self.to_dict(), indent=1))
 
     def table(self) -> str:
         """`by_block` as text."""
@@ -161,4 +162,4 @@ class BroadWayReport:
         for axis, title in ((energy, "E3 / E1 (dotted: E2 / E1)"), (beta, "beta"), (disparity, "disparity")):
             axis.set(title=title, xlabel="step")
         energy.legend(fontsize=7)
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path, 120)

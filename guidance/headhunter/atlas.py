@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from genattn import whole_file
 from genattn.errors import GenAttnError
 from genattn.guidance.headhunter.hunter import HeadHunter
 from genattn.guidance.heads.head_set import HeadSet
 from genattn.guidance.heads.names import Head, head_name
+from genattn.whole_file import save_figure, write_whole
 
 _MARGIN = 14
 
@@ -52,7 +54,7 @@ class HeadAtlas:
             raise GenAttnError(
                 f"an atlas must be of one model, prompt and strength, got another in {self.folder}; name a new folder"
             )
-        path.write_text(told)
+        write_whole(path, told)
 
     def path(self, head: Head | None) -> Path:
         """The file of a head's picture; None for the unguided one."""
@@ -89,8 +91,7 @@ class HeadAtlas:
                 sheet.paste(self._read(head, cell), (left, top + _MARGIN))
                 pen.text((left + 2, top + 1), "unguided" if head is None else head_name(head), fill="black")
         target = self.folder / "contact_sheet.png"
-        sheet.save(target)
-        return target
+        return whole_file.write_picture(sheet, target)
 
     def _read(self, head: Head | None, height: int) -> Image.Image:
         """A head's picture at a height in pixels."""
@@ -102,11 +103,7 @@ def write_picture(sample: torch.Tensor, path: str | Path) -> Path:
     """A sample [3, H, W] or the middle frame of [T, 3, H, W], in [0, 1], as PNG; whole or not at all."""
     frame = sample if sample.ndim == 3 else sample[len(sample) // 2]
     pixels = (frame.clamp(0, 1).movedim(0, -1) * 255).round().to(torch.uint8).numpy()
-    target = Path(path)
-    half_written = target.with_suffix(".part")
-    Image.fromarray(pixels).save(half_written, format="png")
-    half_written.replace(target)
-    return target
+    return whole_file.write_picture(Image.fromarray(pixels), path)
 
 
 def heat_map(head_set: HeadSet, path: str | Path, scores: Mapping[Head, float] | None = None) -> Path:
@@ -132,7 +129,7 @@ def heat_map(head_set: HeadSet, path: str | Path, scores: Mapping[Head, float] |
     axes.set(xlabel="head", ylabel="layer", yticks=range(len(layers)), yticklabels=layers, title=head_set.objective or None)
     figure.colorbar(image, label="score")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, 120)
     pyplot.close(figure)
     return Path(path)
 

@@ -28,6 +28,7 @@ from genattn.guidance.heads.names import (
 )
 from genattn.reading import read_json, whole
 from genattn.settings import number, refuse, whole_number
+from genattn.whole_file import write_whole
 
 FORMAT = "genattn-head-set"
 VERSION = 1
@@ -137,10 +138,15 @@ class HeadSet:
         return {"format": FORMAT, "version": VERSION, **plain}
 
     def save(self, path: str | Path) -> Path:
-        """Write the set as JSON; returns the path."""
-        target = Path(path)
-        target.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        return target
+        """Write the set as JSON, whole or not at all; returns the path.
+
+        Raises GenAttnError for notes that JSON does not hold.
+        """
+        try:
+            text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise GenAttnError(f"notes of a head set must be what JSON holds, got others ({error}); leave them out") from None
+        return write_whole(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadSet":

@@ -5,7 +5,6 @@ or autoencoder is encoded anew and nothing stale is read. Files appear only when
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from genattn.pipelines.finetune.data import ClipSource, Dataset, check_any, read
 from genattn.pipelines.finetune.places import with_places
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser
 from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
+from genattn.whole_file import whole_file
 
 EMPTY = "empty"
 
@@ -119,6 +119,5 @@ def _named(embeds: Embeds) -> dict[str, torch.Tensor]:
 
 
 def _save(path: Path, tensors: dict[str, Any]) -> None:
-    part = path.with_suffix(f".part{os.getpid()}")
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from genattn.errors import GenAttnError
+from genattn.whole_file import whole_file, write_whole
 
 ADAPTER = "default"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -86,9 +87,8 @@ def save_lora(pipe: Any, folder: Path, note: dict[str, Any]) -> Path:
     layers = get_peft_model_state_dict(pipe.transformer, adapter_name=ADAPTER)
     layers = {name: value.detach().cpu().contiguous().clone() for name, value in layers.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    part = f".part-{WEIGHTS}"
     metadata = _collate_lora_metadata({"transformer": pipe.transformer})
-    type(pipe).save_lora_weights(folder, transformer_lora_layers=layers, weight_name=part, **metadata)
-    (folder / part).replace(folder / WEIGHTS)
-    (folder / "finetune.json").write_text(json.dumps(note, indent=2) + "\n")
+    with whole_file(folder / WEIGHTS) as part:
+        type(pipe).save_lora_weights(part.parent, transformer_lora_layers=layers, weight_name=part.name, **metadata)
+    write_whole(folder / "finetune.json", json.dumps(note, indent=2) + "\n")
     return folder / WEIGHTS

@@ -32,6 +32,7 @@ from genattn.pipelines.long_video.solvers.noise_grid import NoiseGrid
 from genattn.pipelines.training.trainer import TrainSettings, train
 from genattn.reading import read_json
 from genattn.seam.context_parallel import enable_ulysses
+from genattn.whole_file import write_whole
 
 OnSave = Callable[[Any, int], None]
 
@@ -131,7 +132,7 @@ def finetune(
     if accelerator.is_main_process:
         _note(out, identity)
     if accelerator.is_main_process:
-        (out / "skipped.txt").write_text("".join(f"{name}\t{reason}\n" for name, reason in dataset.skipped))
+        write_whole(out / "skipped.txt", "".join(f"{name}\t{reason}\n" for name, reason in dataset.skipped))
     batches = Batches(files, cache.empty_prompt(), settings, accelerator)
     grid = training_grid(base, batches.latent_shape)
     set_seed(settings.training.seed)
@@ -259,10 +260,7 @@ def _same_run(out: Path, identity: dict[str, Any]) -> None:
 
 
 def _note(out: Path, identity: dict[str, Any]) -> None:
-    path = out / "settings.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(identity, indent=2) + "\n")
-    part.replace(path)
+    write_whole(out / "settings.json", json.dumps(identity, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ moments; the step in its metadata), replaced in one move: a kill while saving le
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from genattn.errors import GenAttnError
 from genattn.reading import whole
+from genattn.whole_file import whole_file
 
 LossOf = Callable[[nn.Module, int, torch.Generator], torch.Tensor]
 
@@ -163,10 +163,9 @@ def save_checkpoint(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optim.{name}.{key}"] = value
-    half_written = path.with_suffix(".part")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(tensors, half_written, metadata={"state": json.dumps({"step": step})})
-    os.replace(half_written, path)
+    with whole_file(path) as part:
+        save_file(tensors, part, metadata={"state": json.dumps({"step": step})})
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]) -> int:

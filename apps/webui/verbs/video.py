@@ -11,6 +11,7 @@ from genattn.apps.webui.verbs.job import Job, Update
 from genattn.apps.webui.verbs.sampling import ClipForm, chosen_attention, describe_call, open_for, read_seed, sample
 from genattn.apps.webui.verbs.session import Model, Session
 from genattn.apps.webui.verbs.watched import watched_sparse
+from genattn.whole_file import write_picture
 
 
 def video(
@@ -69,8 +70,8 @@ def _film(job: Job, session: Session, model: Model, form: ClipForm, prompt: str,
     # two players drift apart, and the same seed would seem to move differently
     both = np.concatenate([dense.frames, sparse.frames], axis=2)
     write_video(run / "side-by-side.mp4", both, fps, {**tags, "attention": f"dense | {settings.name}"})
-    film_strip(dense.frames, sparse.frames, settings.name).save(run / "film-strip.png")
-    layer_map(watched.pictured()).save(run / "layers.png")
+    write_picture(film_strip(dense.frames, sparse.frames, settings.name), run / "film-strip.png")
+    write_picture(layer_map(watched.pictured()), run / "layers.png")
     rows = [_row("dense", dense, None, dense, model, prompt), _row(settings.name, sparse, told, dense, model, prompt)]
     report = {
         "verb": "video",

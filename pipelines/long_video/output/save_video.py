@@ -14,6 +14,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.video import colours
+from genattn.whole_file import whole_file
 
 CONTAINERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 Frames = npt.NDArray[np.uint8]
@@ -44,13 +45,8 @@ def save_video(
     if not 0 <= crf <= 51:
         raise GenAttnError(f"crf must lie in 0 to 51, got {crf}")
     pictures = as_frames(frames)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+    with whole_file(target) as part:
         _encode(part, CONTAINERS[target.suffix.lower()], pictures, fps, dict(metadata or {}), crf)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
     return target
 
 

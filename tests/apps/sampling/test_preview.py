@@ -50,3 +50,19 @@ def test_packed_latents_get_none(tmp_path: Path) -> None:
     pipe, call = build_pipeline("flux")
     pipe(**call, callback_on_step_end=StepPreview(tmp_path / "a.png", every=0))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_preview_that_cannot_be_made_does_not_cost_the_run(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def fails(path: Path, *_: object) -> None:
+        asked.append(path)
+        raise error
+
+    monkeypatch.setattr("genattn.apps.sampling.preview.write_image", fails)
+    pipe, call = build_pipeline("sd3")
+    pipe(**call, callback_on_step_end=StepPreview(tmp_path / "a.png", every=0))
+    assert asked == [tmp_path / "a.png"], "and is not tried again"
