@@ -20,7 +20,7 @@ from genattn.apps.sampling.measured_rows import provenance
 from genattn.errors import GenAttnError, kind_and_line
 from genattn.functional.planned import block_plan_for
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, forward_grid
-from genattn.kernels.triton.config import arch_of, chip_of, measured_table, settings_of, table_row
+from genattn.kernels.triton.config import arch_of, chip_of, measured_settings, measured_table, settings_of, table_row
 from genattn.kernels.triton.launch import launch
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
@@ -103,7 +103,7 @@ def _neighbours(setting: Setting) -> list[Setting]:
 def keep(arch: str, head_dim: int, entry: Mapping[str, list[int]]) -> Path:
     """Add what was measured to this machine's table and use it from now on; returns the file."""
     path = measured_table(arch)
-    table: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    table: dict[str, Any] = measured_settings(arch)
     row = table_row(head_dim)
     table[row] = {**table.get(row, {}), **entry}
     write_whole(path, json.dumps(table, indent=1) + "\n")

@@ -1,6 +1,5 @@
 """`genattn doctor`: what this machine can run, and why not the rest."""
 
-import json
 import platform
 import re
 from typing import Any
@@ -13,7 +12,15 @@ from genattn.kernels.cpu.native_build import cache_folder, native_library
 from genattn.kernels.peers.dense import dense_backends, missing_peers
 from genattn.kernels.peers.optional import why_not_natten
 from genattn.kernels.plan.block_plan import dense_plan
-from genattn.kernels.triton.config import arch_of, chip_of, measured_table, settings_of, table_row, tile_sizes
+from genattn.kernels.triton.config import (
+    arch_of,
+    chip_of,
+    measured_settings,
+    measured_table,
+    settings_of,
+    table_row,
+    tile_sizes,
+)
 from genattn.patterns.natten_windows import natten_windows
 from genattn.patterns.neighborhood import NeighborhoodPattern
 
@@ -68,7 +75,7 @@ def _settings(device: torch.device, head_dim: int) -> dict[str, Any]:
     if arch == "cpu":
         return {}
     row, measured = table_row(head_dim), measured_table(arch)
-    tuned = json.loads(measured.read_text()).get(row, {}) if measured.is_file() else {}
+    tuned = measured_settings(arch).get(row, {})
     told = {kernel: settings_of(arch)[row][kernel] for kernel in ("tile", "forward", "dq", "dkv")}
     shipped = "shipped settings, not measured on this chip; `genattn bench autotune` does"
     return {

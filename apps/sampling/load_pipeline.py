@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import genattn
-from genattn.errors import GenAttnError, first_line
+from genattn.errors import GenAttnError, first_line, kind_and_line
+from genattn.reading import whole
 
 WEIGHTS = (".safetensors", ".gguf")
 MODULAR_INDEX = "modular_model_index.json"
@@ -39,11 +40,13 @@ def check_folder(folder: Path) -> None:
         return
     if not index.is_file():
         raise GenAttnError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    components = {k: v for k, v in _read_json(index).items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
+    components = {k: v for k, v in _config(index).items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
     for name, (_, cls) in components.items():
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):
             raise GenAttnError(f"{folder} is incomplete: component {name!r} ({cls}) has no folder; copy the model again")
+        for config in part.glob("*config.json"):
+            _config(config)
         if (part / "config.json").is_file():  # models have it; tokenizers, schedulers and processors name theirs otherwise
             _check_weights(part)
         elif not any(part.glob("*.json")):
@@ -59,12 +62,13 @@ def _check_modular(folder: Path) -> None:
 
 def _modular_components(folder: Path) -> list[str]:
     """Components that modular_model_index.json names, with those that are taken from elsewhere."""
-    return [name for name, entry in _read_json(folder / MODULAR_INDEX).items() if isinstance(entry, list) and len(entry) == 3]
+    return [name for name, entry in _config(folder / MODULAR_INDEX).items() if isinstance(entry, list) and len(entry) == 3]
 
 
 def _check_weights(part: Path) -> None:
     for index in part.glob("*.safetensors.index*.json"):
-        missing = sorted({f for f in _read_json(index)["weight_map"].values() if not (part / f).is_file()})
+        with whole(str(index)):
+            missing = sorted({f for f in _config(index)["weight_map"].values() if not (part / f).is_file()})
         if missing:
             raise GenAttnError(f"{part} is incomplete: {', '.join(missing)} missing; copy the model again")
     weights = [f for f in part.iterdir() if f.suffix in WEIGHTS]
@@ -86,11 +90,13 @@ def _check_safetensors(file: Path) -> None:
         raise GenAttnError(f"{file} is damaged ({error}); copy the model again") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise GenAttnError(f"{file} cannot be read as JSON ({error}); copy the model again") from None
+    if not isinstance(content, dict):
+        raise GenAttnError(f"{file} must hold a JSON object, got {type(content).__name__}; copy the model again")
     return content
 
 
@@ -130,11 +136,13 @@ def load_pipeline(
                 pipe = _load_modular(source, kind, **where)
             else:
                 pipe = diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_precision(kind), **where)
+    except (GenAttnError, MemoryError, torch.OutOfMemoryError):
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, GenAttnError):
-            raise
-        reason = first_line(error)
-        raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from None
+        raise GenAttnError(f"{source!r} cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # whatever a class does with a setting that nobody foresaw
+        reason = f"{kind_and_line(error)}; a config of it is damaged or of another version, copy the model again"
+        raise GenAttnError(f"{source!r} cannot be loaded: {reason}") from error
     return _placed(pipe, place, cpu_offload)
 
 

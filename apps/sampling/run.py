@@ -4,7 +4,6 @@ Shared by the commands that sample: generate, compare.
 """
 
 import contextlib
-import json
 import platform
 import resource
 import time
@@ -21,7 +20,7 @@ import genattn
 from genattn.apps.sampling import legal_sizes
 from genattn.apps.sampling.guidance_options import GuidanceSettings
 from genattn.apps.sampling.inputs import add_loras, lora_of, read_picture
-from genattn.apps.sampling.load_pipeline import load_pipeline, shipped_model
+from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, shipped_model
 from genattn.apps.sampling.negative import split_negative
 from genattn.apps.sampling.output_files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from genattn.apps.sampling.pipeline_calls import is_modular, own_size, sample_frames, source_of, taken_arguments
@@ -29,6 +28,7 @@ from genattn.apps.sampling.pipeline_shell import pipeline_shell
 from genattn.apps.sampling.preview import StepPreview
 from genattn.errors import GenAttnError, RunFailed, first_line
 from genattn.patterns.pattern import Pattern
+from genattn.reading import read_defaults, whole
 
 Frames = npt.NDArray[np.uint8]
 
@@ -145,15 +145,19 @@ def refuse_early(settings: SamplingSettings, out: Path | None = None) -> None:
 
     A hub id, or a folder that cannot be read so, is let through: the opened pipeline is asked again in any case.
 
-    Raises GenAttnError as `call_arguments` and `check_suffix` do.
+    Raises GenAttnError as `check_folder`, `call_arguments` and `check_suffix` do.
     """
     folder = shipped_model() if settings.model is None else Path(settings.model)
-    shell = pipeline_shell(folder) if (folder / "model_index.json").is_file() else None
+    if not (folder / "model_index.json").is_file():
+        return
+    check_folder(folder)
+    shell = pipeline_shell(folder)
     if shell is None:
         return
     if out is not None:
         check_suffix(shell, out)
-    call_arguments(shell, settings)
+    with whole(f"a config in {folder}"):
+        call_arguments(shell, settings)
 
 
 def check_suffix(pipe: Any, out: Path) -> None:
@@ -197,8 +201,7 @@ def makes_video(pipe: Any) -> bool:
 
 def own_defaults(pipe: Any) -> dict[str, Any]:
     """`genattn_defaults.json` beside model_index.json: the size, steps, guidance and fps that a tiny model was made for."""
-    file = Path(source_of(pipe)) / "genattn_defaults.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_defaults(source_of(pipe))
 
 
 def default_size(pipe: Any) -> dict[str, int]:

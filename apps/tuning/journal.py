@@ -7,12 +7,15 @@ Another goal, or more settings to try, may come back to the same journal; anothe
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
+from genattn.reading import whole
+from genattn.settings import number, whole_number
 
 
 class Journal:
@@ -37,6 +40,9 @@ class Journal:
                 f"{path} belongs to a request with another {', '.join(other)}; name another --out, or delete the file"
             )
         self.samples = lines[1:]
+        for place, sample in enumerate(self.samples, 2):
+            with whole(f"line {place} of {path}"):
+                _check(sample)
 
     def done(self, setting: str, prompt: int) -> bool:
         """Whether this run stands in the journal."""
@@ -59,6 +65,16 @@ class Journal:
             os.fsync(file.fileno())
 
 
+def _check(sample: Mapping[str, Any]) -> None:
+    """Refuse a run that is none; the message says of what line."""
+    if not isinstance(sample["setting"], str):
+        raise ValueError(f"the name of a setting must be a text, got {sample['setting']!r}")
+    whole_number("the prompt of a run", sample["prompt"], 0, "its number")
+    for name in sample.keys() - {"setting", "prompt"}:
+        if sample[name] is not None or name != "oracle":
+            number(name, sample[name], -math.inf, math.inf, "a number; delete the line, and it runs again")
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     """The whole lines; a last one that a kill cut off is taken out of the file.
 
@@ -67,17 +83,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))  # what is whole must outlast a full disk
+    lines = content[: content.rfind(b"\n") + 1]
+    if lines != content:
+        os.truncate(path, len(lines))  # what is whole must outlast a full disk
     found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for place, line in enumerate(lines.splitlines(), 1):
         try:
             found.append(json.loads(line))
-        except ValueError as error:
-            raise GenAttnError(f"line {number} of {path} is damaged ({error}); delete the file to begin anew") from None
+        except (ValueError, RecursionError) as error:
+            raise GenAttnError(f"line {place} of {path} is damaged ({error}); delete the file to begin anew") from None
     if not all(isinstance(line, dict) for line in found):
         raise GenAttnError(f"{path} must hold one JSON object a line; delete the file to begin anew")
-    if not whole:
+    if not lines:
         path.unlink()
     return found

@@ -12,7 +12,7 @@ out/journal.jsonl    every finished run; the same command goes on from it, and a
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.planning.ladder import Model
 from genattn.profiling.profile import LEAST_PROMPTS, profile
+from genattn.reading import whole
 from genattn.seam.handle import denoisers
 from genattn.seam.named import describe_model
 from genattn.seam.schedule import Schedule
@@ -224,7 +225,7 @@ class _Search:
             self._judge_on(number, left, len(self.texts))
         rows = self._rows(known, len(self.texts))
         chosen = choose(rows, self.goal)
-        everything = summed(s for s in self.journal.samples if s["setting"] in known)
+        everything = self._summed(s for s in self.journal.samples if s["setting"] in known)
         why = str(self.goal) if chosen is not None else nearest_miss(rows or everything, self.goal)
         draw_front(everything, chosen, self.goal, out / PICTURE)
         if chosen is not None:
@@ -240,7 +241,11 @@ class _Search:
         What later prompts told is left out, so that a race that goes on after a stop decides as it would have.
         """
         own = (s for s in self.journal.samples if s["setting"] in known and s["prompt"] < prompts)
-        return [row for row in summed(own) if row.prompts == prompts]
+        return [row for row in self._summed(own) if row.prompts == prompts]
+
+    def _summed(self, samples: Iterable[dict[str, Any]]) -> list[Row]:
+        with whole(f"the journal {self.journal.path}"):
+            return summed(samples)
 
     def _judge_on(self, number: int, settings: Sequence[AttentionSettings], prompts: int, before: int = 0) -> None:
         """Run what is missing of `settings` on prompt `number`, a dense run beside every few of them."""

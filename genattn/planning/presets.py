@@ -7,7 +7,6 @@ paper, table B). Neighborhood settings are those of the GNA paper. None of them 
 """
 
 import difflib
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
 from genattn.planning.model_preset import ModelPreset, RadialPreset
 from genattn.planning.published_shapes import PUBLISHED
+from genattn.reading import read_object, whole
 
 
 def _ours(decay: float, block: int = 128) -> RadialPreset:
@@ -111,13 +111,18 @@ def preset(model: str) -> ModelPreset:
 
 
 def _from_folder(folder: Path) -> ModelPreset:
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    with whole(f"a config in {folder}"):
+        return _from_configs(folder)
+
+
+def _from_configs(folder: Path) -> ModelPreset:
+    transformer = read_object(folder / "transformer" / "config.json", "a transformer's config")
     if transformer.get("_class_name") != "WanTransformer3DModel":
         raise GenAttnError(
             f"a local folder must hold a WanTransformer3DModel to be planned for, got {transformer.get('_class_name')!r} "
             f"in {folder}; name one of {', '.join(PRESETS)} instead"
         )
-    vae = json.loads((folder / "vae" / "config.json").read_text())
+    vae = read_object(folder / "vae" / "config.json", "a VAE's config")
     space = int(vae.get("scale_factor_spatial") or 8)
     compression = (int(vae.get("scale_factor_temporal") or 4), space, space)
     side = 16 * compression[1] * transformer["patch_size"][1]

@@ -1,6 +1,7 @@
 """The plugin behind `profile`: lets every attention call pass and adds up, by relative place, what it gives to whom."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from genattn.geometry.tiles import best_box
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.profiled import cells_of, usual_cell
+from genattn.reading import whole
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.selection.cell_mass import cell_mass, share_errors
 from genattn.selection.profile_map import VALUES, ProfileHeader, ProfileMap
@@ -94,9 +96,9 @@ class Recorder(Plugin):
     def _add(self, call: AttentionCall, found: tuple[torch.Tensor, torch.Tensor]) -> None:
         band = self._band(call.run)
         for value, part in zip(VALUES, found):
-            whole = torch.zeros(self.heads, *part.shape[1:], dtype=torch.float64)
-            whole[call.head_offset : call.head_offset + part.shape[0]] = part.cpu()
-            slot, sums = (value, call.site.depth, band), margins(whole, self.grid)
+            each = torch.zeros(self.heads, *part.shape[1:], dtype=torch.float64)
+            each[call.head_offset : call.head_offset + part.shape[0]] = part.cpu()
+            slot, sums = (value, call.site.depth, band), margins(each, self.grid)
             self.sums[slot] = self.sums[slot].plus(sums) if slot in self.sums else sums
 
     def _band(self, run: Run) -> int:
@@ -157,18 +159,35 @@ class Recorder(Plugin):
             with safe_open(path, framework="pt") as file:
                 record = json.loads((file.metadata() or {})["record"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if not isinstance(record, dict):
+                raise ValueError("its record is no object")
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
             raise GenAttnError(f"the unfinished profile {path} cannot be read ({error}); delete it to start again") from None
         other = sorted(name for name, value in about.items() if record.get(name) != value)
         if other:
             raise GenAttnError(
                 f"the unfinished profile {path} was made with other {', '.join(other)}; delete it, or write to another file"
             )
+        with whole(f"the unfinished profile {path}"):
+            return self._taken_up(record, tensors)
+
+    def _taken_up(self, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> int:
         self._set_layout(TokenLayout(tuple(Segment(**{**s, "shape": tuple(s["shape"])}) for s in record["segments"])))
+        cells = (self.heads, self.grid.cells)
+        shapes = {"offset": (self.heads, math.prod(self.grid.offset_shape)), "key": cells, "query": cells}
         for name in {name.rsplit(".", 1)[0] for name in tensors}:
             value, layer, band = name.split(".")
-            self.sums[value, int(layer), int(band)] = Margins(*(tensors[f"{name}.{p}"] for p in ("offset", "key", "query")))
-        return int(record["done"])
+            parts = [tensors[f"{name}.{part}"] for part in shapes]
+            fit = [tuple(part.shape) for part in parts] == list(shapes.values())
+            if not fit or not all(bool(part.isfinite().all()) for part in parts):
+                raise ValueError(f"{name} does not fit the model")
+            if value not in VALUES or int(layer) not in range(self.layers) or int(band) not in range(len(self.bands)):
+                raise ValueError(f"{name} is of no layer of the model")
+            self.sums[value, int(layer), int(band)] = Margins(*parts)
+        done = record["done"]
+        if isinstance(done, bool) or not isinstance(done, int) or not 1 <= done <= len(record["prompts"]):
+            raise ValueError(f"it holds {done!r} of {len(record['prompts'])} prompts")
+        return done
 
     # ---- the map
 

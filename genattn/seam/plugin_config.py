@@ -13,7 +13,7 @@ from typing import Any
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import PushToHubMixin
 
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, first_line
 from genattn.patterns.pattern import Pattern
 from genattn.seam.plugin import Plugin
 from genattn.seam.schedule import Schedule
@@ -49,8 +49,17 @@ class PluginConfig(ConfigMixin, PushToHubMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "PluginConfig":
-        """Read it from a folder or from the hub. Raises GenAttnError for another version or an unknown field."""
-        settings = cls.load_config(pretrained_model_name_or_path, **kwargs)
+        """Read it from a folder or from the hub.
+
+        Raises GenAttnError for what cannot be read, another version or an unknown field.
+        """
+        try:
+            settings = cls.load_config(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError, RecursionError) as error:
+            told = f"{pretrained_model_name_or_path} must hold a readable {cls.config_name}"
+            raise GenAttnError(f"{told}, got {first_line(error)}; check the path, or save it again") from error
+        if not isinstance(settings, Mapping):
+            raise GenAttnError(f"{cls.config_name} must hold an object, got {type(settings).__name__}; save it again")
         return cls.from_dict({k: v for k, v in settings.items() if not k.startswith("_")})
 
     @classmethod

@@ -9,6 +9,7 @@ Several processes (accelerate) take chunks in turn; each writes a file of its ow
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from genattn.guidance.headhunter.search import Scores, Trial
 Chunk = tuple[Trial, ...]
 EvaluateChunk = Callable[[Chunk], Sequence[Scores]]
 Progress = Callable[[int, int, float], None]
+_BEGIN = b'{"settings": '
 
 
 class SearchLog:
@@ -109,21 +111,21 @@ class SearchLog:
                     self.scores["|".join(line["trials"])] = line["scores"]
 
     def _lines(self, file: Path) -> list[dict[str, Any]]:
-        parsed = []
-        for text in file.read_text().splitlines():
-            try:
-                parsed.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
+        content = file.read_bytes()
+        parsed = [line for line in map(_parsed, content.splitlines()) if line is not None]
         if not parsed:
+            # what a kill left of the first line may be begun anew, a file of somebody else's may not
+            if content.strip() and not content.startswith(_BEGIN) and not _BEGIN.startswith(content):
+                raise GenAttnError(f"{file} must be the log of a search or not be there, got another file; name another")
             return []
-        if parsed[0].get("settings") != self.settings:
-            changed = _difference(parsed[0].get("settings") or {}, self.settings)
+        begun = parsed[0].get("settings")
+        if begun != self.settings:
+            changed = _difference(begun if isinstance(begun, dict) else {}, self.settings)
             raise GenAttnError(
                 f"a search must be resumed with the settings it was begun with, got other {', '.join(changed)} than in {file}; "
                 "restore them or name another file"
             )
-        return [line for line in parsed[1:] if "trials" in line and len(line.get("scores", ())) == len(line["trials"])]
+        return [line for line in parsed[1:] if _is_chunk(line)]
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,11 +139,8 @@ class SearchLog:
 
     def _lines_begin(self) -> bool:
         """Whether the file has its first line whole; else it holds nothing yet."""
-        with self.own_file.open() as file:
-            try:
-                return "settings" in json.loads(file.readline() or "{}")
-            except json.JSONDecodeError:
-                return False
+        with self.own_file.open("rb") as file:
+            return "settings" in (_parsed(file.readline()) or {})
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.own_file.open("a") as file:
@@ -167,6 +166,26 @@ def _group(trial: Trial) -> tuple[Any, ...]:
 
 def _key(chunk: Chunk) -> str:
     return "|".join(trial.key for trial in chunk)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The object in a line; None for a line that was cut short or damaged."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_chunk(line: Mapping[str, Any]) -> bool:
+    """Whether a line holds what `_evaluate` writes."""
+    trials, scores = line.get("trials"), line.get("scores")
+    if not isinstance(trials, list) or not isinstance(scores, list) or len(trials) != len(scores):
+        return False
+    return all(isinstance(trial, str) for trial in trials) and all(
+        isinstance(found, dict) and all(type(value) in (int, float) and math.isfinite(value) for value in found.values())
+        for found in scores
+    )
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ single-stream blocks. A layer map, {layer: number of heads}, says which names a 
 import numbers
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from genattn.errors import GenAttnError
 from genattn.settings import number, refuse
@@ -114,11 +115,12 @@ def check_head_names(heads: HeadsLike) -> None:
 
 def checked_heads(heads: HeadsLike) -> HeadsLike:
     """`heads` in a form that can be read again and again. Raises GenAttnError as `check_head_names` does."""
-    kept = heads if isinstance(heads, str | Mapping) else tuple(name for name, _ in _items(heads))
+    kept: Any = heads if isinstance(heads, str | Mapping) else tuple(name for name, _ in _items(heads))
     check_head_names(kept)
     if not kept or (isinstance(kept, str) and not _items(kept)):
         raise GenAttnError(f"at least one head must be selected, got {heads!r}; name one, e.g. L0H0")
-    return kept
+    read_again: HeadsLike = kept
+    return read_again
 
 
 def plain_heads(heads: HeadsLike) -> str | list[str] | dict[str, float]:

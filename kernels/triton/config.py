@@ -5,6 +5,7 @@ named by the chip's own capability: chips that share a shipped row need not shar
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,11 +102,46 @@ def table_row(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> str:
 def settings_of(arch: str) -> dict[str, dict[str, list[int]]]:
     """The table of an architecture, {row: {"tile" or kernel: numbers}}, with what was measured on this machine."""
     table: dict[str, dict[str, list[int]]] = shipped_settings(arch)
-    measured = measured_table(arch)
-    if measured.is_file():
-        for row, entries in json.loads(measured.read_text()).items():
-            table[row] = {**table[row], **entries}
+    for row, entries in measured_settings(arch).items():
+        table[row] = {**table[row], **entries}
     return table
+
+
+def measured_settings(arch: str) -> dict[str, dict[str, list[int]]]:
+    """What was measured on this machine, {row: {kernel: numbers}}; nothing, with a warning, where the file is damaged."""
+    path = measured_table(arch)
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        wrong = None if _is_table(found, shipped_settings(arch)) else "it holds no settings of these kernels"
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = str(error)
+    if wrong is None:
+        return found  # type: ignore[no-any-return]
+    told = f"{path} cannot be used ({wrong}), and the shipped settings are; run `genattn bench autotune`, or delete it"
+    warnings.warn(told, stacklevel=2)
+    return {}
+
+
+def _is_table(found: Any, shipped: Any) -> bool:
+    if not isinstance(found, dict) or not found.keys() <= shipped.keys():
+        return False
+    return all(
+        isinstance(entries, dict)
+        and entries.keys() <= {"forward", "dq", "dkv"}
+        and all(_is_setting(numbers, 5 if kernel == "forward" else 4) for kernel, numbers in entries.items())
+        for entries in found.values()
+    )
+
+
+def _is_setting(numbers: Any, most: int) -> bool:
+    """Warps and steps are powers of two; stages and programs small counts."""
+    if not isinstance(numbers, list) or not 4 <= len(numbers) <= most:
+        return False
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= 64 for n in numbers):
+        return False
+    return all(n in (1, 2, 4, 8, 16, 32) for n in (numbers[0], *numbers[2:4])) and 1 <= numbers[1] <= 16
 
 
 def shipped_settings(arch: str) -> Any:

@@ -20,7 +20,7 @@ from genattn.patterns.combine import PerHead, Union
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
-from genattn.reading import read_json, whole
+from genattn.reading import DEFAULTS_FILE, read_defaults, read_json, read_object, whole
 from genattn.seam.plugin_config import PluginConfig
 from genattn.seam.schedule import Schedule
 from genattn.selection.profile_map import (
@@ -46,6 +46,29 @@ def test_json_of_any_editor_is_read(tmp_path: Path) -> None:
             read_json(file, "a file")
     with pytest.raises(GenAttnError, match="a file must be a readable JSON file"):
         read_json(tmp_path, "a file")
+
+
+def test_defaults_of_a_model(tmp_path: Path) -> None:
+    assert read_defaults(tmp_path) == {}
+    file = tmp_path / DEFAULTS_FILE
+    file.write_text('{"height": 64, "fps": null, "anything": []}')
+    assert read_defaults(tmp_path) == {"height": 64, "fps": None, "anything": []}
+    for name, value in (("height", 0), ("frames", 2.5), ("steps", True), ("fps", 0), ("width", "64"), ("guidance_scale", "x")):
+        file.write_text(json.dumps({name: value}))
+        with pytest.raises(GenAttnError, match=f"{name} in .* must be a .*; mend or remove the file"):
+            read_defaults(tmp_path)
+    file.write_text("[]")
+    with pytest.raises(GenAttnError, match="the defaults of a model must hold a JSON object, got list"):
+        read_object(file, "the defaults of a model")
+
+
+def test_settings_that_are_no_object_are_refused(tmp_path: Path) -> None:
+    for content, says in (("[]", "must hold an object, got list"), ("{", "must hold a readable genattn_config.json")):
+        (tmp_path / "genattn_config.json").write_text(content)
+        with pytest.raises(GenAttnError, match=says):
+            PluginConfig.from_pretrained(tmp_path)
+    with pytest.raises(GenAttnError, match="must hold a readable genattn_config.json"):
+        PluginConfig.from_pretrained(tmp_path / "none")
 
 
 def test_errors_of_values_name_what_is_read() -> None:
@@ -74,14 +97,16 @@ def _plugins(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     from genattn.guidance.softpag.softpag import SoftPAG
 
     PluginConfig.of(RadialPattern(), SoftPAG("L1H1"), schedule=Schedule(dense_steps=0.3)).save_pretrained(folder)
-    return folder / "genattn_config.json", lambda file: PluginConfig.from_dict(_public(json.loads(file.read_text()))).plugins()
+    return folder / "genattn_config.json", lambda file: PluginConfig.from_pretrained(file.parent).plugins()
 
 
-def _public(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if not name.startswith("_")}
+def _defaults(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
+    file = folder / DEFAULTS_FILE
+    file.write_text('{"height": 64, "width": 64, "frames": 29, "steps": 12, "guidance_scale": 4.0, "fps": 16}')
+    return file, lambda file: read_defaults(file.parent)
 
 
-KINDS = {"pattern": _patterns, "head set": _heads, "plugins": _plugins}
+KINDS = {"pattern": _patterns, "head set": _heads, "plugins": _plugins, "defaults": _defaults}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +124,7 @@ def test_damaged_settings_are_refused_or_whole(kind: str, tmp_path: Path) -> Non
     assert refused > 100
 
 
-@pytest.mark.parametrize("kind", ["pattern", "head set"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_scrambled_files_are_refused_or_whole(kind: str, tmp_path: Path) -> None:
     file, load = KINDS[kind](tmp_path)
     content, generator = file.read_bytes(), random.Random(kind)

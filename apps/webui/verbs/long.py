@@ -205,6 +205,14 @@ def _go_on(job: Job, session: Session, model: Model, run: Path, video: Any, grou
     return {"film": film, **watch.drift(), "run": run.name, "seed": settings.seed, "report": report}
 
 
+def _shown(history: Path, frames: int) -> list[tuple[int, dict[str, float]]]:
+    """The points of a plot up to a frame; none from a file that is damaged, for the film goes on without them."""
+    try:
+        return [(at, found) for at, found in json.loads(history.read_text(encoding="utf-8"))["points"] if at <= frames]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return []
+
+
 class _Watch:
     """Cuts a film into segments of a second and keeps the points of the drift plot."""
 
@@ -216,8 +224,7 @@ class _Watch:
         self.segments = 0
         self.history = run / HISTORY
         # what a film that is taken up again has already shown; the checkpoint may lie before its last points
-        known = json.loads(self.history.read_text())["points"] if self.history.is_file() else []
-        self.points: list[tuple[int, dict[str, float]]] = [(at, found) for at, found in known if at <= video.frames]
+        self.points: list[tuple[int, dict[str, float]]] = _shown(self.history, video.frames)
 
     def take(self, frame: Any) -> None:
         """One more frame, uint8 [H, W, 3]."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from genattn.apps.webui.verbs.limits import Limits
 from genattn.errors import GenAttnError, first_line
+from genattn.reading import read_defaults
 
 _RUN = re.compile(r"\d{8}-\d{6}-[a-z]+-[0-9a-f]{16}")
 _SHOWN = 8  # files of the cache that a page may be showing just now
@@ -205,8 +206,7 @@ def _describe(sources: Sequence[str]) -> list[Model]:
     for name, where in wanted:
         if where is not None and Path(where).is_dir():
             check_folder(Path(where))
-        defaults = Path(where or "") / "genattn_defaults.json"
-        known = json.loads(defaults.read_text()) if defaults.is_file() else {}
+        known = {} if where is None else read_defaults(where)
         # a shipped model says so itself; asking diffusers' class imports half of it
         video = known["frames"] > 1 if "frames" in known else _makes_video(where)
         found.append(Model(name, where, video, known))

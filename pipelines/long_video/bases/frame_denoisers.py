@@ -7,13 +7,11 @@ rest `why_no_frames` says what stands in the way.
 """
 
 import inspect
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +19,7 @@ import torch
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.output.stream_decode import StreamDecoder
 from genattn.pipelines.long_video.solvers.frame_solvers import FrameSolver, solver_from_scheduler
+from genattn.reading import read_defaults
 
 Embeds = dict[str, torch.Tensor]
 
@@ -116,12 +115,8 @@ class FrameDenoiser(ABC):
     def shipped(self) -> dict[str, Any]:
         """What a folder says its model was made for (genattn_defaults.json: height, width, frames, guidance_scale), or
         nothing."""
-        path = Path(str(getattr(self.pipe.config, "_name_or_path", "") or "")) / "genattn_defaults.json"
-        try:
-            told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except json.JSONDecodeError as error:
-            raise GenAttnError(f"{path} is no valid JSON ({error}); mend or remove it") from error
-        return told if isinstance(told, dict) else {}
+        place = getattr(self.pipe.config, "_name_or_path", None)
+        return read_defaults(str(place)) if place else {}
 
     def default_size(self) -> tuple[int | None, int | None]:
         """Height and width that the pipeline makes by default, None where it tells none."""

@@ -9,7 +9,7 @@ import torch
 from genattn.apps.bench.autotune import autotune, autotune_here, keep, summed, tuning_cases
 from genattn.apps.cli.kernels import autotune_command
 from genattn.errors import GenAttnError
-from genattn.kernels.triton.config import launch_of, settings_of
+from genattn.kernels.triton.config import launch_of, measured_table, settings_of
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +128,34 @@ def test_no_gpu_is_one_clear_line() -> None:
 def test_the_command_refuses_before_work() -> None:
     with pytest.raises(GenAttnError, match=r"--head-dim must lie in \[1, 256\], got 300"):
         autotune_command(head_dim=[300])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100000,
+        '{"512": {}}',
+        '{"128": []}',
+        '{"128": {"forward": [8, 3, 2]}}',
+        '{"128": {"other": [8, 3, 2, 4]}}',
+        '{"128": {"dq": [3, 3, 2, 4]}}',
+        '{"128": {"dq": [8, 3, 2, 4.0]}}',
+        '{"128": {"dq": [8, 3, true, 4]}}',
+        '{"128": {"dq": [8, 3, 2, 4, 1]}}',
+        '{"128": {"forward": [8, 99, 2, 4]}}',
+        '{"128": {"dq": [0, 3, 2, 4]}}',
+    ],
+)
+def test_a_damaged_table_is_told_and_the_shipped_one_serves(content: str) -> None:
+    shipped = launch_of("forward", "sm_90", 128, 128, 128)
+    path = measured_table("sm_90")
+    path.write_text(content)
+    settings_of.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be used .* run `genattn bench autotune`, or delete it"):
+        assert launch_of("forward", "sm_90", 128, 128, 128) == shipped
+    with pytest.warns(UserWarning, match="cannot be used"):
+        keep("sm_90", 128, {"dq": [4, 1, 1, 1]})
+    assert json.loads(path.read_text()) == {"128": {"dq": [4, 1, 1, 1]}}, "and is written anew"

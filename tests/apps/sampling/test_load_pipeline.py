@@ -14,11 +14,20 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from genattn.apps import cli
 from genattn.apps.comfyui.pipes import load as comfyui_load
 from genattn.apps.sampling.load_pipeline import check_folder, load_pipeline, names_modular, pick_device, shipped_model
-from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, makes_video, run_once
+from genattn.apps.sampling.run import (
+    DENSE,
+    AttentionSettings,
+    SamplingSettings,
+    call_arguments,
+    makes_video,
+    refuse_early,
+    run_once,
+)
 from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.pipelines.tiny.random.build import build_pipeline
+from genattn.planning.presets import preset
 
 
 @pytest.fixture
@@ -271,3 +280,53 @@ def test_a_modular_folder_that_lost_a_component(modular_folder: Path, tmp_path: 
     shutil.rmtree(copied / "transformer")
     with pytest.raises(GenAttnError, match="is incomplete: transformer cannot be loaded; copy the model again"):
         load_pipeline(copied)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("content", ["3", "[]", "null", "[" * 100_000, "{"])
+def test_a_config_that_is_none_is_refused_before_anything_is_asked(name: str, content: str, folder: Path) -> None:
+    (folder / name).write_text(content)
+    for look in (check_folder, load_pipeline):
+        with pytest.raises(
+            GenAttnError, match=f"{name} (must hold a JSON object|cannot be read as JSON).*; copy the model again"
+        ):
+            look(folder)
+    with pytest.raises(GenAttnError, match="; copy the model again"):
+        refuse_early(SamplingSettings(model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("transformer/config.json", {"patch_size": "x"}),
+        ("transformer/config.json", {"text_dim": None}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}),
+        ("model_index.json", {"vae": ["diffusers", 3]}),
+        ("model_index.json", {"_class_name": 3}),
+        ("text_encoder/config.json", {"num_heads": "x"}),
+        ("tokenizer/tokenizer_config.json", {"unk_token": []}),
+    ],
+)
+def test_a_setting_that_a_class_cannot_take_is_one_line(name: str, change: dict[str, object], folder: Path) -> None:
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(GenAttnError, match=r"cannot be loaded: \w+|is incomplete"):
+        load_pipeline(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"height": "x"}', '{"frames": 0}'])
+def test_damaged_defaults_are_refused_everywhere(content: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "genattn_defaults.json").write_text(content)
+    with pytest.raises(GenAttnError, match="genattn_defaults.json"):
+        refuse_early(SamplingSettings(model=str(folder)))
+    with pytest.raises(GenAttnError, match="genattn_defaults.json"):
+        call_arguments(load_pipeline(folder), SamplingSettings())
+    with pytest.raises(GenAttnError, match="genattn_defaults.json"):
+        Session(tmp_path / "app", [str(folder)])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"_class_name": "WanTransformer3DModel"}', "[" * 100_000])
+def test_a_folder_whose_config_is_damaged_is_not_planned_for(content: str, folder: Path) -> None:
+    (folder / "transformer" / "config.json").write_text(content)
+    with pytest.raises(GenAttnError, match="must be a readable JSON file|must hold a JSON object|is damaged or was changed"):
+        preset(str(folder))

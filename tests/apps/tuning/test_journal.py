@@ -1,6 +1,7 @@
 """The journal: nothing that was finished is lost, and nothing of another request is taken."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,31 @@ def test_refusals(tmp_path: Path) -> None:
     path.write_text('{"request": {}}\n[3]\n')
     with pytest.raises(GenAttnError, match="one JSON object a line"):
         Journal(path, REQUEST)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"setting": 3},
+        {"prompt": "0"},
+        {"prompt": -1},
+        {"prompt": True},
+        {"psnr": "x"},
+        {"psnr": None},
+        {"seconds": []},
+        {"oracle": "x"},
+        {"ssim": float("nan")},
+    ],
+)
+def test_a_run_that_is_none_is_refused_with_its_line(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    journal = written(path)
+    journal.add({"setting": "gna", "prompt": 0, "seconds": 1.0, "oracle": None} | change)
+    with pytest.raises(GenAttnError, match="(line 3 of .*j.jsonl is damaged|must be )"):
+        Journal(path, REQUEST)
+
+
+def test_a_line_without_a_setting_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "j.jsonl")._append({"prompt": 0})
+    with pytest.raises(GenAttnError, match="line 3 of .* is damaged"):
+        Journal(tmp_path / "j.jsonl", REQUEST)

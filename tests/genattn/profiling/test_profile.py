@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import genattn
 from genattn.errors import GenAttnError
@@ -112,6 +113,36 @@ def test_an_unfinished_profile_of_other_settings_is_refused(tmp_path: Path) -> N
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(GenAttnError, match="cannot be read .*; delete it to start again"):
         profile(model.pipe, model, PROMPTS, 0.3, out)
+
+
+def test_a_damaged_unfinished_profile_is_refused(tmp_path: Path) -> None:
+    model, out = Model(), tmp_path / "map.safetensors"
+    model.breaks_at = PROMPTS[1]
+    with pytest.raises(KeyboardInterrupt):
+        profile(model.pipe, model, PROMPTS, 0.3, out)
+    part = tmp_path / "map.safetensors.part.safetensors"
+    with safe_open(part, "pt") as file:
+        record = json.loads(file.metadata()["record"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    first = sorted(tensors)[0]
+    changed: list[tuple[Any, Any]] = [
+        (record | {"done": done}, tensors) for done in (0, -1, 1.5, "x", None, True, len(PROMPTS) + 1)
+    ]
+    changed += [(record | {"segments": segments}, tensors) for segments in (None, [], [{}], [{"kind": "x", "shape": [1]}])]
+    changed += [([], tensors), ({name: value for name, value in record.items() if name != "segments"}, tensors)]
+    changed += [
+        (record, tensors | {first: tensors[first][:, :-1].clone()}),
+        (record, tensors | {first: tensors[first] * torch.nan}),
+    ]
+    changed += [
+        (record, tensors | {name: tensors[first].clone()}) for name in ("x", "mass.99.0.key", "mass.0.9.key", "what.0.0.key")
+    ]
+    model.seen = []
+    for about, content in changed:
+        save_file(content, part, metadata={"record": json.dumps(about)})
+        with pytest.raises(GenAttnError, match="the unfinished profile .*|layout|segment"):
+            print(about, profile(model.pipe, model, PROMPTS, 0.3, out))
+    assert model.seen == []
 
 
 @pytest.mark.parametrize(

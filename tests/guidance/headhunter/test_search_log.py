@@ -1,10 +1,12 @@
 """A search killed at any moment and resumed ends as the unbroken one, and loses no finished score."""
 
 import json
+import random
 import threading
 from pathlib import Path
 
 import pytest
+from damage import scrambled
 
 from genattn.errors import GenAttnError
 from genattn.guidance.headhunter.search import HeadSearch, SearchSettings, Trial
@@ -154,3 +156,36 @@ def test_a_failure_in_one_process_stops_both(tmp_path: Path) -> None:
     assert sorted(type(error).__name__ for error in outcome) == ["GenAttnError", "RuntimeError"]
     lines = [json.loads(line) for file in tmp_path.glob("two*.jsonl") for line in file.read_text().splitlines()]
     assert sum("trials" in line for line in lines) == len(calls) - 1
+
+
+def test_damaged_lines_are_evaluated_again(tmp_path: Path) -> None:
+    expected, _ = run(tmp_path / "whole.jsonl")
+    lines, generator = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True), random.Random(0)
+    for turn in range(60):
+        place = generator.randrange(1, len(lines))
+        broken = generator.choice(
+            [
+                scrambled(lines[place][:-1], generator),
+                b"[" * 100000,
+                b"3",
+                b"{}",
+                b'{"trials": 3, "scores": 3}',
+                b'{"trials": ["a"], "scores": [3]}',
+                b'{"trials": [[]], "scores": [{}]}',
+                b"\xff\xfe",
+            ]
+        )
+        if b'"good"' in broken and b'"trials"' in broken and broken.count(b"full") + broken.count(b"probe") > 0:
+            continue  # a changed digit cannot be told from a score
+        path = tmp_path / f"{turn}.jsonl"
+        path.write_bytes(b"".join([*lines[:place], broken + b"\n", *lines[place + 1 :]]))
+        assert run(path)[0] == expected, broken[:80]
+
+
+@pytest.mark.parametrize("content", [b"a red circle\n", b"\xff\xfe\x00", b"x" * 20, b'{"other"'])
+def test_a_file_of_somebody_else_is_refused_and_stays(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "captions.txt"
+    path.write_bytes(content)
+    with pytest.raises(GenAttnError, match="must be the log of a search or not be there, got another file"):
+        run(path)
+    assert path.read_bytes() == content
