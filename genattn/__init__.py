@@ -1,5 +1,6 @@
 """Sparse attention, head-level guidance and endless video for stock diffusers models and pipelines."""
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
+
+# `python -m genattn.MODULE`: Python looks for the module, with "-m" in the place of the program's name. It is a program of ours
+# then, and as quiet as `genattn` is; before its own imports, which are at its top.
+if getattr(sys, "argv", [])[:1] == ["-m"]:
+    import_module("genattn.quiet").quieten()
 
 # name -> module that holds it; resolved on first use, so that `import genattn` costs nothing beyond the standard library.
 # Type checkers and editors read the same names in `__init__.pyi`.

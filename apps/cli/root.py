@@ -20,13 +20,13 @@ from genattn.apps.cli import (
     long as commands_long,
     patterns as commands_patterns,
     profile as commands_profile,
-    quiet,
     sampling as commands_sampling,
     stopping,
     streams,
     tune as commands_tune,
 )
 from genattn.errors import GenAttnError, RunFailed, first_line
+from genattn.quiet import quieten
 
 app = typer.Typer(
     name="genattn",
@@ -86,7 +86,7 @@ def main() -> None:
     """Entry point of `genattn` and `python -m genattn`."""
     stopping.say_when_stopped(stopping.USUAL)  # whoever calls this twice must not see the last command's line
     streams.prepare()
-    quiet.quieten()
+    quieten()
     try:
         _refuse_empty_paths(sys.argv[1:])
         with stopping.heeding_terminate():

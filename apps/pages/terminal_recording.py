@@ -121,7 +121,7 @@ def write_svg(events: Sequence[Event], path: Path, title: str = "genattn") -> No
         console: Any = Console(record=True, width=WIDTH, file=nowhere, force_terminal=True, color_system="truecolor")
         for line in screen_lines("".join(text for _, text in events)):
             shown = re.sub(r"\x1b\[[0-9;?]*[A-LN-Za-ln-z]", "", line)  # colours (m) alone
-            console.print(Text.from_ansi(shown), soft_wrap=True)
+            console.print(Text.from_ansi(shown), overflow="fold")
         form = re.sub(r"@font-face \{\{.*?\}\}\n", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
         path.write_text(console.export_svg(title=title, code_format=form))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from genattn.apps.pages.terminal_recording import COMMANDS, OUT, main, record, screen_lines, without_notices
+from genattn.apps.pages.terminal_recording import COMMANDS, OUT, main, record, screen_lines, without_notices, write_svg
 from genattn.errors import GenAttnError
 
 
@@ -28,6 +28,12 @@ def test_records_a_command(tmp_path: Path) -> None:
 def test_what_was_written_over_is_gone() -> None:
     assert screen_lines("a\r\n 10%|#  \r 90%|###\r\nend\r\n\r\n\r\n") == ["a", " 90%|###", "end", ""]
     assert without_notices("one\r\nFailed to load x\r\ntwo\r\n") == "one\r\ntwo\r\n"
+
+
+def test_a_long_line_goes_on_below(tmp_path: Path) -> None:
+    write_svg([(0.0, "word " * 40 + "last\r\n")], tmp_path / "a.svg")
+    rows = re.findall(r'y="([\d.]+)"[^>]*>([^<]*)</text>', (tmp_path / "a.svg").read_text())
+    assert len({y for y, shown in rows if "word" in shown}) > 1
 
 
 def test_needs_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
