@@ -1,30 +1,34 @@
 """Why motion stops in a queue: the same captions under one change at a time, and how far the subject travels afterwards.
 
-    python -m genattn.apps.laboratory.fifo_motion run --model assets/tiny-wan --prompts 6
+    python -m genattn.apps.laboratory.fifo_motion run --motion orbits --prompts 4
+    python -m genattn.apps.laboratory.fifo_motion run --motion straight --prompts 4
     python -m genattn.apps.laboratory.fifo_motion table
 
 Each row is one film: path of the subject's centre per 100 frames, in frame sides, over all of the film and over its second
-half; steps longer than a tenth of a side are cuts, not motion, and are left out. Films that the table has are not made again.
+half; steps longer than a tenth of a side are cuts, not motion, and are left out. The other columns are those of the ablation
+(`long_video`). Films that the table has are not made again.
 
     chunked                  ordinary clips one after the other: motion starts anew in each, with a cut
     FIFO                     the queue as it comes
     no lookahead             every latent written from windows that it enters at the noisy end only
     4 per level              four latents share a level: windows of less mixed noise
     a clip per level         a whole window shares a level: no mixed noise at all
+    eta 1                    a full share of fresh noise in every step, as in FIFO's own scripts
     uniform second stage     the last quarter of the levels once more, half a window at one level (after MIGA)
-    motion told anew         the caption turns round every 29 frames: a motion that ends can begin again
+    motion told anew         the caption turns round every 29 frames: a motion that ends can begin again; straight ones only
 """
 
 import csv
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
 
-from genattn.apps.laboratory.long_video import TABLE as FILMS, chunked, interval
+from genattn.apps.laboratory.long_video import TABLE as FILMS, chunked, film_row, interval
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
@@ -32,11 +36,13 @@ from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
 from genattn.pipelines.long_video.generate import long_video
 from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.tiny.segment import find_objects
-from genattn.pipelines.tiny.world import caption, sample_scene
+from genattn.pipelines.tiny.world import Scene, caption, sample_scene
 
 TABLE = Path("assets/bench/fifo_motion.csv")
 CUT = 0.1
 BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
+KINDS = {"straight": tuple(BACK), "orbits": ("orbits",)}
+KEPT = ("subject_consistency", "dynamic_degree", "seams", "oracle_subject")
 app = typer.Typer(add_completion=False)
 
 
@@ -56,6 +62,7 @@ def variants(window: int, steps: int) -> dict[str, dict[str, Any]]:
         "no lookahead": {"lookahead": False},
         "4 per level": {"latents_per_level": 4},
         "a clip per level": {"latents_per_level": window},
+        "eta 1": {"eta": 1.0},
         "uniform second stage": {"uniform_steps": max(1, steps // 4)},
         "motion told anew": {},
     }
@@ -86,13 +93,24 @@ def _makers(pipe: Any, prompt: str, seed: int, frames: int, steps: int) -> dict[
 
     window = frame_denoiser(pipe).default_window()
     made = {name: lambda n=name, s=settings: film(n, s) for name, settings in variants(window, steps).items()}
+    if len(there_and_back(prompt, frames)) == 1:
+        del made["motion told anew"]
     return {"chunked": lambda: chunked(pipe, prompt, frames, steps, seed), **made}
+
+
+def moving(motion: str, count: int) -> list[tuple[int, Scene]]:
+    """The first `count` held-out scenes, with their seeds, that move so: "straight" or "orbits"."""
+    scenes = ((seed, sample_scene(seed, held_out=True, two_objects=0.0)) for seed in itertools.count())
+    chosen = ((seed, scene) for seed, scene in scenes if scene.objects[0].motion in KINDS[motion])
+    return list(itertools.islice(chosen, count))
 
 
 @app.command()
 def run(
     model: Annotated[Path | None, typer.Option(help="Folder of a tiny text-to-video pipeline.")] = None,
-    prompts: Annotated[int, typer.Option(help="Held-out captions of things that move or orbit.")] = 6,
+    motion: Annotated[Literal["straight", "orbits"], typer.Option(help="What the captions ask for.")] = "straight",
+    prompts: Annotated[int, typer.Option(help="Held-out captions.", min=1)] = 4,
+    only: Annotated[list[str] | None, typer.Option(help="Variants; all when left out.")] = None,
     frames: Annotated[int, typer.Option(help="Frames per film.")] = 125,
     steps: Annotated[int, typer.Option(help="Noise levels of the queue.")] = 16,
     table: Annotated[Path, typer.Option(help="The file to add to.")] = TABLE,
@@ -103,19 +121,20 @@ def run(
     pipe = DiffusionPipeline.from_pretrained(model or shipped_model())
     pipe.set_progress_bar_config(disable=True)
     mark, base = model_fingerprint(frame_denoiser(pipe).models), Path(pipe.config._name_or_path).name
-    scenes = [(seed, sample_scene(seed, held_out=True, two_objects=0.0)) for seed in range(20 * prompts)]
-    moving = [(seed, scene) for seed, scene in scenes if scene.objects[0].motion in (*BACK, "orbits")][:prompts]
-    for seed, scene in moving:
-        prompt, motion = caption(scene), scene.objects[0].motion
+    for seed, scene in moving(motion, prompts):
+        prompt = caption(scene)
         for name, make in _makers(pipe, prompt, seed, frames, steps).items():
-            if (mark, prompt, name) in _done(table):
+            if (mark, prompt, name) in _done(table) or name not in (only or [name]):
                 continue
-            start = time.monotonic()
-            whole, second = travel(make())
-            row = {"variant": name, "base": base, "prompt": prompt, "motion": motion, "seed": seed, "model": mark}
-            row |= {"frames": frames, "steps": steps, "travel": round(whole, 4), "travel_second_half": round(second, 4)}
-            append_rows(table, [{**row, "seconds": round(time.monotonic() - start, 1), **provenance("cpu")}])
-            print(prompt, name, round(whole, 3), round(second, 3), flush=True)
+            start = time.process_time()
+            video = make()
+            seconds, (whole, second), found = round(time.process_time() - start, 1), travel(video), film_row(video, prompt)
+            row = {"variant": name, "base": base, "prompt": prompt, "motion": scene.objects[0].motion, "seed": seed}
+            row |= {"model": mark, "frames": frames, "steps": steps, "processor_seconds": seconds}
+            row |= {"travel": round(whole, 4), "travel_second_half": round(second, 4)}
+            row |= {key: round(float(found[key]), 4) for key in KEPT}
+            append_rows(table, [{**row, **provenance("cpu")}])
+            print(prompt, name, seconds, {key: row[key] for key in ("travel", "travel_second_half", *KEPT)}, flush=True)
 
 
 def _read(table: Path) -> list[dict[str, str]]:
@@ -130,21 +149,37 @@ def _done(table: Path) -> set[tuple[str, str, str]]:
 
 
 def motion_markdown(table: Path = TABLE) -> str:
-    """For the manual: per model and variant the travel of straight motions and of orbits, over the captions they share."""
+    """For the manual: what each variant does to straight motions and to orbits, over the captions that all variants have."""
     rows = _read(table)
-    lines = [["model", "", "captions", "straight", "straight, 2nd half", "orbit", "orbit, 2nd half"], ["---"] * 7]
+    header = ["model", "motion", "", "captions", "path", "path, 2nd half", "2nd half against FIFO", "subject consistency"]
+    lines = [[*header, "oracle subject", "seams"], ["---"] * 10]
     for base in dict.fromkeys(row["base"] for row in rows):
-        own = [row for row in rows if row["base"] == base]
-        names = list(dict.fromkeys(row["variant"] for row in own))
-        shared = set.intersection(*({r["prompt"] for r in own if r["variant"] == name} for name in names))
-        for name in names:
-            mine = [r for r in own if r["variant"] == name and r["prompt"] in shared]
-            cells = []
-            for orbit in (False, True):
-                chosen = [r for r in mine if (r["motion"] == "orbits") == orbit]
-                cells += [_cell([float(r[key]) for r in chosen]) for key in ("travel", "travel_second_half")]
-            lines.append([base, name, str(len(mine)), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        for kind, words in KINDS.items():
+            own = [row for row in rows if row["base"] == base and row["motion"] in words]
+            lines += [[base, kind, *line] for line in _motion_lines(own)]
+    last = rows[-1]
+    said = f"films of {last['frames']} frames, {last['steps']} levels; mean and 95 % interval, changes paired by caption"
+    dates = sorted({row["date"] for row in rows})
+    note = f"{said}. {last['device']}, torch {last['torch_version']}, {' and '.join(dates)}."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n<sub>Held-out captions, {note}</sub>"
+
+
+def _motion_lines(rows: Sequence[dict[str, str]]) -> list[list[str]]:
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    films = {name: {row["prompt"]: row for row in rows if row["variant"] == name} for name in names}
+    shared = sorted(set.intersection(*(set(films[name]) for name in names))) if names else []
+
+    def values(name: str, key: str) -> list[float]:
+        return [float(films[name][prompt][key]) for prompt in shared]
+
+    lines = []
+    for name in names:
+        cells = [_cell(values(name, key)) for key in ("travel", "travel_second_half")]
+        before, after = (values(of, "travel_second_half") for of in ("FIFO", name))
+        change = "-" if name == "FIFO" else _cell([b - a for a, b in zip(before, after, strict=True)], "+.2f")
+        rest = [_cell(values(name, key)) for key in ("subject_consistency", "oracle_subject", "seams")]
+        lines.append([name, str(len(shared)), *cells, change, *rest])
+    return lines
 
 
 # what a caption asks for -> whether such a motion can go on for ever
@@ -174,11 +209,11 @@ def by_caption_markdown(table: Path = FILMS) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(values: list[float]) -> str:
+def _cell(values: list[float], form: str = ".2f") -> str:
     if not values:
         return "-"
     mean, half = interval(values)
-    return f"{mean:.2f}" if not np.isfinite(half) else f"{mean:.2f} ± {half:.2f}"
+    return f"{mean:{form}}" if not np.isfinite(half) else f"{mean:{form}} ± {half:.2f}"
 
 
 @app.command()
