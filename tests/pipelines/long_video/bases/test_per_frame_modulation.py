@@ -208,14 +208,18 @@ def test_levels_by_frame_equal_the_block_formulas_per_token(built):
 def test_a_short_film_is_the_beginning_of_a_long_one(family):
     builder, size, _, _ = video_pipes.FAMILIES[family]
     pipe = builder()
+    # In float32 one value of 19,200 (HunyuanVideo-1.5), 19,200 (HunyuanVideo) or 38,400 (Mochi) is one step of 255 from its
+    # float64 film, so any other order of rounding may show; in float64 only a film that knows its length would.
+    exact = family != "Kandinsky 5"  # whose stock blocks mix dtypes in float64
+    for module in (pipe.transformer, pipe.vae) if exact else ():
+        module.double()
     told = {"height": size, "width": size, "window": FRAMES, "partitions": 1, "seed": 3, "progress": False}
     decoder = frame_denoiser(pipe).decoder()
     lengths = [decoder.frames_for(latents) for latents in (14, 11)]
     long, short = (np.stack(list(long_video(pipe, "a cat", num_frames=n, stream=True, **told))) for n in lengths)
     # without a cache the last chunk of a film is decoded with as many latents as are left; the first gives 25 frames
     assert long.shape == (lengths[0], size, size, 3)
-    # a library's matrix product may round by where its operands lie in memory: one step of 255
-    assert np.abs(long[:25].astype(int) - short[:25].astype(int)).max() <= 1
+    assert np.abs(long[:25].astype(int) - short[:25].astype(int)).max() <= (0 if exact else 1)
     assert len(np.unique(long.reshape(len(long), -1), axis=0)) > 20
 
 
