@@ -29,6 +29,12 @@ def long_command(
         int, typer.Option(help="Windows in the queue. More windows mean smaller noise steps and more work.")
     ] = 4,
     lookahead: Annotated[bool, typer.Option(help="Every latent sees cleaner ones; twice the work, as in the paper.")] = True,
+    latents_per_level: Annotated[
+        int, typer.Option(help="Latents at one noise level; with more, a window mixes noise less. Give --steps with it.")
+    ] = 1,
+    uniform_steps: Annotated[
+        int, typer.Option(help="Last steps done once more with half a window at one noise level; 0 is off.")
+    ] = 0,
     prompt_fade: Annotated[int, typer.Option(help="Frames over which two prompts cross-fade.")] = 0,
     window_batch: Annotated[int, typer.Option(help="Windows per model call: more is faster and takes more memory.")] = 1,
     drift_correction: Annotated[
@@ -70,6 +76,8 @@ def long_command(
             num_inference_steps=settings.steps,
             partitions=partitions,
             lookahead=lookahead,
+            latents_per_level=latents_per_level,
+            uniform_steps=uniform_steps,
             guidance_scale=own.get("guidance_scale") if settings.guidance_scale is None else settings.guidance_scale,
             seed=seed,
             prompt_fade=prompt_fade,

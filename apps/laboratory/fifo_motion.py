@@ -151,8 +151,8 @@ def _done(table: Path) -> set[tuple[str, str, str]]:
 def motion_markdown(table: Path = TABLE) -> str:
     """For the manual: what each variant does to straight motions and to orbits, over the captions that all variants have."""
     rows = _read(table)
-    header = ["model", "motion", "", "captions", "path", "path, 2nd half", "2nd half against FIFO", "subject consistency"]
-    lines = [[*header, "oracle subject", "seams"], ["---"] * 10]
+    header = ["model", "motion", "", "captions", "path", "path, 2nd half", "2nd half against FIFO", "dynamic degree"]
+    lines = [[*header, "subject consistency", "oracle subject", "seams"], ["---"] * 11]
     for base in dict.fromkeys(row["base"] for row in rows):
         for kind, words in KINDS.items():
             own = [row for row in rows if row["base"] == base and row["motion"] in words]
@@ -177,7 +177,7 @@ def _motion_lines(rows: Sequence[dict[str, str]]) -> list[list[str]]:
         cells = [_cell(values(name, key)) for key in ("travel", "travel_second_half")]
         before, after = (values(of, "travel_second_half") for of in ("FIFO", name))
         change = "-" if name == "FIFO" else _cell([b - a for a, b in zip(before, after, strict=True)], "+.2f")
-        rest = [_cell(values(name, key)) for key in ("subject_consistency", "oracle_subject", "seams")]
+        rest = [_cell(values(name, key)) for key in ("dynamic_degree", "subject_consistency", "oracle_subject", "seams")]
         lines.append([name, str(len(shared)), *cells, change, *rest])
     return lines
 

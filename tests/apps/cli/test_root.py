@@ -108,6 +108,8 @@ BAD = [
     ("long --prompt a --fps -2", "--fps must lie in (0, 240]"),
     ("long --prompt a --frames 0", "--frames must be >= 1"),
     ("long --prompt a --partitions 0", "partitions"),
+    ("long --prompt a --latents-per-level 0", "latents_per_level"),
+    ("long --prompt a --uniform-steps -1", "uniform_steps must be >= 0"),
     ("long --prompt a --height 65", "height"),
     ("long --resume .", "'.' has no checkpoint.json"),
     *[
@@ -121,6 +123,8 @@ BAD = [
             "--fps 30",
             "--partitions 8",
             "--no-lookahead",
+            "--latents-per-level 4",
+            "--uniform-steps 4",
             "--drift-correction 0.5",
             "--ouroboros",
             "--prompt-fade 8",
