@@ -79,8 +79,6 @@ def pattern_from_dict(settings: Mapping[str, Any]) -> Pattern:
         raise GenAttnError(f"a pattern's type must be one of {', '.join(TYPES)}, got {name!r}")
     arguments = {key: from_plain(value) for key, value in given.items()}
     with whole(f"the description of a {name}"):
-        if name in ("Union", "Intersection"):
-            return TYPES[name](*arguments.pop("patterns", ()), **arguments)
         return TYPES[name](**arguments)
 
 

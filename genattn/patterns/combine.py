@@ -145,8 +145,10 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 class _Combined(_Parts):
     op: ClassVar[str]
 
-    def __init__(self, *patterns: Pattern, tail: TailName = "auto") -> None:
-        object.__setattr__(self, "patterns", patterns)
+    def __init__(self, *parts: Pattern, tail: TailName = "auto", patterns: Sequence[Pattern] = ()) -> None:
+        if parts and patterns:
+            raise GenAttnError(f"patterns must be given one way, got {parts!r} and patterns={patterns!r}; name them once")
+        object.__setattr__(self, "patterns", parts or patterns)
         object.__setattr__(self, "tail", tail)
         self.__post_init__()
 

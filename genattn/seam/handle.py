@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ from genattn.seam.settings_file import PREFIX, loaded_for
 from genattn.seam.sites import head_dims, unwrapped
 from genattn.seam.sparse_plugin import SparsePlugin
 from genattn.seam.steps import StepTracker
+from genattn.settings import refuse
 
 _COMPONENTS = (
     "transformer",
@@ -52,6 +54,8 @@ def apply(
 
     Raises GenAttnError, before anything is changed, when a plugin cannot serve one of the models.
     """
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise refuse("schedule", schedule, "a Schedule or None; e.g. Schedule(dense_steps=0.25)")
     if not plugins:
         raise GenAttnError("apply needs at least one plugin or pattern, got none; e.g. apply(pipe, RadialPattern())")
     if schedule is not None and settings:
@@ -62,13 +66,14 @@ def apply(
     if (schedule is not None or settings) and not any(isinstance(p, Pattern | str) for p in plugins):
         raise GenAttnError("a schedule belongs to a pattern, and none was given; other plugins have windows of their own")
     plan = schedule or Schedule(**settings)
+    found = denoisers(target)
     parts = tuple(getattr(target, "components", None) or ())
     ready: list[Plugin] = []
     for p in plugins:
         if isinstance(p, str) and (p.startswith(PREFIX) or p.endswith(".json")):
             ready += loaded_for(p.removeprefix(PREFIX), schedule, settings, impl)
         elif isinstance(p, str):
-            ready.append(named_plugin(p, denoisers(target), parts, schedule, settings, impl))
+            ready.append(named_plugin(p, found, parts, schedule, settings, impl))
         else:
             ready.append(SparsePlugin(p, plan, impl) if isinstance(p, Pattern) else p)
     for plugin in ready:
@@ -91,6 +96,9 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline by component name; a bare model under "". Compiled ones unwrapped."""
     if isinstance(target, nn.Module):
         return {"": unwrapped(target)}
+    if isinstance(target, type):
+        made = f"{target.__name__}.from_pretrained(...)"
+        raise GenAttnError(f"target must be a pipeline or a model, got the class {target.__name__}; make one first: {made}")
     components = dict(getattr(target, "components", None) or {})
     found = {name: unwrapped(components[name]) for name in _COMPONENTS if isinstance(components.get(name), nn.Module)}
     if not found:
@@ -98,6 +106,11 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
             f"target must be a pipeline with one of {', '.join(_COMPONENTS)}, or a model, got {type(target).__name__} "
             f"with components {sorted(components) or 'none'}"
         )
+    try:
+        weakref.ref(target)
+    except TypeError:
+        told = f"target must be a pipeline or a model that can be referred to weakly, got {type(target).__name__}"
+        raise GenAttnError(f"{told}; give its model, or add __weakref__ to the class") from None
     return found
 
 

@@ -9,6 +9,7 @@ The forwards of the denoiser form a second chain, in which those that run passes
 outside of all others: whoever prepares or edits a pass then sees every one, whatever was applied first.
 """
 
+import inspect
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -229,6 +230,23 @@ class Plugin(ABC):  # noqa: B024
     def from_settings(cls, settings: Mapping[str, Any]) -> "Plugin":
         """A fresh plugin from what `settings` gave; lists may stand for tuples."""
         return cls(**settings)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy, and what is unpickled in another process, is a fresh plugin of the same settings, on no model."""
+        try:
+            return type(self).from_settings, (self.settings(),)
+        except GenAttnError:  # it names no settings: its own state, as Python copies it
+            return super().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        """The constructor's call, with what differs from its defaults."""
+        try:
+            given = self.settings()
+        except GenAttnError:
+            return super().__repr__()
+        usual = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
+        told = [f"{name}={value!r}" for name, value in given.items() if name in usual and value != usual[name]]
+        return f"{type(self).__name__}({', '.join(told)})"
 
 
 OFF = "switched off (enabled=False)"

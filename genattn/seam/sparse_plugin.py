@@ -274,6 +274,16 @@ class SparsePlugin(Plugin):
         self._mask = ((weakref.ref(call.mask), version, call.query.shape[:2]), answer)
         return answer
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """See Plugin: fresh, with a pattern of any class."""
+        kept = {"origin": self.origin, "known_as": self.known_as}
+        return type(self), (self.pattern, self.schedule, self.impl), kept
+
+    def __repr__(self) -> str:
+        """The constructor's call."""
+        schedule = "" if self.schedule == Schedule() else f", {self.schedule!r}"
+        return f"{type(self).__name__}({self.pattern!r}{schedule}{'' if self.impl == 'auto' else f', impl={self.impl!r}'})"
+
     def settings(self) -> dict[str, Any]:
         """Pattern, schedule, backend, as a file holds them."""
         return {"pattern": pattern_to_dict(self.pattern), "schedule": plain(asdict(self.schedule)), "impl": self.impl}

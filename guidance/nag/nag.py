@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -111,6 +112,14 @@ class NAG(Plugin):
         self._told = False
 
     # ---- the plugin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """See Plugin: fresh, with encoded texts too."""
+        if self.embeds is None:
+            return super().__reduce_ex__(protocol)
+        rest = {**self.given, "start": self.window.start, "stop": self.window.stop, "heads": self.heads}
+        rest |= {"negative_embeds": self.embeds, "encode": self.encode, "layout": self.layout, "share": self.share}
+        return partial(type(self), **rest), ()
 
     def settings(self) -> dict[str, Any]:
         """See Plugin.settings; raises GenAttnError for encoded texts, which no file of settings holds."""
