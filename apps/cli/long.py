@@ -205,16 +205,15 @@ _SMALLEST = 8  # the statistics look at neighbours and frequencies
 def _picture_statistics(file: Path) -> dict[str, Any]:
     import numpy as np
     import torch
-    from PIL import Image
 
-    from genattn.apps.sampling.inputs import upright_rgb
     from genattn.guidance.headhunter.objectives import STATISTICS
+    from genattn.picture_file import open_picture
 
-    with Image.open(file) as picture:
-        if min(picture.size) < _SMALLEST:
-            size = f"{picture.width} x {picture.height}"
-            raise GenAttnError(f"a picture must be at least {_SMALLEST} x {_SMALLEST} to be measured, got {size}")
-        pixels = np.array(upright_rgb(picture), dtype=np.float32) / 255
+    picture = open_picture(file, "the file")
+    if min(picture.size) < _SMALLEST:
+        size = f"{picture.width} x {picture.height}"
+        raise GenAttnError(f"a picture must be at least {_SMALLEST} x {_SMALLEST} to be measured, got {size}")
+    pixels = np.array(picture, dtype=np.float32) / 255
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     sizes = {"height": images.shape[2], "width": images.shape[3]}
     return {**sizes, **{name: float(statistic(images)[0]) for name, statistic in STATISTICS.items()}}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError, first_line
+from genattn.picture_file import open_picture
 
 
 def lora_of(text: str) -> tuple[str, float]:
@@ -70,22 +71,4 @@ def add_loras(pipe: Any, texts: Sequence[str]) -> None:
 
 def read_picture(path: Path) -> Any:
     """A picture as PIL, upright and in RGB. Raises GenAttnError when it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return upright_rgb(picture)
-    except (OSError, ValueError) as error:
-        raise GenAttnError(f"--image {str(path)!r} cannot be read as a picture: {error}") from None
-
-
-def upright_rgb(picture: Any) -> Any:
-    """A PIL picture as a viewer shows it: turned as its camera was held, grey of 16 bits scaled to 8."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    turned = ImageOps.exif_transpose(picture)
-    if turned.mode.startswith("I"):  # Pillow itself would cut off what lies above 255
-        grey = np.asarray(turned).astype(np.float32) / 257
-        turned = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    return turned.convert("RGB")
+    return open_picture(path, "--image")

@@ -109,7 +109,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         text = _picture_text(path) if path.suffix.lower() in IMAGE_SUFFIXES else _film_text(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise GenAttnError(f"{str(path)!r} cannot be read ({error}); give a video or a picture") from None
     try:
         found = json.loads(text)
@@ -121,7 +121,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _picture_text(path: Path) -> str:
     from PIL import Image
 
-    with Image.open(path) as picture:
+    try:
+        picture = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise ValueError(error) from None
+    with picture:
         return str(picture.info.get("parameters") or picture.getexif().get(_IMAGE_DESCRIPTION, ""))
 
 

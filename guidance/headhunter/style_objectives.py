@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from genattn.errors import GenAttnError
 from genattn.guidance.headhunter.objectives import Objective, as_frames
+from genattn.picture_file import upright_rgb
 
 _DIRECTIONS, _QUANTILES, _PIXELS = 32, 64, 4096
 _KERNELS = (3, 5, 7, 11)
@@ -77,8 +78,8 @@ def read_picture(path: str | Path) -> torch.Tensor:
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
-            pixels = np.asarray(picture if picture.mode in _PLAIN_MODES else picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+            pixels = np.asarray(picture if picture.mode in _PLAIN_MODES else upright_rgb(picture))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise GenAttnError(f"a reference must be a readable picture, got {path} ({error}); check the path") from error
     pixels = np.repeat(pixels[..., None], 3, -1) if pixels.ndim == 2 else pixels[..., :3]
     peak = np.iinfo(pixels.dtype).max if np.issubdtype(pixels.dtype, np.integer) else 1.0

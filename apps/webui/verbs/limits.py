@@ -100,7 +100,7 @@ def read_picture(path: Path, limits: Limits, size: tuple[int, int]) -> Any:
     """
     from PIL import Image, ImageOps
 
-    from genattn.apps.sampling.inputs import upright_rgb
+    from genattn.picture_file import upright_rgb
 
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as picture:

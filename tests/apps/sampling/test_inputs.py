@@ -1,5 +1,7 @@
 """LoRA files and pictures on the way into a run."""
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from genattn.apps.cli.long import _picture_statistics
 from genattn.apps.sampling.inputs import add_loras, lora_of, read_picture
+from genattn.apps.sampling.output_files import read_metadata
 from genattn.apps.sampling.run import DENSE, SamplingSettings, call_arguments, open_pipeline, run_once
 from genattn.errors import GenAttnError
+from genattn.guidance.headhunter import style_objectives
 
 
 @pytest.fixture
@@ -112,3 +117,59 @@ def test_a_pipeline_without_a_start_picture_says_so(random_wan_folder: Path, tmp
     settings = SamplingSettings(str(random_wan_folder), frames=5, height=64, width=64, image=tmp_path / "a.png")
     with pytest.raises(GenAttnError, match="WanPipeline takes no image; leave it out"):
         call_arguments(open_pipeline(settings), settings)
+
+
+def bomb(path: Path) -> Path:
+    """A PNG of a few bytes that claims 3.6 gigapixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    return path
+
+
+def test_a_picture_that_unpacks_without_end_is_refused_in_every_reader(tmp_path: Path) -> None:
+    path = bomb(tmp_path / "a.png")
+    with pytest.raises(GenAttnError, match=r"--image .* must have fewer pixels .*; make it smaller"):
+        read_picture(path)
+    with pytest.raises(GenAttnError, match="cannot be read"):
+        read_metadata(path)
+    with pytest.raises(GenAttnError, match="must have fewer pixels"):
+        _picture_statistics(path)
+    with pytest.raises(GenAttnError, match="must be a readable picture"):
+        style_objectives.read_picture(path)
+
+
+def test_a_large_picture_is_read_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (20, 20), 7).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    assert read_picture(tmp_path / "a.png").getpixel((3, 3)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize("cut", [0, 30, 200])
+def test_a_picture_that_is_cut_off_is_named(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.effect_noise((64, 64), 90).save(path)
+    path.write_bytes(path.read_bytes()[: cut and -cut])
+    for look in (read_picture, _picture_statistics):
+        with pytest.raises(GenAttnError, match=r"a\.jpg' cannot be read as a picture: .*; check the file"):
+            look(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 100.4, 300.0]], np.float32), [0, 100, 255]),
+        (np.array([[0.0, np.nan, 0.0]], np.float32), [0, 0, 0]),
+        (np.array([[0, 257 * 3, 65535]], np.int32), [0, 3, 255]),
+    ],
+)
+def test_grey_of_other_depths_is_scaled(values: np.ndarray, shown: list[int], tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert np.asarray(read_picture(tmp_path / "a.tif"))[0, :, 0].tolist() == shown
+    found = style_objectives.read_picture(tmp_path / "a.tif")
+    assert (found[0, 0] * 255).round().tolist() == shown
