@@ -8,12 +8,15 @@ import csv
 import hashlib
 import io
 import json
+import lzma
 import tarfile
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,8 @@ from genattn.text_file import decoded
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 CAPTION_NAMES = ("text", "caption", "prompt")
 FILE_NAMES = ("file_name", "file", "video")
+# tarfile hands on what its decompressors raise
+_BROKEN_TAR = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 
 Frames = npt.NDArray[np.uint8]
 
@@ -104,6 +109,9 @@ def _from_folder(folder: Path, dataset: Dataset) -> None:
     videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     for path in videos:
         name = path.relative_to(folder).as_posix()
+        if not path.is_file():  # a folder of that name, a pipe that nobody writes to, a link to nothing
+            dataset.skip(name, "it is no file")
+            continue
         text = captions.pop(_plain_name(name), None)
         beside = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".TXT")) if p.is_file()), None)
         if text is None and beside is not None:
@@ -138,13 +146,21 @@ def _metadata_text(path: Path) -> str:
         raise GenAttnError(f"{path} must be UTF-8 text, got another encoding ({error.reason}); save it as UTF-8") from None
 
 
-def _captions(rows: Sequence[Mapping[str, object]], source: Path) -> dict[str, str]:
-    found = {}
+def _captions(rows: Sequence[Mapping[Any, object]], source: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
     for row in rows:
         name = next((row[n] for n in FILE_NAMES if row.get(n)), None)
+        if None in row:
+            raise GenAttnError(
+                f"a row of {source} has more cells than columns; put captions with commas in quotes: {dict(row)}"
+            )
         if name is None:
             raise GenAttnError(f"each row of {source} must name its clip as one of {', '.join(FILE_NAMES)}, got {dict(row)}")
-        found[_plain_name(str(name))] = _text_of(row, str(source))
+        plain, text = _plain_name(str(name)), _text_of(row, str(source))
+        if found.setdefault(plain, text) != text:
+            raise GenAttnError(
+                f"{source} must have one caption a clip, got {found[plain]!r} and {text!r} for {plain}; drop one"
+            )
     return found
 
 
@@ -185,8 +201,8 @@ def _from_tar(tar: Path, dataset: Dataset) -> None:
                 if suffix.lower() in ("txt", "json"):
                     file = archive.extractfile(member)
                     texts[member.name] = file.read() if file is not None else b""
-    except tarfile.TarError as error:
-        raise GenAttnError(f"{tar} cannot be read as a tar ({error}); make it again") from None
+    except _BROKEN_TAR as error:
+        raise GenAttnError(f"{tar} cannot be read as a tar ({first_line(error)}); make it again") from None
     for parts in samples.values():
         video = next((parts[s] for s in VIDEO_SUFFIXES if s in parts), None)
         if video is not None:
@@ -234,7 +250,7 @@ def read_clip(source: ClipSource, frames: int, height: int, width: int) -> Frame
         with av.open(io.BytesIO(source.read_bytes())) as container:
             pixel = pixel_of(container)
             found = [_fitted(frame, height, width, pixel) for frame in _first(container, frames)]
-    except (av.FFmpegError, OSError, IndexError, tarfile.TarError) as error:
+    except (av.FFmpegError, OSError, IndexError, *_BROKEN_TAR) as error:
         raise GenAttnError(f"it cannot be read as a video ({first_line(error)})") from None
     if len(found) < frames:
         raise GenAttnError(f"it has {len(found)} frames and {frames} are needed")

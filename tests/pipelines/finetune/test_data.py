@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -121,3 +122,57 @@ def test_metadata_that_is_refused(tmp_path: Path, text: str, match: str) -> None
     (tmp_path / "metadata.jsonl").write_text(text)
     with pytest.raises(GenAttnError, match=match):
         find_clips(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_compressed_tar_that_is_cut_off_is_refused(kind: str, tmp_path: Path) -> None:
+    clip, text = video(tmp_path / "a.mp4"), tmp_path / "a.txt"
+    text.write_text("a red circle")
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, f"w:{kind}") as archive:  # type: ignore[call-overload]
+        for file in (clip, text):
+            archive.add(file, file.name)
+    assert names(find_clips(whole)) == ["whole.tar/a.mp4"]
+    content = whole.read_bytes()
+    (tmp_path / "data").mkdir()
+    cut = tmp_path / "data" / "cut.tar"
+    for share in (0.0, 0.1, 0.5, 0.9):
+        cut.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(GenAttnError, match=r"cut.tar cannot be read as a tar \(.*\); make it again") as told:
+            find_clips(cut)
+        assert "\n" not in str(told.value)
+    cut.write_bytes(content)
+    source = find_clips(cut).clips[0]
+    cut.write_bytes(content[: len(content) // 2])  # cut off after it was looked through
+    with pytest.raises(GenAttnError, match="cannot be read as a video"):
+        read_clip(source, 5, 32, 32)
+
+
+def test_a_caption_is_never_cut_at_a_comma(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,a red circle, seen from above\n")
+    with pytest.raises(GenAttnError, match=r"more cells than columns; put captions with commas in quotes: .*seen from above"):
+        find_clips(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.mp4,"a red circle, seen from above"\n')
+    assert find_clips(tmp_path).clips[0].caption == "a red circle, seen from above"
+
+
+def test_a_clip_has_one_caption(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    rows = [json.dumps({"file_name": "a.mp4", "text": text}) for text in ("one", "two")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(GenAttnError, match="must have one caption a clip, got 'one' and 'two' for a.mp4"):
+        find_clips(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("\n".join([rows[0]] * 2))
+    assert find_clips(tmp_path).clips[0].caption == "one"
+
+
+def test_what_only_looks_like_a_clip_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("a red circle")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    found = find_clips(tmp_path)
+    assert names(found) == ["a.mp4"]
+    assert found.skipped == [(name, "it is no file") for name in ("folder.mp4", "gone.mp4", "pipe.mp4")]
