@@ -1,9 +1,9 @@
 """The documentation as a site: `python -m genattn.apps.pages.site.build --out build/site`.
 
 Pages in docs/ link to files beside them, as a forge wants it. Here they are copied to one folder together with README,
-CHANGELOG, CONTRIBUTING and the pictures. Links are turned there, links into the source become plain words, and a page per
-room lists the public classes and functions. MkDocs then builds with warnings as errors. Nothing is loaded from elsewhere, at
-build or at view.
+CHANGELOG, CONTRIBUTING and the pictures. Links are turned there, links into the source become plain words, flow charts become
+pictures, and a page per room lists the public classes and functions. MkDocs then builds with warnings as errors. Nothing is
+loaded from elsewhere, at build or at view.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from genattn.apps.pages.site.flowchart import as_pictures
 from genattn.errors import GenAttnError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,7 +72,8 @@ def gather(folder: Path, root: Path = ROOT) -> list[Path]:
     written = []
     for page in [*(root / name for name in ROOT_PAGES), *sorted((root / "docs").glob("*.md"))]:
         place = folder / _on_site(page, root)
-        place.write_text(turned(page.read_text(encoding="utf-8"), page, root), encoding="utf-8")
+        text = turned(page.read_text(encoding="utf-8"), page, root)
+        place.write_text(as_pictures(text, page.stem, folder / "pictures"), encoding="utf-8")
         written.append(place)
     for picture in (root / "assets").rglob("*"):
         if picture.suffix in PICTURES:
