@@ -17,13 +17,13 @@ from genattn.seam.denoiser import INJECTION
 from genattn.seam.explain import Explanation, FirstForward, explain_run, without_bar
 from genattn.seam.injection import Injection
 from genattn.seam.named import named_plugin
-from genattn.seam.plugin import CallRecord, Plugin, Run
+from genattn.seam.plugin import CallRecord, Plugin, Run, is_off
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
 from genattn.seam.settings_file import PREFIX, loaded_for
 from genattn.seam.sites import head_dims, unwrapped
 from genattn.seam.sparse_plugin import SparsePlugin
-from genattn.seam.steps import StepTracker
+from genattn.seam.steps import StepTracker, unwatch_parts, watch_parts
 from genattn.settings import refuse
 
 _COMPONENTS = (
@@ -125,6 +125,7 @@ class Handle:
         self._forwards = self._runs = 0
         self._calls_at_run = 0
         self._told = self._stop_first = self._ended = False
+        self._notes: list[str] = []
         self._device = "cpu"
         self._injections = _injections(target)
         self._models = ", ".join(sorted({type(injection.model).__name__ for injection in self._injections}))
@@ -151,6 +152,8 @@ class Handle:
                 plugin.detach(injection.model)
             raise
         self._active = True
+        if not isinstance(target, nn.Module):
+            watch_parts(target, self._part_given)
         for handle in replaced:
             warnings.warn(
                 f"genattn: {handle._names()} was on this model already and is replaced; one model has one pattern. "
@@ -172,7 +175,7 @@ class Handle:
         )
 
     def _names(self) -> str:
-        return " + ".join(type(getattr(plugin, "pattern", plugin)).__name__ for plugin in self.plugins)
+        return " + ".join(map(_name_of, self.plugins))
 
     # ---- control
 
@@ -202,6 +205,8 @@ class Handle:
             injection.leave(self)
             for plugin in self.plugins:
                 plugin.detach(injection.model)
+        if not isinstance(self.target, nn.Module):
+            unwatch_parts(self.target, self._part_given)
         self._tell_if_blind()
         self.target, self._injections = None, []  # the report stays readable; the model is the user's to drop
 
@@ -257,6 +262,9 @@ class Handle:
         self._calls_at_run, self._ended = self._calls, False
         for plugin in self.plugins:
             plugin.begin_run(run)
+            reason = "" if is_off(plugin, run) else plugin.why_idle(run)
+            if reason:
+                self._note(f"{_name_of(plugin)} acts at no step of a run of {run.num_steps}: {reason}")
 
     def before_forward(self, injection: Injection, run: Run) -> None:
         """A forward of the denoiser starts."""
@@ -291,6 +299,22 @@ class Handle:
         if acts and self._ended and self._calls == self._calls_at_run and not self._told:
             self._told = True
             warnings.warn(f"genattn: {self.report().verdict}", GenAttnWarning, stacklevel=2)
+
+    def _part_given(self, name: str) -> None:
+        """The pipeline was given a part; say so when it is another denoiser, on which nothing is applied."""
+        there = getattr(self.target, name, None)
+        known = [injection.model for injection in self._injections if injection.name == name]
+        if known and isinstance(there, nn.Module) and unwrapped(there) is not known[0]:
+            self._note(
+                f"pipe.{name} is another model now and runs without {self._names()}, which stays on the one before; "
+                "call handle.remove() and apply to the pipeline again"
+            )
+
+    def _note(self, text: str) -> None:
+        """Warn of something once, and keep it for the report."""
+        if text not in self._notes:
+            self._notes.append(text)
+            warnings.warn(f"genattn: {text}", GenAttnWarning, stacklevel=2)
 
     # ---- what the user reads
 
@@ -332,7 +356,12 @@ class Handle:
             flops=sum(s.flops for s in stats),
             flops_dense=sum(s.flops_dense for s in stats),
             device=self._device,
+            notes=list(self._notes),
         )
+
+
+def _name_of(plugin: Plugin) -> str:
+    return type(getattr(plugin, "pattern", plugin)).__name__
 
 
 def _handles_on(models: Iterable[nn.Module]) -> list[Handle]:

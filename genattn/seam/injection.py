@@ -213,6 +213,7 @@ class Injection:
             num_steps=position.num_steps,
             timestep=timestep,
             sigma=position.sigma,
+            sigmas=position.sigmas,
             pass_name=pass_name or self.tracker.guess_pass(self.family.cfg if self.family else None),
             layout=layout,
             options=merged,

@@ -32,6 +32,7 @@ class Run:
 
     step: 0-based index of the sampling step, -1 when unknown. num_steps: steps of the run, None when unknown.
     timestep: the largest entry, in the model's own scale. sigma: noise level where the pipeline or scheduler tells it.
+    sigmas: noise levels of all steps of the run; empty where they are not known before.
     pass_name: "cond", "uncond", "cond_uncond" (one batch) or what the pipeline calls it; None when unknown; an extra pass
     adds its own name: "cond+softpag". extra: that name alone, None in the pipeline's own passes.
     layout: tokens of the self/joint attention, None when the family has no adapter; why_no_layout says why.
@@ -66,6 +67,7 @@ class Run:
     pipe: Any = field(default=None, repr=False, compare=False)
     scoped: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, repr=False, compare=False)
     notes: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+    sigmas: tuple[float, ...] = field(default=(), repr=False, compare=False)
     enter_extra: "Callable[[Run, str], AbstractContextManager[Run]] | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -177,6 +179,10 @@ class Plugin(ABC):  # noqa: B024
 
     def begin_run(self, run: Run) -> None:  # noqa: B027
         """Called before the first forward of every sampling run; forget what belongs to the last one."""
+
+    def why_idle(self, run: Run) -> str:
+        """Why no step of the run that starts with `run` is one to act at; empty where some is, or where nobody can tell yet."""
+        return ""
 
     @property
     def touches_attention(self) -> bool:

@@ -93,6 +93,7 @@ class Report:
     flops: float
     flops_dense: float
     device: str
+    notes: list[str] = field(default_factory=list)  # what was asked for and did not happen
 
     @property
     def calls(self) -> int:
@@ -149,6 +150,7 @@ class Report:
             "flops_dense": self.flops_dense,
             "dense_reasons": self.dense_reasons,
             "device": self.device,
+            "notes": self.notes,
             "plugins": self.plugins,
             "sites": self.sites,
         }
@@ -161,6 +163,7 @@ class Report:
         """The same for a terminal."""
         lines = [self.verdict]
         lines += [f"  {plugin['preset']}" for plugin in self.plugins if plugin.get("preset")]
+        lines += [f"  {note}" for note in self.notes]
         lines += [f"  dense {count:4} x  {reason}" for reason, count in self.dense_reasons.items()]
         width = max((len(_place(row)) for row in self.sites), default=4)
         lines.append(f"{'site':{width}}  kind      tokens  calls  sparse  density  tail   seconds")

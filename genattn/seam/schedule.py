@@ -66,6 +66,23 @@ class Schedule:
         """The reason for which this call must stay dense, or None. tokens: sequence length; blocks: blocks of the model."""
         return self._why_steps(run) or self._why_site(site, tokens, blocks) or self._why_window(run)
 
+    def why_idle(self, run: Run) -> str:
+        """Why every step of the run that starts with `run` stays dense; empty where one may run sparse, or all were meant to.
+
+        The dense steps and the noise window; where the number of steps is not known, nothing is said.
+        """
+        if run.num_steps is None or (self.dense_steps == 1.0 and isinstance(self.dense_steps, float)):
+            return ""
+        reason: str | None = ""
+        anywhere = replace(self, passes=None)
+        for step in range(run.num_steps):
+            sigma = run.sigmas[step] if run.sigmas else None
+            there = replace(run, step=step, sigma=sigma)
+            reason = self._why_steps(there) or (None if sigma is None else anywhere._why_window(there))
+            if not reason:
+                return ""
+        return f"{reason}" if reason else ""
+
     def _why_steps(self, run: Run) -> str | None:
         if not self.dense_steps and not self.dense_last_steps:
             return None

@@ -82,6 +82,12 @@ class SparsePlugin(Plugin):
             self._used.clear()
             self._mask = None
 
+    def why_idle(self, run: Run) -> str:
+        """What the schedule says of all steps; a pattern that is dense says nothing."""
+        if isinstance(self.pattern, DensePattern):
+            return ""
+        return self.schedule.with_options(run.options_of(self)).why_idle(run)
+
     def begin_run(self, run: Run) -> None:
         """Forget what a pattern chose in this pipeline's last run."""
         self._memory.forget(run.pipe)

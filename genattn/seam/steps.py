@@ -11,15 +11,17 @@ scheduler each, and one pipeline has several denoisers.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from genattn.seam.processors import set_class, stock_class, swapped_class
 from genattn.seam.sites import unwrapped
 from genattn.seam.visits import visits
 
@@ -27,13 +29,14 @@ from genattn.seam.visits import visits
 @dataclass(frozen=True)
 class Position:
     """step: 0-based. num_steps: None when nobody tells. sigma: None likewise. is_new_run: first forward of a run. repeats:
-    forwards at this step before this one."""
+    forwards at this step before this one. sigmas: of all steps of the run, empty when nobody tells."""
 
     step: int
     num_steps: int | None
     sigma: float | None
     is_new_run: bool
     repeats: int
+    sigmas: tuple[float, ...] = ()
 
 
 @dataclass
@@ -116,7 +119,9 @@ class StepTracker:
         sigma = told.get("sigma")
         if sigma is None and step < len(progress.visits):
             sigma = progress.visits[step][1]
-        return Position(step, total, None if sigma is None else float(sigma), is_new, progress.repeats)
+        sigmas = tuple(level for _, level in progress.visits if level is not None)
+        sigmas = sigmas if len(sigmas) == total else ()
+        return Position(step, total, None if sigma is None else float(sigma), is_new, progress.repeats, sigmas)
 
     @property
     def _progress(self) -> _Progress:
@@ -164,3 +169,42 @@ def running_pipeline(model: nn.Module) -> tuple[Any, int | None]:
                 return owner, len(latents) if isinstance(latents, torch.Tensor) and latents.ndim > 1 else None
         frame = frame.f_back  # type: ignore[assignment]
     return None, None
+
+
+Told = Callable[[str], None]
+_WATCHERS: "weakref.WeakKeyDictionary[Any, list[weakref.WeakMethod[Told]]]" = weakref.WeakKeyDictionary()
+
+
+def watch_parts(pipe: Any, told: Told) -> None:
+    """Call the method `told` with the name of every part that `pipe` is given, until `unwatch_parts` or while both live.
+
+    Nothing runs in a new denoiser that plugins know of, so the assignment is where it can be told. A pipeline whose class
+    cannot be exchanged in place is left alone.
+    """
+    if stock_class(pipe) is type(pipe):
+        try:
+            set_class(pipe, _watched(type(pipe)))
+        except TypeError:
+            return
+    _WATCHERS.setdefault(pipe, []).append(weakref.WeakMethod(told))
+
+
+def unwatch_parts(pipe: Any, told: Told) -> None:
+    """Undo `watch_parts`; the last one gives the pipeline its class back."""
+    kept = [ref for ref in _WATCHERS.pop(pipe, []) if ref() not in (None, told)]
+    if kept:
+        _WATCHERS[pipe] = kept
+    elif stock_class(pipe) is not type(pipe):
+        set_class(pipe, stock_class(pipe))
+
+
+@functools.cache
+def _watched(stock: type) -> type:
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        stock.__setattr__(self, name, value)
+        for ref in tuple(_WATCHERS.get(self, ())):
+            told = ref()
+            if told is not None:
+                told(name)
+
+    return swapped_class(stock, {"__setattr__": __setattr__})

@@ -195,6 +195,10 @@ class BroadWay(Plugin):
             changes["energy"] = parse_energy(changes["energy"])
         return replace(self.edit, **changes)
 
+    def why_idle(self, run: Run) -> str:
+        """See Plugin.why_idle."""
+        return self.window.why_idle(run)
+
     def begin_run(self, run: Run) -> None:
         """Forget the factors of the last run; what was measured stays in `report`."""
         self._betas.clear()

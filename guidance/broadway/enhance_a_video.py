@@ -22,7 +22,7 @@ from genattn.guidance.broadway.frame_marginal_approx import same_place_rows
 from genattn.guidance.broadway.key_frames import key_frames
 from genattn.guidance.passes.delta import Window
 from genattn.layouts.site import AttentionSite
-from genattn.seam.plugin import AttentionCall, Inner, Plugin
+from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.settings import number
 
 WEIGHTS = {"wan": 4.0, "hunyuanvideo": 4.0, "cogvideox": 3.4}
@@ -104,6 +104,10 @@ class EnhanceAVideo(Plugin):
         """Raise GenAttnError for a weight out of range."""
         if "weight" in options:
             _checked(options["weight"])
+
+    def why_idle(self, run: Run) -> str:
+        """See Plugin.why_idle."""
+        return self.window.why_idle(run)
 
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """The attention, its video rows times the score."""

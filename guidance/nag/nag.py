@@ -174,6 +174,10 @@ class NAG(Plugin):
         """Attention over text."""
         return (site.model, site.name) in self._sites
 
+    def why_idle(self, run: Run) -> str:
+        """See Plugin.why_idle."""
+        return self.window.why_idle(run)
+
     def begin_run(self, run: Run) -> None:
         """Forget the last run's texts and passes."""
         self._texts.clear()

@@ -10,7 +10,7 @@ prediction be given the spread of the clean one (`rescale`, arXiv 2305.08891, se
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,15 @@ class Window:
     def steps(self, num_steps: int) -> list[int]:
         """The steps of a run of `num_steps` that the fractions let through."""
         return [s for s in range(num_steps) if self.start - 1e-9 <= s / num_steps <= self.stop + 1e-9]
+
+    def why_idle(self, run: Run) -> str:
+        """Why no step of the run that starts with `run` lies inside; empty where one does, or where nobody can tell yet."""
+        if run.num_steps is None:
+            return ""
+        found = [replace(run, step=step) for step in self.steps(run.num_steps)]
+        if run.sigmas:
+            found = [at for at in found if self.contains(replace(at, sigma=run.sigmas[at.step]))]
+        return "" if found else f"its window is {self.describe()}; widen it or take more steps"
 
     def describe(self) -> str:
         """One line for reports."""

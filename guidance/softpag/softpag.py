@@ -192,6 +192,10 @@ class SoftPAG(HeadTap):
         if "softpag_scale" in options:
             replace(self.rule, scale=options["softpag_scale"])
 
+    def why_idle(self, run: Run) -> str:
+        """See Plugin.why_idle."""
+        return self.window.why_idle(run)
+
     def begin_run(self, run: Run) -> None:
         """Forget the last run's steps."""
         for model in list(self._states):

@@ -42,6 +42,10 @@ class TAG(Plugin):
         if "tag_eta" in options:
             _checked(options["tag_eta"])
 
+    def why_idle(self, run: Run) -> str:
+        """See Plugin.why_idle."""
+        return self.window.why_idle(run)
+
     def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], inner: Any) -> Any:
         """The pipeline's forward, its predictions amplified."""
         out = inner(*args, **kwargs)

@@ -412,7 +412,7 @@ def test_a_pattern_beside_other_plugins_is_not_replaced() -> None:
 def test_a_backend_that_cannot_serve_is_told_at_the_first_forward() -> None:
     pipe, call = build_pipeline("wan")
     with (
-        apply(pipe, RadialPattern(), impl="triton", dense_steps=0.9),
+        apply(pipe, RadialPattern(), impl="triton", dense_steps=0.5),
         pytest.raises(GenAttnError, match="impl='triton' cannot serve"),
     ):
         pipe(**{**call, "num_inference_steps": 4})
