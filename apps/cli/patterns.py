@@ -248,7 +248,7 @@ def show_command(
     from genattn.apps.sampling.attention_names import pattern_from_name
     from genattn.apps.sampling.output_files import check_out
     from genattn.geometry.token_layout import TokenLayout
-    from genattn.planning.show import draw_pattern, terminal_pattern
+    from genattn.planning.show import check_size, draw_pattern, terminal_pattern
 
     pattern = pattern_from_name(attention, pattern_options, window, stride)
     if pattern is None:
@@ -256,6 +256,7 @@ def show_command(
     if query is not None and out is None and not as_json:
         raise GenAttnError("--query is drawn in a picture, and none was asked for; add --out show.png")
     layout = TokenLayout.from_grid(_grid(grid), text_before, text_after)
+    check_size(layout, block)
     plan = pattern.plan(layout, block, block)
     if out is not None:
         check_out(out, (".png", ".svg", ".pdf"))

@@ -17,9 +17,9 @@ from genattn.apps.sampling.preview import clean_estimate, first_frame
 from genattn.apps.sampling.run import SamplingSettings, call_arguments, makes_video, own_defaults
 from genattn.errors import GenAttnError
 from genattn.planning.ladder import Model as Known
-from genattn.seam.handle import denoisers
 from genattn.seam.named import describe_model
 from genattn.seam.plugin import Plugin
+from genattn.seam.sites import denoisers
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,10 @@ from genattn.patterns.profiled import ProfiledPattern
 from genattn.planning.ladder import Model
 from genattn.profiling.profile import LEAST_PROMPTS, profile
 from genattn.reading import whole
-from genattn.seam.handle import denoisers
 from genattn.seam.named import describe_model
 from genattn.seam.schedule import Schedule
 from genattn.seam.settings_file import save_settings
+from genattn.seam.sites import denoisers
 from genattn.seam.sparse_plugin import SparsePlugin
 
 SETTINGS, PICTURE, JOURNAL, MAP = "settings.json", "front.png", "journal.jsonl", "map.safetensors"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["mask", "plan", "window"]
 KINDS: tuple[Kind, ...] = ("mask", "plan", "window")
 MASK_TOKENS = 2048
+MOST_TILES, MOST_TOKENS = 1 << 14, 1 << 26  # on a side of the picture, which is a byte for each pair; of the sequence
 _COLOURS = ("#ffffff", "#8fb8de", "#1f4e79")
 _MARK = "#d1495b"
 
@@ -47,6 +48,7 @@ def draw_pattern(
     Raises GenAttnError for an unknown kind, a head or a query that does not exist, or without matplotlib.
     """
     _check(kinds, layout, query)
+    check_size(layout, block)
     pattern.check(layout)
     kinds = [k for k in kinds if k != "mask" or layout.seqlen <= MASK_TOKENS] or ["plan"]
     figure = new_figure(sum(2 if k == "window" else 1 for k in kinds))
@@ -77,6 +79,7 @@ def terminal_pattern(
     """
     if width < 1:
         raise GenAttnError(f"width must be >= 1, got {width}")
+    check_size(layout, block)
     pattern.check(layout)
     plan = plan or pattern.plan(layout, block, block)
     codes = plan_codes(plan, _head(plan.num_heads, head))
@@ -108,6 +111,18 @@ def visible_from(pattern: Pattern, layout: TokenLayout, query: Sequence[int], he
     rule = pattern.rule(layout)
     seen = rule(token[None], torch.arange(layout.seqlen))[_head(rule.num_heads, head)]
     return seen[layout.grid_positions].numpy().reshape(layout.grid3)
+
+
+def check_size(layout: TokenLayout, block: int) -> None:
+    """Raise GenAttnError, before anything is built, for a sequence that no picture can hold in tiles of `block` tokens."""
+    tokens, least = layout.seqlen, -(-layout.seqlen // MOST_TILES)
+    if tokens > MOST_TOKENS:
+        raise GenAttnError(f"a picture must be of at most {MOST_TOKENS:,} tokens, got {tokens:,}; draw a smaller grid")
+    if block >= 1 and tokens > MOST_TILES * block:
+        raise GenAttnError(
+            f"a picture must have at most {MOST_TILES:,} tiles a side, got {tokens:,} tokens in tiles of {block}; "
+            f"take tiles of at least {least} tokens, or draw a smaller grid"
+        )
 
 
 def _check(kinds: Sequence[str], layout: TokenLayout, query: Sequence[int] | None) -> None:

@@ -29,6 +29,8 @@ from genattn.seam.schedule import Schedule
 from genattn.seam.sparse_plugin import SparsePlugin
 from genattn.selection.budget import Budget, spread_shares
 
+_DOUBLINGS = 200  # of the price of density: beyond any ratio of two errors that a float holds apart
+
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -45,12 +47,15 @@ class Measurement:
     def choose(self, target_density: float | None = None, max_error: float | None = None) -> Pattern:
         """One candidate per head: least error for a mean density of at most `target_density`, or sparsest below `max_error`.
 
-        max_error: relative error of a head's output, e.g. 0.1. Raises GenAttnError unless exactly one is given, in range.
+        max_error: relative error of a head's output, e.g. 0.1. Raises GenAttnError unless exactly one is given, in range, and
+        for measurements that are not finite.
         """
+        if not bool(torch.isfinite(self.errors).all() & torch.isfinite(self.densities).all()):
+            raise GenAttnError("errors and densities must be finite, got NaN or Inf; measure again on a run without them")
         if (target_density is None) == (max_error is None):
             raise GenAttnError(f"give target_density or max_error, got {target_density} and {max_error}")
         if max_error is not None:
-            if max_error < 0:
+            if not max_error >= 0:
                 raise GenAttnError(f"max_error must be >= 0, got {max_error}")
             cost = torch.where(self.errors.sqrt() <= max_error, self.densities, math.inf)
             return self._pattern(cost.argmin(-1))
@@ -61,8 +66,12 @@ class Measurement:
                 f"target_density must be between {least:.3f} (the sparsest candidate) and 1, got {target_density}"
             )
         low, high = 0.0, 1.0
-        while self._density(high) > target_density:
+        for _ in range(_DOUBLINGS):
+            if self._density(high) <= target_density:
+                break
             high *= 2
+        else:  # the sparsest candidate everywhere, which the smallest target allows
+            return self._pattern(self.densities.argmin().expand(self.errors.shape[:-1]))
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if self._density(middle) > target_density else (low, middle)
@@ -70,10 +79,10 @@ class Measurement:
 
     def _at(self, price: float) -> torch.Tensor:
         """Candidate per head when density costs `price`; between equals the sparser one."""
-        return (self.errors + price * self.densities + 1e-12 * self.densities).argmin(-1)
+        return (self.errors.double() + (price + 1e-12) * self.densities.double()).argmin(-1)
 
     def _density(self, price: float) -> float:
-        return float(self.densities[self._at(price)].mean())
+        return float(self.densities.double()[self._at(price)].mean())
 
     def _pattern(self, choice: torch.Tensor) -> Pattern:
         layers = [self._layer(row.tolist()) for row in choice]

@@ -2,8 +2,8 @@
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -21,23 +21,13 @@ from genattn.seam.plugin import CallRecord, Plugin, Run, is_off
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
 from genattn.seam.settings_file import PREFIX, loaded_for
-from genattn.seam.sites import head_dims, unwrapped
+from genattn.seam.sites import denoisers, head_dims, unwrapped
 from genattn.seam.sparse_plugin import SparsePlugin
 from genattn.seam.steps import StepTracker, unwatch_parts, watch_parts
 from genattn.settings import refuse
 
-_COMPONENTS = (
-    "transformer",
-    "transformer_2",
-    "transformer_3",
-    "transformer_ref",
-    "unet",
-    "unet_2",
-    "denoiser",
-    "prior",
-    "diffusion_decoder",
-)
 _COMMON = frozenset({"enabled", "num_steps"})
+_SCOPED: ContextVar[Mapping[int, Mapping[str, Any]]] = ContextVar("genattn_options", default={})  # noqa: B039
 
 
 def apply(
@@ -92,35 +82,13 @@ def remove(target: Any) -> int:
     return len(found)
 
 
-def denoisers(target: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by component name; a bare model under "". Compiled ones unwrapped."""
-    if isinstance(target, nn.Module):
-        return {"": unwrapped(target)}
-    if isinstance(target, type):
-        made = f"{target.__name__}.from_pretrained(...)"
-        raise GenAttnError(f"target must be a pipeline or a model, got the class {target.__name__}; make one first: {made}")
-    components = dict(getattr(target, "components", None) or {})
-    found = {name: unwrapped(components[name]) for name in _COMPONENTS if isinstance(components.get(name), nn.Module)}
-    if not found:
-        raise GenAttnError(
-            f"target must be a pipeline with one of {', '.join(_COMPONENTS)}, or a model, got {type(target).__name__} "
-            f"with components {sorted(components) or 'none'}"
-        )
-    try:
-        weakref.ref(target)
-    except TypeError:
-        told = f"target must be a pipeline or a model that can be referred to weakly, got {type(target).__name__}"
-        raise GenAttnError(f"{told}; give its model, or add __weakref__ to the class") from None
-    return found
-
-
 class Handle:
     """Plugins on a pipeline. `with apply(...) as handle:` removes them at the end."""
 
     def __init__(self, target: Any, plugins: list[Plugin]) -> None:
         self.target: Any = target
         self.plugins = plugins
-        self._options: list[dict[str, Any]] = [{}]
+        self._options: dict[str, Any] = {}
         self._stats: dict[tuple[str, str], SiteStats] = {}
         self._forwards = self._runs = 0
         self._calls_at_run = 0
@@ -219,24 +187,33 @@ class Handle:
 
     @contextlib.contextmanager
     def options(self, **options: Any) -> Iterator["Handle"]:
-        """Options for the calls inside, for pipelines without attention kwargs: `with handle.options(dense_steps=0.5): ...`."""
+        """Options for the calls inside, for pipelines without attention kwargs: `with handle.options(dense_steps=0.5): ...`.
+
+        They hold for this thread or task alone, as a context variable does; a thread that is started inside begins without.
+        """
         self.check_options(options)
-        self._options.append({**self._options[-1], **options})
+        before = _SCOPED.get().get(id(self))
+        _SCOPED.set({**_SCOPED.get(), id(self): {**(before or {}), **options}})
         try:
             yield self
         finally:
-            self._options.pop()
+            others = {key: held for key, held in _SCOPED.get().items() if key != id(self)}
+            _SCOPED.set(others if before is None else {**others, id(self): before})
 
     def set(self, **options: Any) -> "Handle":
-        """Options for all further calls."""
+        """Options for all further calls of all threads; inside of `options`, for those to its end."""
         self.check_options(options)
-        self._options[-1] = {**self._options[-1], **options}
+        scoped = _SCOPED.get().get(id(self))
+        if scoped is None:
+            self._options = {**self._options, **options}
+        else:
+            _SCOPED.set({**_SCOPED.get(), id(self): {**scoped, **options}})
         return self
 
     @property
     def current_options(self) -> Mapping[str, Any]:
-        """The options of `set` and `options` that hold now."""
-        return self._options[-1]
+        """The options of `set` and `options` that hold now, in this thread."""
+        return {**self._options, **_SCOPED.get().get(id(self), {})}
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise GenAttnError for an option that no plugin on the same model knows, or whose value is out of range."""

@@ -6,16 +6,30 @@ numbered through over all lists in execution order, whatever else lies between.
 
 import functools
 import re
+import weakref
+from typing import Any
 
 import torch
 from torch import nn
 
+from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import SegmentKind, TokenLayout
 from genattn.layouts.family import Family
 from genattn.layouts.site import AttentionSite, SiteKind
 from genattn.seam.cores import StockCore
 from genattn.seam.plugin import AttentionCall, Run
 
+_COMPONENTS = (
+    "transformer",
+    "transformer_2",
+    "transformer_3",
+    "transformer_ref",
+    "unet",
+    "unet_2",
+    "denoiser",
+    "prior",
+    "diffusion_decoder",
+)
 _UNREACHABLE = {
     "AttnProcessor": "multiplies by torch.baddbmm; use AttnProcessor2_0 (drop set_default_attn_processor)",
     "AttnAddedKVProcessor": "multiplies by torch.baddbmm; use AttnAddedKVProcessor2_0",
@@ -66,6 +80,28 @@ def find_sites(model: nn.Module, component: str, family: Family | None) -> list[
         site = AttentionSite(name, stack, int(layer), depth, kind, heads, component, unreachable_reason(module.processor))
         sites.append((module, site))
     return sorted(sites, key=lambda pair: pair[1].depth)
+
+
+def denoisers(target: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by component name; a bare model under "". Compiled ones unwrapped."""
+    if isinstance(target, nn.Module):
+        return {"": unwrapped(target)}
+    if isinstance(target, type):
+        made = f"{target.__name__}.from_pretrained(...)"
+        raise GenAttnError(f"target must be a pipeline or a model, got the class {target.__name__}; make one first: {made}")
+    components = dict(getattr(target, "components", None) or {})
+    found = {name: unwrapped(components[name]) for name in _COMPONENTS if isinstance(components.get(name), nn.Module)}
+    if not found:
+        raise GenAttnError(
+            f"target must be a pipeline with one of {', '.join(_COMPONENTS)}, or a model, got {type(target).__name__} "
+            f"with components {sorted(components) or 'none'}"
+        )
+    try:
+        weakref.ref(target)
+    except TypeError:
+        told = f"target must be a pipeline or a model that can be referred to weakly, got {type(target).__name__}"
+        raise GenAttnError(f"{told}; give its model, or add __weakref__ to the class") from None
+    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

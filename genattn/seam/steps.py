@@ -181,9 +181,10 @@ def watch_parts(pipe: Any, told: Told) -> None:
     Nothing runs in a new denoiser that plugins know of, so the assignment is where it can be told. A pipeline whose class
     cannot be exchanged in place is left alone.
     """
-    if stock_class(pipe) is type(pipe):
+    stock: Any = type(pipe)
+    if stock_class(pipe) is stock:
         try:
-            set_class(pipe, _watched(type(pipe)))
+            set_class(pipe, _watched(stock))
         except TypeError:
             return
     _WATCHERS.setdefault(pipe, []).append(weakref.WeakMethod(told))
@@ -199,7 +200,7 @@ def unwatch_parts(pipe: Any, told: Told) -> None:
 
 
 @functools.cache
-def _watched(stock: type) -> type:
+def _watched(stock: Any) -> type:
     def __setattr__(self: Any, name: str, value: Any) -> None:
         stock.__setattr__(self, name, value)
         for ref in tuple(_WATCHERS.get(self, ())):

@@ -28,8 +28,9 @@ from genattn.guidance.passes.delta import DeltaRule, Window
 from genattn.guidance.softpag.perturbation import check_target
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.guidance.softpag.tap import primary_sites
-from genattn.seam.handle import apply, denoisers
+from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin
+from genattn.seam.sites import denoisers
 
 
 class HeadHunter:

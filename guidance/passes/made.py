@@ -15,19 +15,25 @@ Place = tuple[int, torch.Tensor]
 """An axis, and the int64 positions on it that are made."""
 
 
-def made_part(run: Run, prediction: torch.Tensor, kwargs: Mapping[str, Any]) -> Place | None:
+def made_part(run: Run, prediction: torch.Tensor, kwargs: Mapping[str, Any], number: int = 0) -> Place | None:
     """The part of `prediction` that the pipeline steps with; None where that is all of it, or where nothing tells.
 
     Args:
         run: the forward's state.
         prediction: [B, tokens, C] or [B, C, F, H, W].
         kwargs: the forward's arguments by name; a noise level of 0 per token tells of given frames (LTX).
+        number: which of the forward's predictions it is. The second is sound, of which the layout tells no more than where it
+            stands: reference sound has a noise level of its own (MiniMax-H3).
     """
     if prediction.ndim == 5 and getattr(getattr(run.model, "config", None), "image_condition_type", None) == "token_replace":
         return (2, torch.arange(1, prediction.shape[2])) if prediction.shape[2] > 1 else None
     if prediction.ndim != 3:
         return None
-    made = _no_reference(run, prediction.shape[1]) & _noisy(kwargs.get("timestep"), prediction.shape[1])
+    tokens = prediction.shape[1]
+    if number:
+        made = _noisy(kwargs.get("audio_timestep"), tokens) & _of_last_level(kwargs, tokens)
+    else:
+        made = _no_reference(run, tokens) & _noisy(kwargs.get("timestep"), tokens)
     places = made.nonzero().flatten()
     return None if len(places) in (0, len(made)) else (1, places)
 
@@ -54,3 +60,12 @@ def _noisy(timestep: Any, tokens: int) -> torch.Tensor:
     if not isinstance(timestep, torch.Tensor) or timestep.ndim != 2 or timestep.shape[1] != tokens:
         return torch.ones(tokens, dtype=torch.bool)
     return (timestep != 0).any(0).cpu()
+
+
+def _of_last_level(kwargs: Mapping[str, Any], tokens: int) -> torch.Tensor:
+    """Bool [tokens]: the rows of sound whose noise level is that of the last one; what was given stands before."""
+    rows, levels = kwargs.get("audio_indices"), kwargs.get("timestep_indices")
+    if not isinstance(rows, torch.Tensor) or not isinstance(levels, torch.Tensor) or rows.numel() != tokens:
+        return torch.ones(tokens, dtype=torch.bool)
+    own = levels[rows]
+    return (own == own[-1]).cpu()

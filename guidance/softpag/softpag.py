@@ -325,7 +325,7 @@ class SoftPAG(HeadTap):
     ) -> None:
         state = step.state
         before = state.momentum or [None] * len(clean)
-        places = [made_part(step.run, c, kwargs) if step.rule.measures else None for c in clean]
+        places = [made_part(step.run, c, kwargs, n) if step.rule.measures else None for n, c in enumerate(clean)]
         several = zip(clean, perturbed, before, places, strict=True)
         pairs = [step.rule.delta(c, p, step.weight, m, place) for c, p, m, place in several]
         state.deltas, state.momentum = [delta for delta, _ in pairs], [kept for _, kept in pairs]

@@ -60,8 +60,8 @@ class TAG(Plugin):
                 f"{sum(base is not None for base in bases)} inputs that could be theirs"
             )
         self.count += 1
-        pairs = zip(found, bases, strict=True)
-        return with_leaves(out, [amplified(p, x, eta, made_part(run, p, kwargs)) for p, x in pairs])
+        pairs = enumerate(zip(found, bases, strict=True))
+        return with_leaves(out, [amplified(p, x, eta, made_part(run, p, kwargs, number)) for number, (p, x) in pairs])
 
     def settings(self) -> dict[str, Any]:
         """See Plugin.settings."""

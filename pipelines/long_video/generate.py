@@ -23,7 +23,7 @@ from genattn.pipelines.long_video.identity import plugins_on
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
 from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_checkpoint, read_record
 from genattn.pipelines.long_video.output.film_path import film_path, place_of
-from genattn.pipelines.long_video.output.folder_lock import FolderLock
+from genattn.pipelines.long_video.output.folder_lock import FilmLock, FolderLock, RunLocks
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
 from genattn.pipelines.long_video.quality.drift import DriftCorrection, DriftMonitor
 from genattn.pipelines.long_video.queue.fifo import Fifo, sample_clip, start_queue
@@ -162,7 +162,9 @@ def start_video(
     folder = None if folder is None else Path(folder)
     group = group or WindowGroup.from_torch()
     path = film_path(output, folder) if group.is_main else None
-    with group.preparing(base.device), _held(folder, group) as lock:
+    with group.preparing(base.device), _held(folder, group) as locks:
+        if path is not None:
+            locks.add(FilmLock(path))
         # one process looks: by the time the others come here it may have written its first checkpoint
         if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
             raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
@@ -177,18 +179,19 @@ def start_video(
         writer = None
         if path is not None:
             writer = FragmentedMp4Writer(path, settings.fps, metadata=build.told(), sync=folder is not None)
-        return LongVideo(build.parts(fifo, writer, folder, progress, lock))
+        return LongVideo(build.parts(fifo, writer, folder, progress, locks))
 
 
 @contextmanager
-def _held(folder: Path | None, group: WindowGroup) -> Iterator[FolderLock | None]:
-    """The folder's lock, of the process that writes; let go again if a run cannot begin."""
-    lock = None if folder is None or not group.is_main else FolderLock(folder)
+def _held(folder: Path | None, group: WindowGroup) -> Iterator[RunLocks]:
+    """The folder's lock, of the process that writes, and room for more; let go again if a run cannot begin."""
+    locks = RunLocks()
+    if folder is not None and group.is_main:
+        locks.add(FolderLock(folder))
     try:
-        yield lock
+        yield locks
     except BaseException:
-        if lock is not None:
-            lock.release()
+        locks.release()
         raise
 
 
@@ -225,7 +228,7 @@ def resume_video(
     read_record(folder)  # a folder that is no run gets no lock file
     base = frame_denoiser(pipe)
     group = group or WindowGroup.from_torch()
-    with group.preparing(base.device), _held(folder, group) as lock:
+    with group.preparing(base.device), _held(folder, group) as locks:
         # read again under the lock: a run that ended just now may have written another
         record, stored = read_checkpoint(folder)
         with whole(f"the checkpoint in {folder}"):
@@ -247,8 +250,10 @@ def resume_video(
             with whole(f"the checkpoint in {folder}"):
                 film, path = record["film"], place_of(record["film"], folder)
                 mark = WriterMark(int(film["frames"]), int(film["bytes"]))
+            if path.parent.is_dir():
+                locks.add(FilmLock(path))
             writer = FragmentedMp4Writer(path, settings.fps, mark=mark, metadata=build.told(), sync=True)
-        parts = build.parts(fifo, writer, folder, progress, lock)
+        parts = build.parts(fifo, writer, folder, progress, locks)
         parts.frames, parts.monitor = frames, drift
         parts.pending = pending
         return LongVideo(parts)
@@ -377,7 +382,7 @@ class _Build:
         return {"pipeline": type(self.base.pipe).__name__, **given, "genattn": genattn.__version__}
 
     def parts(
-        self, fifo: Fifo, writer: FragmentedMp4Writer | None, folder: Path | None, progress: bool, lock: FolderLock | None
+        self, fifo: Fifo, writer: FragmentedMp4Writer | None, folder: Path | None, progress: bool, locks: RunLocks
     ) -> RunParts:
         """The run's parts, at frame 0."""
         monitor = DriftMonitor()
@@ -392,7 +397,7 @@ class _Build:
             self.identity(fifo),
             progress=progress,
             applied=self.ouroboros.applied,
-            lock=lock,
+            locks=locks,
         )
 
 

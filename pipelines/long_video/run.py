@@ -21,7 +21,7 @@ from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser
 from genattn.pipelines.long_video.forecast import duration
 from genattn.pipelines.long_video.output.checkpoint import save_checkpoint
 from genattn.pipelines.long_video.output.film_path import told_place
-from genattn.pipelines.long_video.output.folder_lock import FolderLock
+from genattn.pipelines.long_video.output.folder_lock import RunLocks
 from genattn.pipelines.long_video.output.stream_decode import StreamDecoder
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
 from genattn.pipelines.long_video.quality.drift import DriftMonitor, describe_drift
@@ -60,7 +60,7 @@ class RunParts:
     """Everything that a run is made of; put together by `long_video`.
 
     pending: latents [1, C, K, h, w] that left the queue and were not asked for yet (a tick may give more than the film's last).
-    lock: on the folder, let go when the run ends.
+    locks: on the folder and the film, let go when the run ends.
     """
 
     base: FrameDenoiser
@@ -75,7 +75,7 @@ class RunParts:
     pending: torch.Tensor | None = None
     progress: bool = True
     applied: Callable[[], AbstractContextManager[Any]] = nullcontext
-    lock: FolderLock | None = None
+    locks: RunLocks = field(default_factory=RunLocks)
 
 
 class LongVideo:
@@ -148,8 +148,7 @@ class LongVideo:
                 raise
             finally:
                 self.seconds = time.monotonic() - start
-                if self.parts.lock is not None:
-                    self.parts.lock.release()
+                self.parts.locks.release()
                 self.parts.base.pipe.maybe_free_model_hooks()
 
     def _bar(self) -> Any:

@@ -101,7 +101,7 @@ def _hunt(
 ) -> dict[str, Any]:
     from genattn.apps.webui.verbs.sampling import open_for
     from genattn.guidance.headhunter.atlas import HeadAtlas
-    from genattn.seam.handle import denoisers
+    from genattn.seam.sites import denoisers
 
     pipe, call = open_for(job, session, model, form)
     layers = session.layers(model)

@@ -155,7 +155,7 @@ def _start(
     from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
     from genattn.pipelines.long_video.generate import start_video
     from genattn.pipelines.long_video.queue.window_group import WindowGroup
-    from genattn.seam.handle import denoisers
+    from genattn.seam.sites import denoisers
 
     job.tell("opening the model")
     pipe = session.open(model)

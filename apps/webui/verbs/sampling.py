@@ -93,7 +93,7 @@ def sample(
     """
     from genattn.apps.sampling.pipeline_calls import taken_arguments
     from genattn.apps.sampling.run import DENSE, run_once
-    from genattn.seam.handle import denoisers
+    from genattn.seam.sites import denoisers
 
     steps = call["num_inference_steps"]
     job.tell(stage, 0, steps)

@@ -9,10 +9,10 @@ import torch
 from genattn import Pattern
 from genattn.errors import GenAttnError
 from genattn.planning.show import plan_codes
-from genattn.seam.handle import denoisers
 from genattn.seam.named import named_plugin
 from genattn.seam.plugin import AttentionCall, Inner
 from genattn.seam.schedule import Schedule
+from genattn.seam.sites import denoisers
 from genattn.seam.sparse_plugin import SparsePlugin
 
 

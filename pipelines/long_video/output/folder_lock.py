@@ -1,5 +1,6 @@
-"""One run per folder: an advisory lock of the operating system, which ends with the process however that ends."""
+"""One run per folder and per film: advisory locks of the operating system, which end with the process however that ends."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,15 +21,55 @@ class FolderLock:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
         make_folder(folder)
-        # a film may be begun in one thread and taken in another
-        self._lock = FileLock(folder / _NAME, thread_local=False)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise GenAttnError(
-                f"{folder} is in use: another run writes there at this moment; wait for it to end, or give another folder"
-            ) from None
+        self._lock = _taken(folder / _NAME, f"{folder} is in use: another run", "folder")
 
     def release(self) -> None:
         """Let others have the folder; a second call does nothing."""
         self._lock.release()
+
+
+class FilmLock:
+    """The same for a film's file, whose folder exists: .NAME.lock beside it, which goes with its release.
+
+    Nothing is held where no file can be made beside the film.
+    """
+
+    def __init__(self, film: str | os.PathLike[str]) -> None:
+        film = Path(film)
+        self._path = film.resolve().with_name(f".{film.resolve().name}.lock")
+        self._lock: FileLock | None = None
+        with contextlib.suppress(OSError):
+            self._lock = _taken(self._path, f"{film} is being written: another film", "output")
+
+    def release(self) -> None:
+        """Let others have the file; a second call does nothing."""
+        if self._lock is not None and self._lock.is_locked:
+            with contextlib.suppress(OSError):  # an open file cannot be deleted everywhere
+                self._path.unlink()
+            self._lock.release()
+
+
+class RunLocks:
+    """What a run holds, let go together."""
+
+    def __init__(self) -> None:
+        self._held: list[FolderLock | FilmLock] = []
+
+    def add(self, lock: FolderLock | FilmLock) -> None:
+        """One more."""
+        self._held.append(lock)
+
+    def release(self) -> None:
+        """Let others have all of it; a second call does nothing."""
+        for lock in self._held:
+            lock.release()
+
+
+def _taken(path: Path, busy: str, what: str) -> FileLock:
+    # a film may be begun in one thread and taken in another
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise GenAttnError(f"{busy} writes there at this moment; wait for it to end, or give another {what}") from None
+    return lock

@@ -9,6 +9,7 @@ from genattn.apps.sampling.run import SamplingSettings
 from genattn.errors import GenAttnError
 
 
+@pytest.mark.filterwarnings("ignore:genattn. .* acts at no step")
 def test_rows(random_wan_folder: Path) -> None:
     settings = SamplingSettings(model=str(random_wan_folder), frames=17, height=128, width=128, steps=2, guidance_scale=1.0)
     seen: list[tuple[int, int]] = []

@@ -18,7 +18,7 @@ from gradio_session import LIMITS, random_session, served
 
 from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError
-from genattn.seam.handle import denoisers
+from genattn.seam.sites import denoisers
 
 pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'genattn[gradio]'")
 # Gradio, Starlette and pandas warn of one another, and of event loops of their own threads

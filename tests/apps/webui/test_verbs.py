@@ -23,7 +23,7 @@ from genattn.apps.webui.verbs.session import Session
 from genattn.apps.webui.verbs.video import video
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
-from genattn.seam.handle import denoisers
+from genattn.seam.sites import denoisers
 
 
 @pytest.fixture(scope="module")

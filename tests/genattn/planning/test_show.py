@@ -15,7 +15,7 @@ from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
-from genattn.planning.show import draw_pattern, plan_codes, terminal_pattern, visible_from
+from genattn.planning.show import check_size, draw_pattern, plan_codes, terminal_pattern, visible_from
 
 LAYOUT = TokenLayout.from_grid((6, 5, 7), text_after=4)
 
@@ -100,3 +100,26 @@ def test_bad_heads_widths_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matplotlib_is_not_imported_before_it_is_used() -> None:
     code = "import genattn.planning.show, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "message"),
+    [
+        ((2000, 200, 200), 128, r"at most 67,108,864 tokens, got 80,000,000; draw a smaller grid"),
+        (
+            (100, 200, 200),
+            128,
+            r"at most 16,384 tiles a side, got 4,000,000 tokens in tiles of 128; take .* at least 245",
+        ),
+    ],
+)
+def test_a_grid_that_no_picture_can_hold_is_refused_before_anything_is_built(
+    grid: tuple[int, ...], block: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RadialPattern, "build_plan", lambda *_: pytest.fail("a plan was built"))
+    layout = TokenLayout.from_grid(grid)
+    for draw in (draw_pattern, terminal_pattern):
+        with pytest.raises(GenAttnError, match=message):
+            draw(RadialPattern(), layout, block=block)
+    check_size(TokenLayout.from_grid((100, 200, 200)), 245)
+    check_size(TokenLayout.from_grid((64, 128, 256)), 128)  # as large as it may be

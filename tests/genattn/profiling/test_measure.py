@@ -92,6 +92,31 @@ def _cost(found: Measurement, pattern: Pattern, layers: int, worst: bool = False
     return (max(errors) if worst else sum(errors)), sum(densities) / len(densities)
 
 
+@pytest.mark.parametrize("least", [0.1, 0.3, 1 / 3, 0.7])
+def test_the_sparsest_density_there_is_can_be_asked_for(least: float) -> None:
+    """Though a mean of many equal floats is not always that float, and an error be as large as floats go."""
+    candidates = (DensePattern(), CANDIDATES[0])
+    densities = torch.tensor([1.0, least])
+    for worst in (0.5, 1e300):
+        errors = torch.zeros(7, 23, 2, dtype=torch.float64)
+        errors[..., 1] = worst
+        chosen = Measurement(candidates, errors, densities, 1).choose(target_density=float(densities.min()))
+        assert chosen.patterns == (CANDIDATES[0],)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_measurements_that_are_not_finite_choose_nothing(broken: float) -> None:
+    errors, densities = torch.zeros(1, 2, 2, dtype=torch.float64), torch.tensor([1.0, 0.2])
+    errors[0, 1, 1] = broken
+    for one in (Measurement((DensePattern(), CANDIDATES[0]), errors, densities, 1),):
+        for how in ({"target_density": 0.2}, {"max_error": 0.1}):
+            with pytest.raises(GenAttnError, match="errors and densities must be finite"):
+                one.choose(**how)
+    finite = Measurement((DensePattern(), CANDIDATES[0]), torch.zeros(1, 2, 2), densities, 1)
+    with pytest.raises(GenAttnError, match="max_error must be >= 0, got nan"):
+        finite.choose(max_error=float("nan"))
+
+
 def test_chosen_settings_run_and_beat_the_wrong_way_round(pipe: Any, found: Measurement) -> None:
     """The video is nearer to dense under the chosen heads than under the heads chosen for the largest error."""
     turned = Measurement(found.candidates, found.errors.max() - found.errors, found.densities, found.calls)

@@ -1,6 +1,7 @@
 """Control: options, report, removal in any order, and nothing left behind by exceptions, copies and threads."""
 
 import contextlib
+import contextvars
 import copy
 import json
 import threading
@@ -507,3 +508,47 @@ def test_a_cache_context_that_takes_a_name_alone_is_told_no_more(monkeypatch: py
         assert names == ["cond", "cond+again", "cond"]
     with pytest.raises(TypeError, match="step_index"), model.cache_context("cond", step_index=0):
         pass
+
+
+def test_options_hold_in_their_own_thread_alone() -> None:
+    """Two threads with a block of options each, and a third without, on one handle; `set` holds for all."""
+    handle = apply(build_model("wan"), RadialPattern(), dense_steps=0)
+    inside, others = threading.Barrier(3, timeout=20), {}
+
+    def work(name: str, options: dict[str, Any]) -> None:
+        with handle.options(**options) if options else contextlib.nullcontext():
+            inside.wait()
+            others[name] = dict(handle.current_options)
+            inside.wait()
+        inside.wait()
+        others[f"{name} after"] = dict(handle.current_options)
+
+    handle.set(dense_layers=0)
+    given: dict[str, dict[str, Any]] = {"one": {"dense_steps": 1}, "two": {"dense_steps": 2, "dense_layers": 3}, "none": {}}
+    threads = [threading.Thread(target=work, args=pair) for pair in given.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, options in given.items():
+        assert others[name] == {"dense_layers": 0, **options}
+        assert others[f"{name} after"] == {"dense_layers": 0}
+    with handle.options(dense_steps=3):
+        with handle.options(dense_layers=2):
+            handle.set(dense_steps=4)
+            assert handle.current_options == {"dense_steps": 4, "dense_layers": 2}
+        assert handle.current_options == {"dense_steps": 3, "dense_layers": 0}
+        copied = contextvars.copy_context()  # as asyncio hands it on
+    assert copied.run(lambda: handle.current_options["dense_steps"]) == 3
+    assert handle.current_options == {"dense_layers": 0}
+    handle.remove()
+
+
+def test_options_of_one_handle_are_not_those_of_another() -> None:
+    one, two = apply(build_model("wan"), RadialPattern()), apply(build_model("wan"), RadialPattern())
+    with one.options(dense_steps=3), two.options(dense_steps=4), one.options(dense_layers=1):
+        assert one.current_options == {"dense_steps": 3, "dense_layers": 1}
+        assert two.current_options == {"dense_steps": 4}
+    assert one.current_options == two.current_options == {}
+    one.remove()
+    two.remove()

@@ -1,5 +1,6 @@
 """MiniMax-H3 whole, as it comes: a Modular pipeline of its own blocks, from the prompt to video and sound."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from genattn import DensePattern, NeighborhoodPattern, RadialPattern
 from genattn.errors import GenAttnError
 from genattn.guidance.nag import NAG
 from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.guidance.tag import TAG
+from genattn.guidance.tag.tangential import amplify_reference
 
 pytest.importorskip("diffusers.modular_pipelines.minimax_h3", reason="this diffusers has no MiniMax-H3")
 pytest.importorskip("transformers.models.qwen3_vl", reason="this transformers has no Qwen3-VL")
@@ -138,3 +141,35 @@ def test_nag_refuses_two_negatives_for_its_one_prompt(h3: Any) -> None:
     pipe, call = h3
     with genattn.apply(pipe, NAG(["a dog", "a cow"])), pytest.raises(GenAttnError, match="one text or one per prompt"):
         sampled(pipe, call)
+
+
+def test_tag_measures_what_is_made_and_not_the_references(h3: Any) -> None:
+    """Video and sound each: what both schedulers step with is amplified, keyframes and reference sound are not looked at."""
+    from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3AudioReference
+
+    pipe, call = h3
+    tone = torch.sin(torch.arange(640) * 0.5).expand(2, -1)
+    call = {**call, "references": [_reference(), MiniMaxH3AudioReference(audio=tone)]}
+    schedulers = pipe.scheduler, pipe.audio_scheduler
+    stock = [scheduler.step for scheduler in schedulers]
+    sizes: list[int] = []
+
+    def step(prediction: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, of: Any, **kwargs: Any) -> Any:
+        sizes.append(len(prediction))
+        return of(amplify_reference(prediction[None], sample[None], 1.5)[0].to(sample.dtype), timestep, sample, *args, **kwargs)
+
+    for scheduler, own in zip(schedulers, stock):
+        scheduler.step = functools.partial(step, of=own)
+    expected = sampled(pipe, call)
+    for scheduler in schedulers:
+        del scheduler.step
+    seen: list[tuple[int, ...]] = []
+    hook = pipe.transformer_ref.register_forward_hook(lambda _, __, out: seen.append(tuple(len(p[0]) for p in out[:2])))
+    with genattn.apply(pipe, TAG(1.5)):
+        found = sampled(pipe, call)
+    hook.remove()
+    assert sizes[0] < seen[0][0]  # there are references among the answers of both kinds
+    assert sizes[1] < seen[0][1]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert not same(found, sampled(pipe, call))

@@ -38,6 +38,21 @@ def test_given_frames_are_told_by_their_noise_level(levels: list[int], places: l
     assert (None if found is None else found[1].tolist()) == places
 
 
+def test_reference_sound_is_told_by_its_noise_level() -> None:
+    """Of the second prediction alone, whose tokens no layout counts."""
+    packed = {"audio_indices": torch.tensor([2, 3, 6, 7]), "timestep_indices": torch.tensor([0, 0, 2, 2, 0, 0, 1, 1])}
+    found = made_part(Run(layout=PLAIN), torch.zeros(1, 4, 8), packed, 1)
+    assert found is not None
+    assert found[1].tolist() == [2, 3]
+    assert made_part(Run(layout=PLAIN), torch.zeros(1, 4, 8), packed) is None
+    assert made_part(Run(layout=KONTEXT), torch.zeros(1, 7, 8), packed, 1) is None
+    assert made_part(Run(), torch.zeros(1, 4, 8), {**packed, "timestep_indices": torch.zeros(8, dtype=torch.long)}, 1) is None
+    levels = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
+    found = made_part(Run(), torch.zeros(1, 4, 8), {"audio_timestep": levels, "timestep": levels.flip(1)}, 1)
+    assert found is not None
+    assert found[1].tolist() == [2, 3]
+
+
 def test_a_replaced_first_frame_is_told_by_the_model() -> None:
     model: Any = SimpleNamespace(config=SimpleNamespace(image_condition_type="token_replace"))
     found = made_part(Run(model=model), torch.zeros(1, 4, 3, 2, 2), {})

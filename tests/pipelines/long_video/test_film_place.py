@@ -79,7 +79,7 @@ def test_what_is_on_the_model_must_be_there_again(pipe, tmp_path):
         long_video(pipe, "a cat", num_frames=5, folder=tmp_path, **SMALL)
         again = resume_video(pipe, tmp_path, progress=False).parts
         again.writer.close()
-        again.lock.release()
+        again.locks.release()
     with pytest.raises(GenAttnError, match="plugins"):
         resume_video(pipe, tmp_path, progress=False)
     with genattn.apply(pipe, NeighborhoodPattern(window_size=(1, 2, 4))), pytest.raises(GenAttnError, match="plugins"):

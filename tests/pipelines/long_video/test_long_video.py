@@ -217,6 +217,7 @@ def test_softpag_broadway_and_radial_work_in_the_queue_gated_by_level(pipe):
 WIDE = {**FULL, "height": 64, "width": 64}
 
 
+@pytest.mark.filterwarnings("ignore:genattn. .* acts at no step")
 def test_windows_attend_to_neighborhoods_only_at_the_levels_that_are_sparse(pipe):
     import genattn
 

@@ -16,7 +16,7 @@ from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.generate import long_video, resume_video
 from genattn.pipelines.long_video.output import durable
 from genattn.pipelines.long_video.output.checkpoint import read_checkpoint, save_checkpoint
-from genattn.pipelines.long_video.output.folder_lock import FolderLock
+from genattn.pipelines.long_video.output.folder_lock import FilmLock, FolderLock
 
 SMALL = {"height": 32, "width": 32, "window": 3, "num_inference_steps": 4, "guidance_scale": 1.0, "progress": False}
 
@@ -106,7 +106,7 @@ def test_a_run_goes_on_to_the_same_frames_after_a_cut_at_every_point(pipe, tmp_p
             # the same checkpoint: what goes on from it is known; the film must reach up to it
             assert len(files["video.mp4"]) >= record["film"]["bytes"]
             video.parts.writer.abandon()
-            video.parts.lock.release()
+            video.parts.locks.release()
         else:
             checked.add(key)
             start = video.frames
@@ -169,6 +169,44 @@ def test_the_lock_ends_with_its_release(tmp_path):
     lock.release()
     lock.release()
     FolderLock(tmp_path / "a" / "b").release()
+
+
+# ---- one run per film
+
+
+def test_a_second_run_to_one_film_is_refused_before_it_writes(pipe, tmp_path):
+    film = tmp_path / "film.mp4"
+    first = long_video(pipe, "a cat", num_frames=9, output=film, stream=True, **SMALL)
+    frames = iter(first)
+    next(frames)
+    before = film.read_bytes()
+    same = tmp_path / "elsewhere" / ".." / "film.mp4"
+    for more in ({"output": film}, {"output": same}, {"output": film, "folder": tmp_path / "run"}):
+        with pytest.raises(GenAttnError, match=r"film.mp4 is being written: another film writes there .* give another output"):
+            long_video(pipe, "a dog", num_frames=9, **more, **SMALL)
+    assert film.read_bytes() == before
+    assert len(list(frames)) == 8
+    assert [path.name for path in tmp_path.glob("*") if path.is_file()] == ["film.mp4"]
+    assert not list(tmp_path.glob(".*"))
+    assert long_video(pipe, "a dog", num_frames=5, output=film, **SMALL).frames == 5
+
+
+def test_a_film_in_a_runs_folder_is_held_with_it_and_by_a_resumed_run(pipe, tmp_path):
+    folder = tmp_path / "run"
+    long_video(pipe, "a cat", num_frames=9, folder=folder, **SMALL)
+    going_on = long_video(pipe, resume=folder, num_frames=13, stream=True, progress=False)
+    with pytest.raises(GenAttnError, match=r"video.mp4 is being written"):
+        long_video(pipe, "a dog", num_frames=5, output=folder / "video.mp4", **SMALL)
+    assert len(list(going_on)) == 4
+    assert not list(folder.glob(".*"))
+
+
+def test_where_no_lock_can_be_made_none_is_held(tmp_path):
+    (tmp_path / ".film.mp4.lock").mkdir()
+    lock = FilmLock(tmp_path / "film.mp4")
+    FilmLock(tmp_path / "film.mp4").release()
+    lock.release()
+    assert (tmp_path / ".film.mp4.lock").is_dir()
 
 
 # ---- lengths beside resume
