@@ -1,6 +1,7 @@
 """The command app: the Gradio page over all the rest, for this machine alone or as a public server with limits."""
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -83,13 +84,31 @@ def _check_place(folder: Path, host: str, port: int | None) -> None:
 
     if port is not None and not 1 <= port <= 65535:
         raise GenAttnError(f"--port must lie in 1 to 65535, got {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            if host != "localhost":
-                socket.inet_pton(probe.family, host)
+        if host != "localhost":
+            socket.inet_pton(family, host)
     except OSError:
         _resolve(host)
+    _listen(family, host, port)
     check_folder(folder, "--folder")
+
+
+def _listen(family: int, host: str, port: int | None) -> None:
+    """Take the address for a moment: whether it is this machine's, and free, is known before half a minute of imports."""
+    try:
+        with socket.socket(family) as probe:
+            if os.name == "posix":  # as the server itself asks; elsewhere it would take a port that is in use
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise GenAttnError(f"--port {port} is taken by another process; choose another, or leave it out") from None
+        if error.errno == errno.EACCES:
+            raise GenAttnError(f"--port {port} needs rights that this user does not have; choose one from 1024 on") from None
+        raise GenAttnError(
+            f"--host must be an address of this machine such as 127.0.0.1 or 0.0.0.0, got {host!r} ({error.strerror or error})"
+        ) from None
 
 
 def _resolve(host: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genattn.apps.webui.verbs.session import Session
-from genattn.errors import GenAttnError
+from genattn.errors import GenAttnError, first_line
 
 ABOUT = (
     "# genattn\n"
@@ -73,6 +73,11 @@ def build(session: Session) -> Any:
     return page.queue(max_size=session.limits.queue, default_concurrency_limit=4)
 
 
+def _first_sentence(error: OSError) -> str:
+    """Without what Gradio says of its own settings."""
+    return first_line(error).split(". ")[0].removesuffix(".")
+
+
 def serve(
     session: Session,
     host: str = "127.0.0.1",
@@ -87,7 +92,7 @@ def serve(
 
     try:
         _, url, _ = page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,  # as Gradio writes addresses of version 6
             server_port=port,
             prevent_thread_lock=True,
             quiet=True,
@@ -105,6 +110,6 @@ def serve(
         )
     except OSError as error:
         raise GenAttnError(
-            f"the server cannot listen on {host}:{port or '7860-7959'} ({error}); choose another --port"
+            f"the server cannot listen on {host}, port {port or '7860 to 7959'} ({_first_sentence(error)}); name another --port"
         ) from None
     return page, url

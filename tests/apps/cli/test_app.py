@@ -1,11 +1,14 @@
 """`genattn app` from the outside: it starts offline, says where, serves its page and ends on Ctrl-C."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,56 @@ def test_without_gradio_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 def test_a_bad_limit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match="limit steps must be a whole number >= 1"):
         app_command(folder=tmp_path, max_steps=0)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_an_address_that_cannot_serve_is_refused_before_anything_is_imported(
+    taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(GenAttnError, match=f"--port {taken} is taken by another process; choose another"):
+        app_command(folder=tmp_path, port=taken)
+    for host in ("192.0.2.1", "1.2.3", "2001:db8::1", "no-such-host.invalid"):  # addresses that are kept for examples
+        with pytest.raises(GenAttnError, match="--host must be an address of this machine"):
+            app_command(folder=tmp_path, host=host)
+    for port in (0, -1, 65536):
+        with pytest.raises(GenAttnError, match="--port must lie in 1 to 65535"):
+            app_command(folder=tmp_path, port=port)
+
+
+def test_a_port_that_needs_rights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(GenAttnError, match="--port 80 needs rights that this user does not have"):
+        app_command(folder=tmp_path, port=80)
+
+
+@pytest.mark.parametrize(("host", "given"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_addresses_of_version_6_are_served(host: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from genattn.apps.webui import app
+
+    asked: list[str] = []
+
+    def launch(server_name: str, **_: object) -> None:
+        asked.append(server_name)
+        raise OSError("Cannot find empty port in range: 1-1. You can set GRADIO_SERVER_PORT or the `server_port` parameter.")
+
+    monkeypatch.setattr(app, "build", lambda session: SimpleNamespace(launch=launch))
+    with pytest.raises(GenAttnError, match=r"port 1 \(Cannot find empty port in range: 1-1\); name another --port"):
+        app.serve(Session(tmp_path), host, 1)
+    assert asked == [given]
 
 
 def test_it_starts_and_ends(tmp_path: Path) -> None:
