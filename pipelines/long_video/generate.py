@@ -18,6 +18,7 @@ import torch
 import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
+from genattn.pipelines.long_video.early import check_window, refuse
 from genattn.pipelines.long_video.forecast import Forecast, forecast_of, teller
 from genattn.pipelines.long_video.identity import plugins_on
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
@@ -162,16 +163,14 @@ def start_video(
     folder = None if folder is None else Path(folder)
     group = group or WindowGroup.from_torch()
     path = film_path(output, folder) if group.is_main else None
+    refuse(base, settings, start)
     with group.preparing(base.device), _held(folder, group) as locks:
         if path is not None:
             locks.add(FilmLock(path))
         # one process looks: by the time the others come here it may have written its first checkpoint
         if folder is not None and group.is_main and (folder / "checkpoint.json").exists():
             raise GenAttnError(f"{folder} already holds a run; pass resume={str(folder)!r} to go on, or another folder")
-        _check_start(base, settings, start)
         build = _Build(base, settings, group)
-        if settings.num_frames is not None:
-            build.decoder.latents_for(settings.num_frames)
         if start is not None and build.is_conditioned:
             build.give(start)
         clip = build.first_clip(start, progress, teller(tell, progress and group.is_main))
@@ -193,22 +192,6 @@ def _held(folder: Path | None, group: WindowGroup) -> Iterator[RunLocks]:
     except BaseException:
         locks.release()
         raise
-
-
-def _check_start(base: FrameDenoiser, settings: LongVideoSettings, start: StartFrames | None) -> None:
-    name = type(base.pipe).__name__
-    if start is None and base.continues:
-        raise GenAttnError(f"{name} continues given frames; pass start=..., a picture or the frames of a video")
-    if start is None and settings.start_as is not None:
-        raise GenAttnError(f"start_as={settings.start_as!r} says what to do with start, and none was given; leave it out")
-
-
-def _check_window(shape: QueueShape) -> None:
-    if shape.window > shape.working:
-        raise GenAttnError(
-            f"the queue must hold a whole window of {shape.window} latents to begin with, got {shape.working} "
-            "(steps x latents per level); raise num_inference_steps or latents_per_level"
-        )
 
 
 def resume_video(
@@ -333,7 +316,7 @@ class _Build:
                 given = clip_from_frames(base, start, (self.height, self.width), shape.working)
                 tell(self.forecast(given.shape[2], sampled=False).words())
                 return given
-            _check_window(shape)
+            check_window(shape)
             places = base.latent_size(self.height, self.width)
             like = torch.zeros(1, base.channels, shape.window, *places, device=base.device)
             forecast = self.forecast(shape.window, sampled=True)

@@ -412,10 +412,15 @@ def test_latents_that_are_not_finite_stop_the_run(pipe, monkeypatch):
         ({"num_frames": 5, "ouroboros": Ouroboros(subject="dog", guidance=0.1)}, "must stand in the prompt"),
     ],
 )
-def test_wrong_requests_are_refused_before_any_work(pipe, monkeypatch, extra, message):
+def test_wrong_requests_are_refused_before_any_work(pipe, monkeypatch, tmp_path, extra, message):
     monkeypatch.setattr(pipe.transformer, "forward", lambda *a, **k: pytest.fail("work was started"))
     with pytest.raises(GenAttnError, match=message):
         long_video(pipe, **{"prompt": "a cat", **SMALL, **extra})
+    if "ouroboros" in extra or not extra:  # what needs the prompt's encoding is told once the folder is taken
+        return
+    with pytest.raises(GenAttnError, match=message):
+        long_video(pipe, **{"prompt": "a cat", **SMALL, **extra, "folder": tmp_path / "film"})
+    assert list(tmp_path.rglob("*")) == [], "a refused film leaves nothing, no lock either"
 
 
 def test_resuming_with_another_model_other_settings_or_version_is_refused(pipe, tmp_path, monkeypatch):
