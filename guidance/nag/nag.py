@@ -117,7 +117,7 @@ class NAG(Plugin):
         """See Plugin: fresh, with encoded texts too."""
         if self.embeds is None:
             return super().__reduce_ex__(protocol)
-        rest = {**self.given, "start": self.window.start, "stop": self.window.stop, "heads": self.heads}
+        rest: dict[str, Any] = {**self.given, "start": self.window.start, "stop": self.window.stop, "heads": self.heads}
         rest |= {"negative_embeds": self.embeds, "encode": self.encode, "layout": self.layout, "share": self.share}
         return partial(type(self), **rest), ()
 
