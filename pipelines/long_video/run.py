@@ -153,8 +153,8 @@ class LongVideo:
 
     def _bar(self) -> Any:
         parts = self.parts
-        quiet = not parts.progress or not parts.fifo.group.is_main
-        return tqdm(total=parts.settings.num_frames, initial=parts.frames, unit="frame", desc="long video", disable=quiet)
+        hidden = None if parts.progress and parts.fifo.group.is_main else True  # None: not in a log
+        return tqdm(total=parts.settings.num_frames, initial=parts.frames, unit="frame", desc="long video", disable=hidden)
 
     def _ticks(self, stop: StopRequest, bar: Any) -> Iterator[list[np.ndarray]]:
         group = self.parts.fifo.group

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from genattn.errors import GenAttnError
 from genattn.reading import whole
@@ -105,7 +105,7 @@ def train(
     first = load_checkpoint(checkpoint, bare, optimizer, average) if checkpoint.exists() else 0
     begun = saved = time.monotonic()
     step, shown = first, 0.0
-    bar = tqdm(total=settings.steps, initial=first, desc=checkpoint.stem, mininterval=5.0)
+    bar = tqdm(total=settings.steps, initial=first, desc=checkpoint.stem, mininterval=5.0, disable=None)
     for step in range(first, settings.steps):
         if _agreed(time.monotonic() - begun > settings.minutes * 60, accelerator):
             break

@@ -267,7 +267,8 @@ def sample_clip(
     state = solver.empty_state(sample)
     numbers = torch.arange(length)
     with torch.no_grad():
-        for level in tqdm(range(solver.num_levels - 1, -1, -1), desc="first clip", unit="step", disable=not progress):
+        hidden = None if progress else True  # None: shown in a terminal and in a notebook, not in a log
+        for level in tqdm(range(solver.num_levels - 1, -1, -1), desc="first clip", unit="step", disable=hidden):
             levels = torch.full((length,), level)
             answer = denoise(WindowBatch(sample, levels[None], numbers[None], (slice(0, length),), (0,)))
             noise = None

@@ -131,6 +131,15 @@ def test_generate_writes_nothing_on_standard_error(random_wan_folder: Path, tmp_
     assert (tmp_path / "a.mp4").is_file()
 
 
+def test_long_writes_lines_and_no_bars_into_a_log(random_wan_folder: Path, tmp_path: Path) -> None:
+    size = "--frames 5 --height 32 --width 32 --steps 3 --latents-per-level 7 --guidance-scale 1"
+    asked = f"{size} --device cpu --prompt cat --folder film"
+    done = called("long", "--model", str(random_wan_folder), *asked.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr
+    assert all(line.startswith(("long video: ", "first frame: ")) for line in done.stderr.splitlines()), done.stderr
+
+
 def test_doctor_writes_nothing_on_standard_error(tmp_path: Path) -> None:
     done = called("doctor", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
