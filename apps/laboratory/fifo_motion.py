@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from genattn.apps.laboratory.long_video import TABLE as FILMS, chunked, film_row, interval
+from genattn.apps.laboratory.long_video import TABLE as FILMS, chunked, film_row
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
@@ -158,7 +158,7 @@ def motion_markdown(table: Path = TABLE) -> str:
             own = [row for row in rows if row["base"] == base and row["motion"] in words]
             lines += [[base, kind, *line] for line in _motion_lines(own)]
     last = rows[-1]
-    said = f"films of {last['frames']} frames, {last['steps']} levels; mean and 95 % interval, changes paired by caption"
+    said = f"films of {last['frames']} frames, {last['steps']} levels; mean [smallest, largest film], changes by caption"
     dates = sorted({row["date"] for row in rows})
     note = f"{said}. {last['device']}, torch {last['torch_version']}, {' and '.join(dates)}."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n<sub>Held-out captions, {note}</sub>"
@@ -210,10 +210,9 @@ def by_caption_markdown(table: Path = FILMS) -> str:
 
 
 def _cell(values: list[float], form: str = ".2f") -> str:
-    if not values:
-        return "-"
-    mean, half = interval(values)
-    return f"{mean:{form}}" if not np.isfinite(half) else f"{mean:{form}} ± {half:.2f}"
+    """Mean, and the smallest and largest: an interval of two or three films would say more than they know."""
+    mean, low, high = (f"{value:{form}}" for value in (float(np.mean(values)), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} [{low}, {high}]"
 
 
 @app.command()

@@ -61,7 +61,7 @@ def test_an_orbit_is_told_from_a_straight_path_and_changes_are_paired(tmp_path: 
         ["orbits", "FIFO", "2"],
         ["orbits", "eta 1", "2"],
     ]
-    assert [line[5:7] for line in cells[2:]] == [["2.00 ± 1.96", "-"], ["2.50 ± 1.96", "+0.50 ± 0.00"]]
+    assert [line[5:7] for line in cells[2:]] == [["2.00 [1.00, 3.00]", "-"], ["2.50 [1.50, 3.50]", "+0.50 [+0.50, +0.50]"]]
     assert cells[1][6] == "-0.10"
 
 
