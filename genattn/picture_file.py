@@ -32,7 +32,7 @@ def upright_rgb(picture: Any) -> Any:
 
     turned = ImageOps.exif_transpose(picture)
     if turned.mode.startswith("I") or turned.mode == "F":  # Pillow itself would cut off what lies above 255
-        grey = np.nan_to_num(np.asarray(turned).astype(np.float32))
+        grey: np.ndarray = np.nan_to_num(np.asarray(turned).astype(np.float32))
         whole = turned.mode == "F" and (grey.max(initial=0.0) > 1.0 or not grey.any())
         grey = grey * np.float32(1 if whole else 255 if turned.mode == "F" else 1 / 257)
         turned = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))

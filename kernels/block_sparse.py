@@ -122,13 +122,23 @@ def choose_impl(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     reasons: dict[str, str] = {}
+    hidden = under_transform(query, key, value)
     for name in _AUTO if impl == "auto" else (impl,):
         reason = failed_before(name, query, plan) if impl == "auto" else None
+        if hidden and name != "reference":
+            reason = "torch.func transforms (grad, vmap, jvp) see into no kernel"
         reason = reason or _why_not(name, query, plan, return_lse, scale, masked)
         if reason is None:
             return name, reasons
         reasons[name] = reason
     raise ValueError(f"impl={impl!r} cannot serve this call: {'; '.join(reasons.values())}; use impl='auto'")
+
+
+def under_transform(*tensors: torch.Tensor) -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) holds one of the tensors: a kernel finds no memory behind it."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def _why_not(

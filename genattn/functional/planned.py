@@ -4,7 +4,7 @@ import torch
 
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
-from genattn.kernels.block_sparse import as_autocast, block_sparse_attention, working_dtype
+from genattn.kernels.block_sparse import as_autocast, block_sparse_attention, under_transform, working_dtype
 from genattn.kernels.failures import failure_of
 from genattn.kernels.operators import OP_IMPLS
 from genattn.kernels.peers.optional import GridWindows, natten_attention, why_not_natten
@@ -128,8 +128,21 @@ def plan_for(
     sides = min(block, most_q), min(block, most_k)
     if not pattern.needs_tensors:
         return pattern.plan_for(query, key, layout, *sides).to(query.device)
+    query, key = _chosen_from(query), _chosen_from(key)
     # what is chosen outlives the call: it may have come in inference mode, or under another default device
     return lasting(pattern.plan_for)(query, key, layout, *sides, memory=memory, scale=scale, key_mask=key_mask).to(query.device)
+
+
+def _chosen_from(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside of transforms of torch.func: a choice has no gradient. Raises GenAttnError under vmap."""
+    while under_transform(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            raise GenAttnError(
+                "a pattern that chooses by content must see each entry's own queries and keys, which torch.vmap hides; "
+                "give the entries as a batch"
+            )
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def block_plan_for(query: torch.Tensor, key: torch.Tensor, pattern: Pattern, layout: TokenLayout) -> BlockPlan:
