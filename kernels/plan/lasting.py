@@ -13,7 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 try:
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as _no_transforms
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    _no_transforms: Callable[[], AbstractContextManager[Any]] = temporarily_clear_interpreter_stack
 except ImportError:  # pragma: no cover
     _no_transforms = nullcontext
 

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, vmap
 
+import genattn
 from genattn import DensePattern, GenAttnError, NeighborhoodPattern, RadialPattern, TokenLayout, attention
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.pattern import Pattern
+from genattn.pipelines.tiny.random.build import build_inputs, build_model
 
 STATIC: dict[str, Pattern] = {
     "radial": RadialPattern(),
@@ -75,3 +77,31 @@ def test_a_named_kernel_says_why_not(impl: str) -> None:
     with pytest.raises(GenAttnError, match="torch.func transforms .* see into no kernel"):
         grad(lambda q: attention(q, key, value, RadialPattern(), layout, impl=impl).sum())(query)  # type: ignore[union-attr]
     attention(query, key, value, RadialPattern(), layout, impl=impl)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # stock attention under vmap
+@pytest.mark.parametrize("family", ["wan", "sd3", "unet"])
+def test_models_with_a_pattern_on_them(family: str) -> None:
+    """`functional_call` and `grad` over the weights, `vmap` over latents: as autograd and a loop."""
+    model, inputs = build_model(family), build_inputs(family)
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    latents = "sample" if family == "unet" else "hidden_states"
+
+    def call(x: torch.Tensor) -> Any:
+        return model(**{**inputs, latents: x}, return_dict=False)[0]
+
+    def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = functional_call(model, given, (), {**inputs, "return_dict": False})[0]
+        return out.square().mean()  # type: ignore[no-any-return]
+
+    with genattn.apply(model, AdaptivePattern(), dense_steps=0, dense_layers=0) as handle:
+        found = grad(loss)(weights)
+        assert handle.report().sparse_calls
+        wanting = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+        wanted = torch.autograd.grad(loss(wanting), list(wanting.values()), allow_unused=True)
+    for one, other in zip(found.values(), wanted, strict=True):
+        torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other)
+    with genattn.apply(model, NeighborhoodPattern((3, 3, 3) if family == "wan" else (3, 3)), dense_steps=0, dense_layers=0):
+        some = torch.stack([inputs[latents], 0.5 * inputs[latents]])
+        with torch.no_grad():
+            torch.testing.assert_close(vmap(call)(some), torch.stack([call(x) for x in some]), atol=1e-4, rtol=1e-4)

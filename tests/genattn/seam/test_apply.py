@@ -3,8 +3,10 @@
 import contextlib
 import contextvars
 import copy
+import gc
 import json
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from diffusers.models.attention_dispatch import attention_backend
 
 import genattn
 from genattn import DensePattern, GenAttnError, RadialPattern, Schedule, TokenLayout
+from genattn.guidance.tag import TAG
 from genattn.layouts.site import AttentionSite
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
 from genattn.seam.cores import MARK
@@ -552,3 +555,36 @@ def test_options_of_one_handle_are_not_those_of_another() -> None:
     assert one.current_options == two.current_options == {}
     one.remove()
     two.remove()
+
+
+def test_a_hundred_times_on_and_off_leaves_nothing() -> None:
+    """In every order of removal: the same attributes, hooks and processors, no handle, and no more objects than before."""
+    pipe, call = build_pipeline("wan")
+    sample(pipe, call, num_inference_steps=1)  # stock adds attributes of its own when it runs
+
+    def state() -> tuple[Any, ...]:
+        model = pipe.transformer
+        hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+        return (
+            type(pipe),
+            sorted(pipe.__dict__),
+            sorted(model.__dict__),
+            hooks,
+            [type(p) for p in model.attn_processors.values()],
+        )
+
+    before, objects = state(), []
+    for number in range(100):
+        one, two = apply(pipe, RadialPattern(), dense_steps=0), apply(pipe, TAG())
+        if number % 25 == 0:
+            sample(pipe, call, num_inference_steps=1)
+        for handle in (one, two) if number % 2 else (two, one):
+            handle.remove()
+        kept = weakref.ref(one), weakref.ref(two)
+        del one, two, handle
+        if number % 20 == 19:
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+            assert [ref() for ref in kept] == [None, None]
+            assert state() == before
+    assert objects[-1] - objects[1] < 100, objects
