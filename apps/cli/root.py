@@ -80,6 +80,7 @@ _REFUSALS = tuple(
 # the request was fine, the disk or the limits of the machine are not
 _MACHINE = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE, getattr(errno, "EDQUOT", errno.EIO))
 _SMALLER = "try --cpu-offload model, fewer frames, or a smaller size"
+_WITHOUT_MODEL = ("show", "simulate")  # these are about a grid alone
 
 
 def main() -> None:
@@ -112,7 +113,8 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        _fail(f"out of memory: {first_line(error) if str(error).strip() else 'the machine has no more'}; {_SMALLER}", 1)
+        smaller = "try a smaller --grid" if sys.argv[1:2] in ([name] for name in _WITHOUT_MODEL) else _SMALLER
+        _fail(f"out of memory: {first_line(error) if str(error).strip() else 'the machine has no more'}; {smaller}", 1)
     if code in (130, 143):  # typer turns an interrupt into 130 and says nothing
         _fail(stopping.MESSAGE.line, max(code, stopping.MESSAGE.code))
     sys.exit(code if isinstance(code, int) else 0)

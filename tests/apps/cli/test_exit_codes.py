@@ -67,6 +67,7 @@ def test_one_meaning_everywhere(name: str, outcome: Callable[..., tuple[int, str
     code, told = outcome(name, raising(OutOfMemoryError("CUDA out of memory.\nTried to allocate")))
     assert (code, told.count("\n")) == (1, 1)
     assert told.startswith("genattn: out of memory: CUDA out of memory.; try")
+    assert ("--grid" in told) == (name in ("show", "simulate")) == ("--cpu-offload" not in told)
     assert outcome(name, raising(MemoryError()))[0] == 1
     code, told = outcome(name, lambda: None, "--no-such-option")
     assert (code, told.count("\n")) == (2, 1)

@@ -85,6 +85,8 @@ def test_show_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: simulate_command("8x8x8", "4x4x4", block=0), "block must be >= 1, got 0"),
         (lambda: show_command("8x8x8", query="4x4x4"), "--query is drawn in a picture, and none was asked for; add --out"),
         (lambda: show_command("4x8x8", "dense"), "dense attention has none"),
+        (lambda: show_command("2000x2000x2000"), "at most 67,108,864 tokens, got 8,000,000,000"),
+        (lambda: show_command("100x300x300"), "take tiles of at least 550 tokens, or draw a smaller grid"),
     ],
 )
 def test_refusals(call: Callable[[], None], message: str) -> None:
