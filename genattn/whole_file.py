@@ -34,7 +34,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{_HOST}-{os.getpid()}-{next(_COUNT)}.part")
     try:
-        with _as_os_error(target):
+        with _named(target):
             yield part
             with contextlib.suppress(OSError):  # a file that others must not read stays so
                 shutil.copymode(target, part)
@@ -73,10 +73,14 @@ def _write_bytes(path: str | os.PathLike[str], content: io.BytesIO) -> Path:
 
 
 @contextlib.contextmanager
-def _as_os_error(target: Path) -> Iterator[None]:
-    """safetensors tells of a full disk by an error of its own."""
+def _named(target: Path) -> Iterator[None]:
+    """An OSError names the file that was wanted; safetensors tells of a full disk by an error of its own."""
     try:
         yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error  # PyAV's own takes no other name
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

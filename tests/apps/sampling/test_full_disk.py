@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(name: str, tmp_path: P
     assert len(old) > 32
     with full_disk(), pytest.raises(OSError) as told:  # noqa: PT011  its number is looked at below
         write(path)
-    assert told.value.errno == errno.EFBIG
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(path))
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
     path.unlink()
