@@ -10,6 +10,7 @@ import typer
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import in_print, print_json, print_lines, print_table
 from genattn.apps.cli.progress import progress_bar
+from genattn.apps.cli.stopping import same_command_goes_on
 from genattn.apps.sampling.prompt_file import read_prompts
 from genattn.errors import GenAttnError
 
@@ -85,6 +86,7 @@ def hunt_command(
     checking = read_prompts(held_out, "--held-out") if held_out else ()
     more, grid = _json(call), _numbers(tune_u)
     refuse_early(settings)
+    same_command_goes_on(log)
     pipe = open_pipeline(settings)
     call_arguments(pipe, settings)  # sizes, and frames for a picture model: refused as `generate` does
     strange = sorted(set(more) - set(taken_arguments(pipe)))

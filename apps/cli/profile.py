@@ -8,6 +8,7 @@ import typer
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines, print_table
 from genattn.apps.cli.progress import progress_bar
+from genattn.apps.cli.stopping import same_command_goes_on
 from genattn.apps.sampling.prompt_file import read_prompts
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ def profile_command(
     from genattn.apps.sampling.output_files import check_out
     from genattn.apps.sampling.run import call_arguments, open_pipeline
     from genattn.profiling.draw import draw_profile
-    from genattn.profiling.profile import profile
+    from genattn.profiling.profile import profile, unfinished
 
     check_out(out, (".safetensors",))
     if picture is not None:
         check_out(picture, (".png", ".svg", ".pdf"), "--picture")
     texts = read_prompts(prompts)
+    same_command_goes_on(unfinished(out))
     pipe = open_pipeline(settings)
     pipe.set_progress_bar_config(disable=True)
     call = call_arguments(pipe, settings)

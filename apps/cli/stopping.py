@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 USUAL = "stopped; no unfinished file was left"
@@ -30,6 +31,11 @@ MESSAGE = StopMessage()
 def say_when_stopped(text: str | Callable[[], str]) -> None:
     """From now on an interrupt ends this command with `text`, or with what it gives when that comes."""
     MESSAGE.text = text
+
+
+def same_command_goes_on(kept: Path) -> None:
+    """From now on an interrupt tells of what is in the file `kept`, once it is there."""
+    say_when_stopped(lambda: f"stopped; the same command goes on from {kept}" if kept.is_file() else USUAL)
 
 
 @contextmanager

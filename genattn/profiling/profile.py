@@ -58,6 +58,11 @@ class Profile:
         return float(self.map.spread("loss", self.map.header.target_density).mean())
 
 
+def unfinished(out: str | Path) -> Path:
+    """Where the sums of a profile stand until the map `out` is there."""
+    return Path(f"{out}.part.safetensors")
+
+
 def profile(
     target: Any,
     run: Callable[[str], Any],
@@ -93,7 +98,7 @@ def profile(
     if Path(out).suffix != ".safetensors":
         raise GenAttnError(f"out must end in .safetensors, got {str(out)!r}")
     recorder = Recorder(ends, samples)
-    part = Path(f"{out}.part.safetensors")
+    part = unfinished(out)
     with apply(target, recorder):
         about = {"prompts": texts, "bands": list(ends), "samples": samples, "model": recorder.model, "heads": recorder.heads}
         done = recorder.load(part, about)

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.models import CommandInfo
 
-from genattn.apps.cli import root as cli
+from genattn.apps.cli import root as cli, stopping
 from genattn.errors import GenAttnError, RunFailed
 
 
@@ -99,6 +99,46 @@ def test_a_stopped_long_video_says_how_to_go_on(tmp_path: Path) -> None:
     assert _how_to_go_on(tmp_path).endswith(f"genattn long --resume {tmp_path}")
     told = _how_to_go_on(tmp_path, "my model", ["a.safetensors:0.5"])
     assert told.endswith(f"genattn long --resume {tmp_path} --model 'my model' --lora=a.safetensors:0.5")
+
+
+@pytest.mark.parametrize("name", ["hunt", "profile"])
+def test_a_stopped_command_whose_work_is_kept_says_how_to_go_on(
+    name: str, outcome: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    kept = tmp_path / "h.jsonl"
+
+    def work() -> NoReturn:
+        stopping.same_command_goes_on(kept)
+        raise KeyboardInterrupt
+
+    assert outcome(name, work) == (130, "genattn: stopped; no unfinished file was left\n")
+    kept.write_text("{}")
+    assert outcome(name, work) == (130, f"genattn: stopped; the same command goes on from {kept}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("profile --prompts p.txt --out map.safetensors", "map.safetensors.part.safetensors"),
+        ("hunt --prompts p.txt --objective contrast --log h.jsonl --out h.json", "h.jsonl"),
+    ],
+)
+def test_hunt_and_profile_keep_their_work_where_they_say(
+    line: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / kept).write_text("{}")
+
+    def interrupted(settings: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("genattn.apps.sampling.run.open_pipeline", interrupted)
+    monkeypatch.setattr(sys, "argv", ["genattn", *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    told = f"genattn: stopped; the same command goes on from {kept}\n"
+    assert (stopped.value.code, capsys.readouterr().err) == (130, told)
 
 
 def test_a_film_with_a_lora_is_resumed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
