@@ -22,7 +22,8 @@ def read_json(path: str | Path, what: str) -> Any:
     try:
         return json.loads(read_text(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
-        raise GenAttnError(f"{what} must be a readable JSON file, got {path} ({error}); check the path") from error
+        remedy = "check the path" if isinstance(error, OSError) else "check the path, or mend or remove the file"
+        raise GenAttnError(f"{what} must be a readable JSON file, got {path} ({error}); {remedy}") from error
 
 
 def read_object(path: str | Path, what: str) -> dict[str, Any]:

@@ -491,7 +491,7 @@ def test_a_folder_may_say_what_its_model_was_made_for(tmp_path):
     assert base.default_size() == (64, 48)
     assert LongVideoSettings("a").scale(base) == 2.5
     (tmp_path / "genattn_defaults.json").write_text("{")
-    with pytest.raises(GenAttnError, match="mend or remove it"):
+    with pytest.raises(GenAttnError, match="must be a readable JSON file.*mend or remove the file"):
         base.shipped()
 
 
