@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import transformers
 
 from genattn.apps.sampling.legal_sizes import check_size, spatial_multiple, temporal_multiple
 from genattn.apps.sampling.pipeline_shell import pipeline_shell
@@ -42,13 +44,23 @@ def test_a_shell_has_the_sizes_of_the_pipeline(family: str, tmp_path: Path) -> N
     ],
 )
 def test_refused_before_any_weight_is_read(
-    random_wan_folder: Path, tmp_path: Path, settings: dict[str, Any], out: Path | None, message: str
+    random_wan_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    out: Path | None,
+    message: str,
 ) -> None:
+    def read(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a weight is read")
+
+    for loader in (diffusers.DiffusionPipeline, diffusers.ModelMixin, transformers.PreTrainedModel):
+        monkeypatch.setattr(loader, "from_pretrained", read)
     bare = tmp_path / "bare"
     shutil.copytree(random_wan_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     whole = {"frames": 17, "height": 64, "width": 64, **settings}
     with pytest.raises(GenAttnError, match=message):
-        refuse_early(SamplingSettings(str(bare), **whole), out)
+        refuse_early(SamplingSettings(str(random_wan_folder), **whole), out)
     if out is None:
         with pytest.raises(GenAttnError, match=message):
             call_arguments(pipeline_shell(bare), SamplingSettings(str(bare), **whole))

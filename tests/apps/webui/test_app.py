@@ -280,7 +280,7 @@ def test_a_taken_port_is_told(url: str, session: Session) -> None:
     from genattn.apps.webui.app import serve
 
     port = int(url.rstrip("/").rsplit(":", 1)[1])
-    with pytest.raises(GenAttnError, match="choose another --port"):
+    with pytest.raises(GenAttnError, match="name another --port"):
         serve(session, port=port)
 
 
