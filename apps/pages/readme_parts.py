@@ -245,6 +245,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/broadway.md": {
         "motion-modules": lambda: study_table("broadway.csv", "tiny-animatediff"),
         "transformer": lambda: study_table("broadway_dit.csv", "tiny-wan"),
+        "transformer-long": lambda: study_table("broadway_dit.csv", "tiny-wan-long"),
     },
 }
 
