@@ -274,7 +274,7 @@ class BroadWay(Plugin):
                 picked(call.value, group),  # type: ignore[arg-type]
                 edit,
                 anchor=picked(anchor, group),
-                conditional=entries(_measured_part(state, call.run), mine.shape[0]),
+                conditional=entries(state.measured_part(call.run.extra), mine.shape[0]),
                 beta=self._known_beta(call, index, place),
             )
             outs.append(out)
@@ -303,7 +303,7 @@ class BroadWay(Plugin):
             shared = {
                 "anchor": picked(anchor, group),
                 "beta": self._known_beta(call, index, place),
-                "conditional": entries(_measured_part(state, call.run), tensors[0].shape[0]),
+                "conditional": entries(state.measured_part(call.run.extra), tensors[0].shape[0]),
                 "scale": call.scale,
                 "key_mask": picked(keys, group),
             }
@@ -397,7 +397,3 @@ class BroadWay(Plugin):
 def _place_of(run: Run) -> tuple[int, int]:
     """Thread and denoiser: extra passes have another `Run` but the same place."""
     return threading.get_ident(), id(run.model)
-
-
-def _measured_part(state: ForwardMaps, run: Run) -> tuple[float, float]:
-    return (0.0, 1.0) if run.extra else state.conditional

@@ -41,6 +41,10 @@ class ForwardMaps:
         own = self.maps.get((extra, source, index))
         return self.maps.get((None, source, index)) if own is None else own
 
+    def measured_part(self, extra: str | None) -> tuple[float, float]:
+        """Where energies are measured, (first, last) as fractions of the batch: all of an extra pass."""
+        return (0.0, 1.0) if extra else self.conditional
+
     def of_main_pass(self) -> "ForwardMaps":
         """The maps alone, for an extra pass that another plugin runs as a forward of its own."""
         maps = {k: v for k, v in self.maps.items() if k[0] is None}

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.nag.cut import Cut
 from genattn.guidance.nag.streams import Stream, TextWay
 from genattn.guidance.passes.block_swap import Place, Stand, real_block
+from genattn.seam.denoiser import current_run
+from genattn.seam.plugin import Run
 
 Inputs = Mapping[str, Any]
 
@@ -82,6 +84,16 @@ def carrying(carried: Carried) -> Iterator[None]:
         yield
     finally:
         HERE.carried = before
+
+
+@contextlib.contextmanager
+def own_caches(run: Run, always: bool) -> Iterator[None]:
+    """Block caches keep states of another length while the negative text is carried, where it is not at every step."""
+    if always or not getattr(run.model, "is_cache_enabled", False):
+        yield
+        return
+    with run.extra_pass("carried") as extra, current_run(replace(extra, extra=run.extra, pass_name=run.pass_name)):
+        yield
 
 
 def by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,10 @@ answers are joined by `formula.guide`. Cross-attention gets a few more keys; in 
 as a second text (`carriers`). The model itself runs once.
 """
 
-import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -20,7 +19,7 @@ from torch import nn
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.names import HeadsLike, checked_heads, plain_heads, resolve_heads
 from genattn.guidance.nag import answer
-from genattn.guidance.nag.carriers import HERE, Carried, Carrier, Passer, carrying
+from genattn.guidance.nag.carriers import HERE, Carried, Carrier, Passer, carrying, own_caches
 from genattn.guidance.nag.cut import Cut
 from genattn.guidance.nag.defaults import strength_for
 from genattn.guidance.nag.encode import Texts, count_of, encode, for_samples
@@ -33,7 +32,7 @@ from genattn.guidance.passes.delta import Window
 from genattn.guidance.passes.pass_role import PassReader, PassRole, role_among_others
 from genattn.layouts.families import family_of
 from genattn.layouts.site import AttentionSite
-from genattn.seam.denoiser import INJECTION, current_run, is_compiled_whole, without_cache_dit
+from genattn.seam.denoiser import INJECTION, is_compiled_whole, without_cache_dit
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.processors import stock_class
 from genattn.seam.report import GenAttnWarning
@@ -252,7 +251,7 @@ class NAG(Plugin):
         guided[role.rows] = True
         carried = Carried(known.way, guided, {}, told, known.way.fresh({**told, **theirs}), known.doubled)
         carried.image = known.way.image_tokens(run.model, told) if known.way.image_tokens is not None else None
-        with _own_caches(run, self.window.always):
+        with own_caches(run, self.window.always):
             if known.way.streams[0].stack == "":
                 out = self._through_root(known, carried, theirs, args, kwargs, inner)
             else:
@@ -383,16 +382,6 @@ def _called(inner: Denoise, names: tuple[str, ...], args: tuple[Any, ...], kwarg
     given = tuple(changed.get(name, value) for name, value in zip(names, args))
     rest = {name: value for name, value in changed.items() if name not in names[: len(args)]}
     return inner(*given, **{**kwargs, **rest})
-
-
-@contextlib.contextmanager
-def _own_caches(run: Run, always: bool) -> Iterator[None]:
-    """Block caches keep states of another length while the negative text is carried, where it is not at every step."""
-    if always or not getattr(run.model, "is_cache_enabled", False):
-        yield
-        return
-    with run.extra_pass("carried") as extra, current_run(replace(extra, extra=run.extra, pass_name=run.pass_name)):
-        yield
 
 
 def _refuse_whole_compile(model: nn.Module) -> None:
