@@ -2,6 +2,7 @@
 
     python -m genattn.apps.laboratory.fifo_motion run --motion orbits --prompts 4
     python -m genattn.apps.laboratory.fifo_motion run --motion straight --prompts 4
+    python -m genattn.apps.laboratory.fifo_motion run --motion "goes on" --model assets/tiny-wan-long --lora FILE --steps 8
     python -m genattn.apps.laboratory.fifo_motion table
 
 Each row is one film: path of the subject's centre per 100 frames, in frame sides, over all of the film and over its second
@@ -29,6 +30,7 @@ import numpy as np
 import typer
 
 from genattn.apps.laboratory.long_video import TABLE as FILMS, chunked, film_row
+from genattn.apps.sampling.inputs import add_loras
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
@@ -36,20 +38,21 @@ from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
 from genattn.pipelines.long_video.generate import long_video
 from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.tiny.segment import find_objects
-from genattn.pipelines.tiny.world import Scene, caption, sample_scene
+from genattn.pipelines.tiny.world import ENDLESS, MOTIONS, Scene, caption, sample_scene
 
 TABLE = Path("assets/bench/fifo_motion.csv")
 CUT = 0.1
 BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
-KINDS = {"straight": tuple(BACK), "orbits": ("orbits",)}
+KINDS = {"straight": tuple(BACK), "orbits": ("orbits",), "goes on": tuple(ENDLESS)}
+WITH_LORA = " + LoRA"
 KEPT = ("subject_consistency", "dynamic_degree", "seams", "oracle_subject")
 app = typer.Typer(add_completion=False)
 
 
 def there_and_back(prompt: str, frames: int, every: int = 29) -> dict[int, str]:
-    """The caption, and the one with the opposite direction, in turn; a caption without a direction stays one."""
+    """The caption, and the one with the opposite direction, in turn; a caption without one direction stays one."""
     word = next((w for w in BACK if f"moves {w}" in prompt), None)
-    if word is None:
+    if word is None or any(verb in prompt for verb in ENDLESS.values()):
         return {0: prompt}
     other = prompt.replace(f"moves {word}", f"moves {BACK[word]}")
     return {start: (prompt, other)[i % 2] for i, start in enumerate(range(0, frames, every))}
@@ -99,8 +102,9 @@ def _makers(pipe: Any, prompt: str, seed: int, frames: int, steps: int) -> dict[
 
 
 def moving(motion: str, count: int) -> list[tuple[int, Scene]]:
-    """The first `count` held-out scenes, with their seeds, that move so: "straight" or "orbits"."""
-    scenes = ((seed, sample_scene(seed, held_out=True, two_objects=0.0)) for seed in itertools.count())
+    """The first `count` held-out scenes, with their seeds, that move so: a key of `KINDS`."""
+    drawn = tuple(ENDLESS if motion == "goes on" else MOTIONS)
+    scenes = ((seed, sample_scene(seed, held_out=True, two_objects=0.0, motions=drawn)) for seed in itertools.count())
     chosen = ((seed, scene) for seed, scene in scenes if scene.objects[0].motion in KINDS[motion])
     return list(itertools.islice(chosen, count))
 
@@ -108,7 +112,8 @@ def moving(motion: str, count: int) -> list[tuple[int, Scene]]:
 @app.command()
 def run(
     model: Annotated[Path | None, typer.Option(help="Folder of a tiny text-to-video pipeline.")] = None,
-    motion: Annotated[Literal["straight", "orbits"], typer.Option(help="What the captions ask for.")] = "straight",
+    motion: Annotated[Literal["straight", "orbits", "goes on"], typer.Option(help="What the captions ask for.")] = "straight",
+    lora: Annotated[str | None, typer.Option(help="LoRA file that knows motions which go on, for all captions.")] = None,
     prompts: Annotated[int, typer.Option(help="Held-out captions.", min=1)] = 4,
     only: Annotated[list[str] | None, typer.Option(help="Variants; all when left out.")] = None,
     frames: Annotated[int, typer.Option(help="Frames per film.")] = 125,
@@ -120,7 +125,9 @@ def run(
 
     pipe = DiffusionPipeline.from_pretrained(model or shipped_model())
     pipe.set_progress_bar_config(disable=True)
+    add_loras(pipe, [lora] if lora else [])
     mark, base = model_fingerprint(frame_denoiser(pipe).models), Path(pipe.config._name_or_path).name
+    base += WITH_LORA if lora else ""
     for seed, scene in moving(motion, prompts):
         prompt = caption(scene)
         for name, make in _makers(pipe, prompt, seed, frames, steps).items():
@@ -148,11 +155,16 @@ def _done(table: Path) -> set[tuple[str, str, str]]:
     return {(row["model"], row["prompt"], row["variant"]) for row in _read(table)}
 
 
-def motion_markdown(table: Path = TABLE) -> str:
-    """For the manual: what each variant does to straight motions and to orbits, over the captions that all variants have."""
-    rows = _read(table)
+def motion_markdown(table: Path = TABLE, lora: bool = False) -> str:
+    """For the manual: what each variant does to each kind of motion, over the captions that all variants have.
+
+    Args:
+        table: the file of rows.
+        lora: the films made with a LoRA, or those made without.
+    """
+    rows = [row for row in _read(table) if row["base"].endswith(WITH_LORA) == lora]
     header = ["model", "motion", "", "captions", "path", "path, 2nd half", "2nd half against FIFO", "dynamic degree"]
-    lines = [[*header, "subject consistency", "oracle subject", "seams"], ["---"] * 11]
+    lines = [[*header, "of chunked", "subject consistency", "oracle subject", "seams"], ["---"] * 12]
     for base in dict.fromkeys(row["base"] for row in rows):
         for kind, words in KINDS.items():
             own = [row for row in rows if row["base"] == base and row["motion"] in words]
@@ -177,8 +189,10 @@ def _motion_lines(rows: Sequence[dict[str, str]]) -> list[list[str]]:
         cells = [_cell(values(name, key)) for key in ("travel", "travel_second_half")]
         before, after = (values(of, "travel_second_half") for of in ("FIFO", name))
         change = "-" if name == "FIFO" else _cell([b - a for a, b in zip(before, after, strict=True)], "+.2f")
-        rest = [_cell(values(name, key)) for key in ("dynamic_degree", "subject_consistency", "oracle_subject", "seams")]
-        lines.append([name, str(len(shared)), *cells, change, *rest])
+        degree, usual = values(name, "dynamic_degree"), values("chunked", "dynamic_degree") if "chunked" in films else []
+        share = f"{np.mean(degree) / np.mean(usual):.2f}" if usual and name != "chunked" else "-"
+        rest = [_cell(values(name, key)) for key in ("subject_consistency", "oracle_subject", "seams")]
+        lines.append([name, str(len(shared)), *cells, change, _cell(degree), share, *rest])
     return lines
 
 
@@ -217,9 +231,10 @@ def _cell(values: list[float], form: str = ".2f") -> str:
 
 @app.command()
 def table(path: Annotated[Path, typer.Option(help="The file to read.")] = TABLE) -> None:
-    """Print both tables."""
+    """Print all tables."""
     print(by_caption_markdown())
-    print(motion_markdown(path))
+    for lora in (False, True):
+        print(motion_markdown(path, lora))
 
 
 if __name__ == "__main__":

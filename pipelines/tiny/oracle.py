@@ -1,8 +1,9 @@
 """Judge a clip against its caption: is the asked colour, shape, motion, size and background there, and is it steady?
 
 Everything is measured (`segment`), nothing learned. A shape is the template of the same area and centre with the
-highest overlap; a motion is read off the track of centre and radius. An object that is missing, or there in less than
-seven frames of ten, is wrong in everything, so an empty clip scores nothing.
+highest overlap; a motion is read off the track of centre and radius, as one of the eight, and as an endless one only where
+such may be asked for. An object that is missing, or there in less than seven frames of ten, is wrong in everything, so an
+empty clip scores nothing.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.segment import Floats, FoundObject, background_colour, dilate, find_objects
-from genattn.pipelines.tiny.world import BACKGROUNDS, SHAPES, SIZES, Scene, TinyObject, coverage, parse_caption
+from genattn.pipelines.tiny.world import BACKGROUNDS, ENDLESS, SHAPES, SIZES, Scene, TinyObject, coverage, parse_caption
 
 MIN_VISIBLE = 0.7
 MIN_OVERLAP = 0.6
@@ -23,6 +24,9 @@ GROWTH_THRESHOLD = 0.3
 TRAVEL_THRESHOLD = 0.1
 ORBIT_THRESHOLD = 0.05
 STILL_THRESHOLD = 0.035
+SWING_THRESHOLD = 0.07
+PULSE_THRESHOLD = 0.15
+MIN_ENDLESS_FRAMES = 5
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,13 @@ class Verdict:
         return float(np.mean([getattr(thing, attribute) for thing in self.objects]))
 
 
-def judge(clip: npt.NDArray[np.uint8], asked: str | Scene) -> Verdict:
+def judge(clip: npt.NDArray[np.uint8], asked: str | Scene, endless: bool | None = None) -> Verdict:
     """Judge a clip.
 
     Args:
         clip: uint8 [T, H, W, 3]; motion needs T >= 3.
         asked: the caption or the scene.
+        endless: whether a motion may be read as an endless one; None where one is asked for.
 
     Raises:
         GenAttnError: for a caption that is no sentence of the world, or what is no clip.
@@ -91,7 +96,8 @@ def judge(clip: npt.NDArray[np.uint8], asked: str | Scene) -> Verdict:
     found = find_objects(clip)
     present = [thing for thing in found if thing.visible.mean() >= MIN_VISIBLE]
     matched = _match(scene, present)
-    objects = tuple(_judge_object(thing, match) for thing, match in zip(scene.objects, matched, strict=True))
+    endless = any(thing.motion in ENDLESS for thing in scene.objects) if endless is None else endless
+    objects = tuple(_judge_object(thing, match, endless) for thing, match in zip(scene.objects, matched, strict=True))
     steady = [subject_consistency(thing) for thing in matched if thing is not None]
     moved = [motion_amount(thing) for thing in matched if thing is not None]
     return Verdict(
@@ -112,11 +118,11 @@ def read_background(clip: npt.NDArray[np.uint8]) -> str | None:
     return nearest if distances[nearest] < MAX_BACKGROUND_DISTANCE else None
 
 
-def read_object(thing: FoundObject) -> Reading:
-    """Colour, shape, motion and size of a found object."""
+def read_object(thing: FoundObject, endless: bool = False) -> Reading:
+    """Colour, shape, motion (an endless one too where `endless`) and size of a found object."""
     radius = float(np.median(thing.track[thing.visible, 2]))
     size = min(SIZES, key=lambda name: abs(np.log(radius / SIZES[name])))
-    return Reading(thing.colour, read_shape(thing), read_motion(thing), size)
+    return Reading(thing.colour, read_shape(thing), read_motion(thing, endless), size)
 
 
 def read_shape(thing: FoundObject) -> str | None:
@@ -139,10 +145,18 @@ def read_shape(thing: FoundObject) -> str | None:
     return best if overlap[best] >= MIN_OVERLAP else None
 
 
-def read_motion(thing: FoundObject) -> str | None:
-    """The motion that the track shows, None if it is none of the world's or there are fewer than 3 frames."""
+def read_motion(thing: FoundObject, endless: bool = False) -> str | None:
+    """The motion that the track shows, None if it is none of the world's or there are fewer than 3 frames.
+
+    Args:
+        thing: the object.
+        endless: whether it may be one of `ENDLESS`; without, one of `MOTIONS` alone.
+    """
     if thing.visible.sum() < 3:
         return None
+    goes_on = read_endless(thing) if endless else None
+    if goes_on is not None:
+        return goes_on
     time = np.linspace(0.0, 1.0, len(thing.visible))[thing.visible]
     x, y, radius = thing.track[thing.visible].astype(np.float64).T
     slope, spread = _fit(time[:, None] - 0.5, np.stack([x, y], 1))
@@ -163,6 +177,28 @@ def read_motion(thing: FoundObject) -> str | None:
         axis = int(np.argmax(np.abs(travel)))
         return (("left", "right"), ("up", "down"))[axis][int(travel[axis] > 0)]
     return "still" if np.hypot(x - x.mean(), y - y.mean()).mean() < STILL_THRESHOLD else None
+
+
+def read_endless(thing: FoundObject) -> str | None:
+    """The endless motion that the track shows, once round in the clip; None for any other, or fewer than 5 frames.
+
+    Back and forth is a swing along one axis, where an orbit swings along both, and each must tell more of the track than
+    a straight line does.
+    """
+    if thing.visible.sum() < MIN_ENDLESS_FRAMES:
+        return None
+    time = np.linspace(0.0, 1.0, len(thing.visible))[thing.visible]
+    x, y, radius = thing.track[thing.visible].astype(np.float64).T
+    turn = np.stack([np.cos(2 * np.pi * time), np.sin(2 * np.pi * time)], 1)
+    swing, better = [], []
+    for values in (x, y, radius / radius.mean()):
+        wave, rest = _fit(turn, values[:, None])
+        swing.append(float(np.hypot(wave[0, 0], wave[1, 0])))
+        better.append(rest < _fit(time[:, None], values[:, None])[1])
+    axis = int(swing[1] > swing[0])
+    if swing[axis] > SWING_THRESHOLD:
+        return ("sways", "bobs")[axis] if better[axis] and swing[1 - axis] < 0.5 * swing[axis] else None
+    return "pulses" if swing[2] > PULSE_THRESHOLD and better[2] else None
 
 
 def subject_consistency(thing: FoundObject) -> float:
@@ -198,10 +234,10 @@ def flicker(clip: npt.NDArray[np.uint8], found: list[FoundObject]) -> float:
     return float(change[free].mean()) if free.any() else float(change.mean())
 
 
-def _judge_object(asked: TinyObject, thing: FoundObject | None) -> ObjectVerdict:
+def _judge_object(asked: TinyObject, thing: FoundObject | None, endless: bool) -> ObjectVerdict:
     if thing is None:
         return ObjectVerdict(asked, Reading(), False, False, False, False)
-    read = read_object(thing)
+    read = read_object(thing, endless)
     right = {name: getattr(read, name) == getattr(asked, name) for name in ("colour", "shape", "motion", "size")}
     return ObjectVerdict(asked, read, **right)
 

@@ -5,12 +5,15 @@
 
 Every caption has exactly one meaning (`parse_caption` reads it back), so that an oracle can check a generated clip
 against what was asked. One in eight colour x shape x motion combinations is held out and never sampled for training.
+The motions of `MOTIONS` fit into one clip, and all but the orbit end with it; those of `ENDLESS` go on for ever. They are drawn
+only where they are asked for.
 Positions are fractions of the frame, radii fractions of its shorter side, time a fraction of the clip: any number of
 frames and any size show the same scene. All shapes of one size cover the same area.
 """
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +41,8 @@ MOTIONS: dict[str, str] = {
     "shrinks": "shrinks",
     "orbits": "orbits",
 }
+# each begins where it ends, once round in a clip, so that a film of any length can go on with it
+ENDLESS: dict[str, str] = {"sways": "moves left and right", "bobs": "moves up and down", "pulses": "grows and shrinks"}
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"dark": (24, 24, 32), "gray": (122, 122, 126), "light": (232, 232, 226)}
 SIZES: dict[str, float] = {"small": 0.11, "medium": 0.15, "large": 0.2}
 
@@ -46,7 +51,9 @@ LANE_TRAVEL = 0.2
 ORBIT_RADIUS = 0.17
 LANE_ORBIT_RADIUS = 0.1
 GROWTH = 0.35
-_HORIZONTAL, _VERTICAL = ("left", "right"), ("up", "down")
+_HORIZONTAL, _VERTICAL = ("left", "right", "sways"), ("up", "down", "bobs")
+_SIZED = ("grows", "shrinks", "pulses")
+_ALL_MOTIONS = MOTIONS | ENDLESS
 
 UInt8Clip = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -59,10 +66,10 @@ class TinyObject:
     Attributes:
         colour: a key of `COLOURS`.
         shape: one of `SHAPES`.
-        motion: a key of `MOTIONS`.
+        motion: a key of `MOTIONS` or `ENDLESS`.
         size: a key of `SIZES`; a caption names it unless it is "medium".
         offset: (x, y) displacement from the usual place, fractions of the frame in [-0.5, 0.5]; no part of a caption.
-        phase: where an orbit begins, in turns; no part of a caption.
+        phase: where an orbit or an endless motion begins, in turns; no part of a caption.
     """
 
     colour: str
@@ -76,7 +83,7 @@ class TinyObject:
         for name, value, known in (
             ("colour", self.colour, COLOURS),
             ("shape", self.shape, SHAPES),
-            ("motion", self.motion, MOTIONS),
+            ("motion", self.motion, _ALL_MOTIONS),
             ("size", self.size, SIZES),
         ):
             if value not in known:
@@ -114,44 +121,50 @@ class Scene:
 
 
 def is_held_out(colour: str, shape: str, motion: str) -> bool:
-    """Whether a combination is kept from training: exactly one motion of each colour and shape, 30 of the 240.
+    """Whether a combination is kept from training: one in eight, 30 of the 240.
+
+    Exactly one of `MOTIONS` for each colour and shape; the same rule, counted on, holds out 11 of the 90 with an endless
+    motion.
 
     Args:
         colour: a key of `COLOURS`.
         shape: one of `SHAPES`.
-        motion: a key of `MOTIONS`.
+        motion: a key of `MOTIONS` or `ENDLESS`.
 
     Raises:
         GenAttnError: for an unknown word.
     """
     thing = TinyObject(colour, shape, motion)
-    place = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), list(MOTIONS).index(thing.motion))
+    place = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), list(_ALL_MOTIONS).index(thing.motion))
     return (5 * place[0] + 3 * place[1] + place[2]) % len(MOTIONS) == 0
 
 
-def sample_scene(seed: int, held_out: bool = False, two_objects: float = 0.2) -> Scene:
+def sample_scene(seed: int, held_out: bool = False, two_objects: float = 0.2, motions: Sequence[str] = tuple(MOTIONS)) -> Scene:
     """Draw a scene; the same seed and settings give the same scene on every machine.
 
     Args:
         seed: any integer >= 0.
         held_out: draw the (first) object from the held-out combinations; else none of the objects is held out.
         two_objects: share of two-object scenes, in [0, 1].
+        motions: what to draw from, keys of `MOTIONS` and `ENDLESS`.
 
     Raises:
-        GenAttnError: for a negative seed or a share outside [0, 1].
+        GenAttnError: for a negative seed, a share outside [0, 1], or motions that are none.
     """
     if seed < 0:
         raise GenAttnError(f"seed must be >= 0, got {seed}; use a non-negative integer")
     if not 0.0 <= two_objects <= 1.0:
         raise GenAttnError(f"two_objects must be in [0, 1], got {two_objects}; give a share of the scenes")
+    if not motions or not set(motions) <= set(_ALL_MOTIONS):
+        raise GenAttnError(f"motions must be some of {', '.join(_ALL_MOTIONS)}, got {list(motions)}; name those to draw from")
     rng = np.random.default_rng([seed, int(held_out)])
     background = _pick(rng, tuple(BACKGROUNDS))
     pair = bool(rng.random() < two_objects)
     while True:
-        first = _sample_object(rng, held_out, pair)
+        first = _sample_object(rng, held_out, pair, motions)
         if not pair:
             return Scene((first,), background)
-        second = _sample_object(rng, False, pair)
+        second = _sample_object(rng, False, pair, motions)
         if first.colour != second.colour and _share_lanes(first.motion, second.motion):
             return Scene((first, second), background)
 
@@ -166,7 +179,7 @@ def caption(scene: Scene) -> str:
     phrases = []
     for thing in scene.objects:
         size = "" if thing.size == "medium" else f"{thing.size} "
-        phrases.append(f"a {size}{thing.colour} {thing.shape} {MOTIONS[thing.motion]}")
+        phrases.append(f"a {size}{thing.colour} {thing.shape} {_ALL_MOTIONS[thing.motion]}")
     return f"{' and '.join(phrases)} on a {scene.background} background"
 
 
@@ -175,7 +188,7 @@ def parse_caption(text: str) -> Scene | None:
     match = re.fullmatch(r"(.+?) on an? (\w+) background", " ".join(text.lower().split()).rstrip(" ."))
     if match is None or match[2] not in BACKGROUNDS:
         return None
-    objects = [_parse_object(phrase) for phrase in match[1].split(" and ")]
+    objects = [_parse_object(phrase) for phrase in re.split(r" and (?=an? )", match[1])]
     found = tuple(thing for thing in objects if thing is not None)
     if len(found) != len(objects) or len(found) > 2 or len({thing.colour for thing in found}) != len(found):
         return None
@@ -275,39 +288,42 @@ def _trajectory(
     thing: TinyObject, centre: tuple[float, float], time: Floats, travel: tuple[float, float], orbit: float
 ) -> Floats:
     """float32 [T, 3]: x, y, radius of one object around its usual place."""
-    along = time - 0.5
+    angle = 2 * math.pi * (time + thing.phase)
+    # from -1/2 to 1/2 to the right, downwards or larger; an endless one goes there and back, the caption's first word first
+    along = (time - 0.5) * (1 if thing.motion in ("right", "down", "grows") else -1)
+    if thing.motion in ENDLESS:
+        along = np.cos(angle) * (-0.5 if thing.motion == "pulses" else 0.5)
     x, y = np.zeros_like(time), np.zeros_like(time)
     radius = np.full_like(time, SIZES[thing.size])
     if thing.motion in _HORIZONTAL:
-        x = along * travel[0] * (1 if thing.motion == "right" else -1)
+        x = along * travel[0]
     elif thing.motion in _VERTICAL:
-        y = along * travel[1] * (1 if thing.motion == "down" else -1)
-    elif thing.motion in ("grows", "shrinks"):
-        radius = radius * (1 + 2 * GROWTH * along * (1 if thing.motion == "grows" else -1))
+        y = along * travel[1]
+    elif thing.motion in _SIZED:
+        radius = radius * (1 + 2 * GROWTH * along)
     elif thing.motion == "orbits":
-        angle = 2 * math.pi * (time + thing.phase)
         x, y = orbit * np.cos(angle), orbit * np.sin(angle)
     return np.stack([x + centre[0] + thing.offset[0], y + centre[1] + thing.offset[1], radius], 1).astype(np.float32)
 
 
-def _sample_object(rng: np.random.Generator, held_out: bool, pair: bool) -> TinyObject:
+def _sample_object(rng: np.random.Generator, held_out: bool, pair: bool, motions: Sequence[str]) -> TinyObject:
     while True:
-        combination = _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, tuple(MOTIONS))
+        combination = _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, motions)
         if is_held_out(*combination) == held_out:
             break
     motion = combination[2]
     size = _pick(rng, ("small", "medium") if pair else ("small", "medium", "medium", "large"))
     # room to wander: across a straight path there is more of it than along, or around an orbit
     roomy = 0.14 - 0.4 * max(SIZES[size] - 0.11, 0.0)
-    reach_x = 0.04 if motion in (*_HORIZONTAL, "orbits", "grows", "shrinks") else roomy
-    reach_y = 0.04 if motion in (*_VERTICAL, "orbits", "grows", "shrinks") else roomy
+    reach_x = 0.04 if motion in (*_HORIZONTAL, "orbits", *_SIZED) else roomy
+    reach_y = 0.04 if motion in (*_VERTICAL, "orbits", *_SIZED) else roomy
     if pair:
         reach_x = reach_y = 0.015
     offset = (round(float(rng.uniform(-reach_x, reach_x)), 4), round(float(rng.uniform(-reach_y, reach_y)), 4))
     return TinyObject(*combination, size, offset, round(float(rng.random()), 4))
 
 
-def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
@@ -317,10 +333,10 @@ def _share_lanes(first: str, second: str) -> bool:
 
 
 def _parse_object(phrase: str) -> TinyObject | None:
-    sizes, motions = "|".join(SIZES), "|".join(MOTIONS.values())
+    sizes, motions = "|".join(SIZES), "|".join(_ALL_MOTIONS.values())
     pattern = rf"an? (?:({sizes}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) ({motions})"
     match = re.fullmatch(pattern, phrase)
     if match is None:
         return None
-    motion = next(name for name, verb in MOTIONS.items() if verb == match[4])
+    motion = next(name for name, verb in _ALL_MOTIONS.items() if verb == match[4])
     return TinyObject(match[2], match[3], motion, match[1] or "medium")

@@ -79,13 +79,17 @@ def write_clips(folder: Path, size: ClipSize, count: int, fps: float) -> None:
     """Training clips of the tiny world at the long length, with captions; those that are there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(count):
-        scene, path = sample_scene(seed, two_objects=0.0), folder / f"{seed:04d}.mp4"
-        if path.with_suffix(".txt").is_file():
-            continue
-        with FragmentedMp4Writer(path, fps, crf=12) as writer:
-            for frame in render(scene, size.frames, size.height, size.width):
-                writer.write(frame)
-        path.with_suffix(".txt").write_text(caption(scene))
+        write_clip(folder / f"{seed:04d}.mp4", sample_scene(seed, two_objects=0.0), size, fps)
+
+
+def write_clip(path: Path, scene: Scene, size: ClipSize, fps: float) -> None:
+    """A scene as a video with its caption beside it; one that is there is kept."""
+    if path.with_suffix(".txt").is_file():
+        return
+    with FragmentedMp4Writer(path, fps, crf=12) as writer:
+        for frame in render(scene, size.frames, size.height, size.width):
+            writer.write(frame)
+    path.with_suffix(".txt").write_text(caption(scene))
 
 
 def sample(

@@ -8,7 +8,7 @@ import pytest
 
 from genattn.apps.laboratory import fifo_motion as lab
 from genattn.apps.sampling.measured_rows import append_rows, provenance
-from genattn.pipelines.tiny.world import Scene, TinyObject, render
+from genattn.pipelines.tiny.world import ENDLESS, Scene, TinyObject, caption, render
 
 ORBIT = Scene((TinyObject("red", "circle", "orbits"),), "dark")
 RIGHT = Scene((TinyObject("red", "circle", "right"),), "dark")
@@ -82,3 +82,35 @@ def test_films_are_made_once_and_a_caption_that_cannot_turn_is_not_told_anew(
     named = {p: set(lab._makers(None, p, 0, 60, 4)) for p in ("a ring orbits", "a ring moves up")}
     assert named["a ring moves up"] - named["a ring orbits"] == {"motion told anew"}
     assert {"chunked", *lab.variants(8, 4)} == named["a ring moves up"]
+
+
+def test_motions_that_go_on_are_a_kind_of_their_own_with_a_table_of_their_own(tmp_path: Path) -> None:
+    found = lab.moving("goes on", 6)
+    assert {scene.objects[0].motion for _, scene in found} <= set(ENDLESS)
+    for motion in ENDLESS:
+        text = caption(Scene((TinyObject("red", "circle", motion),), "dark"))
+        assert lab.there_and_back(text, 90) == {0: text}
+    table = tmp_path / "rows.csv"
+
+    def row(base: str, variant: str, degree: float) -> dict[str, object]:
+        films = {"base": base, "frames": 9, "steps": 2, "model": "m", "travel": 1.0, "travel_second_half": 1.0}
+        kept = dict.fromkeys(lab.KEPT, 0.5) | {"dynamic_degree": degree}
+        return {"variant": variant, "prompt": "a", "motion": "sways", **films, **kept, **provenance("cpu")}
+
+    append_rows(table, [row("tiny + LoRA", "chunked", 4.0), row("tiny + LoRA", "FIFO", 3.0), row("tiny", "FIFO", 1.0)])
+    lines = [line.strip("| ").split(" | ") for line in lab.motion_markdown(table, lora=True).split("\n")[2:-2]]
+    assert [(line[0], line[1], line[2], *line[7:9]) for line in lines] == [
+        ("tiny + LoRA", "goes on", "chunked", "4.00", "-"),
+        ("tiny + LoRA", "goes on", "FIFO", "3.00", "0.75"),
+    ]
+    assert "LoRA" not in lab.motion_markdown(table)
+
+
+def test_a_lora_is_on_the_model_for_all_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(lab, "add_loras", lambda pipe, texts: seen.append(texts))
+    monkeypatch.setattr(lab, "_makers", lambda *_: {"FIFO": lambda: render(ORBIT, 29, 64, 64)})
+    table = tmp_path / "rows.csv"
+    lab.run(motion="orbits", prompts=1, frames=29, steps=2, table=table, lora="a.safetensors")
+    assert seen == [["a.safetensors"]]
+    assert " + LoRA," in table.read_text()

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -172,3 +174,42 @@ def test_an_unknown_background_is_none():
 def test_bad_input_is_refused(clip, text, message):
     with pytest.raises(GenAttnError, match=message):
         judge(clip, text)
+
+
+def read_back(kinds, frames, size=64, damage=lambda clip, rng: clip, count=25, endless=None):
+    rng = np.random.default_rng(0)
+    right = []
+    for seed in range(count):
+        scene = world.sample_scene(seed, seed % 2 == 1, 0.25, tuple(kinds))
+        verdict = judge(damage(world.render(scene, frames, size, size), rng), scene, endless)
+        right += [thing.motion for thing in verdict.objects]
+    return np.mean(right)
+
+
+@pytest.mark.parametrize(("size", "frames"), [(64, 5), (96, 9), (48, 16), (64, 29), (64, 61)])
+def test_endless_motions_are_read_off_their_track_and_no_other_is_taken_for_one(size, frames):
+    assert read_back(world.ENDLESS, frames, size) == 1.0
+    assert read_back(world.MOTIONS, frames, size, endless=True) == 1.0
+
+
+@pytest.mark.parametrize("damage", [blurred, noisy, tinted])
+def test_endless_motions_are_read_through_damage(damage):
+    assert read_back(world.ENDLESS, 29, damage=damage) >= 0.95
+    assert read_back(world.MOTIONS, 29, damage=damage, endless=True) >= 0.95
+
+
+@pytest.mark.parametrize("motion", list(world.ENDLESS))
+def test_every_look_of_an_endless_motion_is_read(motion):
+    for colour, shape, size in itertools.product(world.COLOURS, world.SHAPES, world.SIZES):
+        scene = world.Scene((world.TinyObject(colour, shape, motion, size, phase=0.2),), "gray")
+        read = judge(world.render(scene, 12), scene).objects[0].read
+        assert (read.colour, read.motion) == (colour, motion), scene
+
+
+def test_without_being_asked_for_an_endless_motion_is_read_as_one_of_the_eight_or_none():
+    clip = world.render(world.parse_caption("a red circle moves left and right on a dark background"))
+    asked = "a red circle moves left on a dark background"
+    assert judge(clip, asked).objects[0].read.motion not in world.ENDLESS
+    assert judge(clip, asked, endless=True).objects[0].read.motion == "sways"
+    few = world.render(world.parse_caption("a red circle moves left and right on a dark background"), 4)
+    assert judge(few, asked, endless=True).objects[0].read.motion not in world.ENDLESS

@@ -1,8 +1,10 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from transformers import AutoTokenizer
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny import world as world
@@ -158,3 +160,89 @@ def test_a_settled_scene_is_all_that_its_caption_says():
         assert world.caption(settled) == world.caption(scene)
         read_back = world.parse_caption(world.caption(scene))
         np.testing.assert_array_equal(world.render(settled, 5), world.render(read_back, 5))
+
+
+def test_endless_motions_are_drawn_only_where_asked_for():
+    assert not any(thing.motion in world.ENDLESS for seed in range(200) for thing in world.sample_scene(seed).objects)
+    drawn = [world.sample_scene(seed, two_objects=0.3, motions=tuple(world.ENDLESS)) for seed in range(60)]
+    assert {thing.motion for scene in drawn for thing in scene.objects} == set(world.ENDLESS)
+    assert world.sample_scene(5, motions=tuple(world.MOTIONS)) == world.sample_scene(5)
+
+
+def test_the_draws_of_the_first_eight_motions_stay_what_they_were():
+    # training sets, captions of tables and held-out films are named by these seeds
+    pair = world.sample_scene(3, two_objects=0.5)
+    assert world.caption(pair) == "a red circle shrinks and a yellow square moves right on a light background"
+    assert pair.objects[0].offset == (-0.0122, -0.002)
+    unseen = "a small purple ring stays still and a green triangle moves up on a light background"
+    assert world.caption(world.sample_scene(12, True, 0.5)) == unseen
+
+
+endless_things = st.builds(
+    world.TinyObject,
+    st.sampled_from(list(world.COLOURS)),
+    st.sampled_from(world.SHAPES),
+    st.sampled_from([*world.MOTIONS, *world.ENDLESS]),
+    st.sampled_from(list(world.SIZES)),
+)
+
+
+@given(st.lists(endless_things, min_size=1, max_size=2, unique_by=lambda thing: thing.colour).map(tuple))
+def test_a_caption_of_an_endless_motion_has_one_meaning(objects):
+    scene = world.Scene(objects, "gray")
+    assert world.parse_caption(world.caption(scene)) == scene
+
+
+def test_every_word_of_an_endless_motion_is_a_token_of_the_shipped_model():
+    tokenizer = AutoTokenizer.from_pretrained(Path("assets/tiny-wan-long/tokenizer"))
+    for verb in world.ENDLESS.values():
+        assert tokenizer.tokenize(verb) == [f"\u2581{word}" for word in verb.split()]
+
+
+def test_one_in_eight_combinations_with_an_endless_motion_is_held_out():
+    held = [c for c in itertools.product(world.COLOURS, world.SHAPES, world.ENDLESS) if world.is_held_out(*c)]
+    assert len(held) == 11
+    assert {combination[2] for combination in held} == set(world.ENDLESS)
+    for seed in range(100):
+        trained = world.sample_scene(seed, two_objects=0.5, motions=tuple(world.ENDLESS))
+        assert not any(world.is_held_out(*thing.combination) for thing in trained.objects)
+        unseen = world.sample_scene(seed, True, 0.5, tuple(world.ENDLESS))
+        assert world.is_held_out(*unseen.objects[0].combination)
+
+
+@pytest.mark.parametrize("motion", list(world.ENDLESS))
+def test_an_endless_motion_ends_where_it_begins_and_keeps_to_one_thing(motion):
+    scene = world.Scene((world.TinyObject("red", "circle", motion, phase=0.3),), "dark")
+    track = world.trajectories(scene, np.linspace(0, 1, 33, dtype=np.float32))[0]
+    np.testing.assert_allclose(track[0], track[-1], atol=1e-5)
+    changed = np.ptp(track, axis=0)
+    axis = list(world.ENDLESS).index(motion)
+    full = (world.TRAVEL, world.TRAVEL, 2 * world.GROWTH * world.SIZES["medium"])[axis]
+    assert changed[axis] == pytest.approx(full, rel=0.02)
+    assert np.delete(changed, axis).max() == 0.0
+
+
+def test_an_endless_motion_goes_first_where_its_caption_says():
+    for motion, column, sign in (("sways", 0, -1), ("bobs", 1, -1), ("pulses", 2, 1)):
+        scene = world.Scene((world.TinyObject("red", "circle", motion),), "dark")
+        track = world.trajectories(scene, np.array([0.0, 0.5, 1.0], np.float32))[0][:, column]
+        assert np.sign(track[1] - track[0]) == sign, motion
+
+
+def test_endless_things_stay_inside_the_frame_and_apart():
+    for seed in range(60):
+        scene = world.sample_scene(seed, two_objects=0.5, motions=tuple(world.ENDLESS))
+        clip = world.render(scene, 9).astype(int)
+        rim = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], 1)
+        assert (np.abs(rim - world.BACKGROUNDS[scene.background]).max(-1) < 40).mean() > 0.95, world.caption(scene)
+        tracks = world.trajectories(scene, np.linspace(0, 1, 9, dtype=np.float32))
+        covered = sum(
+            world.coverage(thing.shape, track * 64, 64, 64) for thing, track in zip(scene.objects, tracks, strict=True)
+        )
+        assert np.maximum(covered - 1.0, 0.0).sum() < 0.005 * covered.sum(), world.caption(scene)
+
+
+@pytest.mark.parametrize("motions", [(), ("orbits", "jumps")])
+def test_motions_to_draw_from_must_be_known(motions):
+    with pytest.raises(GenAttnError, match="motions must be some of"):
+        world.sample_scene(0, motions=motions)
