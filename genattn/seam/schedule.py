@@ -45,7 +45,7 @@ class Schedule:
         if self.passes is not None:
             what = 'names of guidance passes such as ("cond",), or None for all'
             names = (self.passes,) if isinstance(self.passes, str) else several("passes", self.passes, what)
-            if not names or not all(isinstance(name, str) and name for name in names):
+            if not names or not all(isinstance(name, str) and name.strip() for name in names):
                 raise refuse("passes", self.passes, what)
             object.__setattr__(self, "passes", names)
 

@@ -88,6 +88,11 @@ class HeadSet:
         scores = {head: number(f"the score of {head_name(head)}", s, -most, most, "finite") for head, s in self.scores.items()}
         object.__setattr__(self, "scores", scores)
 
+    def __hash__(self) -> int:
+        """Of what the set does: scores, versions and notes, which equality looks at too, may hold what has no hash."""
+        settings = (self.model, self.model_id, self.target, self.scale, self.start, self.stop, self.objective)
+        return hash((frozenset(self.heads.items()), frozenset(self.layer_map.items()), settings))
+
     @classmethod
     def from_names(cls, heads: HeadsLike, layers: LayerMap, u: float = 1.0, **settings: Any) -> "HeadSet":
         """A set from names such as "L11H15,L13H17"."""

@@ -190,7 +190,7 @@ def _held(folder: Path | None, group: WindowGroup) -> Iterator[RunLocks]:
     try:
         yield locks
     except BaseException:
-        locks.release()
+        locks.withdraw()
         raise
 
 

@@ -6,7 +6,6 @@ shard is a function of its number alone: writing resumes at the first missing on
 """
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.vae import still_convolutions, to_model_range
 from genattn.pipelines.tiny.world import caption, render, sample_scene, settle
+from genattn.whole_file import whole_file
 
 SHARD = 64
 
@@ -66,10 +66,9 @@ def cache_latents(
             for first in range(0, SHARD, 8):
                 clips = np.stack([render(scene, max(frames, 2), size, size)[:frames] for scene in scenes[first : first + 8]])
                 parts.append(_encode(vae, to_model_range(clips).to(device)).half().cpu())
-            half_written = path.with_suffix(f".part{os.getpid()}")
             metadata = {"captions": json.dumps([caption(scene) for scene in scenes])}
-            save_file({"latents": torch.cat(parts).contiguous()}, half_written, metadata=metadata)
-            os.replace(half_written, path)
+            with whole_file(path) as part:
+                save_file({"latents": torch.cat(parts).contiguous()}, part, metadata=metadata)
         done += 1
     return done
 

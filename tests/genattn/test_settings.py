@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from genattn import DensePattern, NeighborhoodPattern, RadialPattern, Schedule, TokenLayout
 from genattn.errors import GenAttnError
@@ -20,6 +19,7 @@ from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
 from genattn.selection.rules import ErrorAware, Threshold, TopK, TopP
 from genattn.selection.tiling import Boxes, Clusters, Runs
+from wrong_kinds import NEVER
 
 NEEDED: dict[type, dict[str, Any]] = {
     **{key: {} for key in (AdaptivePattern, BlockTopK, DensePattern, RadialPattern, Schedule)},
@@ -30,19 +30,6 @@ NEEDED: dict[type, dict[str, Any]] = {
     RotatingAnchors: {"pattern": RadialPattern(), "stride": 2},
     Segment: {"kind": "text", "shape": (3,)},
     TokenLayout: {"segments": (Segment("grid", (2, 3, 4)),)},
-}
-NEVER = {
-    "an object": object(),
-    "complex": 1j,
-    "bytes": b"x",
-    "a list of None": [None],
-    "a dict": {"a": 1},
-    "NaN": float("nan"),
-    "an array without axes": np.array(2),
-    "an array": np.array([["a"]]),
-    "a tensor": torch.tensor(1),
-    "a set": {"x"},
-    "a type": int,
 }
 FIELDS = [(kind, field.name) for kind in NEEDED for field in dataclasses.fields(kind) if field.init]
 FLAGS = {"reach", "weighted", "centred", "queries", "shut", "share_passes", "sink", "half_window", "is_causal", "circular"}

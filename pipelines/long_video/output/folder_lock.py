@@ -20,12 +20,25 @@ class FolderLock:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
+        self._path = folder / _NAME
+        self._is_new = not self._path.exists()
+        self._new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
         make_folder(folder)
-        self._lock = _taken(folder / _NAME, f"{folder} is in use: another run", "folder")
+        self._lock = _taken(self._path, f"{folder} is in use: another run", "folder")
 
     def release(self) -> None:
         """Let others have the folder; a second call does nothing."""
         self._lock.release()
+
+    def withdraw(self) -> None:
+        """Release for a run that never began: what was made for it goes, but for folders that hold something."""
+        with contextlib.suppress(OSError):  # an open file cannot be deleted everywhere
+            if self._is_new:
+                self._path.unlink()
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            for folder in self._new_folders:
+                folder.rmdir()
 
 
 class FilmLock:
@@ -48,6 +61,10 @@ class FilmLock:
                 self._path.unlink()
             self._lock.release()
 
+    def withdraw(self) -> None:
+        """Release for a film that never began."""
+        self.release()
+
 
 class RunLocks:
     """What a run holds, let go together."""
@@ -64,12 +81,20 @@ class RunLocks:
         for lock in self._held:
             lock.release()
 
+    def withdraw(self) -> None:
+        """The same for a run that never began, of which nothing stays."""
+        for lock in reversed(self._held):
+            lock.withdraw()
+
 
 def _taken(path: Path, busy: str, what: str) -> FileLock:
     # a film may be begun in one thread and taken in another
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=0)
+        while not path.exists():  # it was opened just before its holder removed it: nobody else would meet this lock
+            lock.release()
+            lock.acquire(timeout=0)
     except Timeout:
         raise GenAttnError(f"{busy} writes there at this moment; wait for it to end, or give another {what}") from None
     return lock

@@ -90,8 +90,9 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(name: str, tmp_path: P
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
     path.unlink()
-    with full_disk(), pytest.raises(OSError):  # noqa: PT011
+    with full_disk(), pytest.raises(OSError) as told:  # noqa: PT011
         write(path)
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(path))
     assert list(tmp_path.iterdir()) == []
 
 

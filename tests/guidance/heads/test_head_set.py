@@ -21,6 +21,13 @@ def test_a_file_comes_back_the_same(tmp_path: Path) -> None:
     assert HeadSet.load(found.save(tmp_path / "set.json")) == found
 
 
+def test_equal_sets_are_one_in_a_set() -> None:
+    first, same = make("L0H1:0.5,L1H3", notes={"a": [1]}), make("L1H3,L0H1:0.5", notes={"a": [1]})
+    assert first == same
+    assert len({first, same}) == 1
+    assert len({first, make("L0H1:0.25,L1H3"), make(scale=2.0), make(stop=0.5), make(target="mean")}) == 5
+
+
 def test_union_and_difference() -> None:
     first, second = make("L0H1:0.5,L1H3:0.2"), make("L0H1:0.75,L1H0")
     assert (first | second).heads == {(0, 1): 0.75, (1, 0): 1.0, (1, 3): 0.2}

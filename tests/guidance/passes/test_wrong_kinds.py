@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from genattn import RadialPattern
 from genattn.errors import GenAttnError
@@ -19,6 +18,7 @@ from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.guidance.tag.tag import TAG
 from genattn.seam.settings_file import MODULES
 from genattn.seam.sparse_plugin import SparsePlugin
+from wrong_kinds import NEVER
 
 NEEDED: dict[Any, dict[str, Any]] = {
     **{kind: {} for kind in (BroadWay, DeltaRule, EnhanceAVideo, Projection, S2Guidance, TAG, Window)},
@@ -26,21 +26,6 @@ NEEDED: dict[Any, dict[str, Any]] = {
     NAG: {"negative_prompt": "red"},
     SoftPAG: {"heads": "L0H1"},
     SparsePlugin: {"pattern": RadialPattern()},
-}
-NEVER = {
-    "an object": object(),
-    "complex": 1j,
-    "bytes": b"x",
-    "a list of None": [None],
-    "a dict": {"a": 1},
-    "NaN": float("nan"),
-    "minus infinity": float("-inf"),
-    "an array without axes": np.array(2.5),
-    "an array": np.array([["a"]]),
-    "a tensor": torch.tensor(0.5),
-    "tensors": torch.tensor([1.0, 2.0]),
-    "a type": int,
-    "a text": " ",
 }
 TEXTS, DICTS = {"model", "model_id", "target", "objective"}, {"encode", "versions", "notes", "negative_embeds"}
 FLAGS = {"keep_energy", "keep_first_frame", "share", "reuse_prefix"}
