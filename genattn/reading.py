@@ -1,7 +1,8 @@
 """Files that people hand over: JSON of any encoding that editors write, and one error for whatever is wrong in it."""
 
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,8 @@ def whole(what: str) -> Iterator[None]:
         raise GenAttnError(
             f"{what} is damaged or was changed by hand ({type(error).__name__}: {told[0]}); write it again"
         ) from error
+
+
+def check_of(line: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits of a JSON line's values: what is kept beside them tells whether they were changed."""
+    return f"{zlib.crc32(json.dumps(line, sort_keys=True).encode()):08x}"

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from genattn.apps.cli.progress import progress_bar
 from genattn.apps.cli.stopping import same_command_goes_on
 from genattn.apps.sampling.prompt_file import read_prompts
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 
 if TYPE_CHECKING:
     from genattn.apps.sampling.run import SamplingSettings
@@ -93,7 +95,8 @@ def hunt_command(
     if strange:
         raise GenAttnError(f"--call names {', '.join(strange)}, and {type(pipe).__name__} takes no such argument")
     state = PartialState()
-    with progress_bar("trials") as tell:
+    alone = only_writer(log, "--log") if state.is_main_process else nullcontext()
+    with alone, progress_bar("trials") as tell:
         hunter = HeadHunter(
             pipe,
             judges,

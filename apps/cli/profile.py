@@ -52,8 +52,9 @@ def profile_command(
     def run(prompt: str) -> Any:
         return pipe(**call, prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="latent")
 
+    given = {**settings.request(), "seed": seed}
     with progress_bar("runs") as tell:
-        found = profile(pipe, run, texts, target_density, out, samples=samples, progress=tell)
+        found = profile(pipe, run, texts, target_density, out, samples=samples, progress=tell, settings=given)
     if picture is not None:
         draw_profile(found.map, picture)
     rows = found.rows()

@@ -25,6 +25,7 @@ from genattn.apps.cli import (
     streams,
     tune as commands_tune,
 )
+from genattn.apps.cli.proposing import meant
 from genattn.errors import GenAttnError, RunFailed, first_line
 from genattn.quiet import quieten
 
@@ -155,11 +156,18 @@ def _refuse(error: Any) -> NoReturn:
     """A command line that cannot be read: what is wrong, and where the options stand."""
     path = "genattn" if getattr(error, "ctx", None) is None else error.ctx.command_path
     message = error.format_message()
+    if type(error).__name__ == "NoSuchOption":
+        found = meant(error.option_name, _options_of(error.ctx))
+        message = f"no such option: {error.option_name}" + (f"; did you mean {' or '.join(found)}?" if found else "")
     if type(error).__name__ == "NoArgsIsHelpError":  # the help itself was printed already, or is the message
         if message:
             print(message)
         sys.exit(2)
     _fail(f"{message.strip().removesuffix('.')}; see: {path} --help", 2)
+
+
+def _options_of(context: Any) -> list[str]:
+    return [name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -8,7 +8,9 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_clips, print_json, print_lines, print_table
+from genattn.apps.cli.stopping import same_command_goes_on
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 
 if TYPE_CHECKING:
     from genattn.apps.sampling.guidance_options import GuidanceSettings
@@ -80,21 +82,31 @@ def compare_command(
 ) -> None:
     """Run the same prompts with several kinds of attention, and compare quality, time and memory, with 95 % intervals.
 
+    With --out, the same command goes on after a stop from the prompts that were done.
+
     Example: genattn compare --held-out 20 --attention radial --attention radial@0 --out out/compare.csv
     """
+    from genattn import __version__
     from genattn.apps.cli.progress import progress_bar
     from genattn.apps.sampling.compare import compare, parse_attention
     from genattn.apps.sampling.measured_rows import append_rows, check_rows
     from genattn.apps.sampling.prompt_file import read_prompts
+    from genattn.apps.tuning.journal import Journal
 
-    if out is not None:
-        check_rows(out)
     wanted = [parse_attention(text, dense_layers) for text in attention or ["radial"]]
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else []), *held_out_captions(held_out)]
-    with progress_bar("clips") as on_sample:
-        rows = compare(texts, wanted, settings, seed, on_sample)
-    if out is not None:
-        append_rows(out, rows)
+    if out is None:
+        with progress_bar("clips") as on_sample:
+            rows = compare(texts, wanted, settings, seed, on_sample)
+    else:
+        check_rows(out)
+        journal = Path(f"{out}.journal.jsonl")
+        same_command_goes_on(journal)
+        request = {"prompts": texts, "seed": seed, "dense_layers": dense_layers, **settings.request(), "genattn": __version__}
+        with only_writer(out, "--out"), progress_bar("clips") as on_sample:
+            rows = compare(texts, wanted, settings, seed, on_sample, Journal(journal, request))
+            append_rows(out, rows)
+            journal.unlink(missing_ok=True)
     if as_json:
         print_json(rows)
     else:

@@ -3,14 +3,14 @@
     dense      p1 ----  p2 ----  p3 ----        runs are interleaved prompt by prompt, so that a busy machine
     radial       ----     ----     ----         slows all of them alike; ratios are taken per prompt
 
-Rows go to a CSV, from which README's table is generated.
+Rows go to a CSV, from which README's table is generated. Until they are there, a journal keeps the prompts that are done.
 """
 
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from genattn.apps.sampling.attention_names import attention_from_name
 from genattn.apps.sampling.clip_quality import is_tiny_world, psnr, ssim
@@ -30,6 +30,7 @@ from genattn.apps.sampling.run import (
 from genattn.errors import GenAttnError
 
 JUDGED = ("colour", "shape", "motion")
+_NUMBERS = ("seconds", "ratio", "density", "peak_memory_gb", "psnr", "ssim")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,29 @@ class Sample:
     ssim: float
     judged: dict[str, float]
 
+    def line(self, prompt: int) -> dict[str, Any]:
+        """As a journal keeps it; `from_line` reads it."""
+        plain = asdict(self)
+        return {"setting": plain.pop("attention"), "prompt": prompt, **plain.pop("judged"), **plain}
+
+    @classmethod
+    def from_line(cls, line: dict[str, Any]) -> "Sample":
+        """From `line`."""
+        judged = {name: line[name] for name in JUDGED if name in line}
+        return cls(line["setting"], **{name: line[name] for name in _NUMBERS}, judged=judged)
+
+
+class Kept(Protocol):
+    """What outlasts a stop: lines of samples, each with its `setting` and `prompt`."""
+
+    samples: list[dict[str, Any]]
+
+    def begin(self) -> None:
+        """Make the file where there is none."""
+
+    def add(self, sample: dict[str, Any]) -> None:
+        """One more line."""
+
 
 def compare(
     prompts: Sequence[str],
@@ -52,12 +76,14 @@ def compare(
     settings: SamplingSettings,
     seed: int = 0,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
+    kept: Kept | None = None,
 ) -> list[dict[str, Any]]:
     """A row per attention, dense first: means over `prompts` with 95 % bootstrap intervals.
 
     Args:
         prompts: one clip each; prompt i uses seed + i under every attention.
         on_sample: called with (samples done, samples in all).
+        kept: prompts that it holds under every attention are not run again; those that are done go there.
 
     Raises:
         GenAttnError: no prompts, or a request the model cannot serve.
@@ -67,17 +93,20 @@ def compare(
     refuse_early(settings)
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
-    for attention in attentions:
-        warm_up(pipe, call, prompts[0], attention)
-    samples: dict[str, list[Sample]] = {a.name: [] for a in (DENSE, *attentions)}
-    total = len(prompts) * len(samples)
-    for i, prompt in enumerate(prompts):
-        dense = run_once(pipe, call, prompt, seed + i, DENSE, f"{i + 1}/{len(prompts)} dense")
-        samples["dense"].append(_sample(dense, dense, prompt, settings))
-        for attention in attentions:
-            result = run_once(pipe, call, prompt, seed + i, attention, f"{i + 1}/{len(prompts)} {attention.name}")
-            samples[attention.name].append(_sample(result, dense, prompt, settings))
-        on_sample((i + 1) * len(samples), total)
+    names = ["dense", *(attention.name for attention in attentions)]
+    known = {(line["prompt"], line["setting"]): line for line in ([] if kept is None else kept.samples)}
+    todo = [i for i in range(len(prompts)) if not all((i, name) in known for name in names)]
+    for attention in attentions if todo else ():
+        warm_up(pipe, call, prompts[todo[0]], attention)
+    for done, i in enumerate(todo, len(prompts) - len(todo) + 1):
+        for sample in _samples_of(pipe, call, (i, len(prompts)), prompts[i], seed + i, attentions, settings):
+            known[i, sample.attention] = sample.line(i)
+        if kept is not None:
+            kept.begin()
+            for name in names:
+                kept.add(known[i, name])
+        on_sample(done * len(names), len(prompts) * len(names))
+    samples = {name: [Sample.from_line(known[i, name]) for i in range(len(prompts))] for name in names}
     common: dict[str, Any] = {
         "pipeline": type(pipe).__name__,
         "model": settings.model or "tiny-wan",
@@ -86,6 +115,22 @@ def compare(
         **provenance(str(pipe.device)),
     }
     return [_row(name, found) | common for name, found in samples.items()]
+
+
+def _samples_of(
+    pipe: Any,
+    call: dict[str, Any],
+    place: tuple[int, int],
+    prompt: str,
+    seed: int,
+    attentions: Sequence[AttentionSettings],
+    settings: SamplingSettings,
+) -> list[Sample]:
+    """One prompt under dense attention and all others; place: its number and how many there are."""
+    title = f"{place[0] + 1}/{place[1]}"
+    dense = run_once(pipe, call, prompt, seed, DENSE, f"{title} dense")
+    results = [run_once(pipe, call, prompt, seed, each, f"{title} {each.name}") for each in attentions]
+    return [_sample(result, dense, prompt, settings) for result in (dense, *results)]
 
 
 def _sample(result: RunResult, dense: RunResult, prompt: str, settings: SamplingSettings) -> Sample:

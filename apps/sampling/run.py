@@ -8,7 +8,7 @@ import platform
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,10 @@ class SamplingSettings:
             raise GenAttnError(f"--image must be a picture, and there is no file {str(self.image)!r}")
         for text in self.lora:
             lora_of(text)
+
+    def request(self) -> dict[str, str]:
+        """What was given, JSON-ready: what a run that goes on after a stop must have in common with it."""
+        return {name: str(value) for name, value in asdict(self).items() if value not in (None, ())}
 
 
 @dataclass(frozen=True)

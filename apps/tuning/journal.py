@@ -1,9 +1,10 @@
-"""The journal of `genattn tune`: a line per finished run, so that a stop loses the run at hand and nothing else.
+"""The journal of `genattn tune` and `compare`: a line per finished run, so that a stop loses what is at hand and nothing else.
 
     {"request": {"model": ..., "prompts": [...], ...}}            what all lines belong to
     {"setting": "radial", "prompt": 0, "seconds": 5.1, ...}       one setting on one prompt, against dense run beside it
 
-Another goal, or more settings to try, may come back to the same journal; another model, size, prompt or seed may not.
+A run carries a check of its values: one that was changed is refused. Another goal, or more settings to try, may come back to
+the same journal; another model, size, prompt or seed may not.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
-from genattn.reading import whole
+from genattn.reading import check_of, whole
 from genattn.settings import number, whole_number
 
 
@@ -43,6 +44,8 @@ class Journal:
         for place, sample in enumerate(self.samples, 2):
             with whole(f"line {place} of {path}"):
                 _check(sample)
+                if sample.pop("check", None) != check_of(sample):
+                    raise ValueError("its values are not those that were written; delete the line, and it runs again")
 
     def done(self, setting: str, prompt: int) -> bool:
         """Whether this run stands in the journal."""
@@ -55,7 +58,7 @@ class Journal:
 
     def add(self, sample: Mapping[str, Any]) -> None:
         """Append one finished run; it is on the disk when this returns."""
-        self._append(sample)
+        self._append({**sample, "check": check_of(sample)})
         self.samples.append(dict(sample))
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -70,7 +73,7 @@ def _check(sample: Mapping[str, Any]) -> None:
     if not isinstance(sample["setting"], str):
         raise ValueError(f"the name of a setting must be a text, got {sample['setting']!r}")
     whole_number("the prompt of a run", sample["prompt"], 0, "its number")
-    for name in sample.keys() - {"setting", "prompt"}:
+    for name in sample.keys() - {"setting", "prompt", "check"}:
         if sample[name] is not None or name != "oracle":
             number(name, sample[name], -math.inf, math.inf, "a number; delete the line, and it runs again")
 

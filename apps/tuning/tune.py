@@ -39,6 +39,7 @@ from genattn.apps.tuning.draw import draw_front
 from genattn.apps.tuning.goal import Goal, Row, choose, front, hopeless, nearest_miss, still_running, summed
 from genattn.apps.tuning.journal import Journal
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.planning.ladder import Model
@@ -106,7 +107,7 @@ def tune(
 
     Raises:
         GenAttnError, before a model is loaded: no prompts, shares or families that are none, an oracle asked of a model that
-        has none, a folder that cannot be written, a journal of another request. After: what the model refuses.
+        has none, a folder that cannot be written or is in use, a journal of another request. After: what the model refuses.
     """
     texts = list(prompts)
     _refuse(settings, texts, goal, families, densities)
@@ -115,15 +116,16 @@ def tune(
         ProfiledPattern(str(profile_map))
     check_folder(out, "--out")
     request = {"prompts": texts, "seed": seed, "map": None if profile_map is None else str(profile_map)}
-    request |= {name: str(value) for name, value in asdict(settings).items() if value not in (None, ())}
-    journal = Journal(out / JOURNAL, request | {"genattn": genattn.__version__})
-    pipe = open_pipeline(settings)
-    call = call_arguments(pipe, settings)
-    journal.begin()
-    judge = is_tiny_world(settings.model) and all(oracle_known(text) for text in texts)
-    hunt = _Search(pipe, call, texts, seed, goal, journal, judge, tell)
-    ground = hunt.ground(families, profile_map, out / MAP)
-    return hunt.run(candidates(ground, families, densities), out)
+    request |= settings.request()
+    with only_writer(out, "--out"):
+        journal = Journal(out / JOURNAL, request | {"genattn": genattn.__version__})
+        pipe = open_pipeline(settings)
+        call = call_arguments(pipe, settings)
+        journal.begin()
+        judge = is_tiny_world(settings.model) and all(oracle_known(text) for text in texts)
+        hunt = _Search(pipe, call, texts, seed, goal, journal, judge, tell)
+        ground = hunt.ground(families, profile_map, out / MAP)
+        return hunt.run(candidates(ground, families, densities), out)
 
 
 def _refuse(
@@ -208,7 +210,8 @@ class _Search:
 
         self.pipe.set_progress_bar_config(disable=True)
         texts = list(dict.fromkeys(self.texts))[:PROFILE_PROMPTS]
-        profile(self.pipe, run, texts, out=path, progress=lambda done, total: self.tell(done, total, "profile"))
+        told = lambda done, total: self.tell(done, total, "profile")  # noqa: E731
+        profile(self.pipe, run, texts, out=path, progress=told, settings=self.journal.request)
         return path
 
     def run(self, first: Sequence[AttentionSettings], out: Path) -> Tuned:

@@ -10,12 +10,14 @@ density can be spread where it helps most. After each prompt of the first look t
 which a run that was interrupted goes on.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.profiling.recorder import Recorder
 from genattn.seam.handle import apply
 from genattn.selection.profile_map import ProfileMap, write_map
@@ -72,15 +74,18 @@ def profile(
     bands: Sequence[float] = BANDS,
     samples: int = SAMPLES,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Profile:
     """Run the pipeline or model `target` dense on each prompt and write the map.
 
     run: samples once with a prompt, the same way every time. prompts: at least 2. target_density: share of the grid's scores in
     (0, 1] that the map visits. bands: ends of the parts of the run that get maps of their own, rising in (0, 1], the last 1.
     samples: queries per cell that are answered exactly. progress: called with (runs done, runs in all).
+    settings: what else `run` depends on, JSON-ready (steps, sizes, seed): an interrupted profile of others is refused.
 
-    Raises GenAttnError, before anything runs, for arguments out of range, and while running for activations that are not
-    finite, for a layout that changes between prompts, and for a model whose token grid is not known.
+    Raises GenAttnError, before anything runs, for arguments out of range and an `out` that another run writes, and while
+    running for activations that are not finite, for a layout that changes between prompts, and for a model whose token grid is
+    not known.
     """
     texts = list(prompts)
     if len(texts) < LEAST_PROMPTS or len(set(texts)) < LEAST_PROMPTS:
@@ -99,8 +104,9 @@ def profile(
         raise GenAttnError(f"out must end in .safetensors, got {str(out)!r}")
     recorder = Recorder(ends, samples)
     part = unfinished(out)
-    with apply(target, recorder):
+    with only_writer(out, "file"), apply(target, recorder):
         about = {"prompts": texts, "bands": list(ends), "samples": samples, "model": recorder.model, "heads": recorder.heads}
+        about["settings"] = json.loads(json.dumps(dict(settings or {})))
         done = recorder.load(part, about)
         total = len(texts) + CHECKS
         progress(done, total)
@@ -113,7 +119,7 @@ def profile(
         for number, text in enumerate(texts[:CHECKS], len(texts) + 1):
             run(text)
             progress(number, total)
-    found = recorder.map(target_density, len(texts))
-    path = write_map(found, out)
-    part.unlink(missing_ok=True)
-    return Profile(found, path)
+        found = recorder.map(target_density, len(texts))
+        path = write_map(found, out)
+        part.unlink(missing_ok=True)
+        return Profile(found, path)

@@ -3,7 +3,8 @@
 The first line holds the search's settings; a file of other settings is refused. Each further line is one chunk of
 trials, evaluated in one go, and its scores; it is flushed to disk before the next chunk begins. A line cut short by a
 kill is dropped when the file is read, and its chunk is evaluated again: chunks are formed from the trials alone, so a
-resumed search batches, and therefore rounds, exactly as an unbroken one.
+resumed search batches, and therefore rounds, exactly as an unbroken one. So is a line whose scores are not those that were
+written: each carries a check of itself.
 
 Several processes (accelerate) take chunks in turn; each writes a file of its own beside the first, and all see all scores.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from genattn.errors import GenAttnError
 from genattn.guidance.headhunter.search import Scores, Trial
+from genattn.reading import check_of
 
 Chunk = tuple[Trial, ...]
 EvaluateChunk = Callable[[Chunk], Sequence[Scores]]
@@ -91,7 +93,8 @@ class SearchLog:
         scores = [dict(s) for s in self.evaluate(chunk)]
         if len(scores) != len(chunk):
             raise GenAttnError(f"a chunk must get one set of scores per trial, got {len(scores)} for {len(chunk)}")
-        self._write({"trials": [trial.key for trial in chunk], "scores": scores})
+        line = {"trials": [trial.key for trial in chunk], "scores": scores}
+        self._write(line | {"check": check_of(line)})
         self.evaluated += len(chunk)
         return scores
 
@@ -180,6 +183,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def _is_chunk(line: Mapping[str, Any]) -> bool:
     """Whether a line holds what `_evaluate` writes."""
     trials, scores = line.get("trials"), line.get("scores")
+    if line.get("check") != check_of({"trials": trials, "scores": scores}):
+        return False
     if not isinstance(trials, list) or not isinstance(scores, list) or len(trials) != len(scores):
         return False
     return all(isinstance(trial, str) for trial in trials) and all(

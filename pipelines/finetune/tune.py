@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.patterns.pattern import Pattern
 from genattn.pipelines.finetune.cache import ClipSize, LatentCache, load_clip
 from genattn.pipelines.finetune.data import Dataset
@@ -113,10 +114,27 @@ def finetune(
         progress: called with the number of clips encoded.
 
     Raises:
-        GenAttnError: before training starts, for a pipeline, dataset, size or earlier run that does not fit.
+        GenAttnError: before training starts, for a pipeline, dataset, size or earlier run that does not fit, and for a folder
+            that another run writes.
     """
     base = _base(pipe, settings)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=base.device.type == "cpu")
+    with only_writer(out, "folder") if accelerator.is_main_process else contextlib.nullcontext():
+        return _trained(pipe, base, accelerator, dataset, pattern, settings, out, on_save, progress)
+
+
+def _trained(
+    pipe: Any,
+    base: FrameDenoiser,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    pattern: Pattern | None,
+    settings: FinetuneSettings,
+    out: Path,
+    on_save: OnSave | None,
+    progress: Callable[[int], None],
+) -> FinetuneResult:
+    """`finetune` in a folder that is held."""
     enable_ulysses(pipe.transformer, settings.context_parallel, _tokens(base, settings.size))
     identity = {
         **settings.identity(pattern),

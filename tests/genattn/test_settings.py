@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wrong_kinds import NEVER
 
 from genattn import DensePattern, NeighborhoodPattern, RadialPattern, Schedule, TokenLayout
 from genattn.errors import GenAttnError
@@ -19,7 +20,6 @@ from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
 from genattn.selection.rules import ErrorAware, Threshold, TopK, TopP
 from genattn.selection.tiling import Boxes, Clusters, Runs
-from wrong_kinds import NEVER
 
 NEEDED: dict[type, dict[str, Any]] = {
     **{key: {} for key in (AdaptivePattern, BlockTopK, DensePattern, RadialPattern, Schedule)},

@@ -4,9 +4,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from genattn.errors import GenAttnError
+from genattn.one_writer import leave_lock, take_lock
 from genattn.pipelines.long_video.output.durable import make_folder
 
 _NAME = "run.lock"
@@ -20,11 +20,11 @@ class FolderLock:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
-        self._path = folder / _NAME
-        self._is_new = not self._path.exists()
+        path = folder / _NAME
+        self._is_new = not path.exists()
         self._new_folders = [each for each in (folder, *folder.parents) if not each.exists()]
         make_folder(folder)
-        self._lock = _taken(self._path, f"{folder} is in use: another run", "folder")
+        self._lock = take_lock(path, f"{folder} is in use: another run", "folder")
 
     def release(self) -> None:
         """Let others have the folder; a second call does nothing."""
@@ -32,9 +32,8 @@ class FolderLock:
 
     def withdraw(self) -> None:
         """Release for a run that never began: what was made for it goes, but for folders that hold something."""
-        with contextlib.suppress(OSError):  # an open file cannot be deleted everywhere
-            if self._is_new:
-                self._path.unlink()
+        if self._is_new:
+            leave_lock(self._lock)
         self._lock.release()
         with contextlib.suppress(OSError):
             for folder in self._new_folders:
@@ -49,17 +48,15 @@ class FilmLock:
 
     def __init__(self, film: str | os.PathLike[str]) -> None:
         film = Path(film)
-        self._path = film.resolve().with_name(f".{film.resolve().name}.lock")
+        path = film.resolve().with_name(f".{film.resolve().name}.lock")
         self._lock: FileLock | None = None
         with contextlib.suppress(OSError):
-            self._lock = _taken(self._path, f"{film} is being written: another film", "output")
+            self._lock = take_lock(path, f"{film} is being written: another film", "output")
 
     def release(self) -> None:
         """Let others have the file; a second call does nothing."""
-        if self._lock is not None and self._lock.is_locked:
-            with contextlib.suppress(OSError):  # an open file cannot be deleted everywhere
-                self._path.unlink()
-            self._lock.release()
+        if self._lock is not None:
+            leave_lock(self._lock)
 
     def withdraw(self) -> None:
         """Release for a film that never began."""
@@ -85,16 +82,3 @@ class RunLocks:
         """The same for a run that never began, of which nothing stays."""
         for lock in reversed(self._held):
             lock.withdraw()
-
-
-def _taken(path: Path, busy: str, what: str) -> FileLock:
-    # a film may be begun in one thread and taken in another
-    lock = FileLock(path, thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-        while not path.exists():  # it was opened just before its holder removed it: nobody else would meet this lock
-            lock.release()
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise GenAttnError(f"{busy} writes there at this moment; wait for it to end, or give another {what}") from None
-    return lock

@@ -1,11 +1,13 @@
 """Prompts and seeds are shared between attentions; rows carry intervals and provenance."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from genattn.apps.sampling.compare import compare, parse_attention
 from genattn.apps.sampling.run import SamplingSettings
+from genattn.apps.tuning.journal import Journal
 from genattn.errors import GenAttnError
 
 
@@ -25,6 +27,52 @@ def test_rows(random_wan_folder: Path) -> None:
     assert kept_dense["psnr"] == float("inf")  # both steps dense: the stock result to the bit
     assert kept_dense["ssim"] == 1
     assert all(row["n"] == 2 and row["commit"] and row["date"] for row in rows)
+
+
+def test_a_stop_loses_the_prompt_at_hand_alone(
+    random_wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genattn.apps.sampling import compare as room
+
+    settings = SamplingSettings(model=str(random_wan_folder), frames=5, height=32, width=32, steps=1, guidance_scale=1.0)
+    wanted = [parse_attention("radial@0", dense_layers=0)]
+    prompts, ran, real = ["a cat", "a dog", "a cow"], [], room.run_once
+
+    def counted(pipe: Any, call: Any, prompt: str, seed: int, attention: Any, title: str) -> Any:
+        ran.append((prompt, seed, attention.name, title))
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return real(pipe, call, prompt, seed, attention, title)
+
+    monkeypatch.setattr(room, "run_once", counted)
+    path = tmp_path / "j.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        compare(prompts, wanted, settings, 5, kept=Journal(path, {}))
+    first = Journal(path, {}).samples
+    assert [(line["prompt"], line["setting"]) for line in first] == [(0, "dense"), (0, "radial@0")]
+    ran.clear()
+    ran.extend([()] * 4)
+    seen: list[tuple[int, int]] = []
+    rows = compare(prompts, wanted, settings, 5, lambda *at: seen.append(at), Journal(path, {}))
+    assert ran[4:] == [
+        ("a dog", 6, "dense", "2/3 dense"),
+        ("a dog", 6, "radial@0", "2/3 radial@0"),
+        ("a cow", 7, "dense", "3/3 dense"),
+        ("a cow", 7, "radial@0", "3/3 radial@0"),
+    ]
+    assert seen == [(4, 6), (6, 6)]
+    lines = Journal(path, {}).samples
+    dense = [line["seconds"] for line in lines if line["setting"] == "dense"]
+    assert dense[0] == first[0]["seconds"]
+    assert rows[0]["n"] == rows[1]["n"] == 3
+    assert rows[0]["seconds"] == round(sum(dense) / 3, 4)
+    ran.clear()
+    again = compare(prompts, wanted, settings, 5, kept=Journal(path, {}))
+    assert ran == [], "everything is there"
+    same = [name for name in rows[1] if name != "date"]
+    assert [{name: row[name] for name in same if name in row} for row in again] == [
+        {name: row[name] for name in same if name in row} for row in rows
+    ]
 
 
 def test_what_is_left_out_is_the_presets() -> None:

@@ -1,5 +1,6 @@
 """The journal: nothing that was finished is lost, and nothing of another request is taken."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,15 @@ def test_a_line_without_a_setting_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "j.jsonl")._append({"prompt": 0})
     with pytest.raises(GenAttnError, match="line 3 of .* is damaged"):
         Journal(tmp_path / "j.jsonl", REQUEST)
+
+
+@pytest.mark.parametrize("change", [{"psnr": 99.0}, {"check": "00000000"}, {"check": None}, {"more": 1}])
+def test_a_run_that_was_changed_by_hand_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    written(path).add({"setting": "gna", "prompt": 0, "psnr": 30.0})
+    *before, last = path.read_text().splitlines()
+    path.write_text("\n".join([*before, json.dumps(json.loads(last) | change)]) + "\n")
+    with pytest.raises(GenAttnError, match="(line 3 of .* was changed by hand .*its values are not those|must be )"):
+        Journal(path, REQUEST)
+    path.write_text("\n".join(before) + "\n")
+    assert [line["setting"] for line in Journal(path, REQUEST).samples] == ["radial"]

@@ -18,6 +18,7 @@ from genattn.apps.tuning.candidates import Ground, candidates, with_dense_start
 from genattn.apps.tuning.goal import Goal
 from genattn.apps.tuning.tune import left_out, tune
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.planning.ladder import Model
 
@@ -41,6 +42,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tuning, "timed", timed)
     monkeypatch.setattr(tuning, "warm_up", lambda *_: None)
+
+
+def test_a_folder_that_another_run_writes_is_refused(settings: SamplingSettings, tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path / "t", "--out"),
+        pytest.raises(GenAttnError, match="t is in use: another run writes there .*--out"),
+    ):
+        tune(settings, PROMPTS, Goal(budget=2), tmp_path / "t")
+    assert not (tmp_path / "t" / "journal.jsonl").exists()
 
 
 @pytest.mark.usefixtures("clock")

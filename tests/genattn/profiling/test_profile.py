@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.pipelines.tiny.random.build import build_pipeline
 from genattn.profiling.draw import draw_profile, worst_heads
@@ -113,6 +114,26 @@ def test_an_unfinished_profile_of_other_settings_is_refused(tmp_path: Path) -> N
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(GenAttnError, match="cannot be read .*; delete it to start again"):
         profile(model.pipe, model, PROMPTS, 0.3, out)
+
+
+def test_an_unfinished_profile_of_other_steps_or_seed_is_refused(tmp_path: Path) -> None:
+    model, out = Model(), tmp_path / "map.safetensors"
+    model.breaks_at = PROMPTS[1]
+    with pytest.raises(KeyboardInterrupt):
+        profile(model.pipe, model, PROMPTS, 0.3, out, settings={"steps": 8, "seed": 0})
+    for settings in ({"steps": 9, "seed": 0}, {"steps": 8}, None, {"steps": 8, "seed": 0, "height": 64}):
+        with pytest.raises(GenAttnError, match="was made with other settings; delete it"):
+            profile(model.pipe, model, PROMPTS, 0.3, out, settings=settings)
+    model.breaks_at, model.seen = "", []
+    profile(model.pipe, model, PROMPTS, 0.3, out, settings={"seed": 0, "steps": 8})
+    assert model.seen == [*PROMPTS[1:], *PROMPTS[:2]]
+
+
+def test_a_map_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    model, out = Model(), tmp_path / "map.safetensors"
+    with only_writer(out, "--out"), pytest.raises(GenAttnError, match="is in use: another run writes there"):
+        profile(model.pipe, model, PROMPTS, 0.3, out)
+    assert model.seen == []
 
 
 def test_a_damaged_unfinished_profile_is_refused(tmp_path: Path) -> None:

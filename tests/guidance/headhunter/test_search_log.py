@@ -175,11 +175,21 @@ def test_damaged_lines_are_evaluated_again(tmp_path: Path) -> None:
                 b"\xff\xfe",
             ]
         )
-        if b'"good"' in broken and b'"trials"' in broken and broken.count(b"full") + broken.count(b"probe") > 0:
-            continue  # a changed digit cannot be told from a score
         path = tmp_path / f"{turn}.jsonl"
         path.write_bytes(b"".join([*lines[:place], broken + b"\n", *lines[place + 1 :]]))
         assert run(path)[0] == expected, broken[:80]
+
+
+@pytest.mark.parametrize("change", [{"scores": [{"good": 99.0}]}, {"check": "00000000"}, {"check": None}])
+def test_a_score_that_was_changed_by_hand_is_evaluated_again(change: dict, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    expected, _ = run(path)
+    lines = path.read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if line.count('"good"') == 1)
+    lines[place] = json.dumps(json.loads(lines[place]) | change)
+    path.write_text("\n".join(lines) + "\n")
+    found, resumed = run(path)
+    assert (found, resumed.evaluated) == (expected, 1)
 
 
 @pytest.mark.parametrize("content", [b"a red circle\n", b"\xff\xfe\x00", b"x" * 20, b'{"other"'])

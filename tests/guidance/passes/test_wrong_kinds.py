@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wrong_kinds import NEVER
 
 from genattn import RadialPattern
 from genattn.errors import GenAttnError
@@ -18,7 +19,6 @@ from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.guidance.tag.tag import TAG
 from genattn.seam.settings_file import MODULES
 from genattn.seam.sparse_plugin import SparsePlugin
-from wrong_kinds import NEVER
 
 NEEDED: dict[Any, dict[str, Any]] = {
     **{kind: {} for kind in (BroadWay, DeltaRule, EnhanceAVideo, Projection, S2Guidance, TAG, Window)},

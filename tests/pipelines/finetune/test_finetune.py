@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from genattn import RadialPattern
 from genattn.apps.sampling.output_files import write_video
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.pipelines.finetune import tune as module
 from genattn.pipelines.finetune.cache import ClipSize, LatentCache, load_clip
 from genattn.pipelines.finetune.data import find_clips
@@ -137,6 +138,12 @@ def test_a_killed_run_ends_with_the_same_weights(clips: Path, tmp_path: Path) ->
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     with pytest.raises(GenAttnError, match="holds a run with other settings .*lora_rank was 2"):
         run(clips, tmp_path / "cut", steps=4, lora_rank=3)
+
+
+def test_a_folder_that_another_run_writes_is_refused(clips: Path, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "t", "folder"), pytest.raises(GenAttnError, match="t is in use: another run writes there"):
+        run(clips, tmp_path / "t", steps=1)
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize("what", ["pixels", "caption", "text encoder", "transformer"])
