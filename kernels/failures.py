@@ -67,5 +67,5 @@ def forget_failures() -> None:
 def _key(impl: str, query: torch.Tensor, plan: BlockPlan, backward: bool) -> Hashable:
     """What a compiled kernel depends on, as far as a plan tells."""
     partial = plan.rule is not None
-    facts = (type(plan.rule).__name__, partial, None if plan.tail is None else plan.tail.kind)
+    facts = (type(plan.rule).__name__, partial, None if plan.tail is None else plan.tail.kind, plan.fade is not None)
     return impl, backward, query.device, query.dtype, query.shape[-1], plan.block_q, plan.block_k, facts

@@ -126,6 +126,10 @@ MAY_IMPORT = {
         "genattn genattn/layouts genattn/patterns genattn/seam guidance/nag guidance/softpag pipelines/tiny/random"
     ),
     "apps/laboratory/mutation": "genattn",
+    "apps/laboratory/plans": (
+        "apps/laboratory apps/sampling genattn genattn/geometry genattn/layouts genattn/patterns genattn/seam kernels "
+        "kernels/reference pipelines/long_clip"
+    ),
     "apps/laboratory/stacking": (
         "apps/sampling genattn genattn/functional genattn/geometry genattn/patterns genattn/seam "
         "guidance/nag guidance/softpag pipelines/tiny/random"

@@ -15,6 +15,7 @@ LABORATORY = (
     "apps/laboratory",
     "apps/laboratory/models",
     "apps/laboratory/mutation",
+    "apps/laboratory/plans",
     "apps/laboratory/stacking",
     "apps/pages",
     "apps/pages/site",

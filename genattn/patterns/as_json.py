@@ -15,6 +15,7 @@ from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.global_tokens import GlobalTokens
+from genattn.patterns.logit_decayed import LogitDecayed
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
@@ -36,6 +37,7 @@ TYPES: dict[str, Callable[..., Pattern]] = {
         DensePattern,
         GlobalTokens,
         Intersection,
+        LogitDecayed,
         NeighborhoodPattern,
         PerHead,
         PerLayer,

@@ -36,6 +36,11 @@ class _Parts(Pattern):
         object.__setattr__(self, "patterns", several("patterns", self.patterns, what))
         if not self.patterns or not all(isinstance(p, Pattern) for p in self.patterns):
             raise GenAttnError(f"{type(self).__name__} needs at least one pattern, got {self.patterns!r}")
+        lowering = next((type(p).__name__ for p in self.patterns if p.lowers_logits), None)
+        if lowering is not None and not isinstance(self, PerLayer):
+            raise GenAttnError(
+                f"{type(self).__name__} cannot hold {lowering}, whose logits it would leave; put {lowering} around all"
+            )
         super().__post_init__()
 
     @property

@@ -7,6 +7,7 @@ The chosen tokens get tiles of their own, so that they do not make the tiles the
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,12 +27,18 @@ class AroundPattern(Pattern):
     """Base of the patterns that add to one other pattern, of geometry alone. tail: "auto" takes the inner pattern's."""
 
     pattern: Pattern
+    geometry_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, Pattern) or self.pattern.needs_tensors:
+        if not isinstance(self.pattern, Pattern) or (self.geometry_alone and self.pattern.needs_tensors):
             raise GenAttnError(
                 f"{type(self).__name__} needs a pattern of geometry alone inside, such as RadialPattern(), "
                 f"got {self.pattern!r}; Union(...) takes those that choose by content"
+            )
+        if self.pattern.lowers_logits:
+            inner = type(self.pattern).__name__
+            raise GenAttnError(
+                f"{type(self).__name__} cannot hold {inner}, whose logits it would leave; put {inner} around all"
             )
         super().__post_init__()
 

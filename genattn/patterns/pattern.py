@@ -174,6 +174,11 @@ class Pattern(ABC):
         return False
 
     @property
+    def lowers_logits(self) -> bool:
+        """Whether its plans change logits, so that no pattern of several parts can take it apart."""
+        return False
+
+    @property
     def measured_tail(self) -> TailName:
         """The tail with which clips came out nearest to dense on a model trained dense; None where none helped."""
         return None

@@ -27,7 +27,7 @@ from genattn.seam.denoiser import (
     stock_state,
     wrapped,
 )
-from genattn.seam.plugin import OFF, AttentionCall, CallRecord, Plugin, Run, is_off, why_all_stay_out
+from genattn.seam.plugin import OFF, AttentionCall, CallRecord, Plugin, Run, in_chain, is_off, told_of_decay, why_all_stay_out
 from genattn.seam.processors import (
     Claim,
     FunctionProcessor,
@@ -161,7 +161,7 @@ class Injection:
         outside_first = sorted(self._plugins, key=lambda plugin: not plugin.runs_passes)
         self._wrappers = [plugin for plugin in outside_first if type(plugin).forward is not Plugin.forward]
         editors = [(plugin, handle) for plugin, handle in pairs if type(plugin).attention is not Plugin.attention]
-        editors.sort(key=lambda pair: pair[0].answers)
+        editors.sort(key=lambda pair: in_chain(pair[0]))
         for mark in self.marks:
             mark.chain = tuple((plugin, handle) for plugin, handle in editors if plugin.wants(mark.site))
             mark.handles = tuple(dict.fromkeys(handle for _, handle in mark.chain))
@@ -285,6 +285,7 @@ class Injection:
         wanting = [plugin for plugin, _ in mark.chain if id(plugin) in self._unseen and not is_off(plugin, run)]
         layout = layout_at(mark.site, self.family, run, tensors[0].shape[1], tensors[1].shape[1])
         call = AttentionCall(*tensors, mask, site=mark.site, run=run, layout=layout, record=CallRecord(), **flags)
+        call = told_of_decay(call, [plugin for plugin, _ in mark.chain])
         for plugin in wanting:
             self._unseen.discard(id(plugin))
             plugin.foresee(call)
@@ -371,6 +372,7 @@ def _asked_by_some(
 def _timed(mark: Mark, call: AttentionCall, core: StockCore | TheirRows) -> torch.Tensor:
     """The call through the chain, counted by every handle that has a plugin in it."""
     events, began = event_pair(call.query), time.perf_counter()
+    call = told_of_decay(call, [plugin for plugin, _ in mark.chain])
     out = _through(mark.chain, 0, call, core)
     _count(mark, call.query, call.key.shape[1], call.record, began, events)
     return out

@@ -3,8 +3,9 @@
     stock processor -> dispatch -> [plugin 1 [plugin 2 [... the user's own dense backend]]]
 
 Plugins form a chain in the order in which they were applied; the first is outermost, except that patterns, which answer a
-call themselves, stand inside of all that edit answers. Each gets the call and `inner`, which runs the rest of the chain. A
-pattern answers itself or calls `inner` (dense); SoftPAG calls `inner` and edits the result.
+call themselves, stand inside of all that edit answers, and what changes how the dense backend answers inside of patterns. Each
+gets the call and `inner`, which runs the rest of the chain. A pattern answers itself or calls `inner` (dense); SoftPAG calls
+`inner` and edits the result.
 The forwards of the denoiser form a second chain, in which those that run passes of their own (`Plugin.runs_passes`) stand
 outside of all others: whoever prepares or edits a pass then sees every one, whatever was applied first.
 """
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.geometry.frame_decay import FrameDecay
 from genattn.geometry.token_layout import TokenLayout
 from genattn.layouts.site import AttentionSite
 
@@ -123,6 +125,8 @@ class AttentionCall:
     mask: as the processor gave it (None, bool or additive, [B, Sk], [B, 1, 1, Sk], [B, 1, Sq, Sk], [B, H, Sq, Sk], or flex's
     BlockMask). layout: segments of this call's sequence when known (may differ from run.layout: spatial or temporal sites).
     head_offset: index of the first head, when context parallelism has left this process only some of them.
+    decay: what whoever answers without the dense backend must do to the logits; where the dense backend answers, the plugin
+        that asks for it does it.
     only_first: the queries are the first Sq of the layout's Sk tokens (ring context parallelism), in a call that would have
         all of them on one process.
     """
@@ -140,6 +144,7 @@ class AttentionCall:
     record: CallRecord = field(default_factory=CallRecord)
     head_offset: int = 0
     only_first: bool = False
+    decay: FrameDecay | None = None
 
     @property
     def tokens(self) -> int:
@@ -161,6 +166,8 @@ class Plugin(ABC):  # noqa: B024
     """Keys that may come in the per-call options, besides `enabled` and `num_steps`."""
     answers: ClassVar[bool] = False
     """Whether `attention` computes the answer itself instead of editing what `inner` gives; such plugins stand innermost."""
+    serves_dense: ClassVar[bool] = False
+    """Whether `attention` changes how the dense backend answers; such plugins stand inside of those that answer themselves."""
     runs_passes: ClassVar[bool] = False
     """Whether `forward` runs the denoiser more than once for one answer; such forwards stand outermost."""
 
@@ -206,6 +213,10 @@ class Plugin(ABC):  # noqa: B024
         When every plugin at a site stays out, the stock core is called directly, and the last one's reason is counted.
         """
         return ""
+
+    def decay_at(self, call: AttentionCall) -> FrameDecay | None:
+        """What a pattern further out is to do to the logits of a call that it answers; see `AttentionCall.decay`."""
+        return None
 
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """Answer one attention call, [B, Sq, H, D]."""
@@ -253,6 +264,18 @@ class Plugin(ABC):  # noqa: B024
         usual = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
         told = [f"{name}={value!r}" for name, value in given.items() if name in usual and value != usual[name]]
         return f"{type(self).__name__}({', '.join(told)})"
+
+
+def in_chain(plugin: Plugin) -> int:
+    """Where a plugin stands in a chain, outermost first: 0, 1 for one that answers, 2 for one that serves the dense backend."""
+    return 2 if plugin.serves_dense else int(plugin.answers)
+
+
+def told_of_decay(call: AttentionCall, plugins: Sequence[Plugin]) -> AttentionCall:
+    """The call with the decay that one of the plugins at its site asks for."""
+    asked = (plugin.decay_at(call) for plugin in plugins if not is_off(plugin, call.run))
+    decay = next((found for found in asked if found is not None), None)
+    return call if decay is None else call.with_tensors(decay=decay)
 
 
 OFF = "switched off (enabled=False)"

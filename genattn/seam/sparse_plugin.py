@@ -4,7 +4,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, astuple, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict, plain
 from genattn.patterns.dense import DensePattern
+from genattn.patterns.logit_decayed import LogitDecayed
 from genattn.patterns.pattern import Pattern, SiteMemory, forget_plans
 from genattn.seam.plugin import AttentionCall, CallRecord, Inner, Plugin, Run
 from genattn.seam.schedule import Schedule
@@ -239,7 +240,8 @@ class SparsePlugin(Plugin):
         pattern = acting.for_layer(call.site.depth, self._blocks.get(id(call.run.model), call.site.depth + 1))
         pattern = pattern.for_step(call.run.step, call.run.fraction)
         heads = call.query.shape[2]  # fewer than the site has, where processes share them
-        return pattern.for_heads(call.head_offset, heads) if 0 < heads < call.site.heads else pattern
+        pattern = pattern.for_heads(call.head_offset, heads) if 0 < heads < call.site.heads else pattern
+        return pattern if call.decay is None else LogitDecayed(pattern, *astuple(call.decay))
 
     def why_not(self, call: AttentionCall) -> str:
         """The reason for which this pattern cannot answer the call, empty when it can."""

@@ -14,7 +14,7 @@ queries come in chunks, each leaves one output per basis map, and the outputs ar
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from genattn.guidance.broadway.key_frames import KeyFrames
 from genattn.guidance.broadway.temporal_map import EditScalars, MapEdit, band_projection, basis_maps, gram, solve
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, dense_plan
+from genattn.kernels.plan.kept_entries import keep_entries
 from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.triton.config import tile_sizes
 
@@ -121,17 +122,9 @@ def restrict_keys(plan: BlockPlan, tokens: torch.Tensor) -> BlockPlan:
     lanes = plan.key_tiles.long()
     tiles = torch.where((lanes >= 0) & member[lanes.clamp_min(0)], plan.key_tiles, -1)
     stay = (tiles >= 0).any(1)[plan.columns.long()]
-    heads, rows = plan.num_full.shape
-    row = torch.repeat_interleave(torch.arange(heads * rows, device=plan.device), plan.row_lengths.flatten())
-    first = (plan.row_lengths.flatten().cumsum(0) - plan.row_lengths.flatten())[row]
-    full = torch.arange(row.numel(), device=plan.device) - first < plan.num_full.flatten().long()[row]
-    lengths = torch.bincount(row[stay], minlength=heads * rows)
-    num_full = torch.bincount(row[stay & full], minlength=heads * rows).view(heads, rows).to(torch.int32)
-    ends = lengths.cumsum(0).view(heads, rows)
-    ptr = torch.cat([(ends - lengths.view(heads, rows))[:, :1], ends], 1).to(torch.int32)
     # pseudo-keys stay what they are and weigh as many tokens as they have among these
     tail = None if plan.tail is None else plan.tail.only(member)
-    return BlockPlan(plan.query_tiles, tiles, ptr, plan.columns[stay], num_full, plan.rule, plan.seqlen_q, plan.seqlen_k, tail)
+    return replace(keep_entries(plan, stay), key_tiles=tiles, tail=tail)
 
 
 class _DenseFrames:

@@ -12,7 +12,8 @@ from genattn.kernels.cpu.groups import Group, groups_of_plan
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.exact import exact
 from genattn.kernels.reference.attention import pseudo_rows
-from genattn.kernels.reference.tail import spread_over_tokens, tail_keys, tail_scores
+from genattn.kernels.reference.keys_twice import Keys, lowered_tail_keys, with_keys_twice
+from genattn.kernels.reference.tail import spread_over_tokens, tail_scores
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -39,19 +40,22 @@ def grouped_backward(
         delta = delta - grad_lse.to(compute)
     # queries that see nothing have lse -inf; +inf makes their probabilities zero
     lse = lse.to(compute).masked_fill(torch.isneginf(lse), float("inf"))
-    heads = [x.to(compute).transpose(1, 2) for x in (query, key, value, grad_out)]
+    given = with_keys_twice(plan, key, value, key_mask, compute)
+    heads = [x.to(compute).transpose(1, 2) for x in (query, given.key, given.value, grad_out)]
     grads = [torch.zeros(x.shape, dtype=compute) for x in heads[:3]]
-    lists = groups_of_plan(plan)
     group = query.shape[2] // key.shape[2]
+    lists = groups_of_plan(given.plan)
     for head in range(query.shape[2]):
         for part in lists[head if len(lists) > 1 else 0]:
             rows = max(1, _SCORES_AT_ONCE // (query.shape[0] * part.keys.shape[1]))
             for run in range(part.queries.shape[0]):
                 for first in range(0, part.queries.shape[1], rows):
                     piece = run, slice(first, first + rows)
-                    _add(grads, heads, lse[..., head], delta[..., head], part, piece, head, head // group, scale, key_mask)
+                    _add(grads, heads, lse[..., head], delta[..., head], part, piece, head, head // group, scale, given)
     if plan.tail is not None:
-        _add_tail(grads, (query, key, value, grad_out), lse, delta, plan, scale, key_mask)
+        _add_tail(grads, (query, grad_out), lse, delta, given, scale)
+    if plan.fade is not None:
+        grads[1:] = _both_halves(grads[1], plan.fade.factor), _both_halves(grads[2])
     return tuple(g.transpose(1, 2).to(x.dtype) for g, x in zip(grads, (query, key, value)))  # type: ignore[return-value]
 
 
@@ -65,16 +69,18 @@ def _add(
     head: int,
     kv_head: int,
     scale: float,
-    key_mask: torch.Tensor | None,
+    given: Keys,
 ) -> None:
     """Add what a piece (run, queries) of a group contributes to the gradients of one head."""
-    queries, keys = part.queries[piece], part.keys[piece[0]]
+    queries, keys, key_mask = part.queries[piece], part.keys[piece[0]], given.key_mask
     query, grad = inputs[0][:, head, queries], inputs[3][:, head, queries]
     key, value = inputs[1][:, kv_head, keys], inputs[2][:, kv_head, keys]
     if key_mask is not None:
         hidden = ~key_mask[:, keys, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     scores = query @ key.mT * scale
+    if given.penalty is not None:
+        scores = scores - given.penalty[keys]
     for _, _, place in part.spans(piece[0], piece[0] + 1):
         scores[..., part.whole :].masked_fill_(~part.masks[place, piece[1]], float("-inf"))
     if key_mask is not None:
@@ -91,16 +97,14 @@ def _add_tail(
     inputs: tuple[torch.Tensor, ...],
     lse: torch.Tensor,
     delta: torch.Tensor,
-    plan: BlockPlan,
+    given: Keys,
     scale: float,
-    key_mask: torch.Tensor | None,
 ) -> None:
-    """Add what the pseudo-keys contribute; lse and delta [B, Sq, H], grads [B, h, S, D]."""
+    """Add what the pseudo-keys contribute; inputs: query and grad_out; lse and delta [B, Sq, H], grads [B, h, S, D]."""
+    plan, pseudo, (query, grad_out) = given.plan, lowered_tail_keys(given), inputs
     assert plan.tail is not None
-    query, key, value, grad_out = inputs
-    pseudo = tail_keys(key, value, plan.tail, key_mask)
     means, grad_means = (pseudo.key, pseudo.value), (torch.zeros_like(pseudo.key), torch.zeros_like(pseudo.value))
-    group, compute = query.shape[2] // key.shape[2], pseudo.key.dtype
+    group, compute = query.shape[2] // pseudo.key.shape[2], pseudo.key.dtype
     keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in means)
     step = max(1, _SCORES_AT_ONCE // (query.shape[0] * query.shape[2] * plan.tail.pseudo_keys))
     for rows in torch.arange(plan.seqlen_q).split(step):
@@ -113,4 +117,10 @@ def _add_tail(
             by_head = weights.mT @ vectors.transpose(1, 2)
             total += by_head.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
     for total, grad_mean in zip(grads[1:], grad_means):
-        total += spread_over_tokens(grad_mean, plan.tail, pseudo.tokens, plan.seqlen_k, key_mask).transpose(1, 2)
+        total += spread_over_tokens(grad_mean, plan.tail, pseudo.tokens, plan.seqlen_k, given.key_mask).transpose(1, 2)
+
+
+def _both_halves(grad: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """[B, h, S, D] of the gradient of keys that stood twice, [B, h, 2 S, D], the second time multiplied."""
+    once, lowered = grad.chunk(2, 2)
+    return once + factor * lowered

@@ -58,6 +58,8 @@ struct Call {
   const int32_t* tail_tokens;   // [pseudo, tail_lanes] what a pseudo-key is the mean of, -1 unused; or null
   const int32_t* tail_skipped;  // [lists, tiles_q, ceil(tiles_k / 32)] one bit per key tile
   const uint8_t* tail_counted;  // [Sk] which tokens weigh, or null for all
+  const int32_t* fade_window;   // [tiles_q, 2] first and last place inside, or null
+  const int32_t* fade_span;     // [tiles_k, 2] first and last place of a key tile
   int64_t stride[4][3];         // query, key, value, out: batch, token, head (elements)
   int64_t nnz, workspace;       // bytes that packed keys and values may take
   int32_t batch, heads, kv_heads, dim, seqlen_q, seqlen_k, tiles_q, tiles_k, block_q, block_k, lists, slot_rows;
@@ -65,6 +67,7 @@ struct Call {
   int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
   float scale;
+  float fade_factor, fade_penalty;  // of logits outside: above 0, and in nats
 };
 
 // ---- number formats
@@ -310,8 +313,20 @@ struct Scratch {
   std::vector<uint16_t> bits;
 };
 
+// what becomes of the scores of a tile pair: x * factor - off, in base 2
+struct Fade { float factor, off; };
+constexpr Fade INSIDE = {1.f, 0.f};
+
+static inline bool is_outside(const Call& c, int tile, int kt) {
+  if (!c.fade_window) return false;
+  const int32_t *window = c.fade_window + (size_t)tile * 2, *span = c.fade_span + (size_t)kt * 2;
+  return span[1] < window[0] || span[0] > window[1];
+}
+
+static inline Fade fade_of(const Call& c, bool outside) { return outside ? Fade{c.fade_factor, c.fade_penalty * 1.4426950408889634f} : INSIDE; }
+
 // online softmax of lanes [from, to) of one row of scores; `bias` is null or 0 / -inf per lane, `seen` null or one bit per lane
-static inline void softmax_row(float* s, int from, int to, float& m, float& l, float* acc, int acc_width, const float* bias, const uint16_t* seen) {
+static inline void softmax_row(float* s, int from, int to, float& m, float& l, float* acc, int acc_width, const float* bias, const uint16_t* seen, Fade fade) {
   vf top = splat(-INFINITY);
   if (!seen && !bias) {
     for (int j = from; j < to; j += VL) top = larger(top, load(s + j));
@@ -324,11 +339,11 @@ static inline void softmax_row(float* s, int from, int to, float& m, float& l, f
       top = larger(top, x);
     }
   }
-  float high = max_of(top);
+  float high = max_of(top) * fade.factor - fade.off;
   high = high > m ? high : m;
-  vf offset = splat(high == -INFINITY ? 0.f : high), sum = {};
+  vf offset = splat((high == -INFINITY ? 0.f : high) + fade.off), factor = splat(fade.factor), sum = {};
   for (int j = from; j < to; j += VL) {
-    vf p = exp2v(load(s + j) - offset);
+    vf p = exp2v(load(s + j) * factor - offset);
     store(s + j, p);
     sum += p;
   }
@@ -356,7 +371,7 @@ struct Packed {  // keys and values of one (batch, key head), tile after tile
 static int tail_tiles(const Call& c) { return (c.pseudo + round_up(c.block_k, VL) - 1) / round_up(c.block_k, VL); }
 
 // one visited tile pair: scores, softmax, and the weighted values into the accumulator
-static void visit(const Call& c, const Packed& kv, Scratch& w, int kt, int next_kt, Span span, const uint16_t* bits) {
+static void visit(const Call& c, const Packed& kv, Scratch& w, int kt, int next_kt, Span span, const uint16_t* bits, Fade fade) {
   const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), words = (c.block_k + 15) / 16;
   const float* bias = kv.holes[kt] ? kv.bias + (size_t)kt * BK : nullptr;
   const float *keys = kv.keys + (size_t)kt * BK * D, *values = kv.values + (size_t)kt * BK * DP, *next = kv.keys + (size_t)next_kt * BK * D;
@@ -367,20 +382,22 @@ static void visit(const Call& c, const Packed& kv, Scratch& w, int kt, int next_
     fetch_share(values + (size_t)span.left * NR, (span.right - span.left) * DP, i, rows);
     fetch_share(next, BK * D, i, rows);
     const uint16_t* seen = bits ? bits + (size_t)(span.top + i) * words : nullptr;
-    softmax_row(s + (size_t)i * BK, span.left, span.right, w.m[span.top + i], w.l[span.top + i], acc + (size_t)i * DP, DP, bias, seen);
+    softmax_row(s + (size_t)i * BK, span.left, span.right, w.m[span.top + i], w.l[span.top + i], acc + (size_t)i * DP, DP, bias, seen, fade);
   }
   product<true>(s + span.left, BK, values, acc, DP, rows, span.right - span.left, DP, BK, span.left, 0, DP);
 }
 
-// pseudo-keys [at, at + BK) of the tiles that the query tile skips, as one more tile whose lanes have weights
-static void visit_tail(const Call& c, const Packed& kv, Scratch& w, const int32_t* skipped, int used, int at) {
+// pseudo-keys [at, at + BK) of the tiles that the query tile skips and that are outside or not, as one more tile whose lanes
+// have weights
+static void visit_tail(const Call& c, const Packed& kv, Scratch& w, const int32_t* skipped, int used, int at, int of_tile, bool outside) {
   const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), lanes = std::min(BK, c.pseudo - at);
+  const Fade fade = fade_of(c, outside);
   int left = BK, right = 0;
   std::fill(w.tail_bias.begin(), w.tail_bias.end(), -INFINITY);
   for (int i = 0; i < lanes; i++) {
     const int tile = (at + i) / c.tail_parts;
-    if (!((uint32_t)skipped[tile / 32] >> (tile % 32) & 1)) continue;
-    w.tail_bias[i] = kv.tail_bias[at + i];
+    if (!((uint32_t)skipped[tile / 32] >> (tile % 32) & 1) || is_outside(c, of_tile, tile) != outside) continue;
+    w.tail_bias[i] = kv.tail_bias[at + i] / fade.factor;  // a weight is no logit
     left = std::min(left, i / VL * VL);
     right = round_up(i + 1, VL);
   }
@@ -388,7 +405,7 @@ static void visit_tail(const Call& c, const Packed& kv, Scratch& w, const int32_
   float* s = w.s.data();
   product<false>(w.q.data(), D, kv.tail_keys + (size_t)at * D, s, BK, used, D, BK, D, 0, left, right);
   for (int i = 0; i < used; i++)
-    softmax_row(s + (size_t)i * BK, left, right, w.m[i], w.l[i], &w.acc[(size_t)i * DP], DP, w.tail_bias.data(), nullptr);
+    softmax_row(s + (size_t)i * BK, left, right, w.m[i], w.l[i], &w.acc[(size_t)i * DP], DP, w.tail_bias.data(), nullptr, fade);
   product<true>(s + left, BK, kv.tail_values + (size_t)at * DP, w.acc.data(), DP, used, right - left, DP, BK, left, 0, DP);
 }
 
@@ -424,11 +441,12 @@ static void query_tile(const Call& c, const Packed& kv, const std::vector<KeyTil
       span = rule_tile(w.bits.data(), r, r.heads == 1 ? 0 : h, lanes, tiles[(size_t)c.rule_of_head[h] * c.tiles_k + kt], BQ, words, BK);
       bits = w.bits.data();
     }
-    if (span.right > span.left && span.bottom > span.top) visit(c, kv, w, kt, next, span, bits);
+    if (span.right > span.left && span.bottom > span.top) visit(c, kv, w, kt, next, span, bits, fade_of(c, is_outside(c, tile, kt)));
   }
   if (c.pseudo) {
     const int32_t* skipped = c.tail_skipped + ((size_t)list * c.tiles_q + tile) * ((c.tiles_k + 31) / 32);
-    for (int at = 0; at < c.pseudo; at += BK) visit_tail(c, kv, w, skipped, used, at);
+    for (int outside = 0; outside < (c.fade_window ? 2 : 1); outside++)
+      for (int at = 0; at < c.pseudo; at += BK) visit_tail(c, kv, w, skipped, used, at, tile, outside);
   }
   for (int i = 0; i < BQ; i++) {
     if (lanes[i] < 0) continue;

@@ -16,7 +16,8 @@ import torch
 from genattn.kernels.cpu.groups import LINE, Group, groups_with_tail, tile_of_query
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.lasting import lasting
-from genattn.kernels.reference.tail import TailKeys, tail_keys
+from genattn.kernels.reference.keys_twice import Keys, lowered_tail_keys, with_keys_twice
+from genattn.kernels.reference.tail import TailKeys
 
 _KEPT_BIAS_BYTES = 1 << 30
 # scores of a run, and scores, keys and values of a thread, at a time: more leave the caches, fewer cost calls
@@ -47,11 +48,12 @@ def grouped_attention(
 ) -> Parts:
     """Forward only; shapes and meaning as in `reference_attention`. Without `with_lse` the second result is undefined."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    bias = None
     if key_mask is not None:
         key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
-        bias = torch.zeros(key_mask.shape, dtype=compute).masked_fill_(~key_mask, _UNSEEN)
-    pseudo = None if plan.tail is None else tail_keys(key, value, plan.tail, key_mask)
+    given = with_keys_twice(plan, key, value, key_mask, compute)
+    plan, key, value, key_mask = given.plan, given.key, given.value, given.key_mask
+    bias = _bias_of_keys(given, query.shape[0], compute)
+    pseudo = None if plan.tail is None else lowered_tail_keys(given)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     lse = query.new_full(out.shape[:3], _UNSEEN, dtype=compute)
     lists, scratch = groups_with_tail(plan), _Scratch()
@@ -68,7 +70,7 @@ def grouped_attention(
             out=tuple(head for sample in out[:, heads] for head in sample),
             lse=tuple(head for sample in lse[:, heads] for head in sample),
             scale=query.shape[3] ** -0.5 if scale is None else scale,
-            with_lse=with_lse or bias is not None or any(part.again for part in parts),
+            with_lse=with_lse or key_mask is not None or any(part.again for part in parts),
             scratch=scratch,
             tail=() if pseudo is None else _tail_weights(plan, pseudo, heads, key_mask is not None),
             tile_of_query=tile_of_query(plan),
@@ -81,6 +83,16 @@ def grouped_attention(
         out.masked_fill_(blind[..., None], 0.0)
         lse.masked_fill_(blind, float("-inf"))
     return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _bias_of_keys(given: Keys, batch: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """[B, Sk], what is added to the scores of each key; None for nothing."""
+    if given.key_mask is None and given.penalty is None:
+        return None
+    bias = torch.zeros(batch, given.plan.seqlen_k, dtype=dtype)
+    if given.penalty is not None:
+        bias -= given.penalty
+    return bias if given.key_mask is None else bias.masked_fill_(~given.key_mask, _UNSEEN)
 
 
 class _Scratch:

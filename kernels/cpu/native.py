@@ -32,16 +32,17 @@ class _Call(ctypes.Structure):
     _tensors = ("query", "key", "value", "out", "lse", "key_mask")
     _lists = ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full", "rules", "rule_of_head", "slots", "bits", "spans")
     _tail = ("tail_tokens", "tail_skipped", "tail_counted")
+    _fade = ("fade_window", "fade_span")
     _tail_shape = ("pseudo", "tail_lanes", "tail_parts")
     _shape = ("batch", "heads", "kv_heads", "dim", "seqlen_q", "seqlen_k")
     _tiles = ("tiles_q", "tiles_k", "block_q", "block_k", "lists", "slot_rows")
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _tensors + _lists + _tail),
+        *((name, ctypes.c_void_p) for name in _tensors + _lists + _tail + _fade),
         ("stride", ctypes.c_int64 * 3 * 4),
         ("nnz", ctypes.c_int64),
         ("workspace", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in (*_shape, *_tiles, *_tail_shape, "dtype", "threads")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "fade_factor", "fade_penalty")),
     )
 
 
@@ -79,7 +80,7 @@ def native_attention(
         lse.fill_(float("-inf"))
     mask = None if key_mask is None else key_mask.contiguous()
     call = _Call()
-    alive = [*_point_at_plan(call, plan, query.shape[2]), *_point_at_tail(call, plan)]
+    alive = [*_point_at_plan(call, plan, query.shape[2]), *_point_at_tail(call, plan), *_point_at_fade(call, plan)]
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out), ("lse", lse), ("key_mask", mask)):
         setattr(call, name, None if tensor is None else tensor.data_ptr())
     for row, tensor in zip(call.stride, (query, key, value, out)):
@@ -131,6 +132,16 @@ def _point_at_tail(call: _Call, plan: BlockPlan) -> list[object]:
         setattr(call, name, tensor.data_ptr())
     call.pseudo, call.tail_lanes = tail.tokens.shape
     call.tail_parts = tail.parts
+    return list(tables)
+
+
+def _point_at_fade(call: _Call, plan: BlockPlan) -> list[object]:
+    if plan.fade is None:
+        return []
+    tables = [plan.fade.window.contiguous(), plan.fade.span.contiguous()]
+    for name, tensor in zip(_Call._fade, tables):
+        setattr(call, name, tensor.data_ptr())
+    call.fade_factor, call.fade_penalty = plan.fade.kernel_factor, plan.fade.penalty
     return list(tables)
 
 

@@ -8,7 +8,7 @@
 These kernels know tiles that are runs of the sequence. A plan whose tiles are gathered (boxes of a grid, clusters) is for the
 sequence put in the order of its tiles: `order` says which token stands at each place, see `reordered` and `restored`. A plan
 of head tiles is exported as its `folded` plan, for tensors folded alike. None of these kernels has a stand-in for skipped
-tiles, so a plan with a tail is refused.
+tiles, or a factor per tile pair, so plans with a tail or a fade are refused.
 """
 
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class FlashAttention4:
 
 def flashinfer_bsr(plan: BlockPlan) -> FlashInferBSR:
     """The lists of `plan` as they are. Raises ValueError for a plan with a tail."""
-    _refuse_tail(plan)
+    _refuse_extras(plan)
     ragged = bool((plan.query_tiles < 0).any() or (plan.key_tiles < 0).any())
     whole = plan.rule is None and not ragged
     return FlashInferBSR(
@@ -127,7 +127,7 @@ def flashinfer_bsr(plan: BlockPlan) -> FlashInferBSR:
 
 def flashinfer_variable(plan: BlockPlan) -> FlashInferVariable:
     """Tiles of their own sizes. Raises ValueError for a plan with a tail, or with tiles that are seen in part."""
-    _refuse_tail(plan)
+    _refuse_extras(plan)
     if plan.full_share < 1.0:
         raise ValueError(
             f"variable blocks are seen whole, and {1 - plan.full_share:.0%} of this plan's tiles need the element rule; "
@@ -145,7 +145,7 @@ def flash_attention_4(plan: BlockPlan) -> FlashAttention4:
 
     Its kernels want BK of their own tile (128) and BQ a multiple of theirs (128, 256 on sm_100): plan with those.
     """
-    _refuse_tail(plan)
+    _refuse_extras(plan)
     states = states_of_lanes(plan)
     partial, full = (_padded_lists(states == kind) for kind in (1, 2))
     return FlashAttention4(*partial, *full, (plan.block_q, plan.block_k), *_bits_and_slots(plan), lane_order(plan))
@@ -249,8 +249,12 @@ def _bits_and_slots(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
     return bits, table
 
 
-def _refuse_tail(plan: BlockPlan) -> None:
+def _refuse_extras(plan: BlockPlan) -> None:
     if plan.tail is not None:
         raise ValueError(
             f"block lists have no stand-in for skipped tiles, the plan has tail={plan.tail.kind!r}; plan with tail=None"
+        )
+    if plan.fade is not None:
+        raise ValueError(
+            "block lists have no factor per tile pair, the plan lowers logits outside a window; use plan.with_fade(None)"
         )

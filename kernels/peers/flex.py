@@ -51,7 +51,7 @@ def flex_block_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        score_mod=None if pseudo is None else _weigh(plan, pseudo),
+        score_mod=_score_mod(plan, pseudo),
         block_mask=mask,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
@@ -121,6 +121,28 @@ def _mask_mod(plan: BlockPlan, orders: tuple[torch.Tensor, torch.Tensor] | None)
         return table[head if heads > 1 else 0, query_index, key_index]
 
     return visible
+
+
+def _score_mod(plan: BlockPlan, pseudo: TailKeys | None):  # type: ignore[no-untyped-def]
+    """What becomes of a score, or None: lowered where the tiles are outside, weighed where the key is a pseudo-key."""
+    weighed = None if pseudo is None else _weigh(plan, pseudo)
+    if plan.fade is None:
+        return weighed
+    tile_of_key = torch.arange(len(plan.key_tiles), device=plan.device).repeat_interleave(plan.block_k)
+    if plan.tail is not None:
+        tile = torch.arange(plan.tail.pseudo_keys, device=plan.device) // plan.tail.parts
+        tile_of_key = torch.cat([tile_of_key, torch.nn.functional.pad(tile, (0, -len(tile) % plan.block_k))])
+    (low, high), block, factor, penalty = plan.fade.window.unbind(1), plan.block_q, plan.fade.factor, plan.fade.penalty
+    first, last = (ends[tile_of_key] for ends in plan.fade.span.unbind(1))
+
+    def faded(score, batch, head, query_index, key_index):  # type: ignore[no-untyped-def]
+        # places are lanes of tiles, or runs of the sequence: a tile is a run of places either way
+        tile = query_index // block
+        outside = (last[key_index] < low[tile]) | (first[key_index] > high[tile])
+        score = torch.where(outside, score * factor - penalty, score)
+        return score if weighed is None else weighed(score, batch, head, query_index, key_index)
+
+    return faded
 
 
 def _weigh(plan: BlockPlan, pseudo: TailKeys):  # type: ignore[no-untyped-def]

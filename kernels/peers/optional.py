@@ -53,6 +53,8 @@ def why_not_peer(name: str, query: torch.Tensor, plan: BlockPlan, return_lse: bo
         return f"{name} is called without key masks and log-sum-exp; use another impl"
     if plan.tail is not None:
         return f"{name} has no stand-in for skipped tiles, the plan asks for tail={plan.tail.kind!r}"
+    if plan.fade is not None:
+        return f"{name} has no factor per tile pair, the plan lowers logits outside a window"
     if name == "flashinfer" and plan.mask_heads != 1:
         return "its lists must be the same for all heads, this plan has one per head"
     if plan.full_share < 1.0:

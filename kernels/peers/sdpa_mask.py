@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.reference.attention import pseudo_rows, visible_mask
-from genattn.kernels.reference.tail import TailKeys, tail_keys
+from genattn.kernels.reference.keys_twice import keys_twice, lowered_tail_keys, with_keys_twice
+from genattn.kernels.reference.tail import TailKeys
 
 _MASK_BYTES = 1 << 30
 
@@ -18,6 +19,7 @@ def why_not_sdpa_mask(query: torch.Tensor, plan: BlockPlan, return_lse: bool) ->
     """The reason why masked SDPA cannot serve this call, or None."""
     if return_lse:
         return "scaled_dot_product_attention returns no log-sum-exp; use return_lse=False or another impl"
+    plan = plan if plan.fade is None else keys_twice(plan)
     size = plan.mask_heads * plan.seqlen_q * plan.seqlen_k
     if plan.tail is not None:
         # weights of pseudo-keys make it a float mask
@@ -37,22 +39,26 @@ def sdpa_mask_attention(
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention by `scaled_dot_product_attention` with the plan's mask; [B, Sq, H, D], differentiable."""
+    if key_mask is not None:
+        key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
+    given = with_keys_twice(plan, key, value, key_mask)
+    plan, key, value, key_mask = given.plan, given.key, given.value, given.key_mask
     visible = _mask_on(plan, query.device)[None]
-    pseudo = None if plan.tail is None else tail_keys(key, value, plan.tail, key_mask)
+    pseudo = None if plan.tail is None else lowered_tail_keys(given)
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
-        key = key.masked_fill(~key_mask[:, :, None, None], 0.0)
-        value = value.masked_fill(~key_mask[:, :, None, None], 0.0)
     if pseudo is not None:
         weights = _weights(plan, pseudo)
         visible = _side_by_side(visible, torch.isfinite(weights))
         key, value = (torch.cat([x, more.to(x.dtype)], 1) for x, more in ((key, pseudo.key), (value, pseudo.value)))
     empty = ~visible.any(-1, keepdim=True)
     mask = visible | empty
-    if pseudo is not None:
-        listed = mask.shape[-1] - weights.shape[-1]
+    if pseudo is not None or given.penalty is not None:
         bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
-        bias[..., listed:].add_(weights.nan_to_num(neginf=0.0))
+        if given.penalty is not None:
+            bias[..., : plan.seqlen_k].sub_(given.penalty)
+        if pseudo is not None:
+            bias[..., plan.seqlen_k :].add_(weights.nan_to_num(neginf=0.0))
         mask = bias  # type: ignore[assignment]
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),

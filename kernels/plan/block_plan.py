@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 
 from genattn.kernels.plan.element_rule import ElementRule
+from genattn.kernels.plan.fade import Fade
 from genattn.kernels.plan.lasting import lasting
 from genattn.kernels.plan.tail import Tail, tail_of_plan, without_padding
 
@@ -35,6 +36,7 @@ class BlockPlan:
     rule: decides inside the other tiles; may be None when there are none.
     seqlen_q, seqlen_k: lengths of the sequences the indices point into.
     tail: what stands in for the key tiles that are not listed; None: nothing, they are as hidden.
+    fade: which tile pairs have their logits lowered; None: none.
     handle: int64 scalar on the CPU that names this plan inside a library op; see `plan_of_handle`.
     mask_heads: 1 when lists and rule are the same for all heads, else the number of query heads.
     """
@@ -48,6 +50,7 @@ class BlockPlan:
     seqlen_q: int
     seqlen_k: int
     tail: Tail | None = None
+    fade: Fade | None = None
     handle: torch.Tensor = field(init=False, repr=False)
     mask_heads: int = field(init=False)
 
@@ -65,6 +68,11 @@ class BlockPlan:
             raise ValueError(
                 f"the tail must be one for these lists, with skipped [{rows}, {tiles}, {words}], "
                 f"got {list(self.tail.skipped.shape)}; make it with with_tail"
+            )
+        if self.fade is not None and (len(self.fade.window), len(self.fade.span)) != (tiles, len(self.key_tiles)):
+            raise ValueError(
+                f"the fade must be one for {tiles} query tiles and {len(self.key_tiles)} key tiles, "
+                f"got {len(self.fade.window)} windows and {len(self.fade.span)} spans"
             )
         number = next(_NEXT_HANDLE)
         _HANDLES[number] = self
@@ -154,6 +162,11 @@ class BlockPlan:
         found = tail_of_plan(self, tail, heads) if isinstance(tail, str) else tail
         return self if found is self.tail else replace(self, tail=found)
 
+    def with_fade(self, fade: Fade | None) -> "BlockPlan":
+        """The same lists with the logits of some tile pairs lowered, None for none; none either where no pair is outside."""
+        found = fade if fade is not None and fade.acts() else None
+        return self if found is self.fade else replace(self, fade=found)
+
     def seen_whole(self, heads: Sequence[bool]) -> "BlockPlan":
         """The same lists for some heads without the element rule: every key of a listed tile is seen, but never padding.
 
@@ -187,6 +200,7 @@ class BlockPlan:
             self.seqlen_q,
             self.seqlen_k,
             None if self.tail is None else self.tail.to(device),
+            None if self.fade is None else self.fade.to(device),
         )
 
     @cached_property
@@ -202,7 +216,8 @@ class BlockPlan:
     @cached_property
     @lasting
     def transposed(self) -> "BlockPlan":
-        """The inverse lists: per key tile the query tiles that visit it (for dK, dV); same rule, roles not swapped; no tail."""
+        """The inverse lists: per key tile the query tiles that visit it (for dK, dV); same rule, roles not swapped; no tail, no
+        fade."""
         row, partial = self.entries
         tiles, keys = self.query_tiles.shape[0], self.key_tiles.shape[0]
         owner = torch.div(row, tiles, rounding_mode="floor") * keys + self.columns.long()

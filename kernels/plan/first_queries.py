@@ -36,8 +36,9 @@ def _cut(plan: BlockPlan, count: int) -> BlockPlan:
     ends = lengths.flatten().cumsum(0).view(lengths.shape)
     row_ptr = torch.cat([ends[:, :1] - lengths[:, :1], ends], 1).to(torch.int32)
     tail = plan.tail if plan.tail is None else replace(plan.tail, skipped=plan.tail.skipped[:, kept])
+    fade = plan.fade if plan.fade is None else replace(plan.fade, window=plan.fade.window[kept])
     num_full = plan.num_full[:, kept]
     rule = None if int(num_full.sum()) == columns.numel() else plan.rule
     # a tail asks the rule which tokens are padding
     rule = plan.rule if tail is not None else rule
-    return BlockPlan(lanes[kept], plan.key_tiles, row_ptr, columns, num_full, rule, count, plan.seqlen_k, tail)
+    return BlockPlan(lanes[kept], plan.key_tiles, row_ptr, columns, num_full, rule, count, plan.seqlen_k, tail, fade)

@@ -8,6 +8,7 @@ import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan, run_tiles
 from genattn.kernels.plan.element_rule import ElementRule, GridRule
+from genattn.kernels.plan.fade import HIGHEST, LOWEST, Fade
 
 
 def random_plan(
@@ -33,6 +34,17 @@ def random_plan(
     query_tiles = _scattered_tiles(draw, seqlen, block_q) if scattered else run_tiles(seqlen, block_q)
     key_tiles = _scattered_tiles(draw, seqlen, block_k) if scattered else run_tiles(seqlen, block_k)
     return plan_from_rule(rule, query_tiles, key_tiles, seqlen, heads, draw, keep)
+
+
+def random_fade(plan: BlockPlan, seed: int, factor: float = 0.7, penalty: float = 0.9, places: int = 6) -> Fade:
+    """Windows and spans anywhere among `places`; a tile of either kind in eight is inside with all."""
+    draw = torch.Generator().manual_seed(seed)
+    tables = []
+    for tiles in (len(plan.query_tiles), len(plan.key_tiles)):
+        ends = torch.randint(0, places, (tiles, 2), generator=draw).sort(1).values.to(torch.int32)
+        everywhere = torch.rand(tiles, 1, generator=draw) < 1 / 8
+        tables.append(torch.where(everywhere, torch.tensor([[LOWEST, HIGHEST]], dtype=torch.int32), ends))
+    return Fade(tables[0], tables[1], factor, penalty)
 
 
 def random_grid_rule(

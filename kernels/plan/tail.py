@@ -55,7 +55,7 @@ class Tail:
         """The same pseudo-keys, weighed by their tokens among `keys`, bool [Sk]; those without one are not seen any more."""
         counted = keys if self.counted is None else self.counted & keys
         weighs = (counted[self.tokens.long().clamp_min(0)] & (self.tokens >= 0)).view(self.pseudo_keys // self.parts, -1).any(1)
-        return replace(self, counted=counted, skipped=self.skipped & _packed(weighs))
+        return replace(self, counted=counted, skipped=self.skipped & packed_bits(weighs))
 
     def stands_in(self, lists: slice = slice(None)) -> torch.Tensor:
         """Bool [N, NQ, P]: which pseudo-keys the queries of a tile see, for some of the lists."""
@@ -82,7 +82,7 @@ def tail_of_plan(
     words = [_skipped_words(plan, head, empty, has[head]) for head in range(plan.num_heads)]
     skipped = torch.stack(words)
     if among is not None:
-        own = [_packed(among[0][rows, None] == among[1]) for rows in torch.arange(len(among[0])).split(_TILES_AT_ONCE)]
+        own = [packed_bits(among[0][rows, None] == among[1]) for rows in torch.arange(len(among[0])).split(_TILES_AT_ONCE)]
         skipped = skipped & torch.cat(own).to(skipped.device)
     return Tail(kind, TAILS[kind], tokens, skipped) if bool(skipped.any()) else None
 
@@ -93,7 +93,7 @@ def unpack_words(words: torch.Tensor, count: int) -> torch.Tensor:
     return ((words[..., None] >> bits) & 1).bool().flatten(-2)[..., :count]
 
 
-def _packed(bits: torch.Tensor) -> torch.Tensor:
+def packed_bits(bits: torch.Tensor) -> torch.Tensor:
     """Int32 [..., ceil(n / 32)] of bool [..., n]."""
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % WORD)).unflatten(-1, (-1, WORD))
     # bit 31 of an int32 is its sign: the conversion wraps
@@ -109,7 +109,7 @@ def _skipped_words(plan: "BlockPlan", head: int, empty: torch.Tensor, has: bool)
     skipped[row, plan.columns[int(ptr[0]) : int(ptr[-1])].long()] = False
     skipped &= ~empty
     skipped &= (plan.query_tiles >= 0).any(1)[:, None]
-    return _packed(skipped)
+    return packed_bits(skipped)
 
 
 def _parts_of_tiles(tiles: torch.Tensor, parts: int) -> torch.Tensor:

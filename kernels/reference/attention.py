@@ -6,12 +6,22 @@
 
 Text, grid and reference tokens stand in one softmax. A query that sees nothing gets zeros and an lse of -inf. A plan with a
 tail adds pseudo-keys to the sums in the place of the tiles that are not listed: see `tail.py` beside this file.
+
+A plan with a fade lowers the logits of the tile pairs that it calls outside (`kernels/plan/fade.py`):
+
+    logit(q, k) = factor * scale * <q, k> - penalty   if the tile of q and the tile of k are outside,   else   scale * <q, k>
+
+and the sums above are over e^logit. A pseudo-key belongs to a key tile and is outside with it; its weight is no logit, so the
+factor does not touch it: n_j e^{factor * scale * <q, k_j> - penalty}.
 """
+
+from functools import partial
 
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.exact import exact
+from genattn.kernels.plan.tail import Tail
 from genattn.kernels.reference.tail import TailKeys, tail_keys, tail_scores
 
 _SCORES_AT_ONCE = 1 << 26
@@ -49,12 +59,13 @@ def reference_attention(
     outs, lses = [], []
     for index in torch.arange(seqlen, device=query.device).split(rows):
         rows_of_query = query[:, index].to(compute)
-        scores = rows_of_query.transpose(1, 2) @ keys * scale
+        scores = lowered(rows_of_query.transpose(1, 2) @ keys * scale, plan, index)
         visible = visible_rows(plan, index)[None]
         if key_mask is not None:
             visible = visible & key_mask[:, None, None, :]
         if pseudo is not None:
-            scores = torch.cat([scores, tail_scores(rows_of_query, pseudo, scale)], -1)
+            lower = partial(lowered, plan=plan, query_index=index, tail=plan.tail)
+            scores = torch.cat([scores, tail_scores(rows_of_query, pseudo, scale, lower)], -1)
             visible = _with_tail(visible, pseudo_rows(plan, index)[None], pseudo)
         out, lse = _masked_softmax(scores, visible, values)
         outs.append(out.transpose(1, 2))
@@ -75,6 +86,23 @@ def visible_rows(plan: BlockPlan, query_index: torch.Tensor) -> torch.Tensor:
         seen = plan.rule(query_index[:, None], torch.arange(plan.seqlen_k, device=device)[None, :])
         visible = visible | ((state == 1) & seen)
     return visible
+
+
+def lowered(logits: torch.Tensor, plan: BlockPlan, query_index: torch.Tensor, tail: Tail | None = None) -> torch.Tensor:
+    """Logits [..., len(query_index), Sk] of the given queries under the plan's fade; [..., P] of the pseudo-keys of `tail`."""
+    if plan.fade is None:
+        return logits
+    plan = plan.to(query_index.device)
+    fade = plan.fade
+    assert fade is not None
+    tile = _tile_of_token(plan.query_tiles, plan.seqlen_q)[query_index]
+    if tail is None:
+        keys = _tile_of_token(plan.key_tiles, plan.seqlen_k)
+    else:
+        keys = torch.arange(tail.pseudo_keys, device=tile.device) // tail.parts
+    # what stands in no tile is not visible
+    outside = fade.outside(tile.clamp_min(0)[:, None], keys.clamp_min(0)[None])
+    return torch.where(outside, logits * fade.factor - fade.penalty, logits)
 
 
 def pseudo_rows(plan: BlockPlan, query_index: torch.Tensor) -> torch.Tensor:

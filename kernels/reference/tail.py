@@ -28,6 +28,7 @@ with m_j the number of tokens that the mean is over: e^{log_count_j}, but in pla
 disjoint, so the spreading needs no atomics.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,11 +82,16 @@ def _means(x: torch.Tensor, tail: Tail, weight: torch.Tensor, tokens: torch.Tens
     return torch.cat(means, 1)
 
 
-def tail_scores(query: torch.Tensor, keys: TailKeys, scale: float) -> torch.Tensor:
-    """[B, H, Sq, P]: scores of the pseudo-keys, weights included, for query [B, Sq, H, D]; -inf where nothing counts."""
+def tail_scores(
+    query: torch.Tensor, keys: TailKeys, scale: float, lower: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """[B, H, Sq, P]: scores of the pseudo-keys, weights included, for query [B, Sq, H, D]; -inf where nothing counts.
+
+    lower: what a plan's fade makes of the logits, before the weights.
+    """
     group = query.shape[2] // keys.key.shape[2]
     scores = query.transpose(1, 2) @ keys.key.repeat_interleave(group, 2).permute(0, 2, 3, 1) * scale
-    return scores + keys.log_count[:, None, None, :]
+    return (scores if lower is None else lower(scores)) + keys.log_count[:, None, None, :]
 
 
 def spread_over_tokens(

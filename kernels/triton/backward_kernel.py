@@ -8,6 +8,7 @@ forward.
 
 import triton
 import triton.language as tl
+from genattn.kernels.triton.fade_kernel import ends_of, ends_of_pseudo, lowering
 from genattn.kernels.triton.forward_kernel import (
     LOG2E,
     SIZES,
@@ -54,7 +55,8 @@ def load_lse(LSE, at, used):
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
     Q, K, V, DO, LSE, DELTA, DQ, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
-    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, scale,
+    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED,
+    WINDOW, SPAN, scale, fade_factor, fade_off,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h, t_b, t_s, t_h, tiles_b, counts_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, nnz, frames, classes, longest, extent_y, extent_x, pseudo, tail_words,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -63,7 +65,7 @@ def dq_kernel(
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
     WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, FADE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries of one tile and head."""
     head = tl.program_id(1) % heads
@@ -96,6 +98,8 @@ def dq_kernel(
         WIDTH += ruled * classes * 2 * longest
         words_q = tl.load(WORDS_Q + tile * BLOCK_Q + rows)
     factor = scale * LOG2E
+    if FADE:
+        low, high = ends_of(WINDOW, tile)
     acc = tl.zeros([BLOCK_Q, DIM_PAD], tl.float32)
     first = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile)
     last = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile + 1)
@@ -123,8 +127,15 @@ def dq_kernel(
                     scores = tl.where(seen, scores, float("-inf"))
             if part == 0 or RULE == 2:
                 scores = hide_unused(scores, KEY_COUNTS, KEY_TILES, key_tile, lanes, HOLES, LEAST, BLOCK_K)
-            probs = tl.exp2(scores * factor - lse[:, None])
+            if FADE:
+                from_place, to_place = ends_of(SPAN, key_tile)
+                weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
+                probs = tl.exp2(scores * (factor * weight) - (lse + off)[:, None])
+            else:
+                probs = tl.exp2(scores * factor - lse[:, None])
             slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - delta[:, None]
+            if FADE:
+                slope *= weight
             acc = tl.dot((probs * slope).to(key.dtype), key, acc, input_precision=PRECISION)
             token_k = turn_tokens(KEY_TILES, next_tile, turn + 1, seqlen_k, BLOCK_K, SPLIT if part == 0 else FINE, RUNS_K)
             # loaded again: a value handed on through two turns would keep the compiler from prefetching
@@ -140,9 +151,15 @@ def dq_kernel(
             key = load_rows(TAIL_K, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
             value = load_rows(TAIL_V, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            if FADE:
+                from_place, to_place = ends_of_pseudo(SPAN, at, inside, TAIL)
+                weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
+                scores = scores * weight[None, :] - (off / factor)[None, :]
             scores += tail_bias(TAIL_BIAS + batch * pseudo, SKIPPED, at, inside, TAIL)[None, :]
             probs = tl.exp2(scores * factor - lse[:, None])
             slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - delta[:, None]
+            if FADE:
+                slope *= weight[None, :]
             acc = tl.dot((probs * slope).to(key.dtype), key, acc, input_precision=PRECISION)
     store_rows(DQ + view_at(batch, head, g_b, g_h, ALIGN), acc * scale, token_q, used_q, g_s, channels, DIM, WIDE, ALIGN)
 
@@ -150,14 +167,15 @@ def dq_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def dkv_kernel(
     Q, K, V, DO, LSE, DELTA, DK, DV, QUERY_TILES, KEY_TILES, ROW_PTR, COLUMNS, NUM_FULL, ORDER, ENTRY,
-    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, scale,
+    WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS, WINDOW, SPAN, scale, fade_factor, fade_off,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, d_b, d_s, d_h, g_b, g_s, g_h, tiles_b,
     seqlen_q, seqlen_k, heads, group, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, FINE: tl.constexpr, LISTS: tl.constexpr,
     RULE: tl.constexpr, RULE_HEADS: tl.constexpr, SLOT_ROWS: tl.constexpr,
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
-    DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr, PRECISION: tl.constexpr,
+    DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
+    FADE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one tile and key head; scores are held transposed, [BK, BQ]. Rows of hidden keys are
     left as the caller filled them: zero."""
@@ -180,6 +198,8 @@ def dkv_kernel(
     if RULE == 1:
         words_k = tl.load(WORDS_K + batch * tiles_b + key_tile * BLOCK_K + lanes)
     factor = scale * LOG2E
+    if FADE:
+        from_place, to_place = ends_of(SPAN, key_tile)
     grad_k = tl.zeros([BLOCK_K, DIM_PAD], tl.float32)
     grad_v = tl.zeros([BLOCK_K, DIM_PAD], tl.float32)
     for member in tl.range(0, group):
@@ -217,9 +237,16 @@ def dkv_kernel(
                         slot = tl.load(SLOTS + (head if SLOT_ROWS > 1 else 0) * nnz + place)
                         seen = bits_visible(BITS, slot, rows, lanes, BLOCK_Q, BLOCK_K)
                         scores = tl.where(tl.trans(seen), scores, float("-inf"))
-                probs = tl.exp2((scores + hidden[:, None]) * factor - lse[None, :])
+                if FADE:
+                    low, high = ends_of(WINDOW, tile)
+                    weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
+                    probs = tl.exp2((scores + hidden[:, None]) * (factor * weight) - (lse + off)[None, :])
+                else:
+                    probs = tl.exp2((scores + hidden[:, None]) * factor - lse[None, :])
                 grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
                 slope = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
+                if FADE:
+                    slope *= weight
                 grad_k = tl.dot((probs * slope).to(query.dtype), query, grad_k, input_precision=PRECISION)
                 token_q = turn_tokens(QUERY_TILES, next_tile, turn + 1, seqlen_q, BLOCK_Q, SPLIT if part == 0 else FINE, RUNS_Q)
                 tile = listed_tile(COLUMNS, turn + 1, end, SPLIT if part == 0 else FINE)
@@ -231,12 +258,12 @@ def dkv_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def tail_dkv_kernel(
-    Q, DO, LSE, DELTA, TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, DK, DV, QUERY_TILES, scale,
+    Q, DO, LSE, DELTA, TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, WINDOW, SPAN, DK, DV, QUERY_TILES, scale, fade_factor, fade_off,
     q_b, q_s, q_h, d_b, d_s, d_h, t_b, t_s, t_h, g_b, g_s, g_h,
     seqlen_q, heads, group, tiles_q, pseudo, tail_words,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, SPLIT: tl.constexpr,
     LISTS: tl.constexpr, RUNS_Q: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FADE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_P pseudo-keys and their values of one key head, over every query tile; float32."""
     kv_heads = heads // group
@@ -250,6 +277,8 @@ def tail_dkv_kernel(
     key = load_rows(TAIL_K, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
     value = load_rows(TAIL_V, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
     factor = scale * LOG2E
+    if FADE:
+        from_place, to_place = ends_of_pseudo(SPAN, at, inside, TAIL)
     grad_k = tl.zeros([BLOCK_P, DIM_PAD], tl.float32)
     grad_v = tl.zeros([BLOCK_P, DIM_PAD], tl.float32)
     for member in tl.range(0, group):
@@ -266,10 +295,17 @@ def tail_dkv_kernel(
             delta = tl.load(DELTA + batch * seqlen_q * heads + head + row_q * heads, mask=used_q, other=0.0)
             words = SKIPPED + (listed * tiles_q + turn // SPLIT) * tail_words
             bias = tail_bias(TAIL_BIAS + batch * pseudo, words, at, inside, TAIL)
-            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) + bias[:, None]
+            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+            if FADE:
+                low, high = ends_of(WINDOW, turn // SPLIT)
+                weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
+                scores = scores * weight[:, None] - (off / factor)[:, None]
+            scores += bias[:, None]
             probs = tl.exp2(scores * factor - lse[None, :])
             grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
             slope = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
+            if FADE:
+                slope *= weight[:, None]
             grad_k = tl.dot((probs * slope).to(query.dtype), query, grad_k, input_precision=PRECISION)
     place = view_at(batch, kv_head, g_b, g_h, ALIGN)
     store_rows(DK + place, grad_k * scale, at, inside, g_s, channels, DIM, False, ALIGN)

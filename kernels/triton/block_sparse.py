@@ -13,6 +13,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.exact import exact
 from genattn.kernels.reference.tail import TailKeys
 from genattn.kernels.triton.config import Launch, arch_of, launch_of, most_lanes
+from genattn.kernels.triton.fade import fade_arguments
 from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
 from genattn.kernels.triton.tables import inverse_tables, masked_keys, triton_tables, why_not_masks
 from genattn.kernels.triton.tail import add_tail_gradients, pseudo_keys, tail_arguments
@@ -331,6 +332,7 @@ def _tensors(
         "CIRC_Y": tables.circular[0],
         "CIRC_X": tables.circular[1],
         "PRECISION": precision_of(query, arch),
+        **fade_arguments(plan),
     }
 
 

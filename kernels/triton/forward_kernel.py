@@ -8,6 +8,7 @@ arXiv 2205.14135, Alg. 1), log-sum-exp out in base e.
 
 import triton
 import triton.language as tl
+from genattn.kernels.triton.fade_kernel import ends_of, ends_of_pseudo, lowering
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -195,7 +196,7 @@ def serve_tile(
     rank, pair,
     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
     WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
-    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, WINDOW, SPAN, QUERY_SCALES, KEY_SCALES, scale, fade_factor, fade_off,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x, pseudo, tail_words,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -204,12 +205,12 @@ def serve_tile(
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
     WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    TAIL: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, FADE: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: the tile of this rank by length, pair = batch * heads + head. LISTS, RULE_HEADS, SLOT_ROWS:
     1 or the number of heads. RULE: 0 none, 1 grid, 2 packed bits. A full key tile is taken in SPLIT steps, a partial one in
     FINE steps (its mask needs registers too). GUARDED: a key tile may hide all its keys, and rows it hides are not to be read.
-    TAIL: pseudo-keys per key tile that is not listed, 0 for none.
+    TAIL: pseudo-keys per key tile that is not listed, 0 for none. FADE: scores of tile pairs outside are lowered.
 
     The tokens of this turn and the tile of the next are carried through the loop, so that rows, tokens and tile numbers are
     each one load away from what is known, and the compiler prefetches rows as many turns ahead as there are stages."""
@@ -245,6 +246,8 @@ def serve_tile(
         LOW += ruled * classes * 2 * longest
         WIDTH += ruled * classes * 2 * longest
         words_q = tl.load(WORDS_Q + tile * BLOCK_Q + rows)
+    if FADE:
+        low, high = ends_of(WINDOW, tile)
     first = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile)
     last = tl.load(ROW_PTR + listed * (tiles_q + 1) + tile + 1)
     ragged = first + tl.load(NUM_FULL + listed * tiles_q + tile)
@@ -276,7 +279,16 @@ def serve_tile(
                     scores = tl.where(seen, scores, float("-inf"))
             if part == 0 or RULE == 2:
                 scores = hide_unused(scores, KEY_COUNTS, KEY_TILES, key_tile, lanes, HOLES, LEAST, BLOCK_K)
-            acc, top, total = accumulate(scores, unit, value, acc, top, total, part == 1 or GUARDED, PRECISION)
+            if FADE:
+                from_place, to_place = ends_of(SPAN, key_tile)
+                weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
+                # a maximum that is higher by so much takes it off every score
+                acc, top, total = accumulate(
+                    scores, unit * weight, value, acc, top + off, total, part == 1 or GUARDED, PRECISION
+                )
+                top -= off
+            else:
+                acc, top, total = accumulate(scores, unit, value, acc, top, total, part == 1 or GUARDED, PRECISION)
             token_k = turn_tokens(KEY_TILES, next_tile, turn + 1, seqlen_k, BLOCK_K, SPLIT if part == 0 else FINE, RUNS_K)
             # loaded again: a value handed on through two turns would keep the compiler from prefetching
             key_tile = listed_tile(COLUMNS, turn + 1, end, SPLIT if part == 0 else FINE)
@@ -292,6 +304,10 @@ def serve_tile(
             key = load_rows(TAIL_K, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
             value = load_rows(TAIL_V, at, inside, t_s, channels, DIM, DIM_PAD, False, False, ALIGN)
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            if FADE:
+                from_place, to_place = ends_of_pseudo(SPAN, at, inside, TAIL)
+                weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
+                scores = scores * weight[None, :] - (off / factor)[None, :]
             scores += tail_bias(TAIL_BIAS + batch * pseudo, SKIPPED, at, inside, TAIL)[None, :]
             acc, top, total = accumulate(scores, factor, value, acc, top, total, True, PRECISION)
     empty = total == 0.0
@@ -305,7 +321,7 @@ def serve_tile(
 def forward_kernel(
     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
     WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
-    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, WINDOW, SPAN, QUERY_SCALES, KEY_SCALES, scale, fade_factor, fade_off,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x, pseudo, tail_words,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -314,7 +330,7 @@ def forward_kernel(
     RUNS_Q: tl.constexpr, RUNS_K: tl.constexpr, HOLES: tl.constexpr, LEAST: tl.constexpr, GUARDED: tl.constexpr,
     WIDE: tl.constexpr, ALIGN: tl.constexpr,
     DIL_Y: tl.constexpr, DIL_X: tl.constexpr, CIRC_Y: tl.constexpr, CIRC_X: tl.constexpr,
-    TAIL: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, FADE: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
     pairs, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """A program serves one tile, or when PERSISTENT every `num_programs`-th one, longest first and back and
@@ -329,20 +345,22 @@ def forward_kernel(
                     work % tiles_q, work // tiles_q,
                     Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
                     WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
-                    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+                    TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, WINDOW, SPAN, QUERY_SCALES, KEY_SCALES, scale, fade_factor, fade_off,
                     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
                     seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
                     pseudo, tail_words, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
-                    RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, TAIL, INT8, PRECISION
+                    RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, TAIL, FADE, INT8,
+                    PRECISION
                 )  # fmt: skip
     else:
         serve_tile(
             tl.program_id(0), tl.program_id(1),
             Q, K, V, OUT, LSE, QUERY_TILES, KEY_TILES, KEY_COUNTS, ROW_PTR, COLUMNS, NUM_FULL, ORDER,
             WORDS_Q, WORDS_K, FRAME_SPAN, CLASSES, LOW, WIDTH, BITS, SLOTS,
-            TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, QUERY_SCALES, KEY_SCALES, scale,
+            TAIL_K, TAIL_V, TAIL_BIAS, SKIPPED, WINDOW, SPAN, QUERY_SCALES, KEY_SCALES, scale, fade_factor, fade_off,
             q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, t_b, t_s, t_h, tiles_b, counts_b,
             seqlen_q, seqlen_k, heads, group, tiles_q, tiles_k, nnz, frames, classes, longest, extent_y, extent_x,
             pseudo, tail_words, DIM, DIM_PAD, BLOCK_Q, BLOCK_K, SPLIT, FINE, LISTS, RULE, RULE_HEADS, SLOT_ROWS,
-            RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, TAIL, INT8, PRECISION
+            RUNS_Q, RUNS_K, HOLES, LEAST, GUARDED, WIDE, ALIGN, DIL_Y, DIL_X, CIRC_Y, CIRC_X, TAIL, FADE, INT8,
+            PRECISION
         )  # fmt: skip

@@ -22,8 +22,8 @@ def why_not_full_tiles(query: torch.Tensor, plan: BlockPlan, scale: float | None
         return reason
     if plan.tail is not None:
         return f"it stands in for no skipped tiles, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
-    if plan.tail is not None:
-        return f"it computes listed tiles only, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
+    if plan.fade is not None:
+        return "it has no factor per tile pair, the plan lowers logits outside a window; use 'triton'"
     dim = query.shape[-1]
     if query.dtype == torch.float32 and not interpreting():
         return "it is for float16 and bfloat16"

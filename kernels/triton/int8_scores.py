@@ -24,8 +24,8 @@ def why_not_int8(query: torch.Tensor, plan: BlockPlan, scale: float | None = Non
         return reason
     if plan.tail is not None:
         return f"int8 scores stand in for no skipped tiles, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
-    if plan.tail is not None:
-        return f"int8 scores come without a tail, the plan asks for tail={plan.tail.kind!r}; use 'triton'"
+    if plan.fade is not None:
+        return "int8 scores have no factor per tile pair, the plan lowers logits outside a window; use 'triton'"
     if query.dtype == torch.float32:
         return "int8 scores are for float16 and bfloat16: at float32 their error would be out of proportion"
     if query.requires_grad and torch.is_grad_enabled():

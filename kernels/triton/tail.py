@@ -9,6 +9,7 @@ import torch
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.reference.tail import TailKeys, spread_over_tokens, tail_keys
 from genattn.kernels.triton.config import arch_of, launch_of
+from genattn.kernels.triton.fade import fade_arguments
 from genattn.kernels.triton.launch import Arguments, alignment, is_wide, launch, padded, strides_of
 from genattn.kernels.triton.tables import triton_tables
 
@@ -103,6 +104,7 @@ def tail_dkv_arguments(
         "WIDE": is_wide(query, grad_out),
         "ALIGN": alignment(query, grad_out, pseudo.key, found[0]),
         "PRECISION": precision,
+        **fade_arguments(plan),
         "num_warps": setting.warps,
         "num_stages": setting.stages,
     }

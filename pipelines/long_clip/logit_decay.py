@@ -4,42 +4,42 @@
 
 In a clip longer than trained every query sees more keys than ever, and its attention thins out over them. A constant factor
 below 1 on the logits outside the window, or a constant taken off them, gives the window its weight back; far frames still
-count. Exact, on any backend: queries of one frame share their window, and a factor on logits is a factor on keys.
+count. Exact, on any dense backend: queries of one frame share their window, and a factor on logits is a factor on keys. A
+pattern on the same model takes the decay into its plan instead (genattn/patterns/logit_decayed.py), and only calls that it
+leaves dense come here.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from genattn.errors import GenAttnError
-from genattn.geometry.token_layout import TokenLayout
+from genattn.geometry.frame_decay import FrameDecay, windows
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 
 
 class LogitDecay(Plugin):
     """See the module.
 
-    trained_frames: latent frames of the clip that the model learned, >= 2; that many frames nearest to a query are inside.
-    decay: factor on the logits outside, [0, 1]; 1 leaves them. penalty: taken off the logits outside, >= 0, infinite drops the
-    frames. At least one of both must do something. Shorter clips, cross-attention and text stay as they are.
+    trained_frames, decay, penalty: see `FrameDecay`. Shorter clips, cross-attention and text stay as they are.
     """
 
+    serves_dense: ClassVar[bool] = True
+
     def __init__(self, trained_frames: int, decay: float = 0.9, penalty: float = 0.0) -> None:
-        if trained_frames < 2:
-            raise GenAttnError(f"trained_frames must be >= 2 latent frames, got {trained_frames}; Wan 21, HunyuanVideo 33")
-        if not 0 <= decay <= 1:
-            raise GenAttnError(f"decay must be 0 to 1, got {decay}; the method uses about 0.9")
-        if not penalty >= 0:
-            raise GenAttnError(f"penalty must be >= 0, got {penalty}")
-        if decay == 1 and penalty == 0:
-            raise GenAttnError("decay=1 and penalty=0 change nothing; give decay below 1 or a penalty")
-        self.trained_frames, self.decay, self.penalty = trained_frames, decay, penalty
+        self.asked = FrameDecay(trained_frames, decay, penalty)
+        self.trained_frames, self.decay, self.penalty = self.asked.trained_frames, self.asked.decay, self.asked.penalty
 
     def stays_out(self, run: Run, site: Any, tokens: int) -> str:
         """See Plugin.stays_out."""
         if run.layout is not None and run.layout.grid3[0] <= self.trained_frames:
             return "the clip is no longer than trained"
         return ""
+
+    def decay_at(self, call: AttentionCall) -> FrameDecay | None:
+        """See Plugin.decay_at."""
+        if call.layout is None and call.run.sample_layouts and not call.is_causal:
+            return self.asked  # the grids of the batch differ; whoever cuts it into samples knows each one's
+        return None if self.why_not(call) else self.asked
 
     def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
         """See Plugin.attention: frame by frame, each query frame with its own keys; everything else in one stock call."""
@@ -61,6 +61,7 @@ class LogitDecay(Plugin):
         if len(rest):
             out[:, rest] = inner(call.with_tensors(query=call.query[:, rest], mask=_rows(call.mask, rest), layout=None))
         call.record.edited = True
+        call.record.lse = None  # of one group of frames
         return out
 
     def _answer(self, call: AttentionCall, inner: Inner, queries: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,7 @@ class LogitDecay(Plugin):
             return "the call is causal"
         if call.mask is not None and not isinstance(call.mask, torch.Tensor):
             return f"a {type(call.mask).__name__} cannot be cut by queries"
-        return self.stays_out(call.run, call.site, call.query.shape[1]) or _too_short(call.layout, self.trained_frames)
+        return "" if self.asked.acts_on(call.layout) else "the clip is no longer than trained"
 
     def settings(self) -> dict[str, Any]:
         """See Plugin.settings."""
@@ -88,22 +89,6 @@ class LogitDecay(Plugin):
     def describe(self) -> dict[str, Any]:
         """See Plugin.describe."""
         return {"plugin": type(self).__name__, **self.settings()}
-
-
-def windows(frames: int, trained: int) -> list[tuple[int, range]]:
-    """(first frame of the window, query frames that share it): the `trained` frames nearest to each, pushed inwards at both
-    ends, so that the trained clip's own ends come back there.
-
-    >>> windows(6, 4)
-    [(0, range(0, 3)), (1, range(3, 4)), (2, range(4, 6))]
-    """
-    first = [min(max(frame - trained // 2, 0), frames - trained) for frame in range(frames)]
-    starts = [f for f in range(frames) if f == 0 or first[f] != first[f - 1]]
-    return [(first[a], range(a, b)) for a, b in zip(starts, [*starts[1:], frames], strict=True)]
-
-
-def _too_short(layout: TokenLayout, trained: int) -> str:
-    return "the clip is no longer than trained" if layout.grid3[0] <= trained else ""
 
 
 def _rows(mask: Any, queries: torch.Tensor) -> Any:

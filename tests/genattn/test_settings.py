@@ -14,6 +14,7 @@ from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.combine import PerHead, PerLayer
 from genattn.patterns.global_tokens import GlobalTokens
+from genattn.patterns.logit_decayed import LogitDecayed
 from genattn.patterns.rotating_anchors import RotatingAnchors
 from genattn.selection.budget import Budget
 from genattn.selection.estimate import PooledScore
@@ -26,6 +27,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     **{key: {} for key in (Boxes, Budget, Clusters, ErrorAware, PooledScore, Runs, Similarity, Threshold, TopK, TopP)},
     **{key: {"patterns": (RadialPattern(), DensePattern())} for key in (PerHead, PerLayer)},
     GlobalTokens: {"pattern": RadialPattern(), "frames": (0,)},
+    LogitDecayed: {"pattern": RadialPattern(), "trained_frames": 21},
     NeighborhoodPattern: {"window_size": 3},
     RotatingAnchors: {"pattern": RadialPattern(), "stride": 2},
     Segment: {"kind": "text", "shape": (3,)},

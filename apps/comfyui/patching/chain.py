@@ -5,7 +5,7 @@ from typing import Any
 from genattn.apps.comfyui.hosts.families import host_of
 from genattn.apps.comfyui.patching.tally import Tally
 from genattn.layouts.site import AttentionSite
-from genattn.seam.plugin import Plugin, Run
+from genattn.seam.plugin import Plugin, Run, in_chain
 
 
 class Chain:
@@ -57,4 +57,4 @@ class Chain:
     def plugins_at(self, site: AttentionSite) -> list[Plugin]:
         """Those that act at a site; patterns, which answer themselves, innermost."""
         acting = [p for p in self.plugins if type(p).attention is not Plugin.attention and p.wants(site)]
-        return sorted(acting, key=lambda plugin: plugin.answers)
+        return sorted(acting, key=in_chain)

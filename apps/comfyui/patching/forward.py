@@ -13,7 +13,7 @@ from genattn.apps.comfyui.patching.chain import Chain
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.layouts.site import AttentionSite
-from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run
+from genattn.seam.plugin import AttentionCall, CallRecord, Plugin, Run, told_of_decay
 
 
 @dataclass
@@ -136,6 +136,7 @@ class Forward:
             layout=layout if isinstance(layout, TokenLayout) else None,
             record=CallRecord(),
         )
+        call = told_of_decay(call, plugins)
         through = functools.partial(_through, plugins, call, lambda last: raw.dense(call, last))
         return raw.as_given(self._answer(lambda: self.chain.tally.timed(call, through)))
 

@@ -17,7 +17,7 @@ from genattn.guidance.broadway.temporal_map import MapEdit
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import BlockPlan, dense_plan, run_tiles
 from genattn.kernels.plan.element_rule import GridRule, PerHeadRule
-from genattn.kernels.plan.random_plan import plan_from_states
+from genattn.kernels.plan.random_plan import plan_from_states, random_fade, random_plan
 from genattn.kernels.reference.attention import visible_mask
 
 EDITS = (
@@ -379,3 +379,23 @@ def test_dense_parts_are_cut_as_suits_the_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(frame_marginal, "block_sparse_attention", spy)
     frame_marginal._attend(*draw(TokenLayout.from_grid((2, 5, 7))), None, None)
     assert cut == [(64, 32)]
+
+
+@pytest.mark.parametrize("kind", [None, "mean2"])
+def test_pieces_of_a_faded_plan_add_up_to_it(kind: str | None) -> None:
+    """Cut to the keys of each frame, the plan lowers what it lowered whole: the shares of the frames sum to one."""
+    layout = TokenLayout.from_grid((5, 3, 2), 2, 1)
+    frames = key_frames(layout, False)
+    plan = random_plan(3, (5, 3, 2), globals_=3, block_q=4, block_k=4, keep=0.6).with_tail(kind)
+    plan = plan.with_fade(random_fade(plan, 1))
+    assert plan.fade is not None
+    query, key, value = draw(layout)
+    whole = block_sparse_attention(query, key, value, plan, return_lse=True)
+    pieces = [
+        block_sparse_attention(query, key, value, restrict_keys(plan, keys), return_lse=True)
+        for keys in (*frames.tokens, frames.kept)
+    ]
+    lse = torch.stack([sums for _, sums in pieces])
+    torch.testing.assert_close(lse.logsumexp(0), whole[1])
+    shares = (lse - whole[1]).exp().nan_to_num()
+    torch.testing.assert_close((shares[..., None] * torch.stack([out for out, _ in pieces])).sum(0), whole[0])

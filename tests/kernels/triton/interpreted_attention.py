@@ -21,7 +21,8 @@ from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.operators import block_sparse_forward
 from genattn.kernels.plan.block_plan import dense_plan, run_tiles
 from genattn.kernels.plan.element_rule import BlockRule, PerHeadRule
-from genattn.kernels.plan.random_plan import plan_from_rule, plan_from_states, random_grid_rule, random_plan
+from genattn.kernels.plan.fade import HIGHEST, LOWEST, Fade
+from genattn.kernels.plan.random_plan import plan_from_rule, plan_from_states, random_fade, random_grid_rule, random_plan
 from genattn.kernels.reference.attention import reference_attention
 from genattn.kernels.triton.block_sparse import (
     forward_arguments,
@@ -96,6 +97,32 @@ def check_tail() -> None:
     check("tail bfloat16", plan.with_tail("mean2"), torch.bfloat16)
     per_head = random_plan(62, (2, 4, 5), heads=2, scattered=True, keep=0.5)
     check("tail per head", per_head.with_tail("mean", heads=(True, False)), torch.float32)
+
+
+def check_fade() -> None:
+    """Tile pairs outside: with a rule and without, tails, lists per head, key masks, grouped heads, split tiles, types."""
+
+    def faded(plan, *numbers):
+        return plan.with_fade(random_fade(plan, 5, *numbers))
+
+    plan = random_plan(61, (3, 5, 6), keep=0.5)
+    check("fade", faded(plan), torch.float32, dim=24)
+    check("fade, factor 0", faded(plan, 0.0, 0.0), torch.float32, dim=16)
+    check("fade, a large penalty", faded(plan, 0.5, 60.0), torch.float32, dim=16)
+    check("fade of full tiles", faded(dense_plan(60, 90, 16, 32), 0.9, 0.0), torch.float16)
+    check("fade, tail in four parts, masked, batch", faded(plan.with_tail("mean4")), torch.float32, 2, 1, 16, 2, True, True)
+    check("fade, tail, bfloat16", faded(plan.with_tail("mean2"), 0.8, 0.3), torch.bfloat16)
+    per_head = random_plan(62, (2, 4, 5), heads=2, scattered=True, keep=0.5)
+    check("fade, tail per head", faded(per_head.with_tail("mean", heads=(True, False))), torch.float32)
+    split = random_plan(31, (2, 8, 8), globals_=3, block_q=64, block_k=64)
+    check("fade, split tiles", faded(split), torch.float32, 1, 1, 256)
+    inputs = [torch.randn(1, plan.seqlen_q, 1, 16) for _ in range(3)]
+    first = random_fade(plan, 5)
+    window = torch.tensor([[LOWEST, HIGHEST]], dtype=torch.int32)
+    half = Fade(torch.cat([window.expand(3, -1), first.window[3:]]).contiguous(), first.span, 0.3, 1.0)
+    some, rows = triton_forward(*inputs, plan.with_fade(half))[0], plan.query_tiles[:3].flatten().long()
+    plain = triton_forward(*inputs, plan)[0]
+    _says("fade, rows inside", torch.equal(some[:, rows], plain[:, rows]) and not torch.equal(some, plain), "same bits")
 
 
 def check_far_head() -> None:
@@ -247,6 +274,7 @@ def main() -> int:
         check(f"head dim {dim}", random_plan(dim, (2, 3, 4)), torch.float32, 1, 1, dim)
     check("split tiles", random_plan(31, (2, 8, 8), globals_=3, block_q=64, block_k=64), torch.float32, 1, 1, 256)
     check_tail()
+    check_fade()
     check_far_head()
     check_persistent()
     check_full_tiles()

@@ -1,40 +1,22 @@
 """Plugins for one clip beyond its trained length: each against its definition, exact removal, and what cannot be is refused."""
 
 import math
-import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from long_clips import Watch, answer, longer, reference
 
 import genattn
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_clip.logit_decay import LogitDecay, windows
 from genattn.pipelines.long_clip.riflex import FrameStretch, RIFLEx, intrinsic
 from genattn.pipelines.long_clip.rotary_tables import changed, temporal_frequencies
-from genattn.pipelines.tiny.random.build import build_inputs, build_model
+from genattn.pipelines.tiny.random.build import build_model
 from genattn.seam.plugin import Plugin
 from genattn.seam.plugin_config import PluginConfig
 
 MODULES = ("wan", "wan-vace", "skyreels", "hunyuan-video", "hunyuan-video-1.5")
-
-
-def answer(model, inputs):
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model(**inputs, return_dict=False)[0]
-
-
-def longer(family, frames):
-    """Inputs with so many latent frames."""
-    inputs = build_inputs(family)
-    axis = 1 if family.startswith("cogvideox") else 2
-    for name in ("hidden_states", "control_hidden_states"):
-        if name in inputs:
-            shape = [*inputs[name].shape]
-            shape[axis] = frames
-            inputs[name] = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return inputs
 
 
 def rotary(frames, places, size=12, base=10000.0, positions=None):
@@ -220,31 +202,6 @@ def test_windows_cover_every_frame_once_with_the_nearest_frames(trained, more):
             assert first <= f < first + trained
             middle = first + trained // 2
             assert f == middle or first in (0, frames - trained)
-
-
-def reference(query, key, value, layout, scale, plugin, mask=None):
-    """float64, from the definition: logits outside the window scaled and lowered."""
-    q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
-    logits = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    index, (frames, height, width) = layout.raster_index, layout.grid3
-    frame = torch.where(index >= 0, index // (height * width), -1)
-    first = (frame - plugin.trained_frames // 2).clamp(0, frames - plugin.trained_frames)
-    inside = (frame[None] >= first[:, None]) & (frame[None] < first[:, None] + plugin.trained_frames)
-    inside |= (frame[None] < 0) | (frame[:, None] < 0)
-    logits = torch.where(inside, logits, logits * plugin.decay - plugin.penalty)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.double()
-    return (logits.softmax(-1) @ v).transpose(1, 2).float()
-
-
-class Watch(Plugin):
-    def __init__(self):
-        self.calls = []
-
-    def attention(self, call, inner):
-        out = inner(call)
-        self.calls.append((call, out))
-        return out
 
 
 @pytest.mark.parametrize("family", ["wan", "hunyuan-video", "cogvideox"])

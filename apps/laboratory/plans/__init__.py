@@ -1,0 +1,1 @@
+"""What plans carry: what it costs, and how exact it is."""
