@@ -1,6 +1,8 @@
 """What is said after Ctrl-C or SIGTERM, and with which exit code; a command whose work can go on says how."""
 
+import _thread
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 USUAL = "stopped; no unfinished file was left"
+_MOMENT = 0.05  # seconds
 
 
 @dataclass
@@ -42,7 +45,8 @@ def same_command_goes_on(kept: Path) -> None:
 def heeding_terminate() -> Iterator[None]:
     """While entered, SIGTERM ends a command as Ctrl-C does, its files closed, but with its own exit code.
 
-    So does SIGINT where a shell script started the command in the background, for which shells have it ignored.
+    So does SIGINT where a shell script started the command in the background, for which shells have it ignored. A stop that
+    comes while a destructor or a callback of C runs, where Python drops what is raised, comes again a moment later.
     """
 
     def stop(*_: Any) -> None:
@@ -57,7 +61,32 @@ def heeding_terminate() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        yield
+        with _told_again():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _told_again() -> Iterator[None]:
+    """While entered, a KeyboardInterrupt that Python drops comes once more, a moment later."""
+    hook = sys.unraisablehook
+    waiting: list[threading.Timer] = []
+
+    def again(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            hook(dropped)
+            return
+        # not from here: it would be raised, and dropped, within this very function
+        waiting.append(threading.Timer(_MOMENT, _thread.interrupt_main, [MESSAGE.code - 128]))
+        waiting[-1].daemon = True
+        waiting[-1].start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for timer in waiting:
+            timer.cancel()

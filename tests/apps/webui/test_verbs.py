@@ -179,7 +179,10 @@ def test_a_long_video_stops_and_goes_on(session: Session) -> None:
     stopped = session.report(run)
     assert stopped["stopped"] == "interrupted"
     assert 8 <= stopped["frames"] < 33
-    updates = list(resume(session, run))
+    for frames, said in ((66, "at most 65 frames, got 66"), (-1, "frames must be >= 1, got -1")):
+        with pytest.raises(GenAttnError, match=said):
+            next(resume(session, run, frames))
+    updates = list(resume(session, run, 0))
     (begun, *_) = [update for update in updates if update.stage == "frames"]
     assert (begun.done, begun.total) == (stopped["frames"], 33)
     assert "drift" in begun.values

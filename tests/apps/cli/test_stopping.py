@@ -1,0 +1,71 @@
+"""A stop is heard wherever it comes, also where Python drops what is raised."""
+
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from genattn.apps.cli.stopping import MESSAGE, heeding_terminate
+
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+class Thing:
+    pass
+
+
+def _in_destructor(number: int) -> None:
+    class Ends:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    Ends()
+
+
+def _in_callback(number: int) -> None:
+    def gone(_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+
+    thing = Thing()
+    kept = weakref.ref(thing, gone)
+    del thing
+    assert kept() is None
+
+
+def _plainly(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
+@pytest.mark.parametrize("place", [_plainly, _in_destructor, _in_callback])
+def test_a_stop_ends_the_work_wherever_it_comes(place: Callable[[int], None], number: int, code: int) -> None:
+    hook, handlers = sys.unraisablehook, [signal.getsignal(each) for each, _ in STOPS]
+    done = False
+    with pytest.raises(KeyboardInterrupt), heeding_terminate():
+        place(number)
+        time.sleep(30)
+        done = True
+    assert not done
+    assert MESSAGE.code == code
+    assert sys.unraisablehook is hook
+    assert [signal.getsignal(each) for each, _ in STOPS] == handlers
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_other_errors_of_destructors_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_type))
+
+    class Fails:
+        def __del__(self) -> None:
+            raise ZeroDivisionError
+
+    with heeding_terminate():
+        Fails()
+    assert told == [ZeroDivisionError]
