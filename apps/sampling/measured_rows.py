@@ -12,8 +12,11 @@ import genattn
 from genattn.apps.sampling.output_files import check_out
 from genattn.apps.sampling.run import versions
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.text_file import read_text
 from genattn.whole_file import whole_file
+
+_PATIENCE = 60.0  # seconds; an append takes a moment
 
 
 def provenance(device: str) -> dict[str, str]:
@@ -50,13 +53,18 @@ def check_rows(path: Path) -> None:
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows to a CSV; new columns are added to the file's header, missing ones stay empty."""
-    old = read_rows(path)
-    names = list(dict.fromkeys(k for row in [*old, *rows] for k in row))
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*old, *rows])
+    """Append rows to a CSV; new columns are added to the file's header, missing ones stay empty. Several may append at once.
+
+    Raises GenAttnError for what `read_rows` refuses, and where somebody else has the file for a minute.
+    """
+    place = Path(path).resolve()
+    with only_writer(place.with_name(f"{place.name}.rows"), "file", _PATIENCE):
+        old = read_rows(path)
+        names = list(dict.fromkeys(k for row in [*old, *rows] for k in row))
+        with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*old, *rows])
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

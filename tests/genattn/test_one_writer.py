@@ -39,6 +39,21 @@ def test_the_second_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_patient_one_waits(tmp_path: Path) -> None:
+    def second() -> None:
+        with only_writer(tmp_path / "a", "--out", patience=60):
+            order.append("second")
+
+    order: list[str] = []
+    thread = threading.Thread(target=second)
+    with only_writer(tmp_path / "a", "--out"):
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
 def test_an_error_lets_the_place_go(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "a", "--out"):
         print(1 / 0)

@@ -46,12 +46,8 @@ def _plainly(number: int) -> None:
 @pytest.mark.parametrize("place", [_plainly, _in_destructor, _in_callback])
 def test_a_stop_ends_the_work_wherever_it_comes(place: Callable[[int], None], number: int, code: int) -> None:
     hook, handlers = sys.unraisablehook, [signal.getsignal(each) for each, _ in STOPS]
-    done = False
     with pytest.raises(KeyboardInterrupt), heeding_terminate():
-        place(number)
-        time.sleep(30)
-        done = True
-    assert not done
+        pytest.fail(f"it was not heard: {place(number)} {time.sleep(30)}")
     assert MESSAGE.code == code
     assert sys.unraisablehook is hook
     assert [signal.getsignal(each) for each, _ in STOPS] == handlers

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,15 @@ def test_a_table_that_cannot_take_rows_is_refused_before_they_are_measured(conte
         with pytest.raises(GenAttnError, match=says):
             look(path)
     assert path.read_bytes() == content
+
+
+def test_rows_that_are_appended_at_the_same_time_are_all_there(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: append_rows(path, [{"i": i, f"column {i % 3}": i}]), range(24)))
+    assert sorted(int(row["i"]) for row in read_rows(path)) == list(range(24))
+    assert all(row[f"column {int(row['i']) % 3}"] == row["i"] for row in read_rows(path))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_rows_are_measured_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
