@@ -176,6 +176,12 @@ def _motion_by_caption() -> str:
     return by_caption_markdown(ROOT / FILMS)
 
 
+def _endless() -> str:
+    from genattn.pipelines.tiny.studies.endless_scores import scores_markdown
+
+    return scores_markdown(ROOT / "assets" / "bench" / "endless.csv")
+
+
 def _long_clip() -> str:
     from genattn.pipelines.tiny.studies.long_clip import markdown
 
@@ -236,6 +242,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "ablation": _long_video_ablation,
         "motion": _fifo_motion,
         "motion-by-caption": _motion_by_caption,
+        "endless": _endless,
     },
     "docs/works-with.md": {"stacking": _stacking},
     "docs/long-clip.md": {"long-clip": _long_clip},

@@ -1,6 +1,6 @@
 """What the LoRA for motions that go on teaches tiny-wan-long, and what it leaves of the motions that the model knew.
 
-    python -m genattn.pipelines.tiny.studies.endless_scores --count 40 --table assets/bench/endless.csv
+    python -m genattn.pipelines.tiny.studies.endless_scores --lora FILE --count 40 --table assets/bench/endless.csv
 
 A row is one clip: the first held-out captions with an endless motion and the first with one of the eight, by the model as it is
 and with the LoRA, from the same noise, judged by the tiny world's oracle. Clips that the table has are not made again.
@@ -28,7 +28,7 @@ from genattn.pipelines.tiny.oracle import judge
 from genattn.pipelines.tiny.world import ENDLESS, MOTIONS, Scene, caption, sample_scene
 
 KINDS = {"endless": tuple(ENDLESS), "known": tuple(MOTIONS)}
-LORA = Path("assets/loras/tiny-wan-long-endless.safetensors")
+ARMS = ("as it is", "with the LoRA")
 SHARES = ("motion", "shape", "colour")
 
 
@@ -60,14 +60,14 @@ def clip_row(pipe: Any, scene: Scene, seed: int, sampling: Sampling, size: Gener
     return row | {"steps": sampling.steps, "seconds": round(time.process_time() - begun, 2)}
 
 
-def study(model: Path, lora: Path, count: int, kinds: Sequence[str], arms: Sequence[str], table: Path | None) -> None:
+def study(model: Path, lora: Path | None, count: int, kinds: Sequence[str], arms: Sequence[str], table: Path | None) -> None:
     """Make and judge the clips that the table does not have."""
     size = GenerationDefaults(**json.loads((model / DEFAULTS_FILE).read_text()))
     pipe = WanPipeline.from_pretrained(model).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     sampling = Sampling(size.steps, size.guidance_scale, batch=1)
     for arm in arms:
-        if arm == "with the LoRA":
+        if arm == "with the LoRA" and lora is not None:
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
         weights = model_fingerprint({"transformer": pipe.transformer})
         for kind in kinds:
@@ -118,9 +118,11 @@ def _line(kind: str, arm: str, found: Sequence[dict[str, str]], arms: Any, share
         low, high = wilson(right, len(found))
         cells.append(f"{right / len(found):.2f} [{low:.2f}, {high:.2f}]")
     steady = f"{np.mean([float(row['consistency']) for row in found]):.2f}"
-    before = [int(arms.get("as it is", arms[arm])[text]["motion"]) for text in shared]
-    pairs = list(zip(before, (int(row["motion"]) for row in found), strict=True))
-    change = "-" if arm == "as it is" else f"{pairs.count((0, 1))}, {pairs.count((1, 0))}"
+    change = "-"
+    if arm != "as it is" and "as it is" in arms:
+        before = [int(arms["as it is"][text]["motion"]) for text in shared]
+        pairs = list(zip(before, (int(row["motion"]) for row in found), strict=True))
+        change = f"{pairs.count((0, 1))}, {pairs.count((1, 0))}"
     asked = {"endless": "motions that go on", "known": "the eight motions"}[kind]
     return [asked, arm, str(len(found)), *cells, steady, change]
 
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m genattn.pipelines.tiny.studies.endless_scores`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-wan-long"), help="the exported pipeline")
-    parser.add_argument("--lora", type=Path, default=LORA, help="the LoRA's safetensors file")
+    parser.add_argument("--lora", type=Path, help="the LoRA's safetensors file")
     parser.add_argument("--count", type=int, default=40, help="captions of either kind, at most 99")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what the captions ask for")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which models")
@@ -141,11 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if not (options.model / DEFAULTS_FILE).exists():
         raise GenAttnError(f"the model must be a tiny pipeline's folder with {DEFAULTS_FILE}, got {options.model}")
+    if "with the LoRA" in options.arms and (options.lora is None or not options.lora.is_file()):
+        raise GenAttnError(f"lora must be a safetensors file, got {options.lora}; train one, or give --arms 'as it is'")
     # the LoRA is put on once and stays
     study(options.model, options.lora, options.count, options.kinds, [a for a in ARMS if a in options.arms], options.table)
 
-
-ARMS = ("as it is", "with the LoRA")
 
 if __name__ == "__main__":
     main()

@@ -126,6 +126,8 @@ def test_the_table_pairs_by_caption(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match="count must lie in 1 to 99, got 100"):
         scores.main(["--count", "100"])
+    with pytest.raises(GenAttnError, match="lora must be a safetensors file, got None"):
+        scores.main(["--model", str(MODEL), "--arms", "with the LoRA"])
     with pytest.raises(GenAttnError, match="must be a tiny pipeline's folder"):
         scores.main(["--model", str(tmp_path)])
     with pytest.raises(GenAttnError, match="clips must be >= 1, got 0"):
