@@ -38,6 +38,7 @@ from genattn.kernels.triton.int8_scores import int8_arguments
 from genattn.kernels.triton.tail import pseudo_keys, tail_dkv_arguments
 from genattn.patterns.combine import Union
 from genattn.patterns.halo import halo_plan
+from genattn.patterns.logit_decayed import LogitDecayed
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.radial import RadialPattern
 
@@ -141,6 +142,7 @@ def real_plans():
         "sliding": named["gna 18x24x24 sliding 30x48x80"],
         "union": (Union(RadialPattern(decay=0.25), NeighborhoodPattern((3, 9, 9))), grid),
         "tail": (RadialPattern(decay=0.25), grid),
+        "fade": (LogitDecayed(RadialPattern(decay=0.25, tail="mean"), 4), grid),
         "runs": (None, TokenLayout.from_grid((8, 16, 16))),
     }
 
@@ -178,7 +180,7 @@ def launches(arch, dim, dtype, case, masked=False):
     yield "persistent", forward_kernel.forward_kernel, forward | {"PERSISTENT": True}
     yield "dq", backward_kernel.dq_kernel, dq_arguments(*(q, k, v, grad, lse, delta, out), plan, None, mask, row, pseudo)
     yield "dkv", backward_kernel.dkv_kernel, dkv_arguments(q, k, v, grad, lse, delta, k, v, plan, None, mask, arch=row)
-    if dtype != torch.float32 and plan.tail is None:
+    if dtype != torch.float32 and plan.tail is None and plan.fade is None:
         whole = tensor(plan.seqlen_q, dim, torch.int8), torch.empty(1, HEADS, len(plan.query_tiles))
         yield "int8", forward_kernel.forward_kernel, int8_arguments(whole, whole, v, out, lse, plan, None, mask, arch=row)
     if case in ("runs", "radial") and not masked and arch in ("sm_90", "sm_100") and dtype != torch.float32:

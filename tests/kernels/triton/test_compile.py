@@ -97,7 +97,7 @@ def test_a_bad_build_is_seen():
 @pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("dim", ["64", "128"])
 def test_every_kernel_on_real_plans(arch, dim):
-    rows = _compile("--arch", arch, "--dim", dim, *_cases("radial", "strided", "sliding", "union", "tail"))
+    rows = _compile("--arch", arch, "--dim", dim, *_cases("radial", "strided", "sliding", "union", "tail", "fade"))
     assert {"forward", "dq", "dkv", "int8", "halo", "persistent"} <= {row["kernel"] for row in rows}
     for row in rows:
         _check(row)
