@@ -61,7 +61,7 @@ def checks(toy: bool = False) -> list[Check]:
         Check("sliding", sliding),
         Check("sliding masked", sliding, masked=True),
         Check("union", Union(RadialPattern(decay=0.25), NeighborhoodPattern((1, 9, 9)))),
-        Check("radial tail", RadialPattern(decay=0.25), tail="mean"),
+        Check("radial tail", RadialPattern(decay=0.25), tail="mean2"),
         Check("radial D64 float16", radial, dim=64, dtype=torch.float16),
         Check("sliding float32", sliding, dtype=torch.float32),
         Check("decay per head, heads first", RadialPattern(decay=(0.25, 0.5, 1.0, 0.5)), heads=4, kv_heads=2, first=True),

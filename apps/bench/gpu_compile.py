@@ -127,7 +127,7 @@ def _pseudo(plan: BlockPlan, key: torch.Tensor) -> TailKeys | None:
         return None
     rows = torch.empty(key.shape[0], plan.tail.pseudo_keys, *key.shape[2:], dtype=key.dtype)
     weight = torch.zeros(rows.shape[:2])
-    return TailKeys(rows, rows, weight, weight)
+    return TailKeys(rows, rows, weight[:, None], weight, plan.tail.tokens[None, None])
 
 
 def _plan(pattern: Any, layout: Any, query: torch.Tensor, arch: str) -> BlockPlan:

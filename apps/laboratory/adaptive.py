@@ -46,7 +46,7 @@ from genattn.selection.rules import ErrorAware, TopK, TopP
 from genattn.selection.tiling import Clusters
 
 SHARES = (0.25, 0.15, 0.4)
-TAILS = (None, "mean")
+TAILS = (None, "mean", "mean2")
 SAMPLES = Path("assets/bench/adaptive_samples.jsonl")
 TABLE = Path("assets/bench/adaptive.csv")
 

@@ -49,11 +49,11 @@ SAMPLES, CLOCK = Path("out/end_to_end.jsonl"), Path("out/end_to_end_clock.jsonl"
 TABLE = Path("assets/bench/end_to_end.csv")
 # (share visited, tail, dense steps)
 _PROFILED: tuple[tuple[float, TailName, int], ...] = (
-    (0.15, "mean4", 0),
+    (0.15, "mean2", 0),
     (0.25, "mean", 0),
-    (0.25, "mean4", 0),
-    (0.4, "mean4", 0),
-    (0.4, "mean4", 2),
+    (0.25, "mean2", 0),
+    (0.4, "mean2", 0),
+    (0.4, "mean2", 2),
 )
 
 
@@ -62,14 +62,18 @@ def settings_by_name(profile: Path, frames: int = FRAMES) -> dict[str, Attention
 
     Args:
         profile: the map.
-        frames: of a clip, 1 + 4 n; the window holds a quarter of them.
+        frames: of a clip, 1 + 4 n; the window holds a quarter of them, the narrow one an eighth.
     """
     window = NeighborhoodPattern((latent_frames(frames) // 4, 16, 16))
+    narrow = NeighborhoodPattern((latent_frames(frames) // 8, 16, 16))
     clusters = AdaptivePattern(TopK(0.15), PooledScore(0), Clusters(32, 32))
     found = {
         "window": AttentionSettings("window", window.with_tail(None), 0, 0),
         "window + mean": AttentionSettings("window + mean", window.with_tail("mean"), 0, 0),
+        "window + mean2": AttentionSettings("window + mean2", window.with_tail("mean2"), 0, 0),
+        "narrow window + mean2": AttentionSettings("narrow window + mean2", narrow.with_tail("mean2"), 0, 0),
         "clusters + mean": AttentionSettings("clusters + mean", clusters.with_tail("mean"), 0, 0),
+        "clusters + mean2": AttentionSettings("clusters + mean2", clusters.with_tail("mean2"), 0, 0),
     }
     for share, tail, dense_steps in _PROFILED:
         name = f"profiled {share:g} + {tail}" + (f", {dense_steps} dense steps" if dense_steps else "")

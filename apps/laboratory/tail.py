@@ -7,7 +7,7 @@
     python -m genattn.apps.laboratory.tail error --count 3        (tables prints what stands in docs/tail.md)
 
 Stand-ins: "none" (skipped tiles are dropped), "whole" (no tail, but visited tiles without their element mask), "mean, masked"
-(a tail beside masked tiles), "mean", "mean2", "mean4" (as they ship: visited tiles whole), "variance" (a mean and the second
+(a tail beside masked tiles), "mean", "mean2" (as they ship: visited tiles whole), "variance" (a mean and the second
 order of its keys' spread, which did not make it). Rows go to assets/bench/tail.csv.
 """
 
@@ -206,14 +206,17 @@ def tables(path: Path) -> str:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     error = newest([row for row in rows if row["measured"] == "error" and row["layer"] == "all"])
-    lines = [_line(["pattern", "share visited", *STAND_INS, "calls worse than none"]), _line(["---"] + ["---:"] * 9)]
+    lines = [
+        _line(["pattern", "share visited", *STAND_INS, "calls worse than none"]),
+        _line(["---"] + ["---:"] * (len(STAND_INS) + 2)),
+    ]
     for name in dict.fromkeys(row["pattern"] for row in error):
         some = {row["stand_in"]: row for row in error if row["pattern"] == name}
         cells = [f"{float(some[kind]['error']):.3f}" if kind in some else "-" for kind in STAND_INS]
-        worse = " / ".join(f"{float(some[kind]['worse_calls']):.0%}" for kind in ("mean", "mean4"))
+        worse = " / ".join(f"{float(some[kind]['worse_calls']):.0%}" for kind in ("mean", "mean2"))
         lines.append(_line([name, f"{float(some['none']['share']):.3f}", *cells, worse]))
     cost = newest([row for row in rows if row["measured"] == "cost"])
-    lines += ["", _line(["backend", "head dim", "share visited", *TAILS]), _line(["---"] + ["---:"] * 5)]
+    lines += ["", _line(["backend", "head dim", "share visited", *TAILS]), _line(["---"] + ["---:"] * (len(TAILS) + 2))]
     for case in dict.fromkeys((row["impl"], row["head_dim"], row["share"]) for row in cost):
         some = {row["stand_in"]: row for row in cost if (row["impl"], row["head_dim"], row["share"]) == case}
         cells = [f"{float(some[kind]['over']) - 1:+.1%}" for kind in TAILS]

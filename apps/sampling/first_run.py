@@ -30,5 +30,5 @@ def first_run(settings: SamplingSettings, attention: AttentionSettings) -> tuple
     if "attention" in attention.given or not profile.is_file():
         return settings, attention
     sparse: dict[str, Any] = {name: 0 for name in ("dense_steps", "dense_layers") if name not in attention.given}
-    pattern = ProfiledPattern(str(profile), density=DENSITY, tail="mean4")
+    pattern = ProfiledPattern(str(profile), density=DENSITY, tail="mean2")
     return settings, replace(attention, name="profiled", pattern=pattern, **sparse)

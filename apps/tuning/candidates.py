@@ -117,7 +117,7 @@ def _profiled(ground: Ground, densities: Sequence[float]) -> Made:
     return [
         (f"profiled {share:g} + {tail}", ProfiledPattern(path, density=share, tail=tail))
         for share in sorted(densities)
-        for tail in ("mean", "mean4")
+        for tail in ("mean", "mean2")
     ]  # type: ignore[arg-type]
 
 

@@ -57,7 +57,7 @@ def attention(
         text_before: tokens before the grid that see and are seen by all.
         text_after: tokens after it.
         tail: what stands in for skipped key tiles: "pattern" for the pattern's own setting, None for nothing, "mean", "mean2",
-            "mean4", or "measured" for what came out best for the pattern on models trained dense.
+            or "measured" for what came out best for the pattern on models trained dense.
 
     Returns:
         [B, S, H, D], or with return_lse also lse [B, S, H] (natural log, float32; float64 for float64).

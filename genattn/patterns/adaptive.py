@@ -26,7 +26,7 @@ from genattn.kernels.plan.exact import exact
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.content import ContentPattern, Listing, check_tensors, keep_choice, kept_choice
 from genattn.patterns.listed_plans import clustered_plan, plan_of_listed, static_codes
-from genattn.patterns.pattern import Pattern, SiteMemory, TailName
+from genattn.patterns.pattern import Pattern, SiteMemory
 from genattn.selection.budget import Budget
 from genattn.selection.estimate import Estimate, PooledScore, estimate, mass_of
 from genattn.selection.guards import Similarity, beside, holds, shares_tokens
@@ -82,11 +82,6 @@ class AdaptivePattern(ContentPattern):
             if prior is not None and isinstance(self.tiles, Clusters):
                 raise GenAttnError(f"{name} needs tiles that are places, got clusters, whose tokens stand anywhere")
         super().__post_init__()
-
-    @property
-    def measured_tail(self) -> TailName:
-        """Means over clusters. Over boxes of 128 tokens clips came out further from dense with them, by every rule."""
-        return "mean" if isinstance(self.tiles, Clusters) else None
 
     # ---- where in the model and the run
 

@@ -14,7 +14,7 @@ from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.content import ContentPattern, Listing
-from genattn.patterns.pattern import SiteMemory, TailName
+from genattn.patterns.pattern import SiteMemory
 from genattn.selection.estimate import PooledScore
 from genattn.selection.guards import Similarity
 from genattn.selection.rules import TopK
@@ -43,11 +43,6 @@ class BlockTopK(ContentPattern):
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         super().__post_init__()
-
-    @property
-    def measured_tail(self) -> TailName:
-        """That of a top-k share over boxes."""
-        return self.choice.measured_tail
 
     @property
     def choice(self) -> AdaptivePattern:

@@ -123,8 +123,8 @@ class SiteMemory:
 class Pattern(ABC):
     """Base of the patterns. Subclasses are frozen, hashable dataclasses: equal settings are equal patterns.
 
-    tail: what stands in for skipped key tiles: None (nothing), "mean", "mean2" or "mean4" (the mean of each tile, of its
-        halves or quarters, as pseudo-keys weighed by their number of keys). A tile that is visited is then seen whole.
+    tail: what stands in for skipped key tiles: None (nothing), "mean" (the mean of each tile) or "mean2" (the means of two
+        halves of like keys), as pseudo-keys weighed by their number of keys. A tile that is visited is then seen whole.
         "auto": on a model, which was trained with dense attention, what measured best for the pattern
         (`with_measured_tail`); in a plain call of `attention`, where the pattern's mask is the definition, nothing.
     """
@@ -180,8 +180,8 @@ class Pattern(ABC):
 
     @property
     def measured_tail(self) -> TailName:
-        """The tail with which clips came out nearest to dense on a model trained dense; None where none helped."""
-        return None
+        """The tail with which clips came out nearest to dense on dense models; None where keys are hidden on purpose."""
+        return None if self.hides_on_purpose else "mean2"
 
     def with_tail(self, tail: TailName) -> "Pattern":
         """This pattern with another tail."""

@@ -17,7 +17,7 @@ from genattn.geometry.tiles import best_box, cell_tiles
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.element_rule import BlockRule, ElementRule
-from genattn.patterns.pattern import Pattern, TailName
+from genattn.patterns.pattern import Pattern
 from genattn.selection.profile_map import ProfileMap, read_map
 from genattn.selection.relative_map import predict
 from genattn.selection.tiling import Boxes
@@ -52,11 +52,6 @@ class ProfiledPattern(Pattern):
             object.__setattr__(self, "block", block)
         read_map(self.path)
         super().__post_init__()
-
-    @property
-    def measured_tail(self) -> TailName:
-        """A map is ranked by what standing in would lose, where something stands in."""
-        return "mean"
 
     @property
     def map(self) -> ProfileMap:

@@ -117,7 +117,7 @@ def _add_tail(
             by_head = weights.mT @ vectors.transpose(1, 2)
             total += by_head.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
     for total, grad_mean in zip(grads[1:], grad_means):
-        total += spread_over_tokens(grad_mean, plan.tail, pseudo.tokens, plan.seqlen_k, given.key_mask).transpose(1, 2)
+        total += spread_over_tokens(grad_mean, pseudo, plan.seqlen_k).transpose(1, 2)
 
 
 def _both_halves(grad: torch.Tensor, factor: float = 1.0) -> torch.Tensor:

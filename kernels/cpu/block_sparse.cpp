@@ -5,10 +5,12 @@
 // compile time by the target. Plain C interface, no torch headers.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 #ifdef __AVX__
 #include <immintrin.h>
@@ -58,6 +60,7 @@ struct Call {
   const int32_t* tail_tokens;   // [pseudo, tail_lanes] what a pseudo-key is the mean of, -1 unused; or null
   const int32_t* tail_skipped;  // [lists, tiles_q, ceil(tiles_k / 32)] one bit per key tile
   const uint8_t* tail_counted;  // [Sk] which tokens weigh, or null for all
+  int32_t* tail_members;        // [batch, kv_heads, pseudo, tail_lanes] filled here: tail_tokens by likeness; or null for as they are
   const int32_t* fade_window;   // [tiles_q, 2] first and last place inside, or null
   const int32_t* fade_span;     // [tiles_k, 2] first and last place of a key tile
   int64_t stride[4][3];         // query, key, value, out: batch, token, head (elements)
@@ -490,11 +493,84 @@ static void pack_tile(const Call& c, const Packed& kv, std::vector<float>& rows,
   }
 }
 
+// ---- parts of a tile by likeness, as kernels/reference/likeness.py defines them: in double, so that all backends cut alike
+
+typedef double vd __attribute__((vector_size(64)));
+typedef double vdu __attribute__((vector_size(64), aligned(8), may_alias));
+constexpr int DL = 8;
+
+struct Spread {
+  std::vector<double> rows, direction, next;
+  std::vector<std::pair<float, int32_t>> order;  // coordinate along the direction, token
+};
+
+static double dot(const double* a, const double* b, int n) {
+  vd sum = {};
+  for (int d = 0; d < n; d += DL) sum += *(const vdu*)(a + d) * *(const vdu*)(b + d);
+  double total = 0;
+  for (int i = 0; i < DL; i++) total += sum[i];
+  return total;
+}
+
+static void add(double* to, const double* row, double factor, int n) {
+  for (int d = 0; d < n; d += DL) *(vdu*)(to + d) += *(const vdu*)(row + d) * factor;
+}
+
+static void to_length_one(double* x, int n) {
+  const double length = std::max(std::sqrt(dot(x, x, n)), 1e-20);
+  for (int d = 0; d < n; d++) x[d] /= length;
+}
+
+template <typename T>
+static void cut_tile(const Call& c, Spread& w, int b, int kh, int tile) {
+  const int lanes = c.tail_parts * c.tail_lanes, D = c.dim, DP = round_up(D, DL), tiles = c.pseudo / c.tail_parts;
+  const int32_t* from = c.tail_tokens + (size_t)tile * lanes;
+  int32_t* to = c.tail_members + (((size_t)b * c.kv_heads + kh) * tiles + tile) * lanes;
+  std::fill(to, to + lanes, -1);
+  w.order.clear();
+  w.rows.assign((size_t)lanes * DP, 0.);
+  w.direction.assign(DP, 0.);
+  w.next.assign(DP, 0.);
+  for (int i = 0; i < lanes; i++) {
+    if (from[i] < 0 || (c.key_mask && !c.key_mask[(size_t)b * c.seqlen_k + from[i]])) continue;
+    const T* key = (const T*)c.key + b * c.stride[1][0] + from[i] * c.stride[1][1] + kh * c.stride[1][2];
+    double* row = &w.rows[w.order.size() * DP];
+    for (int d = 0; d < D; d++) row[d] = key[d].get();
+    add(w.next.data(), row, 1., DP);
+    w.order.push_back({0.f, from[i]});
+  }
+  const int n = (int)w.order.size();
+  double farthest = -1.;
+  for (int i = 0; i < n; i++) {
+    double* row = &w.rows[(size_t)i * DP];
+    add(row, w.next.data(), -1. / n, DP);
+    const double away = dot(row, row, DP);
+    if (away > farthest) farthest = away, std::copy(row, row + DP, w.direction.begin());
+  }
+  to_length_one(w.direction.data(), DP);
+  std::fill(w.next.begin(), w.next.end(), 0.);
+  for (int i = 0; i < n; i++) {
+    const double* row = &w.rows[(size_t)i * DP];
+    add(w.next.data(), row, dot(row, w.direction.data(), DP), DP);
+  }
+  to_length_one(w.next.data(), DP);
+  for (int i = 0; i < n; i++) {
+    const float place = (float)dot(&w.rows[(size_t)i * DP], w.next.data(), DP);
+    w.order[i].first = place != place ? FLT_MAX : std::min(std::max(place, -FLT_MAX), FLT_MAX);
+  }
+  std::stable_sort(w.order.begin(), w.order.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
+  for (int part = 0; part < c.tail_parts; part++) {
+    const int first = (part * n + c.tail_parts - 1) / c.tail_parts, last = ((part + 1) * n + c.tail_parts - 1) / c.tail_parts;
+    for (int i = first; i < last; i++) to[part * c.tail_lanes + i - first] = w.order[i].second;
+  }
+}
+
 // mean key and mean value of one pseudo-key into its lane of the packed tail
 template <typename T>
 static void pack_pseudo(const Call& c, const Packed& kv, std::vector<float>& rows, int b, int kh, int lane) {
   const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), tile = lane / BK, place = lane % BK;
-  const int32_t* tokens = c.tail_tokens + (size_t)lane * c.tail_lanes;
+  const size_t table = ((size_t)b * c.kv_heads + kh) * c.pseudo;
+  const int32_t* tokens = (c.tail_members ? c.tail_members + table * c.tail_lanes : c.tail_tokens) + (size_t)lane * c.tail_lanes;
   float *key = rows.data(), *value = key + D;
   std::fill(key, value + D, 0.f);
   int count = 0, counted = 0;
@@ -547,6 +623,7 @@ static int run(const Call& c) {
 #pragma omp parallel num_threads(c.threads)
     {
       Scratch w;
+      Spread spread;
       w.q.resize((size_t)c.block_q * c.dim); w.s.resize((size_t)c.block_q * BK); w.acc.resize((size_t)c.block_q * DP);
       w.m.resize(c.block_q); w.l.resize(c.block_q); w.bits.resize((size_t)c.block_q * ((c.block_k + 15) / 16));
       w.tail_bias.resize(BK);
@@ -559,6 +636,12 @@ static int run(const Call& c) {
         for (int64_t t = 0; t < now * c.tiles_k; t++) {
           const int64_t z = start + t / c.tiles_k;
           pack_tile<T>(c, packed[t / c.tiles_k], rows, (int)(z / c.kv_heads), (int)(z % c.kv_heads), (int)(t % c.tiles_k));
+        }
+        const int64_t cut = c.tail_members ? c.pseudo / c.tail_parts : 0;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < now * cut; t++) {
+          const int64_t z = start + t / cut;
+          cut_tile<T>(c, spread, (int)(z / c.kv_heads), (int)(z % c.kv_heads), (int)(t % cut));
         }
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < now * (int64_t)tail_lanes; t++) {

@@ -72,7 +72,7 @@ def grouped_attention(
             scale=query.shape[3] ** -0.5 if scale is None else scale,
             with_lse=with_lse or key_mask is not None or any(part.again for part in parts),
             scratch=scratch,
-            tail=() if pseudo is None else _tail_weights(plan, pseudo, heads, key_mask is not None),
+            tail=() if pseudo is None else _tail_weights(plan, pseudo, heads, query.shape[2], key_mask is not None),
             tile_of_query=tile_of_query(plan),
             first_pseudo=plan.seqlen_k,
         )
@@ -147,17 +147,27 @@ def _whole_lines(count: int) -> int:
     return -(-count // LINE) * LINE
 
 
-def _tail_weights(plan: BlockPlan, pseudo: TailKeys, heads: slice, by_sample: bool) -> tuple[torch.Tensor, ...]:
+def _tail_weights(plan: BlockPlan, pseudo: TailKeys, heads: slice, all_heads: int, by_sample: bool) -> tuple[torch.Tensor, ...]:
     """What is added to the scores of pseudo-keys, [NQ, P] each: log of their count where the tile is skipped, else unseen.
 
-    One for all heads of the call, or one for each where they differ by sample.
+    One for all heads of the call, or one for each where they differ by sample or head.
     """
     assert plan.tail is not None
     seen = plan.tail.stands_in(slice(heads.start, heads.start + 1) if plan.num_heads > 1 else slice(1))[0]
     more = _whole_lines(seen.shape[1]) - seen.shape[1]
-    samples = pseudo.log_count.clamp_min(_UNSEEN) if by_sample else pseudo.log_count[:1].clamp_min(_UNSEEN)
-    tables = [torch.nn.functional.pad(row.where(seen, _UNSEEN), (0, more), value=_UNSEEN) for row in samples]
-    return tuple(table for table in tables for _ in range(heads.stop - heads.start)) if by_sample else tuple(tables)
+    weights = pseudo.weights_of(all_heads)
+    by_head = weights.shape[1] > 1
+    # parts by likeness hold other tokens in each sample, of which other ones weigh
+    by_sample = by_sample or (plan.tail.counted is not None and plan.tail.parts > 1)
+    if not by_head and not by_sample:
+        weights = weights[:1]
+    rows = (weights[:, heads] if by_head else weights).clamp_min(_UNSEEN)
+    tables = [
+        [torch.nn.functional.pad(row.where(seen, _UNSEEN), (0, more), value=_UNSEEN) for row in sample] for sample in rows
+    ]
+    if by_head or not by_sample:
+        return tuple(table for sample in tables for table in sample)
+    return tuple(table for (table,) in tables for _ in range(heads.stop - heads.start))
 
 
 def _head_blocks(batch: int, heads: int, lists: int) -> list[slice]:

@@ -148,7 +148,9 @@ def _score_mod(plan: BlockPlan, pseudo: TailKeys | None):  # type: ignore[no-unt
 def _weigh(plan: BlockPlan, pseudo: TailKeys):  # type: ignore[no-untyped-def]
     """Adds the log of the number of keys that a pseudo-key stands for; they follow the lanes of all key tiles."""
     first = plan.key_tiles.numel()
-    weights = torch.nn.functional.pad(pseudo.log_count.nan_to_num(neginf=-1e30), (first, -pseudo.key.shape[1] % plan.block_k))
+    weights = torch.nn.functional.pad(
+        pseudo.log_count[:, 0].nan_to_num(neginf=-1e30), (first, -pseudo.key.shape[1] % plan.block_k)
+    )
 
     def weighed(score, batch, head, query_index, key_index):  # type: ignore[no-untyped-def]
         return score + weights[batch, key_index]

@@ -48,7 +48,7 @@ def sdpa_mask_attention(
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     if pseudo is not None:
-        weights = _weights(plan, pseudo)
+        weights = _weights(plan, pseudo, query.shape[2])
         visible = _side_by_side(visible, torch.isfinite(weights))
         key, value = (torch.cat([x, more.to(x.dtype)], 1) for x, more in ((key, pseudo.key), (value, pseudo.value)))
     empty = ~visible.any(-1, keepdim=True)
@@ -78,10 +78,10 @@ def _mask_on(plan: BlockPlan, device: torch.device) -> torch.Tensor:
     return plan.cache["mask", device]  # type: ignore[return-value]
 
 
-def _weights(plan: BlockPlan, pseudo: TailKeys) -> torch.Tensor:
+def _weights(plan: BlockPlan, pseudo: TailKeys, heads: int) -> torch.Tensor:
     """[B, N, Sq, P]: log of the number of keys that a pseudo-key stands for, -inf where a query does not see it."""
     seen = pseudo_rows(plan, torch.arange(plan.seqlen_q, device=pseudo.key.device))[None]
-    return pseudo.log_count[:, None, None, :].masked_fill(~seen, float("-inf"))
+    return pseudo.weights_of(heads)[:, :, None].masked_fill(~seen, float("-inf"))
 
 
 def _side_by_side(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What stands in for the key tiles that a query tile does not visit: pseudo-keys, described to a kernel.
 
     query tile 3 visits key tiles 0 1 4          its words    bit j of the list says: tile j is stood in for
-    key tiles 2, 3, 5                            101100       as one, two or four pseudo-keys each
+    key tiles 2, 3, 5                            101100       as one or two pseudo-keys each
 
 A pseudo-key is the mean of the keys of a part of a tile, and counts as many times as the part has unmasked keys. The means
 depend on the tensors and are made in every call (`kernels/reference/tail.py`, the definition); everything else is here.
@@ -18,7 +18,7 @@ from genattn.kernels.plan.element_rule import PADDING, BlockRule, CombinedRule, 
 if TYPE_CHECKING:
     from genattn.kernels.plan.block_plan import BlockPlan
 
-TAILS = {"mean": 1, "mean2": 2, "mean4": 4}
+TAILS = {"mean": 1, "mean2": 2}
 WORD = 32
 _TILES_AT_ONCE = 4096
 
@@ -28,7 +28,9 @@ class Tail:
     """The stand-in of a plan, next to its lists.
 
     kind: a key of `TAILS`. parts: pseudo-keys per key tile; pseudo-key p belongs to key tile p // parts.
-    tokens: int32 [NK * parts, L], the keys of which a pseudo-key is the mean; -1 marks an unused lane. Never padding.
+    tokens: int32 [NK * parts, L], the keys of which a pseudo-key is the mean; -1 marks an unused lane. Never padding. With more
+        than one part only the keys of a tile are fixed here: which part a key is in follows from its likeness to the others,
+        per call (`kernels/reference/likeness.py`).
     skipped: int32 [N, NQ, ceil(NK / 32)], one bit per key tile, bit j % 32 of word j // 32: set where the query tile does not
         visit the key tile and the head has a tail. N as in the plan's lists.
     counted: bool [Sk], which of the tokens add to the weight of their pseudo-key; None for all. The mean is over all of them:

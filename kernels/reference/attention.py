@@ -22,7 +22,7 @@ import torch
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.exact import exact
 from genattn.kernels.plan.tail import Tail
-from genattn.kernels.reference.tail import TailKeys, tail_keys, tail_scores
+from genattn.kernels.reference.tail import tail_keys, tail_scores
 
 _SCORES_AT_ONCE = 1 << 26
 
@@ -66,7 +66,7 @@ def reference_attention(
         if pseudo is not None:
             lower = partial(lowered, plan=plan, query_index=index, tail=plan.tail)
             scores = torch.cat([scores, tail_scores(rows_of_query, pseudo, scale, lower)], -1)
-            visible = _with_tail(visible, pseudo_rows(plan, index)[None], pseudo)
+            visible = _with_tail(visible, pseudo_rows(plan, index)[None], pseudo.weights_of(heads))
         out, lse = _masked_softmax(scores, visible, values)
         outs.append(out.transpose(1, 2))
         lses.append(lse.transpose(1, 2))
@@ -113,9 +113,9 @@ def pseudo_rows(plan: BlockPlan, query_index: torch.Tensor) -> torch.Tensor:
     return plan.tail.stands_in()[:, tile.clamp_min(0)] & (tile >= 0)[:, None]  # type: ignore[union-attr]
 
 
-def _with_tail(visible: torch.Tensor, stood_in: torch.Tensor, pseudo: TailKeys) -> torch.Tensor:
+def _with_tail(visible: torch.Tensor, stood_in: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Bool [B, N, rows, Sk + P]."""
-    stood_in = stood_in & torch.isfinite(pseudo.log_count)[:, None, None, :]
+    stood_in = stood_in & torch.isfinite(weights)[:, :, None]
     shape = torch.broadcast_shapes(visible.shape[:3], stood_in.shape[:3])
     return torch.cat([visible.expand(*shape, -1), stood_in.expand(*shape, -1)], -1)
 

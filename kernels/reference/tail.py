@@ -4,14 +4,16 @@ With the visited keys V of a query q, its skipped parts j of n_j unmasked keys, 
 
     num = sum_{k in V} e^{s q.k} v_k + sum_j n_j e^{s q.k_j} v_j,    den = the same without the values,    out = num / den
 
-"mean", "mean2", "mean4" take a tile as one, two or four parts. Exact where the keys of a part are equal; by Jensen's inequality
-a part counts for too little otherwise. (Adding half the variance of the scores overshoots: measured, docs/tail.md.) Keys that
-are hidden inside a visited tile are not stood in for: only tiles that are not in the list at all.
+"mean" takes a tile as one part, "mean2" as two parts of keys that are alike (`likeness.py`). Exact where the keys of a part are
+equal; by Jensen's inequality a part counts for too little otherwise. (Adding half the variance of the scores overshoots:
+measured, docs/tail.md.) Keys that are hidden inside a visited tile are not stood in for: only tiles that are not in the list
+at all.
 
 How a kernel does it, forward, for one query tile `i` of list `n` (1 or head) with its running maximum, sum and accumulator:
 
     tables   plan.tail.skipped [N, NQ, W] (bits, see Tail), tail.parts; means and log counts come as tensors, made once per
-             call: key [B, P, Hk, D], value [B, P, Hk, D], log_count [B, P], -inf for a part without an unmasked key
+             call: key [B, P, Hk, D], value [B, P, Hk, D], log_count [B, G, P], -inf for a part without an unmasked key;
+             G = 1, or Hk where the heads' weights differ (`Tail.counted` under "mean2")
     columns  after (or before) the listed tiles, P columns more, a block of them at a time:
              s_j = scale <q, key_j> + log_count_j,    s_j = -inf unless bit (j // parts) of skipped[n, i] is set
              then the online softmax as for any other tile, `value_j` in the place of v. A block whose bits are all zero is
@@ -34,21 +36,29 @@ from dataclasses import dataclass
 import torch
 
 from genattn.kernels.plan.tail import Tail
+from genattn.kernels.reference.likeness import parts_by_likeness
 
 _GATHERED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
 class TailKeys:
-    """Pseudo-keys of one call. key, value: [B, P, Hk, D]. log_count: [B, P], natural log, -inf where nothing counts.
+    """Pseudo-keys of one call. key, value: [B, P, Hk, D]. log_count: [B, G, P], natural log, -inf where nothing counts; G = 1
+    or Hk.
 
-    tokens: [B, P], how many the means are over.
+    tokens: [B, P], how many the means are over. members: int32 [B, G, P, L], over which, -1 for none; B and G may be 1.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     log_count: torch.Tensor
     tokens: torch.Tensor
+    members: torch.Tensor
+
+    def weights_of(self, heads: int) -> torch.Tensor:
+        """[B, 1 or heads, P]: the log counts by query head."""
+        groups = self.log_count.shape[1]
+        return self.log_count if groups == 1 else self.log_count.repeat_interleave(heads // groups, 1)
 
 
 def tail_keys(key: torch.Tensor, value: torch.Tensor, tail: Tail, key_mask: torch.Tensor | None = None) -> TailKeys:
@@ -57,29 +67,59 @@ def tail_keys(key: torch.Tensor, value: torch.Tensor, tail: Tail, key_mask: torc
     In float32, or float64 for float64 inputs. Differentiable.
     """
     compute = torch.promote_types(key.dtype, torch.float32)
-    used = (tail.tokens >= 0).expand(key.shape[0], -1, -1)
+    members = members_of(key, tail, key_mask)
     if key_mask is not None:
-        used = used & key_mask[:, tail.tokens.long().clamp_min(0)]
         # a hidden key must not leak through 0 * NaN
         key, value = (x.masked_fill(~key_mask[:, :, None, None], 0.0) for x in (key, value))
-    weight = used.to(compute)
-    tokens = weight.sum(-1)
-    counted = used if tail.counted is None else used & tail.counted[tail.tokens.long().clamp_min(0)]
-    log_count = counted.sum(-1).to(compute).log()
-    mean_key, mean_value = (_means(x, tail, weight, tokens) for x in (key, value))
-    return TailKeys(mean_key, mean_value, log_count, tokens)
+    used = members >= 0
+    weighed = used if tail.counted is None else used & tail.counted[members.long().clamp_min(0)]
+    counts = weighed.sum(-1).expand(key.shape[0], -1, -1)
+    # parts are of equal size in every head; only how many of their tokens weigh can differ
+    log_count = (counts[:, :1] if tail.counted is None else counts).to(compute).log()
+    tokens = used[:, 0].sum(-1).expand(key.shape[0], -1).to(compute)
+    mean_key, mean_value = (_means(x, members, tokens) for x in (key, value))
+    return TailKeys(mean_key, mean_value, log_count, tokens, members)
 
 
-def _means(x: torch.Tensor, tail: Tail, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, P, Hk, D]: mean over the tokens of each part of [B, Sk, Hk, D]."""
-    step = max(1, _GATHERED_AT_ONCE // max(1, x[:, :1].numel() * tail.tokens.shape[1]))
-    means = []
-    for parts in torch.arange(tail.pseudo_keys, device=x.device).split(step):
-        rows = tail.tokens[parts].long().clamp_min(0)
-        gathered = x.index_select(1, rows.flatten()).unflatten(1, rows.shape).to(weight.dtype)
-        share = weight[:, parts] / tokens[:, parts, None].clamp_min(1.0)
-        means.append((gathered * share[..., None, None]).sum(2))
-    return torch.cat(means, 1)
+def members_of(key: torch.Tensor, tail: Tail, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Int32 [B or 1, Hk or 1, P, L]: the tokens of each pseudo-key, -1 for an unused lane or a hidden key."""
+    if tail.parts > 1:
+        return parts_by_likeness(key, tail, key_mask)
+    members = tail.tokens[None, None]
+    if key_mask is None:
+        return members
+    return members.where(key_mask[:, None, tail.tokens.long().clamp_min(0)], -1)
+
+
+def _means(x: torch.Tensor, members: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, P, Hk, D]: mean over the tokens of each part of [B, Sk, Hk, D]; zeros for a part without one."""
+    step = max(1, _GATHERED_AT_ONCE // max(1, x[:, :1].numel() * members.shape[-1]))
+    sums = _sums_by_head if members.shape[1] > 1 or members.shape[0] > 1 else _sums
+    found = torch.cat([sums(x, some, tokens.dtype) for some in members.split(step, 2)], 1)
+    return torch.where((tokens > 0)[:, :, None, None], found / tokens[:, :, None, None].clamp_min(1.0), 0.0)
+
+
+def _sums(x: torch.Tensor, members: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """[B, p, Hk, D]: sums over some parts that are the same for all samples and heads, members [1, 1, p, L]."""
+    index, weight = _rows_and_weights(members[0, 0], compute)
+    rows = x.index_select(1, index.flatten()).unflatten(1, index.shape).to(compute)
+    return (weight[:, None] @ rows.flatten(3)).unflatten(3, x.shape[2:])[:, :, 0]
+
+
+def _sums_by_head(x: torch.Tensor, members: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """[B, p, Hk, D]: the same for members [B, Hk or 1, p, L]."""
+    batch, seqlen, heads, dim = x.shape
+    index, weight = _rows_and_weights(members.expand(batch, heads, -1, -1), compute)
+    sample, head = torch.arange(batch, device=x.device), torch.arange(heads, device=x.device)
+    index = (index + (sample * seqlen)[:, None, None, None]) * heads + head[:, None, None]
+    rows = x.reshape(-1, dim).index_select(0, index.flatten()).unflatten(0, index.shape).to(compute)
+    return (weight[..., None, :] @ rows)[..., 0, :].transpose(1, 2)
+
+
+def _rows_and_weights(members: torch.Tensor, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int64 tokens and weights of 1 and 0, [..., L] both. An unused lane takes the part's first token: 0 * NaN would be NaN."""
+    used = members >= 0
+    return members.where(used, members[..., :1]).long().clamp_min(0), used.to(compute)
 
 
 def tail_scores(
@@ -91,19 +131,20 @@ def tail_scores(
     """
     group = query.shape[2] // keys.key.shape[2]
     scores = query.transpose(1, 2) @ keys.key.repeat_interleave(group, 2).permute(0, 2, 3, 1) * scale
-    return (scores if lower is None else lower(scores)) + keys.log_count[:, None, None, :]
+    return (scores if lower is None else lower(scores)) + keys.weights_of(query.shape[2])[:, :, None]
 
 
-def spread_over_tokens(
-    grad: torch.Tensor, tail: Tail, tokens: torch.Tensor, seqlen: int, key_mask: torch.Tensor | None
-) -> torch.Tensor:
+def spread_over_tokens(grad: torch.Tensor, keys: TailKeys, seqlen: int) -> torch.Tensor:
     """[B, Sk, Hk, D]: the gradient of each token by that of the mean it is part of, [B, P, Hk, D].
 
-    tokens: [B, P] as in `TailKeys`. Hidden keys, and tokens of no part, get zeros.
+    Hidden keys, and tokens of no part, get zeros.
     """
-    used = tail.tokens >= 0
-    part = torch.nonzero(used)[:, 0]
-    share = grad / tokens[:, :, None, None].clamp_min(1.0)
-    spread = grad.new_zeros(grad.shape[0], seqlen, *grad.shape[2:])
-    spread[:, tail.tokens[used].long()] = share[:, part]
-    return spread if key_mask is None else spread.masked_fill(~key_mask[:, :, None, None], 0.0)
+    share = (grad / keys.tokens[:, :, None, None].clamp_min(1.0)).transpose(1, 2)
+    lanes = keys.members.expand(*share.shape[:2], -1, -1).flatten(2).long()
+    part = torch.arange(share.shape[2], device=grad.device).repeat_interleave(keys.members.shape[-1]).expand_as(lanes)
+    # unused lanes write into a place of their own
+    owner = lanes.new_full((*share.shape[:2], seqlen + 1), -1).scatter_(2, torch.where(lanes < 0, seqlen, lanes), part)[
+        ..., :-1
+    ]
+    spread = share.take_along_dim(owner.clamp_min(0)[..., None], 2).masked_fill((owner < 0)[..., None], 0.0)
+    return spread.transpose(1, 2)

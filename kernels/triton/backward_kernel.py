@@ -155,7 +155,8 @@ def dq_kernel(
                 from_place, to_place = ends_of_pseudo(SPAN, at, inside, TAIL)
                 weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
                 scores = scores * weight[None, :] - (off / factor)[None, :]
-            scores += tail_bias(TAIL_BIAS + batch * pseudo, SKIPPED, at, inside, TAIL)[None, :]
+            weights = TAIL_BIAS + (batch * (heads // group) + head // group) * pseudo
+            scores += tail_bias(weights, SKIPPED, at, inside, TAIL)[None, :]
             probs = tl.exp2(scores * factor - lse[:, None])
             slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - delta[:, None]
             if FADE:
@@ -294,7 +295,7 @@ def tail_dkv_kernel(
             lse = load_lse(LSE + batch * seqlen_q * heads + head, row_q * heads, used_q)
             delta = tl.load(DELTA + batch * seqlen_q * heads + head + row_q * heads, mask=used_q, other=0.0)
             words = SKIPPED + (listed * tiles_q + turn // SPLIT) * tail_words
-            bias = tail_bias(TAIL_BIAS + batch * pseudo, words, at, inside, TAIL)
+            bias = tail_bias(TAIL_BIAS + (batch * kv_heads + kv_head) * pseudo, words, at, inside, TAIL)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
             if FADE:
                 low, high = ends_of(WINDOW, turn // SPLIT)

@@ -308,7 +308,7 @@ def serve_tile(
                 from_place, to_place = ends_of_pseudo(SPAN, at, inside, TAIL)
                 weight, off = lowering(low, high, from_place, to_place, fade_factor, fade_off)
                 scores = scores * weight[None, :] - (off / factor)[None, :]
-            scores += tail_bias(TAIL_BIAS + batch * pseudo, SKIPPED, at, inside, TAIL)[None, :]
+            scores += tail_bias(TAIL_BIAS + (batch * (heads // group) + kv_head) * pseudo, SKIPPED, at, inside, TAIL)[None, :]
             acc, top, total = accumulate(scores, factor, value, acc, top, total, True, PRECISION)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -4,6 +4,8 @@ The means are made by tensor operations once per call (`kernels/reference/tail.p
 the keys, as a kernel multiplies them; their weights stay in float32.
 """
 
+from dataclasses import replace
+
 import torch
 
 from genattn.kernels.plan.block_plan import BlockPlan
@@ -20,7 +22,7 @@ def pseudo_keys(key: torch.Tensor, value: torch.Tensor, plan: BlockPlan, key_mas
         return None
     with torch.no_grad():
         made = tail_keys(key, value, plan.tail, key_mask)
-    return TailKeys(made.key.to(key.dtype), made.value.to(key.dtype), made.log_count.float(), made.tokens)
+    return replace(made, key=made.key.to(key.dtype), value=made.value.to(key.dtype), log_count=made.log_count.float())
 
 
 def tail_arguments(pseudo: TailKeys | None, plan: BlockPlan, scale: float, unused: torch.Tensor) -> Arguments:
@@ -32,7 +34,7 @@ def tail_arguments(pseudo: TailKeys | None, plan: BlockPlan, scale: float, unuse
         "TAIL_K": pseudo.key,
         "TAIL_V": pseudo.value,
         # the kernel multiplies a whole score by the scale
-        "TAIL_BIAS": (pseudo.log_count / scale).contiguous(),
+        "TAIL_BIAS": (pseudo.log_count / scale).expand(-1, pseudo.key.shape[2], -1).contiguous(),
         "SKIPPED": plan.tail.skipped,
         **strides_of("t", pseudo.key),
         "pseudo": plan.tail.pseudo_keys,
@@ -62,7 +64,7 @@ def add_tail_gradients(
     blocks = -(-plan.tail.pseudo_keys // int(arguments["BLOCK_P"]))  # type: ignore[call-overload]
     launch(tail_dkv_kernel, (blocks, query.shape[0] * pseudo.key.shape[2]), arguments, query)
     for grad, mean in zip(grads[1:], found):
-        grad += spread_over_tokens(mean, plan.tail, pseudo.tokens, grad.shape[1], key_mask).to(grad.dtype)
+        grad += spread_over_tokens(mean, pseudo, grad.shape[1]).to(grad.dtype)
 
 
 def tail_dkv_arguments(

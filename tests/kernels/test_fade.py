@@ -51,7 +51,7 @@ def written_out(query, key, value, plan, fade, key_mask=None):
             if key_mask is None or key_mask[b, k]:
                 terms.append((logit(column_of[k], key[b, k, h // group]), value[b, k, h // group]))
         for p in [] if stood is None else stood[h % len(stood), row].nonzero().flatten().tolist():
-            weight = float(pseudo.log_count[b, p])
+            weight = float(pseudo.log_count[b, 0, p])
             if weight > -math.inf:
                 column = p // plan.tail.parts
                 terms.append((logit(column, pseudo.key[b, p, h // group]) + weight, pseudo.value[b, p, h // group]))

@@ -86,7 +86,8 @@ def _by_frames(inputs: list[torch.Tensor], layout: TokenLayout, trained: int) ->
     """The plugin's own answer, without a pattern."""
     plugin, run = LogitDecay(trained), Run(layout=layout)
     site = AttentionSite("", "", 0, 0, "self", 1)
-    call = AttentionCall(*inputs, None, None, False, False, site, run, layout)
+    query, key, value = inputs
+    call = AttentionCall(query, key, value, None, None, False, False, site, run, layout)
     return lambda: plugin.attention(call, lambda part: _sdpa(part.query, part.key, part.value))
 
 

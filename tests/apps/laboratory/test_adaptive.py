@@ -99,14 +99,16 @@ def test_a_run_adds_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [(s["pattern"], s["tail"]) for s in samples] == [
         ("window", None),
         ("window", "mean"),
+        ("window", "mean2"),
         ("profiled", None),
         ("profiled", "mean"),
+        ("profiled", "mean2"),
     ]
     assert all(len(s["errors"]) == 3 * 5 for s in samples[1:])
-    assert samples[3]["psnr"] > samples[1]["psnr"]
+    assert samples[4]["psnr"] > samples[1]["psnr"]
     assert all(s["density"] == pytest.approx(0.25, abs=0.03) for s in samples[1:])
     run_samples("tiny-wan", 1, (0.25,), MAP, out)
-    assert len(read_samples(out)) == 4
+    assert len(read_samples(out)) == 6
     out.write_text(json.dumps(_sample(0, "window", None, 1.0, [], "older")) + "\n")
     with pytest.raises(GenAttnError, match=f"must be of its weights {weights}, got older in "):
         run_samples("tiny-wan", 1, (0.25,), MAP, out)

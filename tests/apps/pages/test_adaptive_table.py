@@ -106,12 +106,12 @@ def _call(setting: str, psnr: float | None, **more: Any) -> dict[str, Any]:
 
 
 def test_whole_calls_show_both_clocks_and_the_paired_oracle(tmp_path: Path) -> None:
-    rows = [_call("dense", None), _call("profiled 0.25 + mean4", 27.0), _call("window", 20.0, seconds="", speedup="")]
+    rows = [_call("dense", None), _call("profiled 0.25 + mean2", 27.0), _call("window", 20.0, seconds="", speedup="")]
     rows.append(_call("dense", None, frames=125, tokens=8192))
     file = _write(tmp_path, "whole", rows)
     lines = end_to_end_table(file).splitlines()
     assert lines[0] == "**61 frames, 4,096 tokens**"
-    assert "| profiled 0.25 + mean4 | 25% | 2.00x, 4.0 s (2.50x) | 3.00x, 3.0 s (3.50x) | 27.0 [26.0, 28.0] |" in lines[5]
+    assert "| profiled 0.25 + mean2 | 25% | 2.00x, 4.0 s (2.50x) | 3.00x, 3.0 s (3.50x) | 27.0 [26.0, 28.0] |" in lines[5]
     assert lines[5].endswith("| 0.900 | 0.88 | -0.05 [-1.05, 0.95] | 1.25 |")
     assert "| window | 25% | (2.50x) |" in lines[6]
     assert "20 captions. Seconds by the clock, 2 threads." in lines[8]
@@ -123,7 +123,7 @@ def test_the_first_screen_shows_few_settings_in_words_of_a_visitor(tmp_path: Pat
         _call("window", 20.0),
         _call("radial + mean", 16.0),
         _call("dense", None),
-        _call("profiled 0.25 + mean4", 27.4),
+        _call("profiled 0.25 + mean2", 27.4),
     ]
     lines = first_screen_table(_write(tmp_path, "whole", rows)).splitlines()
     assert lines[2:5] == [

@@ -38,7 +38,7 @@ def test_a_first_run_takes_the_long_model_and_its_map(asked) -> None:
     assert isinstance(request.attention.pattern, ProfiledPattern)
     assert Path(request.attention.pattern.path).name == f"{FIRST_MODEL}.safetensors"
     assert (request.attention.dense_steps, request.attention.dense_layers) == (0, 0)
-    assert request.attention.pattern.tail == "mean4"
+    assert request.attention.pattern.tail == "mean2"
 
 
 def test_what_is_named_stays(asked) -> None:

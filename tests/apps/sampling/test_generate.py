@@ -267,7 +267,7 @@ def test_oracle_scores_of_a_true_clip() -> None:
 @pytest.mark.parametrize(
     ("told", "wanted"),
     [
-        ("ProfiledPattern(tail='mean4', path='/home/me/m.safetensors', density=0.4)",) * 2,
+        ("ProfiledPattern(tail='mean2', path='/home/me/m.safetensors', density=0.4)",) * 2,
         ("ProfiledPattern(path='C:\\\\Users\\\\me\\\\m.safetensors')", "ProfiledPattern(path='m.safetensors')"),
         ("/home/me/maps/m.safetensors", "m.safetensors"),
         ("RadialPattern(decay=0.2, variant='genattn')",) * 2,

@@ -62,7 +62,7 @@ def test_from_prompts_to_one_file_that_runs(settings: SamplingSettings, tmp_path
     )  # fmt: skip
     assert found.chosen is not None
     assert found.chosen.speedup >= 2
-    assert {"window 2 of 5 frames", "profiled 0.4 + mean", "profiled 0.4 + mean4"} <= {row.name for row in found.rows}
+    assert {"window 2 of 5 frames", "profiled 0.4 + mean", "profiled 0.4 + mean2"} <= {row.name for row in found.rows}
     assert any(row.name.endswith("dense start") for row in found.rows)
     assert found.chosen.psnr == max(row.psnr for row in found.rows if row.prompts == 2 and row.speedup >= 2)
     assert (tmp_path / "front.png").stat().st_size > 5000
@@ -178,7 +178,7 @@ def test_what_is_tried() -> None:
     assert not any(setting.name.startswith(("window", "radial")) for setting in picture)
     shipped = Path(tuning.__file__).resolve().parents[2] / "assets" / "maps" / "tiny-wan.safetensors"
     mapped = candidates(Ground(WAN, (8, 16, 16), shipped), ("profiled",), (0.25,))
-    assert [s.pattern for s in mapped] == [ProfiledPattern(str(shipped), density=0.25, tail=t) for t in ("mean", "mean4")]  # type: ignore[arg-type]
+    assert [s.pattern for s in mapped] == [ProfiledPattern(str(shipped), density=0.25, tail=t) for t in ("mean", "mean2")]  # type: ignore[arg-type]
     with pytest.raises(GenAttnError, match="have nothing to try"):
         candidates(Ground(WAN, (1, 32, 32)), ("window", "radial"))
     for families, densities, message in (

@@ -114,7 +114,7 @@ def test_tokens_outside_of_the_clip() -> None:
     pattern = NeighborhoodPattern((3, 3, 3))
     for outside in ("before", "after"):
         out = Dispatcher({"pattern": WINDOWS, "outside": outside}, 0.25).forward(q, k, v, CLIP, {})
-        want = genattn.attention(q, k, v, pattern, grid=GRID, scale=0.25, **{f"text_{outside}": 7})
+        want = genattn.attention(q, k, v, pattern, grid=GRID, scale=0.25, tail="measured", **{f"text_{outside}": 7})
         assert torch.equal(out, want)
     out = Dispatcher({"pattern": WINDOWS}, 0.25).forward(q, k, v, CLIP, {})
     assert torch.equal(out, dense(q, k, v, 0.25)), "nobody says where they stand"
@@ -132,7 +132,7 @@ def test_a_mask_of_keys_and_filling_that_it_hides(kind: torch.dtype) -> None:
     mask = torch.where(keys, 0.0, -1e9)[:, None, None] if kind is torch.float32 else keys.to(kind)
     out = Dispatcher({"pattern": WINDOWS}, 0.25).forward(q, k, v, CLIP, {}, attn_mask=mask)
     short = genattn.attention(*(x[:, :96] for x in (q, k, v)), NeighborhoodPattern((3, 3, 3)), grid=GRID, scale=0.25,
-                              key_mask=keys[:, :96])  # fmt: skip
+                              key_mask=keys[:, :96], tail="measured")  # fmt: skip
     torch.testing.assert_close(out[:, :96], short, atol=2e-6, rtol=1e-5)
 
 

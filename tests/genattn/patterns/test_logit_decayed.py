@@ -175,7 +175,7 @@ def test_it_follows_layers_steps_heads_and_tails():
     assert heads.for_heads(1, 1).pattern.decays == (0.4,)
     assert LogitDecayed(WINDOW, 3).with_measured_tail().tail_of_heads() == WINDOW.measured_tail
     layout = genattn.TokenLayout.from_grid((7, 8, 8))
-    assert LogitDecayed(WINDOW, 3, tail="mean4").plan(layout, 16, 16).tail.kind == "mean4"
+    assert LogitDecayed(WINDOW, 3, tail="mean2").plan(layout, 16, 16).tail.kind == "mean2"
     assert torch.equal(LogitDecayed(WINDOW, 3).mask(layout), WINDOW.mask(layout))
 
 

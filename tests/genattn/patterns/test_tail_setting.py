@@ -180,7 +180,7 @@ def test_parts_of_one_kind_only():
     ],
 )
 def test_unknown_names_are_listed(make):
-    with pytest.raises(GenAttnError, match="tail must be None or one of auto, mean, mean2, mean4, got 'median'"):
+    with pytest.raises(GenAttnError, match="tail must be None or one of auto, mean, mean2, got 'median'"):
         make()
 
 

@@ -171,7 +171,7 @@ def launches(arch, dim, dtype, case, masked=False):
     if pseudo is not None:
         # the means of one head stand for all: nothing here is computed
         whole = pseudo.key.expand(-1, -1, HEADS, -1).contiguous()
-        pseudo = TailKeys(whole, whole, pseudo.log_count, pseudo.tokens)
+        pseudo = TailKeys(whole, whole, pseudo.log_count, pseudo.tokens, pseudo.members)
         found = [whole.float(), whole.float()]
         back = tail_dkv_arguments(grad, q, lse, delta, pseudo, found, plan, 0.1, precision_of(q, row), arch=row)
         yield "tail dkv", backward_kernel.tail_dkv_kernel, back

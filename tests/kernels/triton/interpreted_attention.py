@@ -93,7 +93,7 @@ def check_tail() -> None:
     """Pseudo-keys for skipped tiles: one and four a tile, lists per head, key masks, grouped heads, types."""
     plan = random_plan(61, (3, 5, 6), keep=0.4)
     check("tail", plan.with_tail("mean"), torch.float32, dim=24)
-    check("tail in four parts, masked, batch", plan.with_tail("mean4"), torch.float32, 2, 1, 16, 2, True, True)
+    check("tail in two parts, masked, batch", plan.with_tail("mean2"), torch.float32, 2, 1, 16, 2, True, True)
     check("tail bfloat16", plan.with_tail("mean2"), torch.bfloat16)
     per_head = random_plan(62, (2, 4, 5), heads=2, scattered=True, keep=0.5)
     check("tail per head", per_head.with_tail("mean", heads=(True, False)), torch.float32)
@@ -110,7 +110,7 @@ def check_fade() -> None:
     check("fade, factor 0", faded(plan, 0.0, 0.0), torch.float32, dim=16)
     check("fade, a large penalty", faded(plan, 0.5, 60.0), torch.float32, dim=16)
     check("fade of full tiles", faded(dense_plan(60, 90, 16, 32), 0.9, 0.0), torch.float16)
-    check("fade, tail in four parts, masked, batch", faded(plan.with_tail("mean4")), torch.float32, 2, 1, 16, 2, True, True)
+    check("fade, tail in two parts, masked, batch", faded(plan.with_tail("mean2")), torch.float32, 2, 1, 16, 2, True, True)
     check("fade, tail, bfloat16", faded(plan.with_tail("mean2"), 0.8, 0.3), torch.bfloat16)
     per_head = random_plan(62, (2, 4, 5), heads=2, scattered=True, keep=0.5)
     check("fade, tail per head", faded(per_head.with_tail("mean", heads=(True, False))), torch.float32)

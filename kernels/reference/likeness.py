@@ -1,0 +1,63 @@
+"""Parts of a key tile by likeness: which of its keys share a pseudo-key under "mean2".
+
+A tile is a box of the grid, and a box often holds an object and its background. Halves by place mix both. Here the keys of a
+tile are sorted along the direction in which they differ most (their first principal component, by one step of power iteration
+from the key farthest from the mean) and the sorted run is cut into parts of equal size, per sample and key head. Equal sizes
+keep the weights of the parts the same for all heads.
+
+On a CPU the coordinates are computed in float64 and rounded to float32 before they are sorted, so that all backends average the
+same keys; on a GPU in float32. The choice is not differentiated: a gradient flows through the means.
+"""
+
+import torch
+
+from genattn.kernels.plan.tail import Tail
+
+# what a processor's cache holds; a GPU is kept busy instead
+_AT_ONCE = {"cpu": 1 << 18}
+_ON_OTHERS = 1 << 24
+_LAST = torch.finfo(torch.float32).max
+
+
+@torch.no_grad()
+def parts_by_likeness(key: torch.Tensor, tail: Tail, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Int32 [B, Hk, P, L]: the tokens of each part of `tail`, -1 marks an unused lane.
+
+    key [B, Sk, Hk, D]; key_mask bool [B, Sk], False leaves a key out. A tile with n keys that count is cut after n / parts,
+    2 n / parts, ... of them, rounded up.
+    """
+    lanes = tail.tokens.view(-1, tail.parts * tail.tokens.shape[1])
+    limit = _AT_ONCE.get(key.device.type, _ON_OTHERS)
+    at_once = max(1, limit // max(1, key[:, 0].numel() * lanes.shape[1]))
+    return torch.cat([_parts(key, some, tail.parts, key_mask) for some in lanes.split(at_once)], 2)
+
+
+def _parts(key: torch.Tensor, lanes: torch.Tensor, parts: int, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """The same for some tiles, lanes int32 [T, M]."""
+    index = lanes.long().clamp_min(0)
+    used = (lanes >= 0)[None] if key_mask is None else (lanes >= 0) & key_mask[:, index]
+    compute = torch.float64 if key.device.type == "cpu" else torch.float32
+    rows = key[:, index].to(compute).masked_fill(~used[..., None, None], 0.0).permute(0, 3, 1, 2, 4)
+    place = _along_the_spread(rows, used[:, None]).float().nan_to_num(nan=_LAST, posinf=_LAST)
+    place = place.masked_fill(~used[:, None], torch.inf).argsort(dim=-1, stable=True)
+    count = used.sum(-1)[:, None, :, None]
+    first = -(-torch.arange(parts + 1, device=key.device) * count // parts)
+    rank = first[..., :-1, None] + torch.arange(lanes.shape[1] // parts, device=key.device)
+    inside = rank < first[..., 1:, None]
+    taken = place.gather(-1, rank.clamp_max(lanes.shape[1] - 1).expand(*place.shape[:3], -1, -1).flatten(-2))
+    tokens = lanes.expand(*place.shape[:2], -1, -1).gather(-1, taken).unflatten(-1, (parts, -1))
+    return tokens.masked_fill(~inside, -1).flatten(2, 3)
+
+
+def _along_the_spread(rows: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """[..., M]: the coordinate of each of the rows [..., M, D] along their first principal component; used bool [..., M]."""
+    centre = rows.sum(-2, keepdim=True) / used.sum(-1).clamp_min(1)[..., None, None]
+    rows = (rows - centre).masked_fill(~used[..., None], 0.0)
+    farthest = rows.square().sum(-1, keepdim=True).argmax(-2, keepdim=True)
+    direction = _of_length_one(rows.take_along_dim(farthest, -2).mT)
+    direction = _of_length_one(rows.mT @ (rows @ direction))
+    return (rows @ direction)[..., 0]
+
+
+def _of_length_one(direction: torch.Tensor) -> torch.Tensor:
+    return direction / direction.norm(dim=-2, keepdim=True).clamp_min(1e-20)
