@@ -41,13 +41,15 @@ class TwiceRule:
 @dataclass(frozen=True, eq=False)
 class Keys:
     """What a call on a plan without a fade takes: key and value [B, Sk', Hk, D], key_mask bool [B, Sk'] or None, and penalty,
-    float [Sk'], what is taken off the logits of each key, None for nothing."""
+    float [Sk'], what is taken off the logits of each key, None for nothing. factor: what the second half of the keys is
+    multiplied by, None where keys stand once."""
 
     plan: BlockPlan
     key: torch.Tensor
     value: torch.Tensor
     key_mask: torch.Tensor | None
     penalty: torch.Tensor | None
+    factor: float | None = None
 
 
 def with_keys_twice(
@@ -67,18 +69,33 @@ def with_keys_twice(
         penalty = torch.zeros(2, plan.seqlen_k, dtype=torch.promote_types(key.dtype, torch.float32), device=key.device)
         penalty[1] = fade.penalty
         penalty = penalty.flatten()
-    return Keys(keys_twice(plan), torch.cat([key, key * fade.factor], 1), torch.cat([value, value], 1), mask, penalty)
+    return Keys(
+        keys_twice(plan), torch.cat([key, key * fade.factor], 1), torch.cat([value, value], 1), mask, penalty, fade.factor
+    )
 
 
 def lowered_tail_keys(given: Keys) -> TailKeys:
-    """The pseudo-keys of the plan's tail; the penalty is in their weights, each half of the keys having its own."""
+    """The pseudo-keys of the plan's tail; the penalty is in their weights, each half of the keys having its own.
+
+    They are made once, from the keys as they are, and lowered afterwards: which keys share one must not depend on the fade.
+    """
     tail = given.plan.tail
     assert tail is not None
-    made = tail_keys(given.key, given.value, tail, given.key_mask)
-    if given.penalty is None:
-        return made
-    off = given.penalty[[0, -1]].repeat_interleave(tail.pseudo_keys // 2)
-    return replace(made, log_count=made.log_count - off)
+    if given.factor is None:
+        return tail_keys(given.key, given.value, tail, given.key_mask)
+    length = given.key.shape[1] // 2
+    counted = None if tail.counted is None else tail.counted[:length]
+    once = replace(tail, tokens=tail.tokens[: tail.pseudo_keys // 2], counted=counted)
+    mask = None if given.key_mask is None else given.key_mask[:, :length]
+    made = tail_keys(given.key[:, :length], given.value[:, :length], once, mask)
+    off = 0.0 if given.penalty is None else given.penalty[-1]
+    return TailKeys(
+        torch.cat([made.key, made.key * given.factor], 1),
+        torch.cat([made.value, made.value], 1),
+        torch.cat([made.log_count, made.log_count - off], 2),
+        torch.cat([made.tokens, made.tokens], 1),
+        torch.cat([made.members, torch.where(made.members >= 0, made.members + length, -1)], 2),
+    )
 
 
 def keys_twice(plan: BlockPlan) -> BlockPlan:

@@ -34,7 +34,8 @@ from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.pipelines.tiny.random.build import build_pipeline
 from genattn.seam.handle import Handle, apply
 
-PATTERN = NeighborhoodPattern((2, 3, 3))
+# without a tail: its reference is a mask written by hand
+PATTERN = NeighborhoodPattern((2, 3, 3), tail=None)
 GRID = TokenLayout.from_grid((3, 4, 3))
 CHANGE = ("cache", "weights", "adapter")  # kinds of neighbours that change the result
 ALIKE = ("compiler", "split")  # those that change how the model runs, and nothing of what comes out
