@@ -139,7 +139,7 @@ def _times(row: Row, part: str) -> str:
 
 
 SHOWN_FRAMES = 61
-SHOWN_FIRST = ("dense", "profiled 0.4 + mean2", "profiled 0.25 + mean2", "profiled 0.15 + mean2", "window")
+SHOWN_FIRST = ("dense", "profiled 0.4 + mean2", "profiled 0.25 + mean2", "window + mean2", "narrow window + mean2", "window")
 
 
 def first_screen_table(file: Path) -> str:
