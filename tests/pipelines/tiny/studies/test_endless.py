@@ -80,6 +80,18 @@ def test_training_leaves_a_stock_lora_and_goes_on_where_it_stopped(pipe: Any, tm
     assert any(weight.weight.abs().max() > 0 for weight in layer.lora_B.values())
 
 
+def test_the_shipped_lora_changes_every_layer_and_leaves(pipe: Any) -> None:
+    folder = MODEL.parent / "loras" / "tiny-wan-long-endless"
+    before = {name: weight.clone() for name, weight in pipe.transformer.named_parameters()}
+    pipe.load_lora_weights(folder)
+    for block in pipe.transformer.blocks:
+        for attention in (block.attn1, block.attn2):
+            for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+                assert all(weight.weight.abs().max() > 0 for weight in layer.lora_B.values())
+    pipe.unload_lora_weights()
+    assert all(torch.equal(weight, before[name]) for name, weight in pipe.transformer.named_parameters())
+
+
 def test_held_out_captions_are_different_and_held_out() -> None:
     for kind, motions in (("endless", ENDLESS), ("known", MOTIONS)):
         found = scores.held_out_scenes(kind, 20)
