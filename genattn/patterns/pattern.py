@@ -31,6 +31,10 @@ TailName = str | None
 Plan = TypeVar("Plan", BlockPlan, HeadTiles)
 
 
+class _Unnamed(str):
+    """A tail that nobody named: where it has no effect there is nothing to say."""
+
+
 class PlanCache:
     """The plans used last, by everything they depend on. Bounded by all the bytes they hold, what backends derived from them
     included, so that a model with settings of its own in every layer keeps them all, and a few huge plans do not pile up.
@@ -189,7 +193,9 @@ class Pattern(ABC):
 
     def with_measured_tail(self) -> "Pattern":
         """This pattern with its measured tail in the place of "auto"."""
-        return self if self.tail != "auto" else self.with_tail(self.measured_tail)
+        if self.tail != "auto":
+            return self
+        return self.with_tail(None if self.measured_tail is None else _Unnamed(self.measured_tail))
 
     def tail_of_heads(self) -> TailName | tuple[TailName, ...]:
         """The kind of stand-in, None for none; one per head where heads differ."""
@@ -210,7 +216,7 @@ class Pattern(ABC):
         tailed = plan.with_tail(found[0], [kind is not None for kind in each] if isinstance(kinds, tuple) else None)
         if tailed.tail is not None:
             return tailed.seen_whole([kind is not None for kind in each] * (plan.num_heads // len(each)))
-        if self.tail not in ("auto", None):
+        if self.tail not in ("auto", None) and not isinstance(self.tail, _Unnamed):
             self._say_no_effect()
         return tailed
 

@@ -124,6 +124,8 @@ def test_what_visits_everything_is_bit_equal_and_says_once_that_it_has_no_effect
     with caplog.at_level(logging.WARNING, logger="genattn"):
         for whole in (DensePattern(), NeighborhoodPattern((-1, -1, -1)), BlockTopK(1.0)):
             plain = genattn.attention(*inputs, whole, LAYOUT)
+            assert torch.equal(genattn.attention(*inputs, whole.with_measured_tail(), LAYOUT), plain)
+            assert not any(type(whole).__name__ in r.getMessage() for r in caplog.records), "nobody named a tail"
             for kind in TAILS:
                 assert torch.equal(genattn.attention(*inputs, whole.with_tail(kind), LAYOUT), plain)
     said = [r.getMessage() for r in caplog.records]
