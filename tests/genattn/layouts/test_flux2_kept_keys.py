@@ -23,7 +23,7 @@ from genattn.seam.handle import apply
 
 GRID, REFERENCES, WORDS = (8, 12), ((4, 6), (5, 3)), 10
 KEPT = sum(height * width for height, width in REFERENCES)
-PATTERN, NOW = NeighborhoodPattern(3), {"dense_steps": 0, "dense_layers": 0}
+PATTERN, NOW = NeighborhoodPattern(3, tail=None), {"dense_steps": 0, "dense_layers": 0}
 Inputs = dict[str, Any]
 
 
