@@ -51,7 +51,7 @@ def flex_block_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        score_mod=_score_mod(plan, pseudo),
+        score_mod=_score_mod(plan, pseudo, query.shape[2]),
         block_mask=mask,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
@@ -123,9 +123,9 @@ def _mask_mod(plan: BlockPlan, orders: tuple[torch.Tensor, torch.Tensor] | None)
     return visible
 
 
-def _score_mod(plan: BlockPlan, pseudo: TailKeys | None):  # type: ignore[no-untyped-def]
+def _score_mod(plan: BlockPlan, pseudo: TailKeys | None, heads: int):  # type: ignore[no-untyped-def]
     """What becomes of a score, or None: lowered where the tiles are outside, weighed where the key is a pseudo-key."""
-    weighed = None if pseudo is None else _weigh(plan, pseudo)
+    weighed = None if pseudo is None else _weigh(plan, pseudo, heads)
     if plan.fade is None:
         return weighed
     tile_of_key = torch.arange(len(plan.key_tiles), device=plan.device).repeat_interleave(plan.block_k)
@@ -145,14 +145,14 @@ def _score_mod(plan: BlockPlan, pseudo: TailKeys | None):  # type: ignore[no-unt
     return faded
 
 
-def _weigh(plan: BlockPlan, pseudo: TailKeys):  # type: ignore[no-untyped-def]
+def _weigh(plan: BlockPlan, pseudo: TailKeys, heads: int):  # type: ignore[no-untyped-def]
     """Adds the log of the number of keys that a pseudo-key stands for; they follow the lanes of all key tiles."""
     first = plan.key_tiles.numel()
-    weights = torch.nn.functional.pad(
-        pseudo.log_count[:, 0].nan_to_num(neginf=-1e30), (first, -pseudo.key.shape[1] % plan.block_k)
-    )
+    counts, more = pseudo.weights_of(heads).nan_to_num(neginf=-1e30), -pseudo.key.shape[1] % plan.block_k
+    weights = torch.nn.functional.pad(counts, (first, more))
+    by_head = weights.shape[1] > 1
 
     def weighed(score, batch, head, query_index, key_index):  # type: ignore[no-untyped-def]
-        return score + weights[batch, key_index]
+        return score + weights[batch, head if by_head else 0, key_index]
 
     return weighed

@@ -182,3 +182,15 @@ def test_heads_served_together_stand_in_for_the_same_tiles(monkeypatch, threads)
     plan = random_plan(3, globals_=4, padding=3, keep=0.3).with_tail("mean")
     inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 1)
     _assert_close(block_sparse_attention(*inputs, plan, impl="grouped", return_lse=True), inputs, plan, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_weighs_the_halves_of_each_head_by_its_own_tokens(monkeypatch):
+    """Of a plan cut by tokens, the halves of like keys weigh differently in each head and sample."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    plan = random_plan(3, heads=1, keep=0.2, block_q=16, block_k=16).with_tail("mean2")
+    plan = plan.with_tail(plan.tail.only(torch.arange(plan.seqlen_k) % 3 == 0))
+    inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 0)
+    found = block_sparse_attention(*inputs, plan, impl="flex")
+    expected = reference_attention(*(x.double() for x in inputs), plan)[0]
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
