@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definition_checks import BOUNDS, assert_near_definition, drawn_inputs
 from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import block_sparse_attention
@@ -10,24 +11,8 @@ from genattn.kernels.plan.random_plan import random_fade, random_plan
 from genattn.kernels.plan.tail import TAILS
 from genattn.kernels.reference.attention import reference_attention
 
-BOUNDS = {torch.float32: 3e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
 IMPLS = ["cpu", "grouped"]
 FADES = [(0.9, 0.0), (0.3, 2.0), (1.0, 0.7), (0.0, 0.0), (0.5, 60.0)]
-
-
-def _inputs(plan, heads, kv_heads, dim, batch, dtype, seed):
-    draw = torch.Generator().manual_seed(seed)
-    shapes = [(batch, plan.seqlen_q, heads, dim)] + [(batch, plan.seqlen_k, kv_heads, dim)] * 2
-    return [torch.randn(s, generator=draw).to(dtype) for s in shapes]
-
-
-def _assert_close(got, inputs, plan, dtype, key_mask=None):
-    out, lse = reference_attention(*(x.double() for x in inputs), plan, key_mask=key_mask)
-    assert not got[0].isnan().any()
-    assert (got[0].double() - out).norm() <= BOUNDS[dtype] * out.norm().clamp_min(1e-30)
-    assert torch.equal(torch.isneginf(got[1]), torch.isneginf(lse))
-    finite = torch.isfinite(lse)
-    assert not finite.any() or (got[1].double() - lse)[finite].abs().max() <= (2e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -55,10 +40,10 @@ def test_backend_matches_definition(impl, seed, kind, scattered, heads, dim, bat
     if cut and plan.tail is not None:
         plan = plan.with_tail(plan.tail.only(torch.rand(plan.seqlen_k, generator=draw) < 0.5))
     plan = plan.with_fade(random_fade(plan, seed, *fade))
-    inputs = _inputs(plan, heads, kv_heads, dim, batch, dtype, seed)
+    inputs = drawn_inputs(plan, heads, kv_heads, dim, batch, dtype, seed)
     key_mask = torch.rand(batch, plan.seqlen_k, generator=draw) < 0.6 if masked else None
     got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
-    _assert_close(got, inputs, plan, dtype, key_mask)
+    assert_near_definition(got, inputs, plan, dtype, key_mask)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -67,14 +52,14 @@ def test_large_scores_and_hidden_nans(impl, fade):
     """Masked keys hold NaN, scores lie far apart, and one sample has no key at all."""
     plan = random_plan(3, (4, 6, 6), keep=0.3).with_tail("mean2")
     plan = plan.with_fade(random_fade(plan, 3, *fade))
-    inputs = _inputs(plan, 2, 2, 16, 2, torch.float32, 1)
+    inputs = drawn_inputs(plan, 2, 2, 16, 2, torch.float32, 1)
     inputs[0] *= 4
     key_mask = torch.arange(plan.seqlen_k).expand(2, -1) % 3 > 0
     key_mask = key_mask & torch.tensor([[True], [False]])
     for x in inputs[1:]:
         x.masked_fill_(~key_mask[:, :, None, None], float("nan"))
     got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
-    _assert_close(got, inputs, plan, torch.float32, key_mask)
+    assert_near_definition(got, inputs, plan, torch.float32, key_mask)
     assert got[0][1].abs().max() == 0
 
 
@@ -97,7 +82,7 @@ def test_gradients_match_the_definition(impl, seed, kind, heads, masked, scatter
     plan = plan.with_fade(random_fade(plan, seed, *fade))
     draw = torch.Generator().manual_seed(seed)
     key_mask = torch.rand(2, plan.seqlen_k, generator=draw) < 0.6 if masked else None
-    inputs = _inputs(plan, heads, kv_heads, 8, 2, torch.float32, seed)
+    inputs = drawn_inputs(plan, heads, kv_heads, 8, 2, torch.float32, seed)
     exact = [x.double().requires_grad_() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
     pull = torch.randn(inputs[0].shape, generator=draw)
@@ -115,7 +100,7 @@ def test_grouped_gradients_in_float64(kind, monkeypatch):
     monkeypatch.setattr("genattn.kernels.cpu.backward._SCORES_AT_ONCE", 64)
     plan = random_plan(5, (1, 3, 4), globals_=2, padding=1, keep=0.5, block_q=4, block_k=4).with_tail(kind)
     plan = plan.with_fade(random_fade(plan, 1))
-    inputs = [x.double().requires_grad_() for x in _inputs(plan, 2, 1, 3, 1, torch.float32, 0)]
+    inputs = [x.double().requires_grad_() for x in drawn_inputs(plan, 2, 1, 3, 1, torch.float32, 0)]
     mask = torch.arange(plan.seqlen_k)[None] % 5 > 0
     assert torch.autograd.gradcheck(
         lambda q, k, v: block_sparse_attention(q, k, v, plan, key_mask=mask, impl="grouped"), inputs, fast_mode=True
@@ -127,7 +112,7 @@ def test_grouped_gradients_in_float64(kind, monkeypatch):
 def test_sdpa_matches_the_definition(lists, kind, masked, fade):
     plan = random_plan(11, heads=lists, padding=2, keep=0.5).with_tail(kind)
     plan = plan.with_fade(random_fade(plan, 2, *fade))
-    inputs = [x.requires_grad_() for x in _inputs(plan, 2, 1, 16, 2, torch.float32, 0)]
+    inputs = [x.requires_grad_() for x in drawn_inputs(plan, 2, 1, 16, 2, torch.float32, 0)]
     key_mask = torch.rand(2, plan.seqlen_k) < 0.6 if masked else None
     if masked:
         key_mask[1] = False
@@ -144,7 +129,7 @@ def test_sdpa_counts_both_keys_in_its_limit(monkeypatch):
     plan = plan.with_fade(random_fade(plan, 2))
     monkeypatch.setattr("genattn.kernels.peers.sdpa_mask._MASK_BYTES", 2 * plan.seqlen_q * plan.seqlen_k - 1)
     with pytest.raises(ValueError, match="its mask must stay under"):
-        block_sparse_attention(*_inputs(plan, 1, 1, 16, 1, torch.float32, 0), plan, impl="sdpa")
+        block_sparse_attention(*drawn_inputs(plan, 1, 1, 16, 1, torch.float32, 0), plan, impl="sdpa")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -155,6 +140,6 @@ def test_flex_matches_the_definition(monkeypatch, scattered, kind):
     monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     plan = random_plan(4, (2, 4, 6), heads=2, scattered=scattered, keep=0.6).with_tail(kind)
     plan = plan.with_fade(random_fade(plan, 4))
-    inputs = _inputs(plan, 2, 1, 16, 2, torch.float32, 0)
+    inputs = drawn_inputs(plan, 2, 1, 16, 2, torch.float32, 0)
     out = block_sparse_attention(*inputs, plan, impl="flex")
     torch.testing.assert_close(out, reference_attention(*inputs, plan)[0], atol=1e-5, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from definition_checks import BOUNDS, assert_near_definition, drawn_inputs
 from hypothesis import given, settings, strategies as st
 
 from genattn.kernels.block_sparse import block_sparse_attention
@@ -12,23 +13,7 @@ from genattn.kernels.plan.random_plan import plan_from_states, random_plan
 from genattn.kernels.plan.tail import TAILS, tail_of_plan
 from genattn.kernels.reference.attention import reference_attention
 
-BOUNDS = {torch.float32: 3e-6, torch.float16: 1.2e-3, torch.bfloat16: 6e-3}
 IMPLS = ["cpu", "grouped"]
-
-
-def _inputs(plan, heads, kv_heads, dim, batch, dtype, seed):
-    draw = torch.Generator().manual_seed(seed)
-    shapes = [(batch, plan.seqlen_q, heads, dim)] + [(batch, plan.seqlen_k, kv_heads, dim)] * 2
-    return [torch.randn(s, generator=draw).to(dtype) for s in shapes]
-
-
-def _assert_close(got, inputs, plan, dtype, key_mask=None):
-    out, lse = reference_attention(*(x.double() for x in inputs), plan, key_mask=key_mask)
-    assert not got[0].isnan().any()
-    assert (got[0].double() - out).norm() <= BOUNDS[dtype] * out.norm().clamp_min(1e-30)
-    assert torch.equal(torch.isneginf(got[1]), torch.isneginf(lse))
-    finite = torch.isfinite(lse)
-    assert not finite.any() or (got[1].double() - lse)[finite].abs().max() <= (2e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -54,10 +39,10 @@ def test_backend_matches_definition(impl, seed, kind, scattered, heads, dim, bat
     draw = torch.Generator().manual_seed(seed)
     if cut and plan.tail is not None:
         plan = plan.with_tail(plan.tail.only(torch.rand(plan.seqlen_k, generator=draw) < 0.5))
-    inputs = _inputs(plan, heads, kv_heads, dim, batch, dtype, seed)
+    inputs = drawn_inputs(plan, heads, kv_heads, dim, batch, dtype, seed)
     key_mask = torch.rand(batch, plan.seqlen_k, generator=draw) < 0.6 if masked else None
     got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
-    _assert_close(got, inputs, plan, dtype, key_mask)
+    assert_near_definition(got, inputs, plan, dtype, key_mask)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -65,14 +50,14 @@ def test_backend_matches_definition(impl, seed, kind, scattered, heads, dim, bat
 def test_large_scores_and_hidden_nans(impl, kind):
     """Masked keys hold NaN, scores lie far apart, and one sample has no key at all."""
     plan = random_plan(3, (4, 6, 6), keep=0.3).with_tail(kind)
-    inputs = _inputs(plan, 2, 2, 16, 2, torch.float32, 1)
+    inputs = drawn_inputs(plan, 2, 2, 16, 2, torch.float32, 1)
     inputs[0] *= 4
     key_mask = torch.arange(plan.seqlen_k).expand(2, -1) % 3 > 0
     key_mask = key_mask & torch.tensor([[True], [False]])
     for x in inputs[1:]:
         x.masked_fill_(~key_mask[:, :, None, None], float("nan"))
     got = block_sparse_attention(*inputs, plan, impl=impl, key_mask=key_mask, return_lse=True)
-    _assert_close(got, inputs, plan, torch.float32, key_mask)
+    assert_near_definition(got, inputs, plan, torch.float32, key_mask)
     assert got[0][1].abs().max() == 0
 
 
@@ -94,7 +79,7 @@ def test_gradients_match_the_definition(impl, seed, kind, heads, masked, scatter
     plan = plan.with_tail(kind, [h != 1 for h in range(lists)])
     draw = torch.Generator().manual_seed(seed)
     key_mask = torch.rand(2, plan.seqlen_k, generator=draw) < 0.6 if masked else None
-    inputs = _inputs(plan, heads, kv_heads, 8, 2, torch.float32, seed)
+    inputs = drawn_inputs(plan, heads, kv_heads, 8, 2, torch.float32, seed)
     exact = [x.double().requires_grad_() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
     pull = torch.randn(inputs[0].shape, generator=draw)
@@ -110,7 +95,7 @@ def test_grouped_gradients_in_float64(monkeypatch):
     """In pieces of a few queries, against numerical differences."""
     monkeypatch.setattr("genattn.kernels.cpu.backward._SCORES_AT_ONCE", 64)
     plan = random_plan(5, (1, 3, 4), globals_=2, padding=1, keep=0.3, block_q=4, block_k=4).with_tail("mean2")
-    inputs = [x.double().requires_grad_() for x in _inputs(plan, 2, 1, 3, 1, torch.float32, 0)]
+    inputs = [x.double().requires_grad_() for x in drawn_inputs(plan, 2, 1, 3, 1, torch.float32, 0)]
     mask = torch.arange(plan.seqlen_k)[None] % 5 > 0
     assert torch.autograd.gradcheck(
         lambda q, k, v: block_sparse_attention(q, k, v, plan, key_mask=mask, impl="grouped"), inputs
@@ -120,7 +105,7 @@ def test_grouped_gradients_in_float64(monkeypatch):
 def test_sdpa_matches_the_definition():
     for lists, masked in ((1, False), (2, True)):
         plan = random_plan(11, heads=lists, padding=2, keep=0.3).with_tail("mean2")
-        inputs = [x.requires_grad_() for x in _inputs(plan, 2, 1, 16, 2, torch.float32, 0)]
+        inputs = [x.requires_grad_() for x in drawn_inputs(plan, 2, 1, 16, 2, torch.float32, 0)]
         key_mask = torch.rand(2, plan.seqlen_k) < 0.6 if masked else None
         if masked:
             key_mask[1] = False
@@ -136,7 +121,7 @@ def test_sdpa_counts_the_weights_in_its_limit(monkeypatch):
     plan = random_plan(11, keep=0.3).with_tail("mean")
     monkeypatch.setattr("genattn.kernels.peers.sdpa_mask._MASK_BYTES", 2 * plan.seqlen_q * plan.seqlen_k)
     with pytest.raises(ValueError, match="its mask must stay under"):
-        block_sparse_attention(*_inputs(plan, 1, 1, 16, 1, torch.float32, 0), plan, impl="sdpa")
+        block_sparse_attention(*drawn_inputs(plan, 1, 1, 16, 1, torch.float32, 0), plan, impl="sdpa")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -145,7 +130,7 @@ def test_flex_matches_the_definition(monkeypatch, scattered):
     """Uncompiled, flex computes the same on all pairs."""
     monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     plan = random_plan(4, (2, 4, 6), heads=2, scattered=scattered, keep=0.4).with_tail("mean2")
-    inputs = _inputs(plan, 2, 1, 16, 2, torch.float32, 0)
+    inputs = drawn_inputs(plan, 2, 1, 16, 2, torch.float32, 0)
     out = block_sparse_attention(*inputs, plan, impl="flex")
     torch.testing.assert_close(out, reference_attention(*inputs, plan)[0], atol=1e-5, rtol=1e-4)
 
@@ -161,10 +146,10 @@ def test_heads_side_by_side_stand_in_for_their_own_tiles(monkeypatch, impl, mask
     states = states * (owner[:, None] == owner)
     plan = plan_from_states(states, tiles, tiles, None, 3 * 96, 3 * 96)
     plan = plan.with_tail(tail_of_plan(plan, "mean2", among=(owner, owner)))
-    inputs = _inputs(plan, 1, 1, 16, 2, torch.float32, 0)
+    inputs = drawn_inputs(plan, 1, 1, 16, 2, torch.float32, 0)
     mask = torch.rand(2, 3 * 96) < 0.7 if masked else None
     whole = block_sparse_attention(*inputs, plan, impl=impl, key_mask=mask, return_lse=True)
-    _assert_close(whole, inputs, plan, torch.float32, mask)
+    assert_near_definition(whole, inputs, plan, torch.float32, mask)
     for first in range(0, 3 * 96, 96):
         rows, own = slice(first, first + 96), slice(first // 8, first // 8 + 12)
         alone = plan_from_states(states[:, own, own], run_tiles(96, 8), run_tiles(96, 8), None, 96, 96).with_tail("mean2")
@@ -180,8 +165,8 @@ def test_heads_served_together_stand_in_for_the_same_tiles(monkeypatch, threads)
     """However many heads and samples a machine with many threads takes at once."""
     monkeypatch.setattr(cpu_grouped.torch, "get_num_threads", lambda: threads)
     plan = random_plan(3, globals_=4, padding=3, keep=0.3).with_tail("mean")
-    inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 1)
-    _assert_close(block_sparse_attention(*inputs, plan, impl="grouped", return_lse=True), inputs, plan, torch.float32)
+    inputs = drawn_inputs(plan, 4, 2, 16, 2, torch.float32, 1)
+    assert_near_definition(block_sparse_attention(*inputs, plan, impl="grouped", return_lse=True), inputs, plan, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -190,7 +175,7 @@ def test_flex_weighs_the_halves_of_each_head_by_its_own_tokens(monkeypatch):
     monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     plan = random_plan(3, heads=1, keep=0.2, block_q=16, block_k=16).with_tail("mean2")
     plan = plan.with_tail(plan.tail.only(torch.arange(plan.seqlen_k) % 3 == 0))
-    inputs = _inputs(plan, 4, 2, 16, 2, torch.float32, 0)
+    inputs = drawn_inputs(plan, 4, 2, 16, 2, torch.float32, 0)
     found = block_sparse_attention(*inputs, plan, impl="flex")
     expected = reference_attention(*(x.double() for x in inputs), plan)[0]
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
