@@ -495,73 +495,129 @@ static void pack_tile(const Call& c, const Packed& kv, std::vector<float>& rows,
 
 // ---- parts of a tile by likeness, as kernels/reference/likeness.py defines them: in double, so that all backends cut alike
 
-typedef double vd __attribute__((vector_size(64)));
-typedef double vdu __attribute__((vector_size(64), aligned(8), may_alias));
-constexpr int DL = 8;
+constexpr int DL = 8, AT_ONCE = 4;
+typedef double vd __attribute__((vector_size(DL * 8)));
+typedef double vdu __attribute__((vector_size(DL * 8), aligned(8), may_alias));
+typedef float vwu __attribute__((vector_size(DL * 4), aligned(4), may_alias));
 
-struct Spread {
-  std::vector<double> rows, direction, next;
-  std::vector<std::pair<float, int32_t>> order;  // coordinate along the direction, token
-};
+static inline vd wide(const float* p) { return __builtin_convertvector(*(const vwu*)p, vd); }
 
-static double dot(const double* a, const double* b, int n) {
-  vd sum = {};
-  for (int d = 0; d < n; d += DL) sum += *(const vdu*)(a + d) * *(const vdu*)(b + d);
+static inline double sum_of(vd x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_pd((__m512d)x);
+#else
   double total = 0;
-  for (int i = 0; i < DL; i++) total += sum[i];
+  for (int i = 0; i < DL; i++) total += x[i];
   return total;
+#endif
 }
 
-static void add(double* to, const double* row, double factor, int n) {
-  for (int d = 0; d < n; d += DL) *(vdu*)(to + d) += *(const vdu*)(row + d) * factor;
+struct Spread {  // rows of one tile, `width` floats each, whole groups of AT_ONCE rows; what is not a key is zero
+  std::vector<float> rows;
+  std::vector<double> mean, direction, place;
+  std::vector<int64_t> rank;
+  std::vector<int32_t> tokens;
+  int width;
+  void resize(int lanes, int dim) {
+    const int most = round_up(lanes, DL);
+    width = round_up(dim, DL * AT_ONCE);
+    rows.resize((size_t)most * width);
+    mean.resize(width); direction.resize(width); place.resize(most); rank.resize(most);
+  }
+};
+
+// place[i] = |row i - along|^2 (SQUARE) or row i . along; several rows at once hide the latency
+template <bool SQUARE>
+static void project(Spread& w, int n, const double* along) {
+  for (int i = 0; i < n; i += AT_ONCE) {
+    const float* row = &w.rows[(size_t)i * w.width];
+    vd sum[AT_ONCE] = {};
+    for (int d = 0; d < w.width; d += DL) {
+      const vd other = *(const vdu*)(along + d);
+      for (int j = 0; j < AT_ONCE; j++) {
+        const vd x = wide(row + (size_t)j * w.width + d), away = x - other;
+        sum[j] += SQUARE ? away * away : x * other;
+      }
+    }
+    for (int j = 0; j < AT_ONCE; j++) w.place[i + j] = sum_of(sum[j]);
+  }
+}
+
+// to = sum of factor[i] * row i
+static void combine(const Spread& w, int n, const double* factor, double* to) {
+  for (int d = 0; d < w.width; d += DL * AT_ONCE) {
+    vd sum[AT_ONCE] = {};
+    for (int i = 0; i < n; i++)
+      for (int j = 0; j < AT_ONCE; j++) sum[j] += wide(&w.rows[(size_t)i * w.width + d + j * DL]) * factor[i];
+    for (int j = 0; j < AT_ONCE; j++) *(vdu*)(to + d + j * DL) = sum[j];
+  }
 }
 
 static void to_length_one(double* x, int n) {
-  const double length = std::max(std::sqrt(dot(x, x, n)), 1e-20);
+  double length = 0;
+  for (int d = 0; d < n; d++) length += x[d] * x[d];
+  length = std::max(std::sqrt(length), 1e-20);
   for (int d = 0; d < n; d++) x[d] /= length;
+}
+
+// the coordinate along the first principal component, a constant apart, of each of the first n rows into place
+static void along_the_spread(Spread& w, int n) {
+  double *mean = w.mean.data(), *direction = w.direction.data(), *place = w.place.data();
+  std::fill(place, place + n, 1. / n);
+  combine(w, n, place, mean);
+  project<true>(w, n, mean);
+  const int farthest = (int)(std::max_element(place, place + n) - place);
+  for (int d = 0; d < w.width; d++) direction[d] = w.rows[(size_t)farthest * w.width + d] - mean[d];
+  to_length_one(direction, w.width);
+  auto centred = [&] {
+    double offset = 0;
+    for (int d = 0; d < w.width; d++) offset += mean[d] * direction[d];
+    project<false>(w, n, direction);
+    for (int i = 0; i < n; i++) place[i] -= offset;
+  };
+  centred();
+  double total = 0;
+  for (int i = 0; i < n; i++) total += place[i];
+  combine(w, n, place, direction);
+  for (int d = 0; d < w.width; d++) direction[d] -= total * mean[d];
+  to_length_one(direction, w.width);
+  centred();
 }
 
 template <typename T>
 static void cut_tile(const Call& c, Spread& w, int b, int kh, int tile) {
-  const int lanes = c.tail_parts * c.tail_lanes, D = c.dim, DP = round_up(D, DL), tiles = c.pseudo / c.tail_parts;
+  const int lanes = c.tail_parts * c.tail_lanes, D = c.dim, tiles = c.pseudo / c.tail_parts;
   const int32_t* from = c.tail_tokens + (size_t)tile * lanes;
   int32_t* to = c.tail_members + (((size_t)b * c.kv_heads + kh) * tiles + tile) * lanes;
   std::fill(to, to + lanes, -1);
-  w.order.clear();
-  w.rows.assign((size_t)lanes * DP, 0.);
-  w.direction.assign(DP, 0.);
-  w.next.assign(DP, 0.);
+  w.tokens.clear();
   for (int i = 0; i < lanes; i++) {
     if (from[i] < 0 || (c.key_mask && !c.key_mask[(size_t)b * c.seqlen_k + from[i]])) continue;
     const T* key = (const T*)c.key + b * c.stride[1][0] + from[i] * c.stride[1][1] + kh * c.stride[1][2];
-    double* row = &w.rows[w.order.size() * DP];
+    float* row = &w.rows[w.tokens.size() * w.width];
     for (int d = 0; d < D; d++) row[d] = key[d].get();
-    add(w.next.data(), row, 1., DP);
-    w.order.push_back({0.f, from[i]});
+    w.tokens.push_back(from[i]);
   }
-  const int n = (int)w.order.size();
-  double farthest = -1.;
+  const int n = (int)w.tokens.size(), whole = round_up(n, DL);
+  if (!n) return;
+  along_the_spread(w, n);
+  // floats that compare like integers, equal ones by their lane; NaN is last of all. How many are less says where each belongs:
+  // without a branch that cannot be foreseen
+  for (int i = 0; i < whole; i++) {
+    const float place = i < n ? (float)w.place[i] : INFINITY;
+    const float clear = place != place ? FLT_MAX : std::min(std::max(place, -FLT_MAX), FLT_MAX) + 0.f;
+    const uint32_t u = to_bits(clear);
+    const int32_t sign = (int32_t)(u & 0x80000000u ? ~u : u | 0x80000000u) ^ INT32_MIN;
+    w.rank[i] = i < n ? ((int64_t)sign * 65536 + i) : INT64_MAX;
+  }
   for (int i = 0; i < n; i++) {
-    double* row = &w.rows[(size_t)i * DP];
-    add(row, w.next.data(), -1. / n, DP);
-    const double away = dot(row, row, DP);
-    if (away > farthest) farthest = away, std::copy(row, row + DP, w.direction.begin());
-  }
-  to_length_one(w.direction.data(), DP);
-  std::fill(w.next.begin(), w.next.end(), 0.);
-  for (int i = 0; i < n; i++) {
-    const double* row = &w.rows[(size_t)i * DP];
-    add(w.next.data(), row, dot(row, w.direction.data(), DP), DP);
-  }
-  to_length_one(w.next.data(), DP);
-  for (int i = 0; i < n; i++) {
-    const float place = (float)dot(&w.rows[(size_t)i * DP], w.next.data(), DP);
-    w.order[i].first = place != place ? FLT_MAX : std::min(std::max(place, -FLT_MAX), FLT_MAX);
-  }
-  std::stable_sort(w.order.begin(), w.order.end(), [](const auto& x, const auto& y) { return x.first < y.first; });
-  for (int part = 0; part < c.tail_parts; part++) {
-    const int first = (part * n + c.tail_parts - 1) / c.tail_parts, last = ((part + 1) * n + c.tail_parts - 1) / c.tail_parts;
-    for (int i = first; i < last; i++) to[part * c.tail_lanes + i - first] = w.order[i].second;
+    int64_t rank = 0;
+    const int64_t own = w.rank[i];
+    for (int j = 0; j < whole; j++) rank += w.rank[j] < own;
+    for (int part = 0; part < c.tail_parts; part++) {
+      const int first = (part * n + c.tail_parts - 1) / c.tail_parts, last = ((part + 1) * n + c.tail_parts - 1) / c.tail_parts;
+      if (rank >= first && rank < last) to[part * c.tail_lanes + rank - first] = w.tokens[i];
+    }
   }
 }
 
@@ -628,6 +684,7 @@ static int run(const Call& c) {
       w.m.resize(c.block_q); w.l.resize(c.block_q); w.bits.resize((size_t)c.block_q * ((c.block_k + 15) / 16));
       w.tail_bias.resize(BK);
       std::vector<float> rows((size_t)BK * c.dim);
+      if (c.tail_members) spread.resize(c.tail_parts * c.tail_lanes, c.dim);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < (int64_t)tiles.size(); t++) read_tile(tiles[t], c, t);
       for (int64_t start = 0; start < total; start += chunk) {
