@@ -135,7 +135,7 @@ MAY_IMPORT = {
         "guidance/nag guidance/softpag pipelines/tiny/random"
     ),
     "apps/pages": (
-        "apps/cli apps/laboratory apps/laboratory/stacking apps/laboratory/models apps/sampling "
+        "apps/cli apps/laboratory apps/laboratory/stacking apps/laboratory/models apps/laboratory/plans apps/sampling "
         "genattn genattn/geometry genattn/layouts genattn/patterns genattn/planning "
         "guidance/broadway "
         "pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/tiny/random pipelines/tiny/studies"

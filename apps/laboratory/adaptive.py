@@ -234,7 +234,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 def summary(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per model, share, pattern and tail: means with 95 % bootstrap intervals, PSNR also paired with today's radial
-    or, where it has no row, the window without a tail of the same share and caption.
+    or, where it has no row, the window without a tail of the same share and caption, and with the same pattern without a tail.
     """
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
     for s in samples:
@@ -251,6 +251,9 @@ def summary(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row |= interval(column, [s[column] for s in found.values()])
         paired = [found[c]["psnr"] - base[c]["psnr"] for c in found if c in base]
         row |= interval("psnr_gain", paired) if paired else {}
+        bare = groups.get((model, share, name, None), {}) if tail else {}
+        paired = [found[c]["psnr"] - bare[c]["psnr"] for c in found if c in bare]
+        row |= interval("tail_gain", paired) if paired else {}
         row["seconds"] = round(statistics.median(s["seconds"] for s in found.values()), 2)
         row["speedup"] = round(statistics.median(s["dense_seconds"] / s["seconds"] for s in found.values()), 3)
         rows.append(row)

@@ -11,7 +11,6 @@ Stand-ins: "none" (skipped tiles are dropped), "whole" (no tail, but visited til
 order of its keys' spread, which did not make it). Rows go to assets/bench/tail.csv.
 """
 
-import csv
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import typer
 import genattn
 from genattn.apps.laboratory.sweeps import captions, fingerprint, newest
 from genattn.apps.sampling.compare import compare
-from genattn.apps.sampling.measured_rows import append_rows, provenance
+from genattn.apps.sampling.measured_rows import append_rows, provenance, read_rows
 from genattn.apps.sampling.run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
 from genattn.errors import GenAttnError
 from genattn.functional.planned import block_plan_for
@@ -201,27 +200,33 @@ def _call(inputs: list[torch.Tensor], plan: BlockPlan, impl: str) -> Any:
     return lambda: block_sparse_attention(inputs[0], inputs[1], inputs[2], plan, impl=impl)
 
 
-def tables(path: Path) -> str:
-    """What the file has measured last, as the Markdown tables of docs/tail.md."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    error = newest([row for row in rows if row["measured"] == "error" and row["layer"] == "all"])
-    lines = [
-        _line(["pattern", "share visited", *STAND_INS, "calls worse than none"]),
-        _line(["---"] + ["---:"] * (len(STAND_INS) + 2)),
-    ]
+def error_table(path: Path) -> str:
+    """What the file has measured last of errors, as a Markdown table of docs/tail.md."""
+    error = newest([row for row in read_rows(path) if row["measured"] == "error" and row["layer"] == "all"])
+    header = ["pattern", "share visited", *STAND_INS, "calls worse than none"]
+    lines = [_line(header), _line(["---"] + ["---:"] * (len(STAND_INS) + 2))]
     for name in dict.fromkeys(row["pattern"] for row in error):
         some = {row["stand_in"]: row for row in error if row["pattern"] == name}
         cells = [f"{float(some[kind]['error']):.3f}" if kind in some else "-" for kind in STAND_INS]
         worse = " / ".join(f"{float(some[kind]['worse_calls']):.0%}" for kind in ("mean", "mean2"))
         lines.append(_line([name, f"{float(some['none']['share']):.3f}", *cells, worse]))
-    cost = newest([row for row in rows if row["measured"] == "cost"])
-    lines += ["", _line(["backend", "head dim", "share visited", *TAILS]), _line(["---"] + ["---:"] * (len(TAILS) + 2))]
+    return "\n".join(lines)
+
+
+def cost_table(path: Path) -> str:
+    """The same of cost."""
+    cost = newest([row for row in read_rows(path) if row["measured"] == "cost"])
+    lines = [_line(["backend", "head dim", "share visited", *TAILS]), _line(["---"] + ["---:"] * (len(TAILS) + 2))]
     for case in dict.fromkeys((row["impl"], row["head_dim"], row["share"]) for row in cost):
         some = {row["stand_in"]: row for row in cost if (row["impl"], row["head_dim"], row["share"]) == case}
         cells = [f"{float(some[kind]['over']) - 1:+.1%}" for kind in TAILS]
         lines.append(_line([f"`{case[0]}`", case[1], f"{float(case[2]):.2f}", *cells]))
-    return "\n".join(lines)
+    first = cost[0]
+    told = (
+        f"Time over the same plan without a tail, {first['seqlen']} tokens, tiles of {first['tile']}, {first['heads']} heads; "
+    )
+    told += f"processor time, median of {first['rounds']} interleaved rounds. {first['device']}, {first['date']}."
+    return "\n".join([*lines, "", f"<sub>{told}</sub>"])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -244,7 +249,7 @@ def main(
             f"this measures error, videos or cost of {', '.join(PATTERNS)}, got {what!r}{f' of {unknown}' if unknown else ''}"
         )
     if what == "tables":
-        print(tables(table))
+        print(error_table(table), cost_table(table), sep="\n\n")
         return
     if what == "cost":
         rows = cost_rows(seqlen, rounds)

@@ -57,6 +57,23 @@ def _line(row: Row) -> list[str]:
     ]
 
 
+def tail_gain_table(file: Path) -> str:
+    """A block per model and share: nearness to the dense clip without a tail and with each, and what two means change."""
+    rows = read_rows(file)
+    header = ["pattern", "none", "mean", "mean2", "mean2 against none", "captions"]
+    blocks = []
+    for model, share in dict.fromkeys((r["model"], r["share"]) for r in rows if r["tail"] == "mean2"):
+        mine = {(r["pattern"], r["tail"]): r for r in rows if (r["model"], r["share"]) == (model, share)}
+        body = []
+        for name in sorted({name for name, tail in mine if tail == "mean2"}, key=list(_NAMES).index):
+            means = [f"{float(mine[name, tail]['psnr']):.1f} dB" for tail in ("", "mean", "mean2")]
+            best = mine[name, "mean2"]
+            body.append([_NAMES[name], *means, f"{_spread(best, 'tail_gain', 1, sign='+')} dB", best["captions"]])
+        blocks.append(f"**{model}, share {float(share):g}**\n\n{markdown_table(header, body)}")
+    note = "PSNR against the dense clip, held-out captions, every step and layer sparse; the change is paired by caption, "
+    return "\n\n".join([*blocks, f"<sub>{note}with its 95 % bootstrap interval.</sub>"])
+
+
 def _spread(row: Row, name: str, digits: int, sign: str = "") -> str:
     low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
     return f"{float(row[name]):{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

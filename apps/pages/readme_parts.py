@@ -20,6 +20,7 @@ from genattn.apps.pages.adaptive_table import (
     end_to_end_table,
     first_screen_table,
     selection_table,
+    tail_gain_table,
 )
 from genattn.apps.pages.tables import Row, markdown_table, read_rows
 from genattn.errors import GenAttnError
@@ -188,6 +189,18 @@ def _long_clip() -> str:
     return markdown(ROOT / "assets" / "bench" / "long_clip.csv")
 
 
+def _logit_decay() -> str:
+    from genattn.apps.laboratory.plans.logit_decay import tables
+
+    return tables(ROOT / "assets" / "bench" / "logit_decay.csv")
+
+
+def _tail(part: str) -> str:
+    from genattn.apps.laboratory.tail import cost_table, error_table
+
+    return {"error": error_table, "cost": cost_table}[part](ROOT / "assets" / "bench" / "tail.csv")
+
+
 def _longer_finetuning() -> str:
     from genattn.apps.pages.finetune_table import finetune_table
 
@@ -245,7 +258,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "endless": _endless,
     },
     "docs/works-with.md": {"stacking": _stacking},
-    "docs/long-clip.md": {"long-clip": _long_clip},
+    "docs/long-clip.md": {"long-clip": _long_clip, "logit-decay": _logit_decay},
+    "docs/tail.md": {
+        "error": lambda: _tail("error"),
+        "gain": lambda: tail_gain_table(ROOT / "assets" / "bench" / "adaptive.csv"),
+        "cost": lambda: _tail("cost"),
+    },
     "docs/nag.md": {"held-out": lambda: _nag(True), "tried": lambda: _nag(False), "cost": _nag_cost},
     "docs/headhunter.md": {"clips": _clip_heads},
     "docs/finetuning.md": {"longer": _longer_finetuning},

@@ -32,10 +32,10 @@ class _Choice:
 
 
 @lru_cache(maxsize=256)
-def choose_cuts(axes: tuple[AxisWindow, ...], block_q: int, block_k: int) -> tuple[Cuts, Cuts]:
-    """(query cuts, key cuts) per axis with at most `block_q` and `block_k` lanes in a box."""
-    query = _best(axes, block_q, None)
-    return query, query if block_q == block_k else _best(axes, block_k, query)
+def choose_cuts(axes: tuple[AxisWindow, ...], block_q: int, block_k: int, within_frames: bool = False) -> tuple[Cuts, Cuts]:
+    """(query cuts, key cuts) per axis with at most `block_q` and `block_k` lanes in a box; of one frame where asked for."""
+    query = _best(axes, block_q, None, within_frames)
+    return query, query if block_q == block_k else _best(axes, block_k, query, within_frames)
 
 
 @lru_cache(maxsize=64)
@@ -71,10 +71,15 @@ def is_mask_free(length: int, tile: int, window: int, stride: int) -> bool:
     return (window // tile - stride // tile) % 2 == 0 or window == length
 
 
-def _best(axes: tuple[AxisWindow, ...], block: int, query: Cuts | None) -> Cuts:
-    options = [
-        _options(axis, block, _least(axes, i, block), None if query is None else query[i]) for i, axis in enumerate(axes)
-    ]
+def _best(axes: tuple[AxisWindow, ...], block: int, query: Cuts | None, within_frames: bool) -> Cuts:
+    options = []
+    for i, axis in enumerate(axes):
+        given = None if query is None else query[i]
+        if within_frames and i == 0:
+            options.append(_options(axis, 1, 1, given))
+        else:
+            deep = axes[within_frames:]
+            options.append(_options(axis, block, _least(deep, i - within_frames, block), given))
     return _cheapest(options, block)
 
 
@@ -99,9 +104,9 @@ def _cuts(axis: AxisWindow, block: int, least: int) -> list[AxisCut]:
     return sorted({cut_axis(axis, size, even) for size in sizes for even in (False, True)}, key=lambda c: c.edges)
 
 
-def _options(axis: AxisWindow, block: int, least: int, query: AxisCut | None) -> list[_Choice]:
+def _options(axis: AxisWindow, most: int, least: int, query: AxisCut | None) -> list[_Choice]:
     found: dict[tuple[int, int], _Choice] = {}
-    for cut in _cuts(axis, block, least):
+    for cut in _cuts(axis, most, least):
         choice = _weigh(axis, cut, query or cut)
         kept = found.get((cut.lanes, cut.parts))
         if kept is None or (choice.pairs, -choice.full) < (kept.pairs, -kept.full):

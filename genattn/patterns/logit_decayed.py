@@ -8,7 +8,7 @@ trained window of frames around the query is multiplied by `decay` and lowered b
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ from genattn.kernels.plan.element_rule import ElementRule
 from genattn.kernels.plan.head_tiles import HeadTiles
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.global_tokens import AroundPattern
+from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import SiteMemory
 
 _LOG = logging.getLogger("genattn")
@@ -72,12 +73,15 @@ class LogitDecayed(AroundPattern):
         return self.pattern.rule(layout)
 
     def build_plan(self, layout: TokenLayout, block_q: int, block_k: int) -> BlockPlan:
-        """The inner pattern's; a dense one has tiles that keep to frames, so that the decay is exact."""
+        """The inner pattern's; a dense one and windows have tiles that keep to frames, so that the decay is exact."""
         if isinstance(self.pattern, DensePattern) and layout.grid is not None:
             raster_q = _frame_runs(layout, block_q)
             raster_k = raster_q if block_q == block_k else _frame_runs(layout, block_k)
             return plan_from_rule(self.rule(layout), *query_key_tiles(layout, raster_q, raster_k), layout.seqlen)
-        return self.pattern.with_tail(None).plan(layout, block_q, block_k)
+        inner = self.pattern
+        if isinstance(inner, NeighborhoodPattern) and inner.tile == "auto" and self.frame_decay.acts_on(layout):
+            inner = replace(inner, tile="frames")
+        return inner.with_tail(None).plan(layout, block_q, block_k)
 
     def plan_for(
         self,
@@ -106,7 +110,9 @@ class LogitDecayed(AroundPattern):
         if found is plan and layout.grid is not None:
             frames, trained = layout.grid3[0], self.trained_frames
             short = f"a clip of {frames} latent frames is no longer than trained ({trained})"
-            deep = "every tile reaches into the trained window of every other; give the pattern tiles of fewer frames"
+            deep = (
+                "every tile reaches into the trained window of every other; give the pattern tiles of one frame (tile='frames')"
+            )
             reason = deep if self.frame_decay.acts_on(layout) else short
             if reason not in _SAID:
                 _SAID.add(reason)

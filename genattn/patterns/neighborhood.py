@@ -40,7 +40,8 @@ class NeighborhoodPattern(Pattern):
     window_size: keys per axis, -1 for the full axis. stride: queries that share a window, 1 (sliding) to window_size (blocked).
     dilation: step between keys. is_causal: keys up to the query only, on that axis. circular: the axis wraps around.
     base_size: grid for which the settings were made; windows, strides and dilations scale with the actual grid (-1: same axis).
-    tile: "auto" (boxes chosen per grid), "runs" (raster runs), or the box (frames, height, width).
+    tile: "auto" (boxes chosen per grid), "frames" (likewise, but of one frame each), "runs" (raster runs), or the box (frames,
+    height, width).
     Leading axes of one token may be left out. A single value leaves axes of one token alone.
 
     >>> layout = TokenLayout.from_grid((4, 8, 8))
@@ -54,7 +55,7 @@ class NeighborhoodPattern(Pattern):
     is_causal: bool | Sequence[bool] = False
     base_size: Sequence[int] | None = None
     circular: bool | Sequence[bool] = False
-    tile: Literal["auto", "runs"] | Sequence[int] = "auto"
+    tile: Literal["auto", "frames", "runs"] | Sequence[int] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("window_size", "stride", "dilation"):
@@ -64,8 +65,8 @@ class NeighborhoodPattern(Pattern):
         for name in ("base_size", "tile"):
             value = getattr(self, name)
             if name == "tile" and not isinstance(value, Sequence):
-                raise refuse(name, value, "auto, runs, or a size >= 1 per axis")
-            if value is not None and not (name == "tile" and isinstance(value, str) and value in ("auto", "runs")):
+                raise refuse(name, value, "auto, frames, runs, or a size >= 1 per axis")
+            if value is not None and not (name == "tile" and isinstance(value, str) and value in ("auto", "frames", "runs")):
                 object.__setattr__(self, name, _axis_sizes(name, value))
         self._check_values()
         super().__post_init__()
@@ -169,7 +170,7 @@ class NeighborhoodPattern(Pattern):
         if isinstance(self.tile, tuple):
             tile = (1,) * (3 - len(self.tile)) + self.tile
             return fixed_cuts(axes, tile, block_q), fixed_cuts(axes, tile, block_k)
-        return choose_cuts(axes, block_q, block_k)
+        return choose_cuts(axes, block_q, block_k, self.tile == "frames")
 
 
 def _place_windows(axis: AxisWindow) -> tuple[np.ndarray, np.ndarray]:

@@ -19,5 +19,5 @@ def settings_for(draw: st.DrawFn, layout: TokenLayout) -> NeighborhoodPattern:
         stride.append(draw(st.integers(1, max(k, 1))))
         circular.append(wraps)
         causal.append(draw(st.booleans()) and not wraps)
-    tile = draw(st.sampled_from(["auto", "runs"]))
+    tile = draw(st.sampled_from(["auto", "frames", "runs"]))
     return NeighborhoodPattern(window, stride, dilation, causal, circular=circular, tile=tile)

@@ -2,7 +2,7 @@
 
     cost        processor time with the decay over the same plan without, on both CPU paths, in turns; and against the plugin
                 LogitDecay without a pattern, which cuts a dense call by frames
-    straddle    error of the output against decay frame by frame, over that of no decay at all
+    straddle    error of the output against decay frame by frame, and that of no decay at all
 
     python -m genattn.apps.laboratory.plans.logit_decay cost        (tables prints what stands in docs/long-clip.md)
 
@@ -20,11 +20,12 @@ from genattn.apps.laboratory.sweeps import newest
 from genattn.apps.laboratory.tail import taking_turns
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
-from genattn.geometry.frame_decay import FrameDecay, decayed, windows
+from genattn.geometry.frame_decay import windows
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.reference.attention import reference_attention, visible_mask
 from genattn.layouts.site import AttentionSite
+from genattn.patterns.combine import Union
 from genattn.patterns.dense import DensePattern
 from genattn.patterns.logit_decayed import LogitDecayed
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -40,10 +41,10 @@ COST: dict[str, Pattern] = {
     "radial, tail mean": RadialPattern(decay=0.3, tail="mean"),
 }
 STRADDLE: dict[str, Pattern] = {
-    "dense, runs across frames": DensePattern(),
-    "radial": RadialPattern(decay=0.3, tail=None),
+    "dense": DensePattern(),
     "window 12x3x3": NeighborhoodPattern((12, 3, 3), tail=None),
-    "window 12x3x3, tiles of one frame": NeighborhoodPattern((12, 3, 3), tile=(1, 3, 3), tail=None),
+    "radial": RadialPattern(decay=0.3, tail=None),
+    "radial and a window": Union(RadialPattern(decay=0.3), NeighborhoodPattern((12, 3, 3)), tail=None),
 }
 # tiles of a frame: 2, less than one, 6
 SIZES = (((16, 6, 6), 16), ((16, 6, 6), 64), ((16, 10, 10), 16))
@@ -100,8 +101,8 @@ def straddle_rows(grid: tuple[int, int, int], block: int, trained: int) -> list[
     logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
     lowered = torch.where(_outside(layout, trained), 0.5 * logits - 0.5, logits)
     for name, pattern in STRADDLE.items():
-        plain = pattern.plan(layout, block, block)
-        faded = decayed(plain, layout, FrameDecay(trained, 0.5, 0.5))
+        faded = LogitDecayed(pattern, trained, 0.5, 0.5).plan(layout, block, block)
+        plain = faded.with_fade(None)
         exact = lowered.masked_fill(~visible_mask(plain), -torch.inf).softmax(-1) @ value.transpose(1, 2)
         answers = (reference_attention(query, key, value, plan)[0].transpose(1, 2) for plan in (faded, plain))
         off, without = (float((answer - exact).norm() / exact.norm()) for answer in answers)
@@ -122,20 +123,28 @@ def _outside(layout: TokenLayout, trained: int) -> torch.Tensor:
 
 
 def tables(path: Path) -> str:
-    """What the file has measured last, as the Markdown tables of docs/long-clip.md."""
+    """What the file has measured last, as the two Markdown tables of docs/long-clip.md."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    cost, straddle = (newest([row for row in rows if row["measured"] == what]) for what in ("cost", "straddle"))
-    lines = [_line(["pattern", "answered by", "share visited", "time over", "seconds"]), _line(["---"] * 2 + ["---:"] * 3)]
+    straddle, cost = (newest([row for row in rows if row["measured"] == what]) for what in ("straddle", "cost"))
+    lines = [_line(["pattern", "tokens of a frame", "tile", "error", "error without decay"]), _line(["---"] + ["---:"] * 4)]
+    for row in straddle:
+        errors = [f"{float(row[name]):.1%}" for name in ("error", "error_without")]
+        lines.append(_line([row["pattern"], row["places"], row["tile"], *errors]))
+    first = straddle[0]
+    lines += [
+        "",
+        f"<sub>{first['frames']} frames, trained {first['trained']}, factor .5, penalty .5, random inputs, float64.</sub>",
+    ]
+    lines += ["", _line(["pattern", "answered by", "share visited", "time", "seconds"]), _line(["---"] * 2 + ["---:"] * 3)]
     for row in cost:
         base = "the same without decay" if row["base"] == "without" else "dense SDPA"
         cells = [row["pattern"], f"`{row['impl']}`", f"{float(row['share']):.2f}", f"{float(row['over']):.2f} x {base}"]
         lines.append(_line([*cells, f"{float(row['seconds']):.2f}"]))
-    lines += ["", _line(["pattern", "tokens of a frame", "tile", "error", "without decay"]), _line(["---"] + ["---:"] * 4)]
-    for row in straddle:
-        errors = [f"{float(row[name]):.1%}" for name in ("error", "error_without")]
-        lines.append(_line([row["pattern"], row["places"], row["tile"], *errors]))
-    return "\n".join(lines)
+    last = cost[-1]
+    told = f"{last['seqlen']} tokens in {last['frames']} frames, trained {last['trained']}, one head of {last['head_dim']}; "
+    told += f"processor time, median of {last['rounds']} interleaved rounds. {last['device']}, {last['date']}."
+    return "\n".join([*lines, "", f"<sub>{told}</sub>"])
 
 
 def _line(cells: list[str]) -> str:

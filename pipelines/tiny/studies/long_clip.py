@@ -44,6 +44,9 @@ VARIANTS: dict[str, Callable[[int], list[Any]]] = {
     "rotating anchors": lambda trained: [RotatingAnchors(NeighborhoodPattern((trained, -1, -1)), trained // 2)],
     "frame stretch": lambda trained: [FrameStretch(trained)],
     "frame stretch + decay": lambda trained: [FrameStretch(trained), LogitDecay(trained, 0.9)],
+    "radial": lambda trained: [genattn.RadialPattern()],
+    "radial + logit decay .9": lambda trained: [genattn.RadialPattern(), LogitDecay(trained, 0.9)],
+    "radial + frame stretch": lambda trained: [genattn.RadialPattern(), FrameStretch(trained)],
 }
 # the same plugins on top of a LoRA that was trained at the long length
 TUNED = {

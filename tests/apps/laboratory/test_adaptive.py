@@ -51,6 +51,15 @@ def test_rows_are_paired_with_todays_radial() -> None:
     assert interval("x", [1.0]) == {"x": 1.0, "x_low": 1.0, "x_high": 1.0}
 
 
+def test_what_a_tail_gains_is_paired_with_the_same_pattern_without() -> None:
+    samples = [_sample(n, "top-k", None, 20.0 + n, [0.04]) for n in range(4)]
+    samples += [_sample(n, "window", None, 10.0, [0.04]) for n in range(4)]
+    samples += [_sample(n, "top-k", "mean2", 23.0 + n, [0.01]) for n in (1, 3, 7)]
+    rows = {(row["pattern"], row["tail"]): row for row in summary(samples)}
+    assert rows["top-k", "mean2"]["tail_gain"] == rows["top-k", "mean2"]["tail_gain_high"] == pytest.approx(3.0)
+    assert "tail_gain" not in rows["top-k", ""]
+
+
 def test_static_rivals_are_at_the_share_they_stand_for() -> None:
     layout = TokenLayout.from_grid((8, 8, 8))
     for share in SHARES:

@@ -50,16 +50,20 @@ def test_tables_hold_the_last_run(tmp_path: Path) -> None:
             some = {"measured": "error", "pattern": "window", "stand_in": kind, "layer": "all"}
             rows.append({**facts, **some, "error": error, "worse_calls": 0.5})
         for kind in laboratory.TAILS:
-            rows.append({**facts, "measured": "cost", "stand_in": kind, "impl": "cpu", "head_dim": 64, "over": 1 + error / 10})
+            size = {"head_dim": 64, "seqlen": 8192, "tile": 128, "heads": 2, "rounds": 7, "device": "CPU"}
+            rows.append({**facts, "measured": "cost", "stand_in": kind, "impl": "cpu", "over": 1 + error / 10, **size})
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
         writer.writeheader()
         writer.writerows(rows)
-    text = laboratory.tables(path)
+    text = laboratory.error_table(path)
     assert "| window | 0.300 | 0.250 |" in text
     assert "50% / 50%" in text
-    assert "| `cpu` | 64 | 0.30 | +2.5% | +2.5% |" in text
     assert "0.900" not in text
+    cost = laboratory.cost_table(path)
+    assert "| `cpu` | 64 | 0.30 | +2.5% | +2.5% |" in cost
+    assert "+9.0%" not in cost
+    assert "8192 tokens, tiles of 128, 2 heads; processor time, median of 7 interleaved rounds. CPU, 2026-11-29." in cost
 
 
 def test_what_it_does_not_measure_is_refused() -> None:

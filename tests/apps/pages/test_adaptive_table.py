@@ -12,6 +12,7 @@ from genattn.apps.pages.adaptive_table import (
     end_to_end_table,
     first_screen_table,
     selection_table,
+    tail_gain_table,
 )
 from genattn.apps.pages.evidence_patterns import clusters, error_aware, profiled, stand_in
 from genattn.apps.pages.evidence_tables import MINIATURE, NOT, NotMeasuredError, Tables
@@ -45,6 +46,19 @@ def _write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def test_gains_of_two_means_are_shown_by_model_and_share(tmp_path: Path) -> None:
+    gains = {"tail_gain": 5.25, "tail_gain_low": 4.0, "tail_gain_high": 6.5}
+    none = dict.fromkeys(gains, "")
+    rows = [_row("window", tail, 0.1, psnr, share, **some) for share in (0.25, 0.4) for tail, psnr, some in (
+        ("", 20.0, none), ("mean", 22.0, gains), ("mean2", 25.0 + share, gains))]  # fmt: skip
+    rows += [_row("top-k", "", 0.5, 21.0, **none), _row("radial", "mean", 0.5, 21.0, **none)]
+    text = tail_gain_table(_write(tmp_path, "adaptive", rows))
+    assert "**tiny-wan, share 0.25**" in text
+    assert "**tiny-wan, share 0.4**" in text
+    assert "| window (static) | 20.0 dB | 22.0 dB | 25.4 dB | +5.2 [4.0, 6.5] dB | 4 |" in text
+    assert "top-k" not in text, "without two means there is nothing to compare"
 
 
 def test_every_row_is_shown_in_order(tmp_path: Path) -> None:

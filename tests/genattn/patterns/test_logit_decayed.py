@@ -60,6 +60,24 @@ def test_over_a_dense_pattern_it_is_the_rule_for_single_tokens(grid, text, train
     torch.testing.assert_close(lse, logits.logsumexp(-1).transpose(1, 2))
 
 
+@pytest.mark.parametrize("blocks", [(16, 16), (8, 24)])
+def test_over_windows_it_is_the_rule_for_single_tokens(blocks):
+    """Windows choose their tiles themselves; under a decay they keep to frames."""
+    layout = genattn.TokenLayout.from_grid((8, 4, 5), text_before=2, text_after=3)
+    query, key, value = tokens(layout)
+    plan = LogitDecayed(WINDOW, 3, 0.5, 0.7).plan(layout, *blocks)
+    out, lse = reference_attention(query, key, value, plan)
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    apart = outside_tokens(layout, 3)
+    assert bool((apart & WINDOW.mask(layout)).any())
+    logits = torch.where(apart, 0.5 * logits - 0.7, logits).masked_fill(~WINDOW.mask(layout), -torch.inf)
+    torch.testing.assert_close(out, (logits.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2))
+    torch.testing.assert_close(lse, logits.logsumexp(-1).transpose(1, 2))
+    short = genattn.TokenLayout.from_grid((3, 4, 5))
+    near = genattn.NeighborhoodPattern((3, 3, 3))
+    assert torch.equal(LogitDecayed(near, 3).plan(short, *blocks).key_tiles, near.plan(short, *blocks).key_tiles)
+
+
 def check_pairs(plan, layout, trained, heads=1):
     """Outside are just the tile pairs of which every token pair is."""
     apart = outside_tokens(layout, trained)
@@ -88,7 +106,7 @@ def test_tile_pairs_are_outside_when_all_their_tokens_are(inner, blocks):
     layout = genattn.TokenLayout.from_grid((7, 4, 5), text_before=2, text_after=3)
     plan, plain = (p.plan(layout, *blocks) for p in (LogitDecayed(inner, 3, 0.5), inner))
     assert check_pairs(plan, layout, 3)
-    if not isinstance(inner, genattn.DensePattern):
+    if not isinstance(inner, genattn.DensePattern):  # its tiles keep to frames
         assert torch.equal(plan.columns, plain.columns)
         assert (plan.tail is None) == (plain.tail is None)
 
@@ -161,7 +179,7 @@ def test_tiles_as_long_as_the_clip_are_told_once(caplog, monkeypatch):
             assert plan.fade is None
     assert [r.getMessage() for r in caplog.records] == [
         "LogitDecayed has no effect: every tile reaches into the trained window of every other; "
-        "give the pattern tiles of fewer frames"
+        "give the pattern tiles of one frame (tile='frames')"
     ]
 
 

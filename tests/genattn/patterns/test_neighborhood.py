@@ -36,7 +36,7 @@ def test_masks_of_natten(case: dict[str, object]) -> None:
     mask = pattern.mask(layout)
     assert torch.equal(mask, expected)
     assert int(mask.sum()) == case["nnz"]
-    for tile in ("auto", "runs"):
+    for tile in ("auto", "frames", "runs"):
         for block in (4, 16, 64):
             assert_plan_is_exact(
                 replace(pattern, tile=tile).plan(layout, block, block), expected, torch.zeros(n, dtype=torch.bool)
@@ -241,3 +241,18 @@ def test_tiles_that_do_not_fit() -> None:
         NeighborhoodPattern(3, tile=(6, 2, 2)).plan(VIDEO)
     axes = NeighborhoodPattern(3).axes(VIDEO)
     assert [cut.parts for cut in fixed_cuts(axes, (2, 8, 8), 128)] == [3, 1, 2]
+
+
+@pytest.mark.parametrize("grid", [(6, 8, 8), (5, 3, 7), (9, 2, 2), (1, 12, 12)])
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 8)])
+def test_tiles_of_frames_hold_tokens_of_one_frame(grid: tuple[int, int, int], blocks: tuple[int, int]) -> None:
+    layout = TokenLayout.from_grid(grid)
+    pattern = NeighborhoodPattern(tuple(min(3, n) for n in grid), tile="frames")
+    plan = pattern.plan(layout, *blocks)
+    places = grid[1] * grid[2]
+    for tiles, block in zip((plan.query_tiles, plan.key_tiles), blocks, strict=True):
+        frame = torch.where(tiles >= 0, layout.raster_index[tiles.clamp_min(0).long()] // places, -1)
+        first = frame.amax(1, keepdim=True)
+        assert bool(((frame == first) | (frame < 0)).all())
+        # boxes fill their block as far as a frame has tokens
+        assert int((tiles >= 0).sum(1).amax()) > min(block, places) // 2
