@@ -265,6 +265,21 @@ def stand_in(tables: Tables) -> Finding:
     return Finding(text, MINIATURE if good else NOT, "" if good else "not at every share", _rows(pairs))
 
 
+def two_means(tables: Tables) -> Finding:
+    """This project's own: two means of like keys in place of a skipped tile, for every pattern of the table."""
+    rows = [r for r in tables.rows("adaptive", model=_MODEL) if r["tail"] == "mean2" and r.get("tail_gain")]
+    if not rows:
+        raise NotMeasuredError("assets/bench/adaptive.csv has no rows with two means beside rows without a tail yet")
+    rows = sorted(rows, key=lambda r: (float(r["share"]), -number(r, "tail_gain")))
+    told = [
+        f"{share:g}: " + ", ".join(f"{r['pattern']} +{between(r, 'tail_gain', 1)}" for r in rows if float(r["share"]) == share)
+        for share in sorted({float(r["share"]) for r in rows})
+    ]
+    good = all(bounds(r, "tail_gain")[0] > 0 for r in rows)
+    text = f"PSNR to dense against dropping the tiles, dB, paired by caption, by share: {'; '.join(told)}"
+    return Finding(text, MINIATURE if good else NOT, "" if good else "not for every pattern and share", tuple(rows))
+
+
 def error_aware(tables: Tables) -> Finding:
     """SVG-EAR: ranking by what standing in loses against ranking by mass, both stood in for."""
     pairs = _pairs(tables, ("top-k", "mean"), ("error-aware", "mean"))
@@ -293,7 +308,7 @@ FINDINGS: dict[str, Callable[[Tables], Finding]] = {
     f.__name__: f
     for f in (
         n_log_n, sparsity, radial_pflops, radial_speed, gna_speed, radial_psnr, dense_steps, output_error, energy_decay,
-        radial_over_window, stride_quality, window_quality, simulator, perfect_strides, stand_in, error_aware,
+        radial_over_window, stride_quality, window_quality, simulator, perfect_strides, stand_in, two_means, error_aware,
         clusters, profiled,
     )
 }  # fmt: skip

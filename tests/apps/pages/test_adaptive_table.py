@@ -14,7 +14,7 @@ from genattn.apps.pages.adaptive_table import (
     selection_table,
     tail_gain_table,
 )
-from genattn.apps.pages.evidence_patterns import clusters, error_aware, profiled, stand_in
+from genattn.apps.pages.evidence_patterns import clusters, error_aware, profiled, stand_in, two_means
 from genattn.apps.pages.evidence_tables import MINIATURE, NOT, NotMeasuredError, Tables
 from genattn.errors import GenAttnError
 
@@ -107,6 +107,21 @@ def test_findings(tmp_path: Path) -> None:
     assert profiled(Tables(worse)).verdict == NOT
     with pytest.raises(NotMeasuredError, match="has no errors of"):
         clusters(Tables(worse))
+
+
+def test_two_means_must_gain_for_every_pattern(tmp_path: Path) -> None:
+    for name, low, verdict in (("good", 4.0, MINIATURE), ("bad", -0.5, NOT)):
+        gains = {"tail_gain": 5.25, "tail_gain_low": 4.0, "tail_gain_high": 6.5}
+        rows = [_row(p, "mean2", 0.1, 25.0, **(gains | {"tail_gain_low": at})) for p, at in (("window", 4.0), ("top-k", low))]
+        (tmp_path / name).mkdir()
+        _write(tmp_path / name, "adaptive", [*rows, _row("radial", "", 0.3, 20.0, **dict.fromkeys(gains, ""))])
+        found = two_means(Tables(tmp_path / name))
+        assert found.verdict == verdict
+        assert "0.25: window +5.2 [4.0, 6.5], top-k +5.2 [" in found.measured
+    (tmp_path / "none").mkdir()
+    _write(tmp_path / "none", "adaptive", ROWS)
+    with pytest.raises(NotMeasuredError, match="no rows with two means"):
+        two_means(Tables(tmp_path / "none"))
 
 
 def _call(setting: str, psnr: float | None, **more: Any) -> dict[str, Any]:
