@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "guidance/tag": "genattn genattn/seam guidance/passes",
     "pipelines/finetune": (
         "genattn genattn/patterns genattn/seam "
-        "pipelines/long_video/bases pipelines/long_video/output pipelines/long_video/solvers pipelines/training "
+        "pipelines/long_video/bases pipelines/long_video/solvers pipelines/training "
         "pipelines/video"
     ),
     "pipelines/long_clip": "genattn genattn/geometry genattn/layouts genattn/seam",
@@ -119,7 +119,7 @@ MAY_IMPORT = {
         "genattn/planning genattn/seam genattn/selection "
         "guidance/broadway guidance/nag guidance/softpag "
         "kernels kernels/plan kernels/reference pipelines/long_clip "
-        "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros pipelines/long_video/output "
+        "pipelines/long_video pipelines/long_video/bases pipelines/long_video/ouroboros "
         "pipelines/long_video/quality pipelines/long_video/queue pipelines/tiny pipelines/tiny/random"
     ),
     "apps/laboratory/models": (

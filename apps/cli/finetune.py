@@ -8,7 +8,7 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines
-from genattn.apps.cli.stopping import say_when_stopped
+from genattn.apps.cli.stopping import same_command_goes_on
 from genattn.errors import GenAttnError
 
 
@@ -59,10 +59,11 @@ def finetune_command(
     from genattn.apps.sampling.run import default_size
     from genattn.pipelines.finetune.cache import ClipSize
     from genattn.pipelines.finetune.data import find_clips
-    from genattn.pipelines.finetune.tune import FinetuneSettings, finetune, longer, trainable
+    from genattn.pipelines.finetune.tune import CHECKPOINT, FinetuneSettings, finetune, longer, trainable
     from genattn.pipelines.training.trainer import TrainSettings
 
     check_folder(out, "--out")
+    same_command_goes_on(out / CHECKPOINT)
     if not 0 <= seed < 2**32:
         raise GenAttnError(f"--seed must lie in 0 to {2**32 - 1} for a training, got {seed}")
     for name, value in (("--frames", frames), ("--height", height), ("--width", width)):
@@ -95,7 +96,6 @@ def finetune_command(
         for index, prompt in enumerate(sample_prompt or []):
             _draw(pipe, prompt, size, seed + index, sample_steps, out / "samples" / f"step-{step:06d}-{index}.mp4")
 
-    say_when_stopped(f"stopped; the same command goes on from the last checkpoint in {out}")
     result = finetune(pipe, dataset, pattern, settings, out, draw_samples)
     if as_json and speaks:
         print_json(asdict(result))

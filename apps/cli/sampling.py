@@ -89,7 +89,7 @@ def compare_command(
     from genattn import __version__
     from genattn.apps.cli.progress import progress_bar
     from genattn.apps.sampling.compare import compare, parse_attention
-    from genattn.apps.sampling.measured_rows import append_rows, check_rows
+    from genattn.apps.sampling.measured_rows import append_rows, check_rows, ends_with
     from genattn.apps.sampling.prompt_file import read_prompts
     from genattn.apps.tuning.journal import Journal
 
@@ -105,7 +105,8 @@ def compare_command(
         request = {"prompts": texts, "seed": seed, "dense_layers": dense_layers, **settings.request(), "genattn": __version__}
         with only_writer(out, "--out"), progress_bar("clips") as on_sample:
             rows = compare(texts, wanted, settings, seed, on_sample, Journal(journal, request))
-            append_rows(out, rows)
+            if not ends_with(out, rows):
+                append_rows(out, rows)
             journal.unlink(missing_ok=True)
     if as_json:
         print_json(rows)

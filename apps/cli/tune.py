@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genattn.apps.cli import options, stopping
+from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines, print_table
 from genattn.apps.cli.progress import progress_bar
 from genattn.apps.cli.sampling import held_out_captions
+from genattn.apps.cli.stopping import same_command_goes_on
 from genattn.apps.sampling.prompt_file import read_prompts
 from genattn.errors import GenAttnError, RunFailed
 
@@ -56,7 +57,7 @@ def tune_command(
     """
     from genattn.apps.tuning.draw import need_matplotlib
     from genattn.apps.tuning.goal import Goal, parse_budget
-    from genattn.apps.tuning.tune import SETTINGS, left_out, tune
+    from genattn.apps.tuning.tune import JOURNAL, SETTINGS, left_out, tune
 
     goal = Goal(None if budget is None else parse_budget(budget), min_psnr, min_oracle)
     shares = _shares(densities)
@@ -65,7 +66,7 @@ def tune_command(
     wanted = _named(families) or None
     for note in left_out(texts, wanted, profile_map):
         typer.echo(f"note: {note}", err=True)
-    stopping.say_when_stopped(f"stopped; the same command goes on from {out}")
+    same_command_goes_on(out / JOURNAL)
     chosen: dict[str, Any] = {} if wanted is None else {"families": wanted}
     with progress_bar("runs") as tell:
         found = tune(settings, texts, goal, out, seed=seed, densities=shares, profile_map=profile_map, tell=tell, **chosen)

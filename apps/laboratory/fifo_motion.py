@@ -34,9 +34,9 @@ from genattn.apps.sampling.inputs import add_loras
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
+from genattn.fingerprint import model_fingerprint
 from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
 from genattn.pipelines.long_video.generate import long_video
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.tiny.segment import find_objects
 from genattn.pipelines.tiny.world import ENDLESS, MOTIONS, Scene, caption, sample_scene
 

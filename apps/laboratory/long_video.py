@@ -23,10 +23,10 @@ import typer
 from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.errors import GenAttnError
+from genattn.fingerprint import model_fingerprint
 from genattn.pipelines.long_video.bases.frame_denoisers import frame_denoiser
 from genattn.pipelines.long_video.generate import long_video
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.long_video.quality.video_metrics import measure
 from genattn.pipelines.long_video.queue.fifo import Fifo, sample_clip, start_queue
 from genattn.pipelines.long_video.queue.prompt_schedule import PromptSchedule

@@ -24,12 +24,12 @@ from genattn.apps.sampling.compare import compare
 from genattn.apps.sampling.measured_rows import append_rows, provenance
 from genattn.apps.sampling.run import AttentionSettings, SamplingSettings, call_arguments, open_pipeline
 from genattn.errors import GenAttnError
+from genattn.fingerprint import model_fingerprint
 from genattn.functional.planned import plan_for, planned_attention
 from genattn.layouts.site import AttentionSite
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.tiny.world import caption, sample_scene
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 

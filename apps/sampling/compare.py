@@ -28,6 +28,8 @@ from genattn.apps.sampling.run import (
     warm_up,
 )
 from genattn.errors import GenAttnError
+from genattn.fingerprint import named_file, pipeline_fingerprint
+from genattn.patterns.profiled import ProfiledPattern
 
 JUDGED = ("colour", "shape", "motion")
 _NUMBERS = ("seconds", "ratio", "density", "peak_memory_gb", "psnr", "ssim")
@@ -63,6 +65,9 @@ class Kept(Protocol):
 
     samples: list[dict[str, Any]]
 
+    def made_with(self, weights: str) -> None:
+        """Refuse what was kept of other weights."""
+
     def begin(self) -> None:
         """Make the file where there is none."""
 
@@ -93,20 +98,22 @@ def compare(
     refuse_early(settings)
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
-    names = ["dense", *(attention.name for attention in attentions)]
+    if kept is not None:
+        kept.made_with(pipeline_fingerprint(pipe))
+    names = {"dense": "dense", **{attention.name: _kept_name(attention) for attention in attentions}}
     known = {(line["prompt"], line["setting"]): line for line in ([] if kept is None else kept.samples)}
-    todo = [i for i in range(len(prompts)) if not all((i, name) in known for name in names)]
+    todo = [i for i in range(len(prompts)) if not all((i, name) in known for name in names.values())]
     for attention in attentions if todo else ():
         warm_up(pipe, call, prompts[todo[0]], attention)
     for done, i in enumerate(todo, len(prompts) - len(todo) + 1):
         for sample in _samples_of(pipe, call, (i, len(prompts)), prompts[i], seed + i, attentions, settings):
-            known[i, sample.attention] = sample.line(i)
+            known[i, names[sample.attention]] = sample.line(i) | {"setting": names[sample.attention]}
         if kept is not None:
             kept.begin()
-            for name in names:
+            for name in names.values():
                 kept.add(known[i, name])
         on_sample(done * len(names), len(prompts) * len(names))
-    samples = {name: [Sample.from_line(known[i, name]) for i in range(len(prompts))] for name in names}
+    samples = {name: [Sample.from_line(known[i, own]) for i in range(len(prompts))] for name, own in names.items()}
     common: dict[str, Any] = {
         "pipeline": type(pipe).__name__,
         "model": settings.model or "tiny-wan",
@@ -115,6 +122,16 @@ def compare(
         **provenance(str(pipe.device)),
     }
     return [_row(name, found) | common for name, found in samples.items()]
+
+
+def _kept_name(attention: AttentionSettings) -> str:
+    """What a journal calls it: a map's name with a mark of the map that stands there now."""
+    pattern = attention.pattern
+    return (
+        attention.name.replace(pattern.path, named_file(pattern.path))
+        if isinstance(pattern, ProfiledPattern)
+        else attention.name
+    )
 
 
 def _samples_of(

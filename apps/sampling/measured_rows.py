@@ -67,6 +67,15 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             writer.writerows([*old, *rows])
 
 
+def ends_with(path: Path, rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether these rows, whatever their date, are the last ones of a CSV: a stop may come when they have just been added."""
+    return [_undated(row) for row in read_rows(path)[-len(rows) :]] == [_undated(row) for row in rows]
+
+
+def _undated(row: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in row.items() if name != "date" and value not in (None, "")}
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV, every value as it stands there; none without the file.
 

@@ -27,6 +27,7 @@ from genattn.apps.sampling.pipeline_calls import is_modular, own_size, sample_fr
 from genattn.apps.sampling.pipeline_shell import pipeline_shell
 from genattn.apps.sampling.preview import StepPreview
 from genattn.errors import GenAttnError, RunFailed, first_line
+from genattn.fingerprint import named_file
 from genattn.patterns.pattern import Pattern
 from genattn.reading import read_defaults, whole
 
@@ -88,7 +89,8 @@ class SamplingSettings:
 
     def request(self) -> dict[str, str]:
         """What was given, JSON-ready: what a run that goes on after a stop must have in common with it."""
-        return {name: str(value) for name, value in asdict(self).items() if value not in (None, ())}
+        told = {**asdict(self), "image": None if self.image is None else named_file(self.image)}
+        return {name: str(value) for name, value in told.items() if value not in (None, ())}
 
 
 @dataclass(frozen=True)

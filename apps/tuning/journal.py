@@ -4,7 +4,7 @@
     {"setting": "radial", "prompt": 0, "seconds": 5.1, ...}       one setting on one prompt, against dense run beside it
 
 A run carries a check of its values: one that was changed is refused. Another goal, or more settings to try, may come back to
-the same journal; another model, size, prompt or seed may not.
+the same journal; another model, other weights under its name, another size, prompt or seed may not.
 """
 
 import json
@@ -22,30 +22,43 @@ from genattn.settings import number, whole_number
 class Journal:
     """The lines of one request in `path`; `begin` makes the file.
 
-    request: JSON-ready. Raises GenAttnError for a file that was begun for another request, or that is no journal.
+    request: JSON-ready. begun: the one that the file was begun for, None without a file.
+
+    Raises GenAttnError for a file that was begun for another request, or that is no journal.
     """
 
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
         self.path = path
         self.request = json.loads(json.dumps(request))
+        self.begun: dict[str, Any] | None = None
         self.samples: list[dict[str, Any]] = []
         lines = _read(path)
         if not lines:
             return
-        begun = lines[0].get("request")
-        if not isinstance(begun, dict):
+        self.begun = lines[0].get("request")
+        if not isinstance(self.begun, dict):
             raise GenAttnError(f"{path} must begin with the request that it belongs to; name another --out, or delete the file")
-        other = sorted(name for name in {*begun, *self.request} if begun.get(name) != self.request.get(name))
-        if other:
-            raise GenAttnError(
-                f"{path} belongs to a request with another {', '.join(other)}; name another --out, or delete the file"
-            )
+        self._refuse_others({*self.begun, *self.request} - {"weights"})
         self.samples = lines[1:]
         for place, sample in enumerate(self.samples, 2):
             with whole(f"line {place} of {path}"):
                 _check(sample)
                 if sample.pop("check", None) != check_of(sample):
                     raise ValueError("its values are not those that were written; delete the line, and it runs again")
+
+    def made_with(self, weights: str) -> None:
+        """Make a fingerprint of the opened model part of the request. Raises GenAttnError for runs of other weights."""
+        self.request["weights"] = weights
+        self._refuse_others({"weights"})
+
+    def _refuse_others(self, names: set[str]) -> None:
+        """Raise GenAttnError if the file was begun with another value under one of these."""
+        begun = self.request if self.begun is None else self.begun
+        other = sorted(name for name in names if begun.get(name) != self.request.get(name))
+        if other:
+            raise GenAttnError(
+                f"{self.path} belongs to a request with other {', '.join(other)}; name another --out, or delete the file"
+            )
 
     def done(self, setting: str, prompt: int) -> bool:
         """Whether this run stands in the journal."""

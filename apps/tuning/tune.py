@@ -39,6 +39,7 @@ from genattn.apps.tuning.draw import draw_front
 from genattn.apps.tuning.goal import Goal, Row, choose, front, hopeless, nearest_miss, still_running, summed
 from genattn.apps.tuning.journal import Journal
 from genattn.errors import GenAttnError
+from genattn.fingerprint import named_file, pipeline_fingerprint
 from genattn.one_writer import only_writer
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
@@ -115,12 +116,15 @@ def tune(
     if profile_map is not None:
         ProfiledPattern(str(profile_map))
     check_folder(out, "--out")
-    request = {"prompts": texts, "seed": seed, "map": None if profile_map is None else str(profile_map)}
+    request = {"prompts": texts, "seed": seed, "map": None if profile_map is None else named_file(profile_map)}
     request |= settings.request()
     with only_writer(out, "--out"):
         journal = Journal(out / JOURNAL, request | {"genattn": genattn.__version__})
         pipe = open_pipeline(settings)
         call = call_arguments(pipe, settings)
+        journal.made_with(pipeline_fingerprint(pipe))
+        if journal.begun is None:
+            (out / MAP).unlink(missing_ok=True)  # nothing tells of which weights it is
         journal.begin()
         judge = is_tiny_world(settings.model) and all(oracle_known(text) for text in texts)
         hunt = _Search(pipe, call, texts, seed, goal, journal, judge, tell)

@@ -46,7 +46,7 @@ class AdaptivePattern(ContentPattern):
     always kept. neighbours: tiles on each side of the own one that are kept. refresh_every: steps for which a plan holds,
     >= 1. share_passes: whether the guidance passes of a step share one plan; needs a pipeline that tells its steps.
 
-    Raises GenAttnError for settings out of range, and for priors that look at tensors or stand over clusters.
+    Raises GenAttnError for settings out of range, and for priors that look at tensors, lower logits or stand over clusters.
     """
 
     selection: Rule | str = field(default_factory=TopK)
@@ -79,6 +79,9 @@ class AdaptivePattern(ContentPattern):
         for name, prior in (("inside", self.inside), ("always", self.always)):
             if prior is not None and (not isinstance(prior, Pattern) or prior.needs_tensors):
                 raise GenAttnError(f"{name} must be a pattern of geometry alone, such as RadialPattern(), got {prior!r}")
+            if prior is not None and prior.lowers_logits:
+                lowering = type(prior).__name__
+                raise GenAttnError(f"{name} cannot hold {lowering}, whose logits it would leave; put {lowering} around all")
             if prior is not None and isinstance(self.tiles, Clusters):
                 raise GenAttnError(f"{name} needs tiles that are places, got clusters, whose tokens stand anywhere")
         super().__post_init__()

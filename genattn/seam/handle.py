@@ -17,7 +17,7 @@ from genattn.seam.denoiser import INJECTION
 from genattn.seam.explain import Explanation, FirstForward, explain_run, without_bar
 from genattn.seam.injection import Injection
 from genattn.seam.named import named_plugin
-from genattn.seam.plugin import CallRecord, Plugin, Run, is_off
+from genattn.seam.plugin import CallRecord, Plugin, Run, idle_note, name_of
 from genattn.seam.report import GenAttnWarning, Report, SiteStats
 from genattn.seam.schedule import Schedule
 from genattn.seam.settings_file import PREFIX, loaded_for
@@ -143,7 +143,7 @@ class Handle:
         )
 
     def _names(self) -> str:
-        return " + ".join(map(_name_of, self.plugins))
+        return " + ".join(map(name_of, self.plugins))
 
     # ---- control
 
@@ -239,9 +239,9 @@ class Handle:
         self._calls_at_run, self._ended = self._calls, False
         for plugin in self.plugins:
             plugin.begin_run(run)
-            reason = "" if is_off(plugin, run) else plugin.why_idle(run)
-            if reason:
-                self._note(f"{_name_of(plugin)} acts at no step of a run of {run.num_steps}: {reason}")
+            note = idle_note(plugin, run)
+            if note:
+                self._note(note)
 
     def before_forward(self, injection: Injection, run: Run) -> None:
         """A forward of the denoiser starts."""
@@ -335,10 +335,6 @@ class Handle:
             device=self._device,
             notes=list(self._notes),
         )
-
-
-def _name_of(plugin: Plugin) -> str:
-    return type(getattr(plugin, "pattern", plugin)).__name__
 
 
 def _handles_on(models: Iterable[nn.Module]) -> list[Handle]:

@@ -286,6 +286,17 @@ def is_off(plugin: Plugin, run: Run) -> bool:
     return not run.options_of(plugin).get("enabled", True)
 
 
+def name_of(plugin: Plugin) -> str:
+    """What a user calls it: the pattern of one that applies a pattern, else its class."""
+    return type(getattr(plugin, "pattern", plugin)).__name__
+
+
+def idle_note(plugin: Plugin, run: Run) -> str:
+    """What to tell where `plugin` has no step to act at in the run that starts with `run`; empty where it has, or is off."""
+    reason = "" if is_off(plugin, run) else plugin.why_idle(run)
+    return reason and f"{name_of(plugin)} acts at no step of a run of {run.num_steps}: {reason}"
+
+
 def why_all_stay_out(plugins: Sequence[Plugin], run: Run, site: AttentionSite, queries: int) -> str:
     """The reason for which none of the plugins at a site has anything to do with a call; empty when one must be asked."""
     reason = ""

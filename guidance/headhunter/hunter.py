@@ -7,7 +7,6 @@ The search itself is `head_search`, its memory `search_log`; here trials become 
 its seed and are made as rows of one batch. With accelerate several processes share the work and find the same heads.
 """
 
-import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.fingerprint import pipeline_fingerprint
 from genattn.guidance.headhunter.objectives import Objective, checked
 from genattn.guidance.headhunter.search import HeadSearch, Scores, SearchResult, SearchSettings, Trial
 from genattn.guidance.headhunter.search_log import Chunk, Progress, SearchLog
@@ -174,7 +174,7 @@ class HeadHunter:
             "objectives": sorted(self.objectives),
             "search": {**self.search.to_dict(), "rounds": None, "patience": None, "returned": None},
             "pool": [head_name(head) for head in self.pool],
-            "model": fingerprint(self.pipe),
+            "model": pipeline_fingerprint(self.pipe),
             "probe_steps": self.probe.steps if self.probe else None,
         }
 
@@ -280,18 +280,6 @@ def as_samples(pictures: Any) -> torch.Tensor:
         shape = tuple(getattr(pictures, "shape", ())) or type(pictures).__name__
         raise GenAttnError(f"the pipeline must give RGB pictures or clips, got {shape}; output_type='pt' must work")
     return pictures.detach().float().clamp(0, 1).cpu()
-
-
-def fingerprint(pipe: Any) -> str:
-    """A short hash of a pipeline's denoisers: their settings and a sample of every weight."""
-    digest = hashlib.sha256()
-    for name, model in denoisers(pipe).items():
-        digest.update(f"{name} {model.__class__.__name__}".encode())
-        for key, value in model.state_dict().items():
-            flat = value.flatten()
-            few = flat[:: max(1, len(flat) // 8)][:8].float().cpu() if value.is_floating_point() else flat[:0].float().cpu()
-            digest.update(f"{key} {tuple(value.shape)}".encode() + few.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _mean(scores: Sequence[Scores]) -> Scores:

@@ -8,6 +8,7 @@ counting, so it is right with CFG off too. The taps are those of the classic rou
 first perturbed pass and taken off after the last step.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from genattn.guidance.passes.delta import DeltaRule, Projection, Window
 from genattn.guidance.softpag.tap import HeadTap
 from genattn.seam.handle import Handle, apply
 from genattn.seam.plugin import Run
+from genattn.seam.report import GenAttnWarning
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_perturbed"
 
@@ -107,8 +109,16 @@ class SoftPAGGuidance(BaseGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: torch.Tensor) -> None:
         """A step begins, for the inner guider too."""
         super().set_state(step, num_inference_steps, timestep)
+        if step == 0:
+            self._tell_if_idle()
         if self.inner is not None:
             self.inner.set_state(step, num_inference_steps, timestep)
+
+    def _tell_if_idle(self) -> None:
+        reason = self.window.why_idle(self._run()) if self._enabled else ""
+        if reason:
+            told = f"genattn: {type(self).__name__} acts at no step of a run of {self._num_inference_steps}: {reason}"
+            warnings.warn(told, GenAttnWarning, stacklevel=3)
 
     def disable(self) -> None:
         """Plain conditional predictions from now on."""

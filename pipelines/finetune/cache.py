@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
+from genattn.fingerprint import model_fingerprint
 from genattn.pipelines.finetune.data import ClipSource, Dataset, check_any, read_clip
 from genattn.pipelines.finetune.places import with_places
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.whole_file import whole_file
 
 EMPTY = "empty"

@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.fingerprint import model_fingerprint
 from genattn.one_writer import only_writer
 from genattn.patterns.pattern import Pattern
 from genattn.pipelines.finetune.cache import ClipSize, LatentCache, load_clip
@@ -28,7 +29,6 @@ from genattn.pipelines.finetune.data import Dataset
 from genattn.pipelines.finetune.lora import LoraTrainer, add_lora, save_lora, why_no_lora
 from genattn.pipelines.finetune.loss import TrainingDraw, denoising_loss, draw, training_grid
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser, frame_denoiser, why_no_frames
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.long_video.solvers.noise_grid import NoiseGrid
 from genattn.pipelines.training.trainer import TrainSettings, train
 from genattn.reading import read_json
@@ -36,6 +36,7 @@ from genattn.seam.context_parallel import enable_ulysses
 from genattn.whole_file import write_whole
 
 OnSave = Callable[[Any, int], None]
+CHECKPOINT = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _trained(
 
     with _pattern_on(pipe, pattern, settings.dense_layers) as told:
         trainer = LoraTrainer(pipe.transformer, loss)
-        steps = train(trainer, loss_of, settings.training, accelerator, out / "training.safetensors", saved)
+        steps = train(trainer, loss_of, settings.training, accelerator, out / CHECKPOINT, saved)
         sparse = told()
     return FinetuneResult(steps, out / "lora" / "pytorch_lora_weights.safetensors", len(files), tuple(dataset.skipped), sparse)
 
@@ -263,7 +264,7 @@ def _tokens(base: FrameDenoiser, size: ClipSize) -> int:
 def _same_run(out: Path, identity: dict[str, Any]) -> None:
     """Refuse to go on where a run was begun with other settings, as far as `identity` names them."""
     path, wanted = out / "settings.json", json.loads(json.dumps(identity))
-    if (out / "training.safetensors").is_file():
+    if (out / CHECKPOINT).is_file():
         if not path.is_file():
             raise GenAttnError(
                 f"{out} holds a run whose settings.json is gone: what it was begun with is not known; give another --out"

@@ -17,12 +17,13 @@ import torch
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.fingerprint import pipeline_fingerprint
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
 from genattn.pipelines.long_video.early import check_window, refuse
 from genattn.pipelines.long_video.forecast import Forecast, forecast_of, teller
 from genattn.pipelines.long_video.identity import plugins_on
 from genattn.pipelines.long_video.ouroboros.ouroboros import Ouroboros
-from genattn.pipelines.long_video.output.checkpoint import check_same, model_fingerprint, read_checkpoint, read_record
+from genattn.pipelines.long_video.output.checkpoint import check_same, read_checkpoint, read_record
 from genattn.pipelines.long_video.output.film_path import film_path, place_of
 from genattn.pipelines.long_video.output.folder_lock import FilmLock, FolderLock, RunLocks
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer, WriterMark
@@ -349,10 +350,9 @@ class _Build:
 
     def identity(self, fifo: Fifo) -> dict[str, Any]:
         """What must not change between the sessions of one run."""
-        models = {**self.base.models, "vae": self.base.pipe.vae}
         return {
             "pipeline": type(self.base.pipe).__name__,
-            "model": model_fingerprint(models),
+            "model": pipeline_fingerprint(self.base.pipe),
             "size": [self.height, self.width],
             **plugins_on(self.base.models),
             **fifo.settings(),

@@ -1,11 +1,14 @@
 """The plugins on one patched MODEL, and when they get to know and forget it."""
 
+import logging
 from typing import Any
 
 from genattn.apps.comfyui.hosts.families import host_of
 from genattn.apps.comfyui.patching.tally import Tally
 from genattn.layouts.site import AttentionSite
-from genattn.seam.plugin import Plugin, Run, in_chain
+from genattn.seam.plugin import Plugin, Run, idle_note, in_chain
+
+_LOG = logging.getLogger("genattn")
 
 
 class Chain:
@@ -15,6 +18,7 @@ class Chain:
         self.plugins = plugins
         self.tally = Tally()
         self._model: Any = None
+        self._told = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Chain":
         return self
@@ -50,9 +54,19 @@ class Chain:
     def begin_run(self, model: Any) -> None:
         """A sampler starts: counters at zero, plugins at their beginning."""
         self.tally.reset()
+        self._told = False
         self.attach(model)
         for plugin in self.plugins:
             plugin.begin_run(Run(model=model))
+
+    def begin_forward(self, run: Run) -> None:
+        """The first forward whose step is known tells which plugins have no step to act at."""
+        if self._told or run.num_steps is None:
+            return
+        self._told = True
+        for note in filter(None, (idle_note(plugin, run) for plugin in self.plugins)):
+            self.tally.notes.append(note)
+            _LOG.warning("%s", note)
 
     def plugins_at(self, site: AttentionSite) -> list[Plugin]:
         """Those that act at a site; patterns, which answer themselves, innermost."""

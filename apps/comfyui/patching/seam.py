@@ -36,9 +36,10 @@ def run_of(model: Any, options: Mapping[str, Any], batch: int | None = None) -> 
     sigmas, schedule = options.get("sigmas"), options.get("sample_sigmas")
     sigma = None if sigmas is None else float(sigmas.max())
     step, steps = -1, None
+    levels: tuple[float, ...] = ()
     if sigma is not None and schedule is not None and len(schedule) > 1:
         table = schedule.tolist()
-        steps = len(table) - 1
+        steps, levels = len(table) - 1, tuple(table[:-1])
         # samplers of second order ask between two steps; that belongs to the step before
         step = max((i for i in range(steps) if table[i] >= sigma * (1 - 1e-5)), default=0)
     names = {(0,): "cond", (1,): "uncond"}
@@ -47,7 +48,9 @@ def run_of(model: Any, options: Mapping[str, Any], batch: int | None = None) -> 
     name, extra = names.get(told, "cond_uncond" if told else None), options.get(PASS)
     full = f"{name or 'pass'}+{extra}" if extra else name
     samples = batch // len(chunks) if batch and chunks and batch % len(chunks) == 0 else None
-    return Run(step=step, num_steps=steps, sigma=sigma, pass_name=full, extra=extra, samples=samples, model=model)
+    return Run(
+        step=step, num_steps=steps, sigma=sigma, sigmas=levels, pass_name=full, extra=extra, samples=samples, model=model
+    )
 
 
 _ORDER = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -125,6 +128,7 @@ def around_model(
     host = host_of(model)
     text = None if c_crossattn is None else c_crossattn.shape[1]
     run = run_of(model, options, len(x))
+    chain.begin_forward(run)
     forward = Forward(chain, host, model, run, Entry(tuple(x.shape), text, extras), host.sites(model))
     options.pop("block_index", None)  # of a forward before; refiners run before the first block tells its own
     others = dict(options.get("patches_replace") or {})

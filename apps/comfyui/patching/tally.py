@@ -27,6 +27,7 @@ class Tally:
         self.forwards, self.unreached, self.taken_by, self.device = 0, 0, "", "cpu"
         self.missed: set[str] = set()
         self.untold = 0
+        self.notes: list[str] = []
 
     def timed(self, call: AttentionCall, answer: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The answer of one call, counted at its site."""
@@ -92,6 +93,7 @@ class Tally:
             flops=sum(s.flops for s in self.stats.values()),
             flops_dense=sum(s.flops_dense for s in self.stats.values()),
             device=self.device,
+            notes=list(self.notes),
         )
 
 

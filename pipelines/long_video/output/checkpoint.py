@@ -27,31 +27,6 @@ _NAME = "checkpoint.json"
 _OWN_SUM, _TENSOR_SUM = "sha256", "tensors_sha256"
 
 
-def model_fingerprint(models: Mapping[str, Any]) -> str:
-    """A short hash over names, shapes and a sample of the values of all parameters; tells checkpoints apart, and adapters with
-    the strength that each is given."""
-    digest = hashlib.sha256()
-    for part, model in sorted(models.items()):
-        digest.update(f"{part}:{type(model).__name__}".encode())
-        for name, tensor in sorted(model.state_dict().items()):
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 16)][:16]
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
-        digest.update("".join(_adapters(model)).encode())
-    return digest.hexdigest()[:16]
-
-
-def _adapters(model: Any) -> list[str]:
-    """The adapters of each layer that work, with their strength: no weight tells that."""
-    told = []
-    for name, layer in model.named_modules():
-        scaling, active = getattr(layer, "scaling", None), getattr(layer, "active_adapters", None)
-        if isinstance(scaling, Mapping) and isinstance(active, list):
-            working = [] if getattr(layer, "disable_adapters", False) else active
-            told.append(f"{name}:{[(each, float(scaling[each])) for each in working if each in scaling]}")
-    return told
-
-
 def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> Path:
     """Put a checkpoint into `folder`, replacing the one there; gives the tensor file's path.
 

@@ -21,7 +21,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
+from genattn.fingerprint import model_fingerprint
 from genattn.pipelines.tiny.evaluate import Sampling, append_rows, generate_clips, provenance, wilson
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults
 from genattn.pipelines.tiny.oracle import judge

@@ -22,12 +22,12 @@ from diffusers import DiffusionPipeline
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.fingerprint import model_fingerprint
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.radial import RadialPattern
 from genattn.pipelines.finetune.cache import ClipSize
 from genattn.pipelines.finetune.data import find_clips
 from genattn.pipelines.finetune.tune import FinetuneSettings, finetune, longer, trainable
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.long_video.output.video_writer import FragmentedMp4Writer
 from genattn.pipelines.long_video.quality.video_metrics import drift
 from genattn.pipelines.tiny.evaluate import append_rows, evaluation_scenes, provenance

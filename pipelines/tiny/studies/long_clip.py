@@ -23,11 +23,11 @@ from diffusers import DiffusionPipeline
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.fingerprint import model_fingerprint
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.rotating_anchors import RotatingAnchors
 from genattn.pipelines.long_clip.logit_decay import LogitDecay
 from genattn.pipelines.long_clip.riflex import FrameStretch, RIFLEx
-from genattn.pipelines.long_video.output.checkpoint import model_fingerprint
 from genattn.pipelines.tiny.evaluate import append_rows, evaluation_scenes, provenance
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults
 from genattn.pipelines.tiny.oracle import judge

@@ -116,29 +116,42 @@ def test_a_stopped_command_whose_work_is_kept_says_how_to_go_on(
     assert outcome(name, work) == (130, f"genattn: stopped; the same command goes on from {kept}\n")
 
 
+_OPENED = "genattn.apps.sampling.run.open_pipeline"
+
+
 @pytest.mark.parametrize(
-    ("line", "kept"),
+    ("line", "kept", "interrupted_in"),
     [
-        ("profile --prompts p.txt --out map.safetensors", "map.safetensors.part.safetensors"),
-        ("hunt --prompts p.txt --objective contrast --log h.jsonl --out h.json", "h.jsonl"),
+        ("profile --prompts p.txt --out map.safetensors", "map.safetensors.part.safetensors", _OPENED),
+        ("hunt --prompts p.txt --objective contrast --log h.jsonl --out h.json", "h.jsonl", _OPENED),
+        ("compare --prompts p.txt --out c.csv", "c.csv.journal.jsonl", "genattn.apps.tuning.journal.Journal"),
+        ("tune --prompts p.txt --budget 2x --out t", "t/journal.jsonl", "genattn.apps.tuning.tune.tune"),
+        ("finetune --data . --out f", "f/training.safetensors", "genattn.pipelines.finetune.data.find_clips"),
     ],
 )
-def test_hunt_and_profile_keep_their_work_where_they_say(
-    line: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_command_keeps_its_work_where_it_says(
+    line: str,
+    kept: str,
+    interrupted_in: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
-    (tmp_path / kept).write_text("{}")
 
-    def interrupted(settings: Any) -> NoReturn:
+    def interrupted(*_: Any, **__: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("genattn.apps.sampling.run.open_pipeline", interrupted)
+    monkeypatch.setattr(interrupted_in, interrupted)
     monkeypatch.setattr(sys, "argv", ["genattn", *line.split()])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    told = f"genattn: stopped; the same command goes on from {kept}\n"
-    assert (stopped.value.code, capsys.readouterr().err) == (130, told)
+    for told in ("no unfinished file was left", f"the same command goes on from {kept}"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        code, line_told = stopped.value.code, capsys.readouterr().err.splitlines()[-1]
+        assert (code, line_told) == (130, f"genattn: stopped; {told}")
+        (tmp_path / kept).parent.mkdir(exist_ok=True)
+        (tmp_path / kept).write_text('{"request": {}}')
 
 
 def test_a_film_with_a_lora_is_resumed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,28 @@ def test_the_report_counts_self_attention_alone(wan: Patcher) -> None:
     assert chain.tally.forwards == 2, "a new run starts at zero"
 
 
+def test_a_plugin_without_a_step_to_act_at_is_told(wan: Patcher, caplog: pytest.LogCaptureFixture) -> None:
+    patched = patch_model(wan, sparse(schedule=Schedule(dense_steps=9, dense_layers=0)))
+    chain, sites = chain_of(patched), host_of(wan.model.diffusion_model).sites(wan.model.diffusion_model)
+    note = "NeighborhoodPattern acts at no step of a run of 3: first dense steps (dense_steps=9)"
+    with caplog.at_level(logging.WARNING, "genattn"):
+        patched.sample(X, steps=3)
+    assert caplog.messages == [note]
+    assert chain.tally.report(chain.plugins, sites).notes == [note]
+    caplog.clear()
+    patched.sample(X, steps=12)
+    assert caplog.messages == chain.tally.report(chain.plugins, sites).notes == []
+
+
+def test_a_noise_window_that_no_step_meets_is_told(wan: Patcher) -> None:
+    patched = patch_model(wan, SoftPAG("L0H0", sigma_start=9e9, sigma_stop=8e9))
+    patched.sample(X, steps=3)
+    (note,) = chain_of(patched).tally.notes
+    assert note.startswith(
+        "SoftPAG acts at no step of a run of 3: its window is steps 0 to 1 of the run and sigma 9000000000.0"
+    )
+
+
 def test_masks_of_three_axes_and_inference_mode(wan: Patcher) -> None:
     mask = torch.zeros(1, 1, 96)
     mask[..., -7:] = -1e9

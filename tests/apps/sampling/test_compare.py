@@ -1,14 +1,17 @@
 """Prompts and seeds are shared between attentions; rows carry intervals and provenance."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from genattn.apps.sampling.compare import compare, parse_attention
-from genattn.apps.sampling.run import SamplingSettings
+from genattn.apps.sampling.run import SamplingSettings, open_pipeline
 from genattn.apps.tuning.journal import Journal
 from genattn.errors import GenAttnError
+from genattn.profiling.profile import profile
 
 
 @pytest.mark.filterwarnings("ignore:genattn. .* acts at no step")
@@ -73,6 +76,32 @@ def test_a_stop_loses_the_prompt_at_hand_alone(
     assert [{name: row[name] for name in same if name in row} for row in again] == [
         {name: row[name] for name in same if name in row} for row in rows
     ]
+
+
+def test_a_journal_knows_weights_and_maps_from_their_names(random_wan_folder: Path, tmp_path: Path) -> None:
+    model, given = tmp_path / "model", tmp_path / "map.safetensors"
+    shutil.copytree(random_wan_folder, model)
+    settings = SamplingSettings(model=str(model), frames=17, height=128, width=128, steps=1, guidance_scale=1.0)
+    pipe = open_pipeline(settings)
+    call = {"num_frames": 17, "height": 128, "width": 128, "num_inference_steps": 1, "output_type": "latent"}
+    for name, density in (("map", 0.3), ("other", 0.6)):
+        profile(pipe, lambda text: pipe(text, **call), ["a", "b"], density, tmp_path / f"{name}.safetensors")
+    wanted, path = [parse_attention(f"{given}@0", dense_layers=0)], tmp_path / "j.jsonl"
+    first = compare(["a cat"], wanted, settings, 5, kept=Journal(path, {}))
+    count = len(path.read_text().splitlines())
+    assert compare(["a cat"], wanted, settings, 5, kept=Journal(path, {}))[1]["seconds"] == first[1]["seconds"]
+    assert len(path.read_text().splitlines()) == count
+    # another map under the name runs anew
+    (tmp_path / "other.safetensors").replace(given)
+    wanted = [parse_attention(f"{given}@0", dense_layers=0)]
+    rows = compare(["a cat"], wanted, settings, 5, kept=Journal(path, {}))
+    assert rows[1]["attention"] == first[1]["attention"] == f"{given}@0"
+    assert rows[1]["density"] > first[1]["density"]
+    # other weights under the name are refused
+    file = next((model / "transformer").glob("*.safetensors"))
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(GenAttnError, match="belongs to a request with other weights; name another --out"):
+        compare(["a cat"], wanted, settings, 5, kept=Journal(path, {}))
 
 
 def test_what_is_left_out_is_the_presets() -> None:

@@ -47,10 +47,25 @@ def test_an_unused_journal_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "j.jsonl").exists()
 
 
+def test_runs_of_other_weights_are_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    first = Journal(path, REQUEST)
+    assert first.begun is None
+    first.made_with("aa")
+    first.begin()
+    first.add({"setting": "radial", "prompt": 0})
+    again = Journal(path, REQUEST)
+    again.made_with("aa")
+    assert again.begun == {**REQUEST, "weights": "aa"}
+    assert again.done("radial", 0)
+    with pytest.raises(GenAttnError, match="j.jsonl belongs to a request with other weights; name another --out, or delete"):
+        Journal(path, REQUEST).made_with("bb")
+
+
 def test_refusals(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     written(path)
-    with pytest.raises(GenAttnError, match="belongs to a request with another model, seed"):
+    with pytest.raises(GenAttnError, match="belongs to a request with other model, seed"):
         Journal(path, {"model": "b", "prompts": ["a cat"], "seed": 3})
     path.write_text('{"setting": "radial"}\n')
     with pytest.raises(GenAttnError, match="must begin with the request"):

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import genattn
 from genattn.apps.cli import root as cli
@@ -118,8 +120,32 @@ def test_a_stop_at_any_run_loses_nothing_and_changes_nothing(
     assert not (tmp_path / "whole" / "settings.json").exists()
     assert (tmp_path / "whole" / "settings-before.json").read_text() == chosen_before
     assert missed.why.endswith(f"what an earlier goal chose is in {tmp_path / 'whole' / 'settings-before.json'}")
-    with pytest.raises(GenAttnError, match="belongs to a request with another prompts"):
+    with pytest.raises(GenAttnError, match="belongs to a request with other prompts"):
         tune(settings, ["a bird"], Goal(budget=2), tmp_path / "whole", **wanted)
+
+
+@pytest.mark.usefixtures("clock")
+def test_weights_under_the_same_name_are_told_apart(settings: SamplingSettings, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(str(settings.model), folder)
+    settings = replace(settings, model=str(folder))
+    wanted: dict[str, Any] = {"families": ("profiled",), "densities": (0.4,)}
+    tune(settings, PROMPTS, Goal(min_psnr=1), out, **wanted)
+    old = (out / "map.safetensors").read_bytes()
+    given = {**wanted, "profile_map": tmp_path / "map.safetensors"}
+    given["profile_map"].write_bytes(old)
+    tune(settings, PROMPTS, Goal(min_psnr=1), tmp_path / "given", **given)
+    file = next((folder / "transformer").glob("*.safetensors"))
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(GenAttnError, match="belongs to a request with other weights; name another --out"):
+        tune(settings, PROMPTS, Goal(min_psnr=1), out, **wanted)
+    # begun anew, nothing of the old weights is left: the map neither
+    (out / "journal.jsonl").unlink()
+    tune(settings, PROMPTS, Goal(min_psnr=1), out, **wanted)
+    assert (out / "map.safetensors").read_bytes() != old
+    given["profile_map"].write_bytes((out / "map.safetensors").read_bytes())
+    with pytest.raises(GenAttnError, match="belongs to a request with other map; name another"):
+        tune(settings, PROMPTS, Goal(min_psnr=1), tmp_path / "given", **given)
 
 
 def test_speed_is_of_the_processor_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict
 from genattn.patterns.block_topk import BlockTopK
 from genattn.patterns.combine import Intersection, PerHead, PerLayer, Union
 from genattn.patterns.dense import DensePattern
+from genattn.patterns.logit_decayed import LogitDecayed
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern, SiteMemory
 from genattn.patterns.published import sol, sparge, svg2
@@ -339,6 +340,11 @@ def test_saved_and_read() -> None:
         (lambda: AdaptivePattern(neighbours=-1), "neighbours must be a whole number >= 0, got -1"),
         (lambda: AdaptivePattern(refresh_every=0), "refresh_every must be a whole number >= 1, got 0"),
         (lambda: AdaptivePattern(inside=BlockTopK()), "inside must be a pattern of geometry alone"),
+        (
+            lambda: AdaptivePattern(inside=LogitDecayed(RadialPattern(), 3)),
+            "inside cannot hold LogitDecayed, whose logits it would leave; put LogitDecayed around all",
+        ),
+        (lambda: AdaptivePattern(always=LogitDecayed(RadialPattern(), 3)), "always cannot hold LogitDecayed"),
         (lambda: AdaptivePattern(always=3), "always must be a pattern of geometry alone"),  # type: ignore[arg-type]
         (lambda: AdaptivePattern(tiles="clusters", inside=RadialPattern()), "inside needs tiles that are places, got clusters"),
         (lambda: AdaptivePattern(tiles=Clusters(9999)).check(LAYOUT), "must be at most the 168 tokens of the grid, got 9999"),

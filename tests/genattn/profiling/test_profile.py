@@ -129,6 +129,17 @@ def test_an_unfinished_profile_of_other_steps_or_seed_is_refused(tmp_path: Path)
     assert model.seen == [*PROMPTS[1:], *PROMPTS[:2]]
 
 
+def test_an_unfinished_profile_of_other_weights_is_refused(tmp_path: Path) -> None:
+    model, out = Model(), tmp_path / "map.safetensors"
+    model.breaks_at = PROMPTS[1]
+    with pytest.raises(KeyboardInterrupt):
+        profile(model.pipe, model, PROMPTS, 0.3, out)
+    with torch.no_grad():
+        model.pipe.transformer.proj_out.weight += 1
+    with pytest.raises(GenAttnError, match="was made with other weights; delete it"):
+        profile(model.pipe, model, PROMPTS, 0.3, out)
+
+
 def test_a_map_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     model, out = Model(), tmp_path / "map.safetensors"
     with only_writer(out, "--out"), pytest.raises(GenAttnError, match="is in use: another run writes there"):

@@ -11,6 +11,7 @@ from genattn.guidance.heads.head_set import HeadSet
 from genattn.guidance.softpag.guider import SoftPAGGuidance
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam.report import GenAttnWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -71,6 +72,22 @@ def test_equals_the_classic_route_on_wan(guidance_scale: float) -> None:
     with genattn.apply(classic, SoftPAG("L1H1:0.7", scale=3.0)):
         expected = classic(**{**kwargs, "guidance_scale": guidance_scale}, generator=generator())[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_window_between_two_steps_is_told() -> None:
+    pipe, _, kwargs = modular("sd3")
+    names = ("prompt", "height", "width", "max_sequence_length")
+    asked = {**{name: kwargs[name] for name in names}, "negative_prompt": "", "output": "latents"}
+    idle = SoftPAGGuidance(heads="L1H1", perturb_start=0.6, perturb_stop=0.7)
+    pipe.update_components(guider=idle)
+    told = "SoftPAGGuidance acts at no step of a run of 2: its window is steps 0.6 to 0.7 of the run; widen it"
+    with pytest.warns(GenAttnWarning, match=told) as noticed:
+        unguided = pipe(**asked, num_inference_steps=2, generator=generator())
+    assert len([w for w in noticed if issubclass(w.category, GenAttnWarning)]) == 1, "once a run"
+    pipe.update_components(guider=SoftPAGGuidance(heads="L1H1", scale=0.0))
+    assert torch.equal(pipe(**asked, num_inference_steps=2, generator=generator()), unguided)
+    pipe.update_components(guider=SoftPAGGuidance(heads="L1H1", perturb_start=0.6, perturb_stop=0.7))
+    pipe(**asked, num_inference_steps=3, generator=generator())  # step 2 of 3 lies in it
 
 
 @pytest.mark.parametrize("family", ["qwen-image", "flux2", "z-image"])

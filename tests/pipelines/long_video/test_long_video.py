@@ -448,6 +448,11 @@ def test_resuming_with_another_model_other_settings_or_version_is_refused(pipe, 
         other.transformer.blocks[1].ffn.net[2].weight += 0.01
     with pytest.raises(GenAttnError, match="other settings or another model: model was"):
         long_video(other, resume=tmp_path)
+    reads_otherwise = video_pipes.wan()
+    with torch.no_grad():
+        next(p for p in reads_otherwise.text_encoder.parameters() if p.ndim == 2).add_(0.01)
+    with pytest.raises(GenAttnError, match="other settings or another model: model was"):
+        long_video(reads_otherwise, resume=tmp_path)
     import diffusers
 
     shifted = video_pipes.wan(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0))
