@@ -91,7 +91,7 @@ def _profile(**options: Any) -> Pattern:
         raise GenAttnError(
             "--attention profile needs the file of a map; give profile:map.safetensors, or path=... as an option"
         )
-    return ProfiledPattern(**({"tail": "mean"} | options))
+    return ProfiledPattern(**options)
 
 
 ATTENTIONS: dict[str, Callable[..., Pattern] | None] = {

@@ -14,7 +14,6 @@ from pathlib import Path
 from genattn.apps.sampling.run import AttentionSettings
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
-from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
@@ -105,9 +104,7 @@ def _radial(ground: Ground, densities: Sequence[float]) -> Made:
 def _adaptive(ground: Ground, densities: Sequence[float]) -> Made:
     """Clusters at about two thirds of the share: a cluster of keys is visited by all tiles that have a query in it."""
     shares = sorted({round(share * 2 / 3, 2) for share in densities})
-    return [
-        (f"adaptive {share:g}", AdaptivePattern(TopK(share), ADAPTIVE.score, ADAPTIVE.tiles, tail="mean")) for share in shares
-    ]
+    return [(f"adaptive {share:g}", replace(ADAPTIVE, selection=TopK(share))) for share in shares]
 
 
 def _profiled(ground: Ground, densities: Sequence[float]) -> Made:

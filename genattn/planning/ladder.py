@@ -33,7 +33,7 @@ PROFILE, MAP_ENDING = "profile:", ".safetensors"
 LADDER = ("radial", "gna", "adaptive", *PUBLISHED, f"{PROFILE}PATH", "settings:PATH", "auto")
 GNA_DENSITY, ADAPTIVE_DENSITY = 0.4, 0.3
 # the least error and the highest PSNR of all choices at a like share, see docs/adaptive.md
-ADAPTIVE = AdaptivePattern(TopK(0.2), PooledScore(0), Clusters(), tail="mean")
+ADAPTIVE = AdaptivePattern(TopK(0.2), PooledScore(0), Clusters(), tail="mean2")
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,17 @@ def test_the_studies_write_what_the_page_reads(tmp_path: Path) -> None:
             assert "2 prompts" in METHODS[name](found).measured
 
 
+def test_the_cost_of_broadway_is_that_of_the_run(tmp_path: Path) -> None:
+    """A guided forward is one thing, a run with a fifth of its steps guided another."""
+    row = {"measured": "video DiT", "over_stock": 1.066, "guided_steps": 0.2, "run_overhead": 0.0132}
+    stock = {"measured": "attention", "over_stock": 1.2, "guided_steps": "", "run_overhead": ""}
+    got = METHODS["broadway_cost"](tables(tmp_path, "broadway_cost", [stock, row]))
+    assert "video DiT +1.3% (a guided forward +6.6%);" in got.measured
+    assert (got.verdict, len(got.rows)) == (MINIATURE, 1)
+    dear = tables(tmp_path / "dear", "broadway_cost", [row | {"run_overhead": 0.05}])
+    assert METHODS["broadway_cost"](dear).verdict == NOT
+
+
 def test_what_was_not_read_is_told(tmp_path: Path) -> None:
     told = evidence.page([evidence.judge(claim(needs="a GPU", standing="second-hand"), Tables(tmp_path))])
     assert "| c | p (s; second-hand) |" in told
