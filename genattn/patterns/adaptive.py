@@ -242,6 +242,7 @@ class AdaptivePattern(ContentPattern):
             open=allowed,
             spread=self.chosen_by.needs_spread,
             counted=counted or None,
+            halves=self.tail == "mean2",
         )
         listed = self.chosen_by.choose(found) | self._always(layout, query_tiles, key_tiles)
         if unlike is not None:

@@ -3,7 +3,8 @@
     score_ij = scale qbar_i . kbar_j                     mean query of tile i, mean key of tile j
     looked at closer: kbar over halves, quarters, ...    score_ij = log mean_p exp(scale qbar_i . kbar_jp)
     mass_ij  = n_j e^score_ij / sum_j n_j e^score_ij     over the tiles that may be chosen
-    spread_ij^2 = scale^2 qbar_i^2 . var(k_j)            variance of the scores inside tile j, channels taken as independent
+    spread_ij^2 = scale^2 qbar_i^2 . var(k_j)            variance of the scores inside tile j, or inside its halves of like
+                                                         keys, channels taken as independent
 
 Pooling tiles to their mean is SpargeAttn's selector (Zhang et al., arXiv 2502.18137, section 3.3); looking closer is HiP's (Lee
 et al., arXiv 2406.09827), here at all tiles, because one product over pieces costs less than sorting out the promising ones.
@@ -38,9 +39,9 @@ class PooledScore:
 class Estimate:
     """query: mean queries [B, H, NQ, D], times the scale. key: mean keys [B, H, NK, D]. score: [B, H, NQ, NK].
 
-    mass: [H, NQ, NK], averaged over the batch, summing to 1 over NK. variance: [B, H, NK, D] of the keys inside a tile, or
-    None where no rule needs it. open: bool [1 or H, NQ, NK], the tiles that may be chosen. counted: of how many key tiles a
-    share is taken, None for all.
+    mass: [H, NQ, NK], averaged over the batch, summing to 1 over NK. variance: [B, H, NK, D] of the keys inside a tile or its
+    halves, or None where no rule needs it. open: bool [1 or H, NQ, NK], the tiles that may be chosen. counted: of how many key
+    tiles a share is taken, None for all.
     """
 
     query: torch.Tensor
@@ -69,11 +70,12 @@ def estimate(
     open: torch.Tensor | None = None,
     spread: bool = False,
     counted: int | None = None,
+    halves: bool = False,
 ) -> Estimate:
     """The estimate for query [B, S, H, D] and key [B, S, Hk, D]; tiles int [N, lanes], -1 unused.
 
-    open: bool [1 or H, NQ, NK], which tiles may be chosen; None: those that hold a token. spread: whether a rule needs it.
-    counted: see Estimate.
+    open: bool [1 or H, NQ, NK], which tiles may be chosen; None: those that hold a token. spread: whether a rule needs it;
+    halves: of which tiles it is the spread, those of two means of like keys or whole ones. counted: see Estimate.
     """
     repeats = query.shape[2] // key.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -82,7 +84,7 @@ def estimate(
     score = _scores(mean_q, mean_k, key, key_tiles, settings.levels, repeats)
     count = lanes_used(key_tiles)[:, 0]
     allowed = (count > 0)[None, None] if open is None else open & (count > 0)
-    variance = tile_variances(key, key_tiles).repeat_interleave(repeats, dim=1) if spread else None
+    variance = tile_variances(key, key_tiles, halves).repeat_interleave(repeats, dim=1) if spread else None
     weight = count if settings.weighted else None
     return Estimate(mean_q, mean_k, score, mass_of(score, allowed, weight), allowed, variance, counted)
 

@@ -71,10 +71,11 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class ErrorAware(Rule):
-    """The `share` in (0, 1] of the key tiles that lose most when their mean stands in for them.
+    """The `share` in (0, 1] of the key tiles that lose most when their mean, or their two means, stand in for them.
 
     A heavy but uniform tile is stood in for perfectly, so it ranks behind a lighter one of very different keys (SVG-EAR, arXiv
-    2603.08982). Meant for patterns with a tail: without one, a skipped tile loses all its mass.
+    2603.08982). Under the tail "mean2" it is the spread inside the halves of like keys. Meant for patterns with a tail: without
+    one, a skipped tile loses all its mass.
     """
 
     share: float | Sequence[float] = 0.25

@@ -19,17 +19,22 @@ _ON_OTHERS = 1 << 24
 _LAST = torch.finfo(torch.float32).max
 
 
-@torch.no_grad()
 def parts_by_likeness(key: torch.Tensor, tail: Tail, key_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Int32 [B, Hk, P, L]: the tokens of each part of `tail`, -1 marks an unused lane.
+    """Int32 [B, Hk, P, L]: the tokens of each part of `tail`; see `parts_of_tiles`."""
+    return parts_of_tiles(key, tail.tokens.view(-1, tail.parts * tail.tokens.shape[1]), tail.parts, key_mask)
 
-    key [B, Sk, Hk, D]; key_mask bool [B, Sk], False leaves a key out. A tile with n keys that count is cut after n / parts,
-    2 n / parts, ... of them, rounded up.
+
+@torch.no_grad()
+def parts_of_tiles(key: torch.Tensor, tiles: torch.Tensor, parts: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Int32 [B, Hk, NT * parts, ceil(M / parts)]: the tokens of each part of each tile, -1 marks an unused lane.
+
+    key [B, Sk, Hk, D]; tiles int [NT, M], -1 unused; key_mask bool [B, Sk], False leaves a key out. A tile with n keys that
+    count is cut after n / parts, 2 n / parts, ... of them, rounded up.
     """
-    lanes = tail.tokens.view(-1, tail.parts * tail.tokens.shape[1])
+    tiles = torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % parts), value=-1)
     limit = _AT_ONCE.get(key.device.type, _ON_OTHERS)
-    at_once = max(1, limit // max(1, key[:, 0].numel() * lanes.shape[1]))
-    return torch.cat([_parts(key, some, tail.parts, key_mask) for some in lanes.split(at_once)], 2)
+    at_once = max(1, limit // max(1, key[:, 0].numel() * tiles.shape[1]))
+    return torch.cat([_parts(key, some, parts, key_mask) for some in tiles.to(torch.int32).split(at_once)], 2)
 
 
 def _parts(key: torch.Tensor, lanes: torch.Tensor, parts: int, key_mask: torch.Tensor | None) -> torch.Tensor:

@@ -14,7 +14,7 @@ from genattn.functional.planned import block_plan_for, plan_for, planned_attenti
 from genattn.geometry.token_layout import Segment, TokenLayout
 from genattn.kernels.plan.block_plan import BlockPlan
 from genattn.kernels.plan.head_tiles import HeadTiles
-from genattn.kernels.reference.attention import visible_mask
+from genattn.kernels.reference.attention import tile_states, visible_mask
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.patterns.as_json import pattern_from_dict, pattern_to_dict
 from genattn.patterns.block_topk import BlockTopK
@@ -372,3 +372,19 @@ def test_a_tile_of_the_first_token_alone_is_listed() -> None:
     found = pattern.listing(query, key, layout, 16, 16)
     (alone,) = [place for place, tile in enumerate(found.key_tiles.tolist()) if [t for t in tile if t >= 0] == [0]]
     assert found.listed[:, :, alone].all(), "text is always seen"
+
+
+def test_error_aware_choice_knows_what_stands_in() -> None:
+    """A tile of two groups of equal keys is lost under one mean and stood in for exactly by two."""
+    layout = TokenLayout.from_grid((1, 4, 8))
+    draw = torch.Generator().manual_seed(0)
+    query, key = torch.ones(1, 32, 1, 4), 0.3 * torch.randn(1, 32, 1, 4, generator=draw)
+    key[:, 8:16] = torch.tensor([2.0, -2.0]).repeat(4)[None, :, None, None]  # wide, but two groups
+    rows = {}
+    for tail in ("mean", "mean2"):
+        pattern = AdaptivePattern(ErrorAware(0.25), PooledScore(0), Runs((8, 8)), tail=tail)
+        plan = pattern.plan_for(query, key, layout, 8, 8)
+        rows[tail] = tile_states(plan)[0] > 0
+    others = torch.arange(4) != 1
+    assert bool(rows["mean"][others, 1].all()), "one mean of 2 and -2 is the worst stand-in"
+    assert not bool(rows["mean2"][others, 1].any())

@@ -1,11 +1,13 @@
 """Means, scores and spreads of tiles against loops in float64."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.kernels.reference.likeness import parts_of_tiles
 from genattn.selection.estimate import PooledScore, estimate
 from genattn.selection.guards import Similarity, beside, holds, shares_tokens
 from genattn.selection.pooling import likeness_among, likeness_to_mean, tile_means, tile_variances
@@ -26,6 +28,26 @@ def test_means_and_variances() -> None:
     assert not whole[:, :, 3].any()
     assert not halves[:, :, 1, 1].any()
     assert tile_means(X.float(), TILES).dtype == torch.float32
+
+
+def test_variances_inside_halves_are_around_both_means() -> None:
+    found = tile_variances(X, TILES, halves=True)
+    halves = parts_of_tiles(X, TILES, 2).unflatten(2, (-1, 2))
+    for sample, head, tile in itertools.product(range(2), range(3), range(4)):
+        tokens = (TILES[tile] >= 0).sum()
+        apart = torch.zeros(5, dtype=torch.float64)
+        for part in halves[sample, head, tile]:
+            mine = X[sample, part[part >= 0].long(), head]
+            apart += (mine - mine.mean(0)).square().sum(0) if len(mine) else 0
+        torch.testing.assert_close(found[sample, head, tile], apart / max(1, int(tokens)))
+    assert bool((found[:, :, :3].sum(-1) < tile_variances(X, TILES)[:, :, :3].sum(-1)).all())
+
+
+def test_spread_of_halves_follows_the_query_heads_of_a_key_head() -> None:
+    query = torch.randn(2, 9, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = estimate(query, X, TILES, TILES, PooledScore(), spread=True, halves=True)
+    variance = tile_variances(X, TILES, halves=True).repeat_interleave(2, dim=1)
+    assert torch.equal(found.variance, variance)  # type: ignore[arg-type]
 
 
 def test_likeness() -> None:
