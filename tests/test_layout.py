@@ -48,7 +48,7 @@ MAY_IMPORT = {
         "genattn genattn/distributed genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/planning "
         "kernels kernels/cpu kernels/plan"
     ),
-    "genattn/selection": "genattn genattn/geometry kernels/plan",
+    "genattn/selection": "genattn genattn/geometry kernels/plan kernels/reference",
     "guidance/broadway": (
         "genattn genattn/functional genattn/geometry genattn/layouts genattn/patterns genattn/seam "
         "guidance/passes "

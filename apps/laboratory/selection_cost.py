@@ -36,6 +36,7 @@ PATTERNS: dict[str, Pattern] = {
     "clusters, later": AdaptivePattern(TopK(0.25), PooledScore(0), Clusters(iterations=2)),
     "top-k, mean": AdaptivePattern(TopK(0.25), tail="mean"),
     "clusters, later, mean": AdaptivePattern(TopK(0.25), PooledScore(0), Clusters(iterations=2), tail="mean"),
+    "error-aware, mean2": AdaptivePattern(ErrorAware(0.25), tail="mean2"),
     "sol": sol(),
     "sparge": sparge(),
     "svg2, later": svg2(query_clusters=64, key_clusters=64, iterations=2),
