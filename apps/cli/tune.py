@@ -55,6 +55,7 @@ def tune_command(
 
     Example: genattn tune --budget 2x --prompts captions.txt --model assets/tiny-wan-long --out out/tuned
     """
+    from genattn.apps.sampling.load_pipeline import shipped_model
     from genattn.apps.tuning.draw import need_matplotlib
     from genattn.apps.tuning.goal import Goal, parse_budget
     from genattn.apps.tuning.tune import JOURNAL, SETTINGS, left_out, tune
@@ -78,7 +79,8 @@ def tune_command(
         if found.chosen is not None:
             path = found.folder / SETTINGS
             print_lines(f"chosen: {found.chosen.name}, {found.chosen.speedup:.2f} times as fast, {found.chosen.psnr:.1f} dB")
-            print_lines(f"wrote {path}", f"use it: genattn generate --settings {path} --prompt ...")
+            line = f"genattn generate --model {settings.model or shipped_model()} --settings {path} --prompt ..."
+            print_lines(f"wrote {path}", f"use it: {line}")
             print_lines(f'        genattn.apply(pipe, "settings:{path}")')
     if found.chosen is None:
         raise RunFailed(found.why)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import genattn
 from genattn.apps.cli import root as cli
+from genattn.apps.sampling.load_pipeline import shipped_model
 from genattn.apps.sampling.run import SamplingSettings
 from genattn.apps.sampling.saved_settings import attention_from_file
 from genattn.apps.tuning import tune as tuning
@@ -190,6 +191,20 @@ def test_the_command(
     with pytest.raises(SystemExit):
         cli.main()
     assert "on the front" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "told"), [("", str(shipped_model())), ("--model mine", "mine")])
+def test_the_line_to_paste_names_the_model(
+    model: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --model `generate` takes another model than `tune`, which the settings are not of."""
+    found = SimpleNamespace(rows=[], folder=tmp_path, chosen=SimpleNamespace(name="window", speedup=2.0, psnr=30.0))
+    monkeypatch.setattr(tuning, "tune", lambda *args, **kwargs: found)
+    monkeypatch.setattr("sys.argv", ["genattn", *f"tune {model} --prompt cat --budget 2x --out {tmp_path}".split()])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert f"use it: genattn generate --model {told} --settings {tmp_path / 'settings.json'}" in capsys.readouterr().out
 
 
 def test_what_is_tried() -> None:
