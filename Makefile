@@ -35,12 +35,17 @@ COMFYUI_PYTHON ?= $(if $(COMFYUI_DIR),$(COMFYUI_DIR)/venv/bin/python)
 test test-all test-comfyui: export COMFYUI_DIR := $(COMFYUI_DIR)
 test test-all test-comfyui: export COMFYUI_PYTHON := $(COMFYUI_PYTHON)
 
+# a worker per core, up to eight (each takes 1 to 2 GB), with one thread each; a file's tests stay together and in order
+WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile
+test test-all: export OMP_NUM_THREADS := 1
+
 test: install $(VENV)/.quantizers
 	@test -n "$(COMFYUI_DIR)" || echo "no real ComfyUI is met, for COMFYUI_DIR is not set; stand-ins are"
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: install $(VENV)/.quantizers
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 test-comfyui: install
 	@test -f "$(COMFYUI_DIR)/main.py" || { echo "COMFYUI_DIR must be a ComfyUI, a folder with main.py; got '$(COMFYUI_DIR)'"; exit 2; }
