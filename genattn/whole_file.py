@@ -59,10 +59,10 @@ def write_picture(picture: Any, path: str | os.PathLike[str], kind: str = "PNG",
     return _write_bytes(path, content)
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> Path:
-    """Write a matplotlib figure in the format of the path's ending; gives the path."""
+def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int, **options: Any) -> Path:
+    """Write a matplotlib figure in the format of the path's ending. options: as its `savefig` takes them. Gives the path."""
     content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower() or "png", dpi=dpi)
+    figure.savefig(content, format=Path(path).suffix[1:].lower() or "png", dpi=dpi, **options)
     return _write_bytes(path, content)
 
 

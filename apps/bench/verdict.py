@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from genattn.apps.bench.gpu import FILES, rows_in
+from genattn.whole_file import write_whole
 
 # time over (density x dense time): what must hold, what is good, what is aimed for
 MUST, GOOD, AIM = 1.35, 1.20, 1.10
@@ -11,7 +12,7 @@ MUST, GOOD, AIM = 1.35, 1.20, 1.10
 def write_verdict(out: Path) -> str:
     """Write OUT/verdict.md from the rows in OUT, and return it."""
     text = "\n\n".join(part for part in (_forward(out), _checks(out), _others(out), _failures(out)) if part) + "\n"
-    (out / "verdict.md").write_text(text)
+    write_whole(out / "verdict.md", text)
     return text
 
 

@@ -1,6 +1,6 @@
 """The `genattn` command. A request that cannot be served gives one line on standard error and exit code 2.
 
-0 done, 1 the work failed, 2 what was asked cannot be, 130 Ctrl-C, 143 SIGTERM: the same for every command.
+0 done, 1 the work failed, 2 what was asked cannot be, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP: the same for every command.
 """
 
 import errno
@@ -116,8 +116,8 @@ def main() -> None:
             raise
         smaller = "try a smaller --grid" if sys.argv[1:2] in ([name] for name in _WITHOUT_MODEL) else _SMALLER
         _fail(f"out of memory: {first_line(error) if str(error).strip() else 'the machine has no more'}; {smaller}", 1)
-    if code in (130, 143):  # typer turns an interrupt into 130 and says nothing
-        _fail(stopping.MESSAGE.line, max(code, stopping.MESSAGE.code))
+    if code in stopping.CODES:  # typer turns an interrupt into 130 and says nothing
+        _fail(stopping.MESSAGE.line, stopping.MESSAGE.code if code == 130 else code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 USUAL = "stopped; no unfinished file was left"
 _MOMENT = 0.05  # seconds
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # beside Ctrl-C
+CODES = (128 + signal.SIGINT, *(128 + number for number in STOPS))
 
 
 @dataclass
@@ -45,19 +47,20 @@ def same_command_goes_on(kept: Path) -> None:
 def heeding_terminate() -> Iterator[None]:
     """While entered, SIGTERM ends a command as Ctrl-C does, its files closed, but with its own exit code.
 
-    So does SIGINT where a shell script started the command in the background, for which shells have it ignored. A stop that
-    comes while a destructor or a callback of C runs, where Python drops what is raised, comes again a moment later.
+    So does SIGHUP, which comes when a terminal is closed, unless `nohup` has it ignored; and SIGINT where a shell script
+    started the command in the background, for which shells have it ignored. A stop that comes while a destructor or a callback
+    of C runs, where Python drops what is raised, comes again a moment later.
     """
 
-    def stop(*_: Any) -> None:
-        MESSAGE.code = 128 + signal.SIGTERM
+    def stop(number: int, frame: Any) -> None:
+        MESSAGE.code = 128 + number
         raise KeyboardInterrupt
 
     MESSAGE.code = 128 + signal.SIGINT
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    before = {number: signal.signal(number, stop) for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN}
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

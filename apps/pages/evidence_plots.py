@@ -8,6 +8,7 @@ import numpy as np
 
 from genattn.apps.pages.evidence_patterns import growth
 from genattn.apps.pages.evidence_tables import NotMeasuredError, Row, Tables, number
+from genattn.whole_file import save_figure
 
 _SWEEP = ("date", "commit", "weights")
 
@@ -95,9 +96,8 @@ def draw_all(tables: Tables, folder: Path) -> list[tuple[str, str]]:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     for name, _, draw in plots(tables):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         draw(figure.subplots(), tables)
-        figure.savefig(folder / name, dpi=110, metadata={"Software": None})
+        save_figure(figure, folder / name, 110, metadata={"Software": None})
     return [(name, caption) for name, caption, _ in plots(tables)]

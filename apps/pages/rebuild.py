@@ -6,6 +6,7 @@ from genattn.apps.pages import evidence, scale_page
 from genattn.apps.pages.evidence_plots import draw_all, plots
 from genattn.apps.pages.evidence_tables import Tables
 from genattn.errors import GenAttnError, RunFailed
+from genattn.whole_file import write_whole
 
 
 def rebuild(root: Path | None = None, check: bool = False) -> list[evidence.Evidence]:
@@ -27,7 +28,7 @@ def rebuild(root: Path | None = None, check: bool = False) -> list[evidence.Evid
         return found
     draw_all(tables, root / "assets" / "figures")
     for name, text in pages.items():
-        (root / "docs" / name).write_text(text, encoding="utf-8")
+        write_whole(root / "docs" / name, text)
     return found
 
 

@@ -224,6 +224,8 @@ class LongVideo:
     def _show(self, bar: Any, frames: int) -> None:
         bar.update(frames)
         queue = self.parts.fifo.queue
+        if queue.tick == self._first_tick:  # stopped before the first one: nothing tells how long one takes
+            return
         if queue.first_number + queue.shape.head <= 0:
             latents = -(queue.first_number + queue.shape.head)
             each = (time.monotonic() - self._began) / (queue.tick - self._first_tick) / queue.shape.latents_per_level

@@ -1,18 +1,20 @@
 """Ctrl-C as a wish: the tick under way is finished, then the film and its checkpoint are closed. A second Ctrl-C stops at
 once."""
 
+import contextlib
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; the second acts as it always did. Does nothing off the main
-    thread. last_signal: the number of the one that came last, for the exit code of a process."""
+    """While entered, the first SIGINT, SIGTERM or SIGHUP sets `asked`; a second stops at once. Does nothing off the main
+    thread, nor for a signal that is ignored. last_signal: the number of the one that came last, for the exit code of a
+    process."""
 
     last_signal: ClassVar[int] = signal.SIGINT
 
@@ -25,11 +27,13 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this tick; once more to stop at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping after this tick; once more to stop at once", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -70,15 +70,15 @@ def draw(root: Path, seed: int, count: int) -> list[Mutant]:
 
 
 def tests_for(root: Path, file: str) -> list[str]:
-    """Tests of a file, nearest first: those of its name, those that import it, then its room's."""
+    """Tests of a file, nearest first: those of its name, those that import it, then its room's, or the room's around that."""
     path = Path(file)
-    room = root / "tests" / path.parent
+    room = next(place for place in (root / "tests" / path).parents if place.is_dir())
     module = "genattn." + file.removeprefix("genattn/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     everything = sorted((root / "tests").rglob("test_*.py"))
     named = [test for test in everything if test.parent == room and path.stem in test.stem]
     wanted = re.compile(rf"\b{re.escape(module)}\b")
     importing = [test for test in everything if wanted.search(test.read_text())]
-    beside = sorted(room.rglob("test_*.py")) if room.is_dir() else []
+    beside = sorted(room.rglob("test_*.py"))
     return [str(test.relative_to(root)) for test in dict.fromkeys([*named, *importing, *beside])]
 
 

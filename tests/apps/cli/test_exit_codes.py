@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,10 +75,11 @@ def test_one_meaning_everywhere(name: str, outcome: Callable[..., tuple[int, str
     assert f"see: genattn {name} --help" in told
     assert outcome(name, raising(KeyboardInterrupt()))[0] == 130
     assert outcome(name, raising(typer.Abort()))[0] == 130
-    before = signal.getsignal(signal.SIGTERM)
-    code, told = outcome(name, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert (code, told) == (143, "genattn: stopped; no unfinished file was left\n")
-    assert signal.getsignal(signal.SIGTERM) is before
+    for number, wanted in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        before = signal.getsignal(number)
+        code, told = outcome(name, partial(os.kill, os.getpid(), number))
+        assert (code, told) == (wanted, "genattn: stopped; no unfinished file was left\n")
+        assert signal.getsignal(number) is before
     assert outcome(name, raising(KeyboardInterrupt()))[0] == 130, "the next one is no longer a SIGTERM"
 
 

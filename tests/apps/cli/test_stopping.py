@@ -11,7 +11,7 @@ import pytest
 
 from genattn.apps.cli.stopping import MESSAGE, heeding_terminate
 
-STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 
 
 class Thing:
@@ -51,6 +51,17 @@ def test_a_stop_ends_the_work_wherever_it_comes(place: Callable[[int], None], nu
     assert MESSAGE.code == code
     assert sys.unraisablehook is hook
     assert [signal.getsignal(each) for each, _ in STOPS] == handlers
+
+
+def test_a_closed_terminal_does_not_stop_what_nohup_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with heeding_terminate():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

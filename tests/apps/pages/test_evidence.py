@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_the_pages_are_what_the_files_say(capsys: pytest.CaptureFixture[str]) ->
     assert "claims" in capsys.readouterr().out
 
 
-def test_a_stale_page_is_found(tmp_path: Path) -> None:
+def test_a_stale_page_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GenAttnError, match="has no assets/claims.json; give --root"):
         evidence_command(root=tmp_path, check=True, as_json=False)
     (tmp_path / "assets").mkdir()
@@ -248,4 +249,12 @@ def test_a_stale_page_is_found(tmp_path: Path) -> None:
     evidence_command(root=tmp_path, check=False, as_json=True)
     evidence_command(root=tmp_path, check=True, as_json=False)
     page = (tmp_path / "docs" / "evidence.md").read_text()
+    # a stop at the last write leaves the old page, and nothing beside it
+    (tmp_path / "docs" / "evidence.md").write_text("as it was")
+    with monkeypatch.context() as stopped:
+        stopped.setattr("os.replace", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evidence_command(root=tmp_path, check=False, as_json=True)
+    assert (tmp_path / "docs" / "evidence.md").read_text() == "as it was"
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["evidence.md", "scale.md"]
     assert "| c | p (s) | - | - | **needs a GPU or weights not at hand** (a GPU) | - |" in page

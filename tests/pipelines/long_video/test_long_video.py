@@ -272,12 +272,50 @@ def test_ctrl_c_finishes_the_tick_and_keeps_everything(pipe, tmp_path):
     assert len(film(tmp_path / "video.mp4")) == len(frames) == queue_checkpoint.read_record(tmp_path)["frames"]
 
 
-def test_a_second_ctrl_c_stops_at_once():
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
+def test_a_stop_before_the_first_tick_keeps_the_first_clip(pipe, tmp_path, monkeypatch):
+    whole = list(long_video(pipe, "a cat", num_frames=5, stream=True, **SMALL))
+    save = long_video_run.LongVideo._save
+
+    def interrupted(self):
+        save(self)
+        if self.stopped != "interrupted":  # the save before the ticks, not the one behind them
             os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(long_video_run.LongVideo, "_save", interrupted)
+    for resumed in (False, True):  # while it warms up, and where that is gone on with
+        asked = {"resume": tmp_path} if resumed else {"prompt": "a cat", "num_frames": 5, "folder": tmp_path, **SMALL}
+        video = long_video(pipe, **asked, stream=True)
+        assert list(video) == []
+        assert video.stopped == "interrupted"
+        assert queue_checkpoint.read_record(tmp_path)["tick"] == 0
+    monkeypatch.undo()
+    assert np.array_equal(list(long_video(pipe, resume=tmp_path, stream=True)), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_stops_at_once(number):
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        assert StopRequest.last_signal == number
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_a_stop_is_heard_without_a_terminal_and_not_under_nohup(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    gone, write = os.pipe()
+    os.close(gone)
+    try:
+        with StopRequest() as stop, os.fdopen(write, "w", buffering=1) as closed:
+            monkeypatch.setattr(sys, "stderr", closed)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked
+            os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # what is still in the buffer goes nowhere
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 RUNNER = """

@@ -52,6 +52,7 @@ def test_verdicts(tmp_path: Path) -> None:
     test = root / "tests" / "guidance" / "test_f.py"
     test.write_text("from guidance.f import f\n\n\ndef test_f() -> None:\n    assert f(5) == [3]\n")
     assert run.tests_for(root, "guidance/f.py") == ["tests/guidance/test_f.py"]
+    assert run.tests_for(root, "guidance/inner/g.py") == ["tests/guidance/test_f.py"], "a room without tests of its own"
     (half,) = [mutant for mutant in run.mutants_of(root, "guidance/f.py") if mutant.old == "//"]
     (printed,) = [mutant for mutant in run.mutants_of(root, "guidance/f.py") if mutant.old == "print(b)"]
     assert run.judge(root, printed, 60)["verdict"] == "survived"
