@@ -1,6 +1,7 @@
 """Shared by all tests: no hub, two threads, and NaN in every uninitialised tensor that our own code asks for."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -62,6 +63,14 @@ def _nan_in_uninitialised_memory(request: pytest.FixtureRequest, monkeypatch: py
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hangup_is_heard() -> Iterator[None]:
+    """SIGHUP as a terminal leaves it: tests that were started by nohup find it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

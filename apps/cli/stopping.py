@@ -71,6 +71,14 @@ def heeding_terminate() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _send(number: int) -> None:
+    """A signal to the main thread that also ends a sleep or a read there; `interrupt_main` waits until that returns."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows
+        _thread.interrupt_main(signal.Signals(number))
+
+
 @contextmanager
 def _told_again() -> Iterator[None]:
     """While entered, a KeyboardInterrupt that Python drops comes once more, a moment later."""
@@ -82,7 +90,7 @@ def _told_again() -> Iterator[None]:
             hook(dropped)
             return
         # not from here: it would be raised, and dropped, within this very function
-        waiting.append(threading.Timer(_MOMENT, _thread.interrupt_main, [MESSAGE.code - 128]))
+        waiting.append(threading.Timer(_MOMENT, _send, [MESSAGE.code - 128]))
         waiting[-1].daemon = True
         waiting[-1].start()
 

@@ -58,6 +58,7 @@ class OutOfMemoryError(RuntimeError):
     """As torch names it."""
 
 
+@pytest.mark.usefixtures("hangup_is_heard")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_meaning_everywhere(name: str, outcome: Callable[..., tuple[int, str]]) -> None:
     assert outcome(name, lambda: None) == (0, "")

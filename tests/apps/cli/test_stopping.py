@@ -42,12 +42,15 @@ def _plainly(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+@pytest.mark.usefixtures("hangup_is_heard")
 @pytest.mark.parametrize(("number", "code"), STOPS)
 @pytest.mark.parametrize("place", [_plainly, _in_destructor, _in_callback])
 def test_a_stop_ends_the_work_wherever_it_comes(place: Callable[[int], None], number: int, code: int) -> None:
     hook, handlers = sys.unraisablehook, [signal.getsignal(each) for each, _ in STOPS]
+    begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt), heeding_terminate():
         pytest.fail(f"it was not heard: {place(number)} {time.sleep(30)}")
+    assert time.monotonic() - begun < 25, "it ends the wait, too"
     assert MESSAGE.code == code
     assert sys.unraisablehook is hook
     assert [signal.getsignal(each) for each, _ in STOPS] == handlers

@@ -292,6 +292,7 @@ def test_a_stop_before_the_first_tick_keeps_the_first_clip(pipe, tmp_path, monke
     assert np.array_equal(list(long_video(pipe, resume=tmp_path, stream=True)), whole)
 
 
+@pytest.mark.usefixtures("hangup_is_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_stops_at_once(number):
     with StopRequest() as stop:
