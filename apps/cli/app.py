@@ -13,6 +13,7 @@ import typer
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 
 
 def app_command(
@@ -65,17 +66,18 @@ def app_command(
     }
     _check_place(folder, host, port)
     limits = Limits(**{name: value for name, value in asked.items() if value is not None})
-    keep_offline(folder.resolve())
-    session = Session(folder, model or (), limits, dtype, device, cpu_offload, settings or ())
-    page, url = serve(session, host, port, open_browser)
-    if as_json:
-        print_json({"url": url, "models": session.names(), "folder": str(session.folder), "limits": vars(limits)})
-    else:
-        print_lines(f"{url} serves {', '.join(session.names())}; Ctrl-C ends it")
-    try:
-        threading.Event().wait()
-    finally:
-        page.close(verbose=False)
+    with only_writer(folder, "--folder"):  # each would make room by deleting the other's runs
+        keep_offline(folder.resolve())
+        session = Session(folder, model or (), limits, dtype, device, cpu_offload, settings or ())
+        page, url = serve(session, host, port, open_browser)
+        try:
+            if as_json:
+                print_json({"url": url, "models": session.names(), "folder": str(session.folder), "limits": vars(limits)})
+            else:
+                print_lines(f"{url} serves {', '.join(session.names())}; Ctrl-C ends it")
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
 
 
 def _check_place(folder: Path, host: str, port: int | None) -> None:

@@ -66,7 +66,7 @@ def node_class(spec: NodeSpec) -> type:
     """The V3 class of a node."""
 
     def execute(cls: type, /, **inputs: Any) -> Any:
-        answer = spec.run(**inputs)
+        answer = spec.answer(**inputs)
         if not isinstance(answer, Answer):
             return io.NodeOutput(*answer)
         shown = None

@@ -55,10 +55,17 @@ def load(model: str, dtype: str, device: str, offline: bool) -> Pipe:
     Raises GenAttnError with what is missing.
     """
     source: str | None = model.strip() or None
-    if source is not None and offline and not Path(source).is_dir():
+    if source is not None and offline and not _is_folder(source):
         source = _snapshot(source)
     with torch.inference_mode(False):  # weights are to outlive this workflow and be usable in any other
         return Pipe(load_pipeline(source, dtype, None if device == "auto" else device))
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # longer than a file's name may be
+        return False
 
 
 def _snapshot(name: str) -> str:

@@ -11,6 +11,7 @@ from genattn.apps.comfyui.patching.seam import patch_model
 from genattn.apps.comfyui.pictures import to_image
 from genattn.apps.comfyui.schema import Answer
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 from genattn.profiling.draw import draw_profile
 from genattn.profiling.profile import BANDS, CHECKS, SAMPLES, Profile
 from genattn.profiling.recorder import Recorder
@@ -41,24 +42,28 @@ def write_profile(
     density: float,
     name: str,
 ) -> Answer:
-    """Measure and write the map; gives its path, a picture and a table. Raises GenAttnError for a name outside the folder."""
+    """Measure and write the map; gives its path, a picture and a table.
+
+    Raises GenAttnError for a name outside the folder, and for one that another run writes at this moment.
+    """
     from comfy.utils import ProgressBar
 
     place, bar = output_place(name), ProgressBar(runs + CHECKS)
-    recorder = Recorder(BANDS, SAMPLES)
-    bare = model.clone()
-    bare.model_options.setdefault("transformer_options", {})["genattn"] = Chain()
-    recorded = patch_model(bare, recorder)
-    for number in range(runs + CHECKS):
-        if number == runs:
-            recorder.fit()
-        _sample(recorded, positive, negative, latents, seed + number % runs, sampling_steps, cfg)
-        if number < runs:
-            recorder.check_seen()
-        bar.update_absolute(number + 1, runs + CHECKS)
-    # under the name of the class that holds the same weights in diffusers: the map serves there too
-    recorder.model = host_of(model.model.diffusion_model).diffusers
-    found = Profile(recorder.map(density, runs), write_map(recorder.map(density, runs), place))
+    with only_writer(place, "name"):
+        recorder = Recorder(BANDS, SAMPLES)
+        bare = model.clone()
+        bare.model_options.setdefault("transformer_options", {})["genattn"] = Chain()
+        recorded = patch_model(bare, recorder)
+        for number in range(runs + CHECKS):
+            if number == runs:
+                recorder.fit()
+            _sample(recorded, positive, negative, latents, seed + number % runs, sampling_steps, cfg)
+            if number < runs:
+                recorder.check_seen()
+            bar.update_absolute(number + 1, runs + CHECKS)
+        # under the name of the class that holds the same weights in diffusers: the map serves there too
+        recorder.model = host_of(model.model.diffusion_model).diffusers
+        found = Profile(recorder.map(density, runs), write_map(recorder.map(density, runs), place))
     row = "layer {layer}: {density:.1%} of the scores, expected error {error:.3f}"
     lines = [row.format(**values) for values in found.rows()]
     told = "\n".join([f"map: {found.path}", f"{found.density:.1%} of the scores", *lines])

@@ -41,6 +41,20 @@ class Field:
         """Whether the input has a value of its own when nothing is connected."""
         return self.type in WIDGETS
 
+    def check(self, value: Any) -> None:
+        """Raise GenAttnError for a value that the widget would not take: ComfyUI looks at no NaN, and not at what a link gives.
+
+        Seeds of other nodes may be larger than ours, which is no harm.
+        """
+        if self.type == "COMBO" and value not in self.options:
+            raise GenAttnError(f"{self.id} must be one of {', '.join(self.options)}, got {value!r}")
+        if self.type == "STRING" and (not isinstance(value, str) or "\0" in value):
+            raise GenAttnError(f"{self.id} must be a text, got {value!r}")
+        if self.type in ("INT", "FLOAT") and not self.seed:
+            least, most = self.low, self.high
+            if not isinstance(value, int | float) or not least <= value <= most:  # type: ignore[operator]
+                raise GenAttnError(f"{self.id} must be a number from {least:g} to {most:g}, got {value!r}")
+
 
 @dataclass(frozen=True)
 class Out:
@@ -79,3 +93,10 @@ class NodeSpec:
     is_output: bool = False
     check: Callable[..., bool | str] | None = None
     reads: tuple[str, ...] = ()
+
+    def answer(self, **inputs: Any) -> Any:
+        """What `run` gives. Raises GenAttnError before that for a widget's value that is none."""
+        for field in self.inputs:
+            if field.is_widget and inputs.get(field.id) is not None:
+                field.check(inputs[field.id])
+        return self.run(**inputs)

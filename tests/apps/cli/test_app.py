@@ -1,6 +1,7 @@
 """`genattn app` from the outside: it starts offline, says where, serves its page and ends on Ctrl-C."""
 
 import errno
+import inspect
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from gradio_session import SD3, random_model
 from genattn.apps.cli.app import app_command
 from genattn.apps.webui.verbs.session import Session
 from genattn.errors import GenAttnError
+from genattn.one_writer import only_writer
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +125,17 @@ def test_it_starts_and_ends(tmp_path: Path) -> None:
     assert Path(told["folder"]) == folder.resolve()
     assert rest == "", "nothing but JSON on standard output"
     assert server.returncode == 130, errors
+
+
+def test_a_folder_that_another_app_serves_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genattn.apps.webui.app.serve", lambda *_: pytest.fail("it was served"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = inspect.signature(app_command).parameters
+    given = {name: None if each.default is inspect.Parameter.empty else each.default for name, each in asked.items()}
+    (tmp_path / "app").mkdir()
+    with only_writer(tmp_path / "app", "--folder"), pytest.raises(GenAttnError, match="in use: .* give another --folder"):
+        app_command(**{**given, "folder": tmp_path / "app"})
+    assert list((tmp_path / "app").iterdir()) == []
 
 
 def _first_json(server: Any) -> dict[str, Any]:

@@ -1,23 +1,30 @@
 """Token orders, attention calls and a node, on stand-ins for ComfyUI; `test_live_orders` has the real models."""
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from comfy_standins import Patcher, WanModel, X
 from torch import nn
 
 from genattn.apps.comfyui import pictures, pipes
 from genattn.apps.comfyui.hosts.call import RawCall, call_mask, core_attention, preference, preferred_of, takes_holders
 from genattn.apps.comfyui.hosts.families import HOSTS, host_of, served
 from genattn.apps.comfyui.hosts.host import Entry
+from genattn.apps.comfyui.nodes import node_specs
 from genattn.apps.comfyui.patching.seam import Override
 from genattn.apps.comfyui.pipe_nodes import long_video_node
+from genattn.apps.comfyui.profiling import write_profile
+from genattn.apps.comfyui.schema import Field, NodeSpec
 from genattn.errors import GenAttnError
 from genattn.layouts.families import FAMILIES
+from genattn.one_writer import only_writer
 from genattn.patterns.dense import DensePattern
 
 
@@ -240,6 +247,49 @@ def test_a_long_video_is_pictures_from_black_to_white(monkeypatch: pytest.Monkey
     }  # fmt: skip
     assert not {"height", "num_inference_steps", "guidance_scale"} & set(asked)
     assert asked["ouroboros"] is not None
+
+
+@pytest.mark.usefixtures("comfy")
+def test_a_map_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    model = Patcher(SimpleNamespace(diffusion_model=WanModel()))
+    with only_writer(tmp_path / "a.safetensors", "--out"), pytest.raises(GenAttnError, match="in use: .* give another name"):
+        write_profile(model, [], [], X, 0, 2, 1.0, 2, 0.3, "a")
+
+
+WIDGETS = [(spec, field) for spec in node_specs() for field in spec.inputs if field.is_widget]
+
+
+@pytest.mark.parametrize(("spec", "field"), WIDGETS, ids=lambda part: part.id)
+def test_no_node_runs_with_a_value_that_its_widget_would_not_take(spec: NodeSpec, field: Field) -> None:
+    """ComfyUI lets NaN through, and whatever another node gives by a link."""
+    never = replace(spec, run=lambda **_: pytest.fail("it ran"))
+    wrong: list[Any] = {"COMBO": ["nope"], "STRING": ["a\0b", 3], "BOOLEAN": []}.get(field.type, [math.nan, math.inf, "x"])
+    if field.type in ("INT", "FLOAT"):
+        wrong += [cast("float", field.low) - 1, -math.inf, cast("float", field.high) + 1]
+    for value in wrong if not field.seed else []:
+        with pytest.raises(GenAttnError, match=f"^{field.id} must be .*, got "):
+            never.answer(**{field.id: value})
+    good = replace(spec, run=lambda **given: given)
+    kept = {field.id: 2**63 if field.seed else field.default}
+    assert good.answer(**kept) == kept
+    assert good.answer(**{field.id: None}) == {field.id: None}, "a link that gives nothing yet"
+
+
+def test_a_model_whose_name_no_file_can_have_is_told() -> None:
+    with pytest.raises(GenAttnError, match="is neither a folder nor a model on this machine"):
+        pipes.load("x" * 300, "auto", "cpu", offline=True)
+
+
+def test_a_long_video_prints_nothing_into_comfyuis_log(
+    random_wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipes, "make_room", lambda pipe: None)
+    holder, seen = pipes.load(str(random_wan_folder), "float32", "cpu", offline=True), []
+    capsys.readouterr()
+    sizes = {"height": 32, "width": 32, "window": 3, "num_inference_steps": 4, "guidance_scale": 1.0}
+    frames, told = pipes.endless(holder, "a", tmp_path / "a.mp4", lambda done, frame: seen.append(done), num_frames=5, **sizes)
+    assert (len(frames), seen, told) == (5, [1, 2, 3, 4, 5], "no plugins: stock")
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.usefixtures("comfy")

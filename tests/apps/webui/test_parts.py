@@ -11,6 +11,7 @@ from genattn.errors import GenAttnError
 gr = pytest.importorskip("gradio", reason="the app needs gradio")
 
 from genattn.apps.webui.tabs.parts import in_decibels, in_words, pixel_classes, streamed  # noqa: E402 -- after the check for gradio
+from genattn.apps.webui.tabs.report import _brief  # noqa: E402
 from genattn.apps.webui.verbs.job import Update  # noqa: E402
 
 
@@ -34,6 +35,26 @@ def test_options_are_named_as_fields() -> None:
 
 def test_equal_clips_are_equal() -> None:
     assert [in_decibels(value) for value in (31.26, float("inf"), None)] == ["31.3 dB", "equal", "equal"]
+
+
+def test_a_run_in_brief() -> None:
+    """A row of the table: the second run of a clip is the one beside dense."""
+    common = {"date": "2026-01-02T03:04:05.6", "model": "tiny", "run": "r"}
+    dense = {"seconds": 2.0, "psnr": 9.9, "density": 1.0, "speedup": 1.0}
+    sparse = {"seconds": 1.5, "psnr": 31.26, "density": 0.254, "speedup": 1.333}
+    row = _brief({**common, "verb": "video", "runs": [dense, sparse], "frames": 5})
+    assert row == {
+        "date": "2026-01-02 03:04:05", "verb": "video", "model": "tiny", "seconds": "3.5",
+        "outcome": "density 0.25, 31.3 dB, 1.33x", "run": "r", "frames": 5,
+    }  # fmt: skip
+    told = [
+        _brief({**common, "verb": "image", "heads": "L1H0"}),
+        _brief({**common, "verb": "hunt", "heads": "L2H1", "seconds": 0.04}),
+        _brief({**common, "verb": "long", "frames": 61, "frames_per_second": 2.5}),
+    ]
+    assert [(each["outcome"], each["seconds"]) for each in told] == [
+        ("heads L1H0", "-"), ("L2H1", "0.0"), ("61 frames, 2.5 a second", "-")
+    ]  # fmt: skip
 
 
 def test_pixels_are_shown_where_every_model_makes_small_pictures() -> None:
