@@ -12,6 +12,7 @@ pattern's reference is the bare model: what is done by hand would be traced with
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -101,6 +102,7 @@ def measure_named(neighbour: str, methods: Sequence[str]) -> list[dict[str, Any]
 
 
 def _measure(neighbour: Neighbour, method: Method) -> Cell:
+    gc.collect()  # a refused pipeline goes with its plugins: names put back while a compiler traces them would fail it
     try:
         alone = _alone(neighbour, method)
     except (NotImplementedError, ValueError) as error:
