@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny import world as world
 from genattn.pipelines.tiny.oracle import judge, read_background
-from genattn.pipelines.tiny.segment import find_objects
+from genattn.pipelines.tiny.segment import check_clip, find_objects
 
 OBJECT_ATTRIBUTES = ("colour", "shape", "motion", "size")
 
@@ -213,3 +213,12 @@ def test_without_being_asked_for_an_endless_motion_is_read_as_one_of_the_eight_o
     assert judge(clip, asked, endless=True).objects[0].read.motion == "sways"
     few = world.render(world.parse_caption("a red circle moves left and right on a dark background"), 4)
     assert judge(few, asked, endless=True).objects[0].read.motion not in world.ENDLESS
+
+
+def test_the_smallest_clip_there_is_and_what_is_none() -> None:
+    check_clip(np.zeros((1, 8, 8, 3), np.uint8))
+    for shape in ((1, 7, 8, 3), (1, 8, 7, 3), (0, 8, 8, 3), (1, 8, 8, 4), (8, 8, 3)):
+        with pytest.raises(GenAttnError, match="T >= 1 and H, W >= 8, got uint8"):
+            check_clip(np.zeros(shape, np.uint8))
+    with pytest.raises(GenAttnError, match="a clip must be uint8 .*, got float32"):
+        check_clip(np.zeros((1, 8, 8, 3), np.float32))  # type: ignore[arg-type]
