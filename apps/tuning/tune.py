@@ -53,6 +53,7 @@ from genattn.seam.sites import denoisers
 from genattn.seam.sparse_plugin import SparsePlugin
 
 SETTINGS, PICTURE, JOURNAL, MAP = "settings.json", "front.png", "journal.jsonl", "map.safetensors"
+MAP_BEFORE = "map-before.safetensors"
 BEFORE = "settings-before.json"  # what an earlier goal chose, where a later one is missed
 JUDGED = ("colour", "shape", "motion", "size")
 BESIDE_DENSE = 3  # settings for each dense run
@@ -123,8 +124,8 @@ def tune(
         pipe = open_pipeline(settings)
         call = call_arguments(pipe, settings)
         journal.made_with(pipeline_fingerprint(pipe))
-        if journal.begun is None:
-            (out / MAP).unlink(missing_ok=True)  # nothing tells of which weights it is
+        if journal.begun is None and profile_map is None and (out / MAP).is_file():
+            (out / MAP).replace(out / MAP_BEFORE)  # nothing tells of which weights it is
         journal.begin()
         judge = is_tiny_world(settings.model) and all(oracle_known(text) for text in texts)
         hunt = _Search(pipe, call, texts, seed, goal, journal, judge, tell)

@@ -144,6 +144,7 @@ def test_weights_under_the_same_name_are_told_apart(settings: SamplingSettings, 
     (out / "journal.jsonl").unlink()
     tune(settings, PROMPTS, Goal(min_psnr=1), out, **wanted)
     assert (out / "map.safetensors").read_bytes() != old
+    assert (out / "map-before.safetensors").read_bytes() == old
     given["profile_map"].write_bytes((out / "map.safetensors").read_bytes())
     with pytest.raises(GenAttnError, match="belongs to a request with other map; name another"):
         tune(settings, PROMPTS, Goal(min_psnr=1), tmp_path / "given", **given)
@@ -235,3 +236,22 @@ def test_what_is_tried() -> None:
 def test_what_is_left_out_is_said() -> None:
     assert left_out(["a"], None, None) == ["profiled maps are left out: they need 2 different prompts, or --map"]
     assert left_out(["a", "b"], None, None) == left_out(["a"], ["radial"], None) == left_out(["a"], None, Path("m")) == []
+
+
+@pytest.mark.parametrize(("given", "left"), [(True, "map.safetensors"), (False, "map-before.safetensors")])
+def test_a_map_without_a_journal_is_put_aside_unless_it_is_asked_for(
+    given: bool, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for name in ("refuse_early", "open_pipeline", "ProfiledPattern", "is_tiny_world"):
+        monkeypatch.setattr(tuning, name, lambda *_: None)
+    monkeypatch.setattr(tuning, "call_arguments", lambda *_: {})
+    monkeypatch.setattr(tuning, "pipeline_fingerprint", lambda *_: "aa")
+    monkeypatch.setattr(tuning._Search, "ground", stopped)
+    own = tmp_path / "map.safetensors"
+    own.write_bytes(b"x")
+    with pytest.raises(KeyboardInterrupt):
+        tune(SamplingSettings("m"), ["a"], Goal(budget=2), tmp_path, profile_map=own if given else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.jsonl", left]
