@@ -164,10 +164,10 @@ def _long_video_ablation() -> str:
     return ablation_markdown(ROOT / TABLE)
 
 
-def _fifo_motion() -> str:
+def _fifo_motion(lora: bool = False) -> str:
     from genattn.apps.laboratory.fifo_motion import TABLE, motion_markdown
 
-    return motion_markdown(ROOT / TABLE)
+    return motion_markdown(ROOT / TABLE, lora)
 
 
 def _motion_by_caption() -> str:
@@ -254,6 +254,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "bases": _long_video_bases,
         "ablation": _long_video_ablation,
         "motion": _fifo_motion,
+        "motion-goes-on": lambda: _fifo_motion(lora=True),
         "motion-by-caption": _motion_by_caption,
         "endless": _endless,
     },
