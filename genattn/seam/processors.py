@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._guards import CompileContext
 
 from genattn.errors import GenAttnError
 from genattn.seam.cores import CURRENT, MARK, close_namespace, has_seam, open_namespace
@@ -173,7 +174,8 @@ def _died(key: int, reference: Any) -> None:
 
 
 def _sweep_if_free() -> None:
-    if _LOCK.acquire(blocking=False):
+    # a compiler that traces looks up the names that a sweep puts back, and fails where they change under it
+    if CompileContext.current_compile_id() is None and _LOCK.acquire(blocking=False):
         try:
             _sweep()
         finally:
@@ -181,7 +183,7 @@ def _sweep_if_free() -> None:
 
 
 def _sweep() -> None:
-    """What ended while the lock was held."""
+    """What ended while the lock was held, or a compiler was tracing."""
     while _ENDED:
         ended = _ENDED.popleft()
         if isinstance(ended, Claim):

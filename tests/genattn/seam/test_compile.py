@@ -1,5 +1,7 @@
 """torch.compile: as many frames as stock, in every order, and no recompile while schedule, pattern and options change."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from genattn import DensePattern, RadialPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam import processors
 from genattn.seam.cores import attention_op
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin, Run
@@ -143,3 +146,29 @@ def test_a_graph_that_outlives_its_plugins_runs_stock() -> None:
     out = attention_op(q, q, q, None, torch.tensor(10**9), None, False, False, -1, "")
     reference = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3).transpose(1, 2)
     assert torch.equal(out, reference)
+
+
+def test_a_dropped_model_that_goes_while_another_is_compiled_waits_with_its_names() -> None:
+    """The collector may come at any moment, also between a trace and its guards."""
+    inputs, dropped, model = build_inputs("wan"), build_model("wan"), build_model("wan")
+    stock = forward(model, inputs)
+    torch._dynamo.reset()
+    apply(dropped, RadialPattern())
+    claim = weakref.ref(next(iter(processors._CLAIMS.values())))
+    dropped.cycle = [dropped]
+    del dropped
+
+    def collecting(graph: Any, _: Any) -> Any:
+        gc.collect()
+        return graph.forward
+
+    gc.disable()
+    try:
+        assert torch.equal(forward(torch.compile(model, backend=collecting), inputs), stock)
+    finally:
+        gc.enable()
+    assert processors._ENDED, "what went is kept for later"
+    with apply(model, RadialPattern()):
+        assert not processors._ENDED
+    gc.collect()
+    assert claim() is None, "and is put back by the next one that comes"
