@@ -35,6 +35,7 @@ def profile_command(
     """
     import torch
 
+    from genattn.apps.sampling.load_pipeline import shipped_model
     from genattn.apps.sampling.output_files import check_out
     from genattn.apps.sampling.run import call_arguments, open_pipeline
     from genattn.profiling.draw import draw_profile
@@ -64,3 +65,4 @@ def profile_command(
     title = f"{found.map.header.model}: {found.density:.1%} of the scores, means stand in for the rest"
     print_table([{name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()} for row in rows], title)
     print_lines(f"map: {found.path}", *([f"picture: {picture}"] if picture is not None else []))
+    print_lines(f"use it: genattn generate --model {settings.model or shipped_model()} --attention {found.path} --prompt ...")

@@ -50,7 +50,9 @@ def test_a_map_from_prompts_to_a_clip(
     assert told["prompts"] == 2
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert call(monkeypatch, *words) == 0
-    assert "40.0% of the scores" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "40.0% of the scores" in said
+    assert f"use it: genattn generate --model {model} --attention {out} --prompt ..." in said
     clip = tmp_path / "clip.mp4"
     words = ["generate", "--model", str(model), "--prompt", "a cat", "--attention", str(out), *SIZE, "--out", str(clip)]
     assert call(monkeypatch, *words, "--dense-steps", "0", "--dense-layers", "0", "--json") == 0
