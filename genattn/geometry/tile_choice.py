@@ -72,14 +72,10 @@ def is_mask_free(length: int, tile: int, window: int, stride: int) -> bool:
 
 
 def _best(axes: tuple[AxisWindow, ...], block: int, query: Cuts | None, within_frames: bool) -> Cuts:
-    options = []
+    options, flat = [], int(within_frames)  # axes along which a box is one token
     for i, axis in enumerate(axes):
-        given = None if query is None else query[i]
-        if within_frames and i == 0:
-            options.append(_options(axis, 1, 1, given))
-        else:
-            deep = axes[within_frames:]
-            options.append(_options(axis, block, _least(deep, i - within_frames, block), given))
+        most, least = (1, 1) if i < flat else (block, _least(axes[flat:], i - flat, block))
+        options.append(_options(axis, most, least, None if query is None else query[i]))
     return _cheapest(options, block)
 
 
