@@ -65,6 +65,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """SIGINT as a terminal leaves it: a shell has it ignored in what it starts in the background, and no run would stop."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def hangup_is_heard() -> Iterator[None]:
     """SIGHUP as a terminal leaves it: tests that were started by nohup find it ignored."""
