@@ -7,6 +7,7 @@ float32, or float64 for float64 input.
 import torch
 
 from genattn.kernels.reference.likeness import parts_of_tiles
+from genattn.kernels.reference.tail import means_of_parts
 
 _ELEMENTS_AT_ONCE = 1 << 25
 
@@ -39,23 +40,11 @@ def tile_variances(x: torch.Tensor, tiles: torch.Tensor, halves: bool = False) -
     if not halves:
         return (square - mean.square()).clamp_min(0)
     parts = parts_of_tiles(x, tiles, 2)
-    number = (parts >= 0).sum(-1).unflatten(2, (-1, 2)).to(mean.dtype)
+    tokens = (parts[:, 0] >= 0).sum(-1).to(mean.dtype)  # the same in every head
+    means = means_of_parts(x, parts, tokens).transpose(1, 2).unflatten(2, (-1, 2))
+    number = tokens.unflatten(1, (-1, 2))
     weight = number / number.sum(-1, keepdim=True).clamp_min(1)
-    means = _means_of_parts(x, parts).unflatten(2, (-1, 2))
-    return (square - (weight[..., None] * means.square()).sum(3)).clamp_min(0)
-
-
-def _means_of_parts(x: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-    """[B, H, P, D] of x [B, S, H, D] and parts int [B, H, P, L] of tokens, -1 unused; zero for an empty part."""
-    used = parts >= 0
-    weight = (used / used.sum(-1, keepdim=True).clamp_min(1)).to(_compute(x))
-    index = parts.clamp_min(0).long()
-    step = max(1, _ELEMENTS_AT_ONCE // max(1, x[:, :1].numel() * parts.shape[3]))
-    found = []
-    for lanes, share in zip(index.split(step, 2), weight.split(step, 2)):
-        rows = x.transpose(1, 2).gather(2, lanes.flatten(2)[..., None].expand(-1, -1, -1, x.shape[3]))
-        found.append(torch.einsum("bhpld,bhpl->bhpd", rows.to(share.dtype).unflatten(2, lanes.shape[2:]), share))
-    return torch.cat(found, dim=2)
+    return (square - (weight[:, None, ..., None] * means.square()).sum(3)).clamp_min(0)
 
 
 def lanes_used(tiles: torch.Tensor, parts: int = 1) -> torch.Tensor:

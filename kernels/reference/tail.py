@@ -77,7 +77,7 @@ def tail_keys(key: torch.Tensor, value: torch.Tensor, tail: Tail, key_mask: torc
     # parts are of equal size in every head; only how many of their tokens weigh can differ
     log_count = (counts[:, :1] if tail.counted is None else counts).to(compute).log()
     tokens = used[:, 0].sum(-1).expand(key.shape[0], -1).to(compute)
-    mean_key, mean_value = (_means(x, members, tokens) for x in (key, value))
+    mean_key, mean_value = (means_of_parts(x, members, tokens) for x in (key, value))
     return TailKeys(mean_key, mean_value, log_count, tokens, members)
 
 
@@ -91,8 +91,11 @@ def members_of(key: torch.Tensor, tail: Tail, key_mask: torch.Tensor | None = No
     return members.where(key_mask[:, None, tail.tokens.long().clamp_min(0)], -1)
 
 
-def _means(x: torch.Tensor, members: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, P, Hk, D]: mean over the tokens of each part of [B, Sk, Hk, D]; zeros for a part without one."""
+def means_of_parts(x: torch.Tensor, members: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, P, Hk, D]: mean over the tokens of each part of x [B, Sk, Hk, D]; zeros for a part without one.
+
+    members: int [B or 1, Hk or 1, P, L], -1 for an unused lane. tokens: [B, P], how many they are, in the dtype of the sums.
+    """
     step = max(1, _GATHERED_AT_ONCE // max(1, x[:, :1].numel() * members.shape[-1]))
     sums = _sums_by_head if members.shape[1] > 1 or members.shape[0] > 1 else _sums
     found = torch.cat([sums(x, some, tokens.dtype) for some in members.split(step, 2)], 1)
