@@ -307,19 +307,16 @@ def _status(name: str) -> int:
 
 def plot_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of the ratio per case and backend, with the line at 1.00."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would keep the figure, also where writing fails
 
     shown = [row for row in rows if row["correct"]]
     if not shown:
         raise ValueError(f"a plot needs at least one correct row, got {len(rows)} wrong ones")
     labels = [f"{r['case']}\n{r['dtype']} D{r['head_dim']} {r['impl']}" for r in shown]
-    figure, axes = plt.subplots(figsize=(8, 0.35 * len(shown) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.35 * len(shown) + 1.2), layout="constrained")
+    axes = figure.subplots()
     axes.barh(labels[::-1], [float(r["ratio"]) for r in shown][::-1], color="#3b6ea5")
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xlabel("time / (density x dense time), lower is better")
     axes.tick_params(axis="y", labelsize=6)
     save_figure(figure, path, 150)
-    plt.close(figure)

@@ -66,12 +66,9 @@ def visited_shares(pattern: Pattern, layout: TokenLayout, layers: int, cells: in
 
 
 def _figure(runs: list[RunResult], visited: npt.NDArray[np.float32], title: str, shown: int) -> Any:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     grid = figure.add_gridspec(2, shown + 3)
     for row, (run, name) in enumerate(zip(runs, ("dense", "sparse"), strict=True)):
         for column, at in enumerate(np.linspace(0, len(run.frames) - 1, shown).round().astype(int)):

@@ -28,7 +28,14 @@ def test_rows_hold_what_a_reader_needs(tmp_path):
     assert row["ratio"] == pytest.approx(row["seconds"] / (row["density"] * row["dense_seconds"]))
     bench.plot_attention(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
-    assert not matplotlib.pyplot.get_fignums(), "a figure that stays open stays in memory"
+
+
+def test_a_plot_that_cannot_be_written_leaves_no_figure_open(monkeypatch, tmp_path):
+    rows = bench.bench_attention(True, "cpu", None, 1, TOY, ["grouped"], lambda line: None)
+    monkeypatch.setattr(matplotlib.pyplot, "figure", lambda *a, **k: pytest.fail("pyplot keeps what it opens in memory"))
+    (tmp_path / "plot.png").mkdir()
+    with pytest.raises(OSError, match="plot.png"):
+        bench.plot_attention(rows, tmp_path / "plot.png")
 
 
 def test_a_wrong_result_gets_no_speed(monkeypatch, tmp_path):
