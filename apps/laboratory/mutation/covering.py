@@ -32,8 +32,18 @@ class Covering:
         self.root = root
         self._data = CoverageData(str(coverage))
         self._data.read()
+        self._prefix = self._before_names(coverage)
         cases = ElementTree.parse(times).iter("testcase")
         self.seconds = {f"{case.get('file')}::{case.get('name')}": float(case.get("time", 0)) for case in cases}
+
+    def _before_names(self, coverage: Path) -> str:
+        """What the record writes before a file's name: nothing, or the folder of a run that was not told `relative_files`."""
+        measured, folder = self._data.measured_files(), f"{self.root.resolve()}/"
+        if any(name.startswith(folder) for name in measured):
+            return folder
+        if any((self.root / name).is_file() for name in measured if not Path(name).is_absolute()):
+            return ""
+        raise GenAttnError(f"the record must be of {self.root}, got one without a file of it: {coverage}; record it there")
 
     @cached_property
     def files(self) -> frozenset[str]:
@@ -42,7 +52,7 @@ class Covering:
 
     def running(self, file: str, lines: Iterable[int]) -> set[str]:
         """The tests that run one of a file's lines."""
-        by_line = self._data.contexts_by_lineno(file)
+        by_line = self._data.contexts_by_lineno(self._prefix + file)
         return {name.rsplit("|", 1)[0] for line in lines for name in by_line.get(line, ()) if name}
 
     def tests(self, mutant: Mutant) -> tuple[set[str], bool]:

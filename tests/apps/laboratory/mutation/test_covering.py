@@ -64,10 +64,10 @@ def test_twice() -> None:
 """
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Covering:
+@pytest.fixture(scope="module", params=["", "[tool.coverage.run]\nrelative_files = true\n"], ids=["absolute", "relative"])
+def recorded(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Covering:
     root = tmp_path_factory.mktemp("copy")
-    (root / "pyproject.toml").write_text("[tool.coverage.run]\nrelative_files = true\n")
+    (root / "pyproject.toml").write_text(request.param)
     for name, text in {"guidance/f.py": SOURCE, "tests/far/test_low.py": TESTS, "tests/guidance/test_f.py": ""}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -123,6 +123,11 @@ def test_a_mutant_is_killed_from_afar(recorded: Covering) -> None:
 def test_a_test_that_is_gone_is_no_kill(recorded: Covering) -> None:
     with pytest.raises(run.GenAttnError, match="record it anew: ERROR: not found: .*test_low.py::test_gone"):
         run.run_tests(recorded.root, ["tests/far/test_low.py::test_gone"], 60)
+
+
+def test_a_record_of_another_copy_is_refused(recorded: Covering, tmp_path: Path) -> None:
+    with pytest.raises(run.GenAttnError, match=r"the record must be of .*, got one without a file of it: .*\.coverage"):
+        Covering(tmp_path, recorded.root / ".coverage", recorded.root / "times.xml")
 
 
 def test_a_record_that_is_not_there_is_refused(tmp_path: Path) -> None:
