@@ -115,31 +115,31 @@ def heat_map(head_set: HeadSet, path: str | Path, scores: Mapping[Head, float] |
     shown: Mapping[Head, float] = head_set.scores if scores is None else scores
     if not shown:
         raise GenAttnError("a heat map needs scores, got none; pass scores or a head set that was hunted")
-    pyplot: Any = _pyplot()
+    figure = _figure(len(head_set.layer_map), max(head_set.layer_map.values()))
     layers = sorted(head_set.layer_map)
     table = np.full((len(layers), max(head_set.layer_map.values())), np.nan)
     for (layer, head), score in shown.items():
         table[layers.index(layer), head] = score
-    figure, axes = pyplot.subplots(figsize=(2 + 0.3 * table.shape[1], 1.5 + 0.25 * table.shape[0]))
+    axes = figure.subplots()
     peak = float(np.nanmax(np.abs(table))) or 1.0
     image = axes.imshow(table, cmap="coolwarm", vmin=-peak, vmax=peak, aspect="auto")
     for layer, head in head_set.heads:
-        corner = head - 0.5, layers.index(layer) - 0.5
-        axes.add_patch(pyplot.Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.5))
+        _frame(axes, layers.index(layer), head)
     axes.set(xlabel="head", ylabel="layer", yticks=range(len(layers)), yticklabels=layers, title=head_set.objective or None)
     figure.colorbar(image, label="score")
-    figure.tight_layout()
-    save_figure(figure, path, 120)
-    pyplot.close(figure)
-    return Path(path)
+    return save_figure(figure, path, 120)
 
 
-def _pyplot() -> Any:
+def _figure(rows: int, columns: int) -> Any:
+    """Not pyplot's, which would keep it in memory where it cannot be written."""
     try:
-        import matplotlib
-
-        matplotlib.use("agg", force=False)
-        import matplotlib.pyplot as pyplot
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise GenAttnError(f"a heat map needs matplotlib, got {error}; install it: pip install matplotlib") from error
-    return pyplot
+    return Figure(figsize=(2 + 0.3 * columns, 1.5 + 0.25 * rows), layout="tight")
+
+
+def _frame(axes: Any, row: int, column: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.5))

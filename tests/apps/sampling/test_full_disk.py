@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 
 from genattn import RadialPattern, save_video
 from genattn.apps.bench.attention import plot_attention
@@ -91,8 +92,10 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(name: str, tmp_path: P
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
     path.unlink()
+    open_figures = pyplot.get_fignums()
     with full_disk(), pytest.raises(OSError) as told:  # noqa: PT011
         write(path)
+    assert pyplot.get_fignums() == open_figures, "a figure that stays open stays in memory"
     assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(path))
     assert list(tmp_path.iterdir()) == []
 

@@ -199,7 +199,7 @@ def test_x0_of_every_kind_of_prediction() -> None:
         denoised(odd, noise, odd.timesteps[0], clean)
 
 
-def test_draws_an_atlas(tmp_path: Path) -> None:
+def test_draws_an_atlas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hunt = hunter(tmp_path)
     atlas = HeadAtlas(hunt, tmp_path / "atlas")
     with pytest.raises(GenAttnError, match="got none for L1H0, L1H1"):
@@ -220,6 +220,9 @@ def test_draws_an_atlas(tmp_path: Path) -> None:
     assert pixels(heat_map(found, tmp_path / "heat.png")).shape[1] > 100
     with pytest.raises(GenAttnError, match="a heat map needs scores"):
         heat_map(HeadSet.from_names("L1H0", hunt.layers), tmp_path / "heat.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(GenAttnError, match="a heat map needs matplotlib, got .*; install it: pip install matplotlib"):
+        heat_map(found, tmp_path / "heat.png")
     assert pixels(write_picture(torch.rand(3, 3, 4, 6), tmp_path / "clip.png")).shape == (4, 6, 3)
 
 
