@@ -76,7 +76,7 @@ CURRENT = _Current()
 
 # ---- the names in the processors' modules
 
-_OPEN: dict[int, tuple[int, dict[str, Any], dict[str, Any]]] = {}  # by identity: users, the module's dict, what stood there
+_OPEN: dict[int, tuple[int, dict[str, Any], set[str]]] = {}  # by identity: users, the module's dict, the names that are ours
 _SHIMS: dict[int, Callable[..., Any]] = {}
 _CORES: list[tuple[Callable[..., Any], bool]] = []  # (function, whether it is heads-first like scaled_dot_product_attention)
 _SDPA_NAME = "scaled_dot_product_attention"
@@ -98,25 +98,25 @@ def _doors(names: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_namespace(names: dict[str, Any]) -> None:
-    """Put our pass-throughs into a module's dict, once for however many users."""
-    users, _, before = _OPEN.get(id(names), (0, names, {}))
-    if not users:
-        for key, ours in _doors(names).items():
-            before[key] = _under(names[key])  # ours may have stayed under a patch that has gone since
-            names[key] = ours
-    _OPEN[id(names)] = (users + 1, names, before)
+    """Put our pass-throughs into a module's dict, once for however many users; again over a patch that now stands on ours."""
+    users, _, held = _OPEN.get(id(names), (0, names, set()))
+    if not users or not is_ours(names.get(_DISPATCH_NAME)):
+        doors = _doors(names)
+        names.update(doors)
+        held.update(doors)
+    _OPEN[id(names)] = (users + 1, names, held)
 
 
 def close_namespace(names: dict[str, Any]) -> None:
     """Undo one `open_namespace`; the last one gives the names back, except where someone has put another thing over ours."""
-    users, _, before = _OPEN[id(names)]
+    users, _, held = _OPEN[id(names)]
     if users > 1:
-        _OPEN[id(names)] = (users - 1, names, before)
+        _OPEN[id(names)] = (users - 1, names, held)
         return
     del _OPEN[id(names)]
-    for key, value in before.items():
+    for key in held:
         if is_ours(names.get(key)):
-            names[key] = value
+            names[key] = _under(names[key])  # not what stood there first: a patch over ours may have come, or gone
 
 
 def is_ours(value: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import genattn
 from genattn import DensePattern, GenAttnError, NeighborhoodPattern, RadialPattern, apply
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
+from genattn.seam.cores import _under
 from genattn.seam.denoiser import INJECTION
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.report import GenAttnWarning
@@ -146,6 +147,36 @@ def test_a_patched_processor_class_keeps_its_effect(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     with apply(model, DensePattern()):
         assert torch.equal(forward(model, inputs), plain)
+
+
+def test_a_patch_over_ours_does_not_hide_the_next_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls what its owner kept from before, so a plugin that stood under it would see no call."""
+    first, second, inputs = build_model("wan"), build_model("wan"), build_inputs("wan")
+    stock = _under(transformer_wan.dispatch_attention_fn)
+    earlier = apply(first, Counts())
+
+    def patched(*args: Any, **named: Any) -> torch.Tensor:
+        return 2 * stock(*args, **named)
+
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", patched)
+    twice, counts = forward(second, inputs), Counts()
+    later = apply(second, counts)
+    assert torch.equal(forward(second, inputs), twice)
+    assert counts.calls == len([name for name in second.attn_processors if "attn1" in name])
+    later.remove()
+    assert torch.equal(forward(second, inputs), twice)
+    earlier.remove()
+    assert transformer_wan.dispatch_attention_fn is patched
+    monkeypatch.undo()  # which puts ours back
+    assert _under(transformer_wan.dispatch_attention_fn) is stock
+
+
+def test_a_patch_that_has_gone_while_ours_stands_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = _under(transformer_wan.dispatch_attention_fn)
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", lambda *args, **named: stock(*args, **named))
+    with apply(build_model("wan"), DensePattern()):
+        monkeypatch.undo()
+    assert _under(transformer_wan.dispatch_attention_fn) is stock
 
 
 def test_a_patch_over_ours_stays_after_remove_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
