@@ -18,7 +18,7 @@ import torch
 from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
 from genattn.apps.bench.timing import interleaved
 from genattn.apps.sampling.measured_rows import append_rows, provenance
-from genattn.errors import first_line
+from genattn.errors import RunFailed, first_line
 from genattn.functional.planned import block_plan_for
 from genattn.kernels.block_sparse import IMPLS, block_sparse_attention, choose_impl
 from genattn.kernels.peers.dense import dense_backends
@@ -73,10 +73,11 @@ def bench_attention(
             # a smaller card measures what it can hold
             progress(f"{case.name:32} skipped, it does not fit this device: {first_line(error)}")
             continue
+        whole_case = [{**row, **facts} for row in found]
+        if table is not None and whole_case:  # in one move: backends are compared within a case
+            append_rows(table, whole_case)
+        rows += whole_case
         for row in found:
-            rows.append({**row, **facts})
-            if table is not None:
-                append_rows(table, [rows[-1]])
             progress(describe_row(row))
     for name in impls or ():
         if all(row["impl"] != name for row in rows):
@@ -306,12 +307,12 @@ def _status(name: str) -> int:
 
 
 def plot_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of the ratio per case and backend, with the line at 1.00."""
+    """Bars of the ratio per case and backend, with the line at 1.00. Raises RunFailed without a row that is correct."""
     from matplotlib.figure import Figure  # pyplot would keep the figure, also where writing fails
 
     shown = [row for row in rows if row["correct"]]
     if not shown:
-        raise ValueError(f"a plot needs at least one correct row, got {len(rows)} wrong ones")
+        raise RunFailed(f"a plot needs at least one correct row, got {len(rows)} wrong ones; nothing was drawn")
     labels = [f"{r['case']}\n{r['dtype']} D{r['head_dim']} {r['impl']}" for r in shown]
     figure = Figure(figsize=(8, 0.35 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()

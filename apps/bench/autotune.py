@@ -160,10 +160,15 @@ def summed(timers: Sequence[Timer]) -> Timer:
 
 
 def autotune_here(
-    head_dims: Sequence[int] = (64, 128), rounds: int = 5, tell: Callable[[str], None] = print, seconds: float = 540.0
+    head_dims: Sequence[int] = (64, 128),
+    rounds: int = 5,
+    tell: Callable[[str], None] = print,
+    seconds: float = 540.0,
+    kept: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, Any]:
     """Measure on this machine's GPU and keep what is faster: {"arch", "file", "settings": {row: {kernel: setting}}, "device",
-    "row"}, the last a line to put into an issue. What is found is kept after each head dim, within `seconds`.
+    "row"}, the last a line to put into an issue. What is found is kept after each head dim, within `seconds`;
+    then `kept` is called with the file.
 
     Raises GenAttnError where there is no GPU.
     """
@@ -178,6 +183,7 @@ def autotune_here(
         share = now + (end - now) / (len(head_dims) - place)
         found[table_row(head_dim)] = entry = autotune(arch, head_dim, summed(timers), tell=tell, until=share)
         path = keep(arch, head_dim, entry)
+        kept(path)
         del timers
     facts = provenance("cuda")
     row = json.dumps({"chip": chip_of(torch.device("cuda")), **facts, "settings": found})

@@ -7,6 +7,7 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines
+from genattn.apps.cli.stopping import rows_stay, say_when_stopped
 from genattn.errors import GenAttnError, RunFailed
 
 bench_app = typer.Typer(
@@ -56,13 +57,15 @@ def bench_attention_command(
         raise GenAttnError(f"--seconds must be > 0, got {seconds}")
     quiet = (lambda line: None) if as_json else print_lines
     where = None if device is None else pick_device(device)
+    if out is not None:
+        rows_stay(out)
     rows = bench_attention(quick, where, out, rounds, impls=impl, progress=quiet, seconds=seconds)
-    if plot is not None:
-        plot_attention(rows, plot)
     if as_json:
         print_json(rows)
     else:
         print_lines(rows_to_share(rows))
+    if plot is not None:
+        plot_attention(rows, plot)
     idle = [name for name in impl or () if name != "auto" and all(row["impl"] != name for row in rows)]
     if idle:
         raise RunFailed(f"no case was measured for {', '.join(idle)}; `genattn doctor` says what it lacks")
@@ -83,12 +86,17 @@ def autotune_command(
     dims = head_dim or [64, 128]
     if any(not 1 <= dim <= 256 for dim in dims):
         raise GenAttnError(f"--head-dim must lie in [1, 256], got {', '.join(map(str, dims))}")
-    found = autotune_here(dims, rounds, (lambda line: None) if as_json else print_lines)
+    tell = (lambda line: None) if as_json else print_lines
+    found = autotune_here(dims, rounds, tell, kept=lambda path: say_when_stopped(_how_to_go_on(path)))
     if as_json:
         print_json(found)
     else:
         print_lines(f"kept in {found['file']}")
         print_lines(f"to share it, put this line into an issue: {found['row']}")
+
+
+def _how_to_go_on(table: Path) -> str:
+    return f"stopped; what was found so far is in use from {table}, and the same command begins from it"
 
 
 def doctor_command(

@@ -43,6 +43,22 @@ def same_command_goes_on(kept: Path) -> None:
     say_when_stopped(lambda: f"stopped; the same command goes on from {kept}" if kept.is_file() else USUAL)
 
 
+def rows_stay(table: Path) -> None:
+    """From now on an interrupt tells of the rows that were added to `table` until then."""
+    before = _content(table)
+
+    def told() -> str:
+        if _content(table) == before:
+            return USUAL
+        return f"stopped; the cases measured so far are in {table}, and the same command measures all of them again"
+
+    say_when_stopped(told)
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
 @contextmanager
 def heeding_terminate() -> Iterator[None]:
     """While entered, SIGTERM ends a command as Ctrl-C does, its files closed, but with its own exit code.

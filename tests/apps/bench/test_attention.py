@@ -9,6 +9,7 @@ import torch
 from genattn.apps.bench import attention as bench
 from genattn.apps.bench.cases import AttentionCase, cpu_cases, gpu_cases
 from genattn.apps.bench.doctor import bug_report, describe_doctor, doctor, without_folders
+from genattn.errors import RunFailed
 from genattn.functional.dispatch import attention
 from genattn.geometry.token_layout import TokenLayout
 from genattn.patterns.neighborhood import NeighborhoodPattern
@@ -45,7 +46,7 @@ def test_a_wrong_result_gets_no_speed(monkeypatch, tmp_path):
     assert not rows[0]["correct"]
     assert "ratio" not in rows[0]
     assert "WRONG" in bench.describe_row(rows[0])
-    with pytest.raises(ValueError, match="at least one correct row"):
+    with pytest.raises(RunFailed, match="at least one correct row.*nothing was drawn"):
         bench.plot_attention(rows, tmp_path / "plot.png")
 
 
