@@ -221,6 +221,7 @@ class Injection:
             repeats=position.repeats,
             samples=self.tracker.samples,
             pass_is_told=pass_name is not None,
+            in_call=self.tracker.in_call,
             wants_gradient=torch.is_grad_enabled(),
             why_no_layout=why,
             model=self.model,

@@ -44,6 +44,7 @@ class Run:
     copied: the samples that a plugin further out has put behind the batch once more, all conditional; empty for the pipeline's
     own batch.
     pass_is_told: whether the pipeline named the pass itself; else the name is what pipelines of this family do.
+    in_call: whether a call of `pipe` is going on; in a loop of the user's own, what the pipeline keeps is of an earlier call.
     options: per-call options that hold for every plugin; `options_of` adds those of the plugin's own handle.
     model: the denoiser. pipe: the pipeline, None where plugins were applied to a bare model.
     wants_gradient: whether autograd records this forward, so that blocks of it may be computed again in the backward pass.
@@ -63,6 +64,7 @@ class Run:
     samples: int | None = None
     copied: tuple[int, ...] = ()
     pass_is_told: bool = False
+    in_call: bool = True
     wants_gradient: bool = False
     why_no_layout: str = ""
     model: "nn.Module | None" = field(default=None, repr=False, compare=False)

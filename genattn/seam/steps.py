@@ -6,7 +6,8 @@ the scheduler's list where it starts in the middle (`visits.py`). A run starts w
 when the timestep jumps back. Block caches skip layers, never the root, so nothing is counted there.
 
 The progress belongs to the pipeline that runs, not to the one that was applied: denoisers are shared between pipelines with a
-scheduler each, and one pipeline has several denoisers.
+scheduler each, and one pipeline has several denoisers. In a loop of the user's own no pipeline runs: the scheduler of the one
+that was applied is asked as long as its list has the timesteps that come, and what a pipeline keeps of its last call is not.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from torch import nn
 
 from genattn.seam.processors import set_class, stock_class, swapped_class
 from genattn.seam.sites import unwrapped
-from genattn.seam.visits import visits
+from genattn.seam.visits import is_listed, visits
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class _Progress:
     repeats: int = 0
     visits: list[tuple[float, float | None]] = field(default_factory=list)
 
-    def advance(self, timestep: float | None, pipe: Any, rising: bool) -> bool:
-        """One more forward; whether it is the first of a run."""
+    def advance(self, timestep: float | None, pipe: Any, rising: bool, runs: bool) -> bool:
+        """One more forward; whether it is the first of a run. runs: whether `pipe` is seen running."""
         plan = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
         is_new = self.step < 0 or plan is not self.plan or self._jumped_back(timestep, rising)
         if is_new:
-            self.visits, first = visits(pipe, timestep, rising)
+            self.visits, first = visits(pipe, timestep, rising, runs)
             self.plan, self.step, self.timestep = plan, first - 1, None
+        elif not runs and self.visits and not is_listed(pipe, timestep, rising):
+            self.visits = []  # the loop has a scheduler of its own
         self.repeats += 1
         if timestep is None or timestep != self.timestep:
             self.step += 1
@@ -84,6 +87,7 @@ class StepTracker:
     def __init__(self, pipe: Any = None) -> None:
         self._applied = weakref.ref(pipe) if pipe is not None else lambda: None
         self._running: Any = self._applied
+        self.in_call = False
         self._bare = _Progress()
         self.samples: int | None = None
 
@@ -107,9 +111,10 @@ class StepTracker:
     ) -> Position:
         """One forward of `model` at `timestep`; `told` is what the pipeline put into its cache context."""
         found, self.samples = running_pipeline(model) if model is not None else (None, None)
+        self.in_call = found is not None
         self._running = weakref.ref(found) if found is not None else self._applied
         progress = self._progress
-        is_new = progress.advance(timestep, self.pipe, rising)
+        is_new = progress.advance(timestep, self.pipe, rising, self.in_call)
         total = told.get("num_inference_steps") or num_steps or len(progress.visits) or None
         step = progress.step
         if told.get("step_index") is not None and (total is None or told["step_index"] < total):
@@ -129,8 +134,11 @@ class StepTracker:
         return self._bare if pipe is None else _RUNNING.setdefault(pipe, _Progress())
 
     def guess_pass(self, cfg: str | None) -> str | None:
-        """Name of the pass for pipelines without cache contexts; cfg: "batched", "two_pass" or None when it is not known."""
-        guided = getattr(self.pipe, "do_classifier_free_guidance", None)
+        """Name of the pass for pipelines without cache contexts; None in a loop of the user's own.
+
+        cfg: "batched", "two_pass" or None when it is not known.
+        """
+        guided = getattr(self.pipe, "do_classifier_free_guidance", None) if self.in_call else None
         if cfg is None or not isinstance(guided, bool):
             return None
         if not guided:

@@ -3,6 +3,7 @@
 Image-to-image and video-to-video start in the middle, an ensemble of experts stops there, and a handle may come in the middle
 of a run. Pipelines tell the number of timesteps they visit (`num_timesteps`); schedulers tell where they stand (`step_index`,
 or `begin_index` before the first step), but not all do, so the timestep of the first forward is looked for in the list.
+What a pipeline tells is of its last call, so it counts only while that call runs.
 """
 
 from typing import Any
@@ -12,19 +13,24 @@ import torch
 _EXACT, _ROUNDED = 1e-5, 4e-3  # of the largest timestep; the second is bfloat16's
 
 
-def visits(pipe: Any, timestep: float | None, rising: bool = False) -> tuple[list[tuple[float, float | None]], int]:
+def visits(
+    pipe: Any, timestep: float | None, rising: bool = False, runs: bool = True
+) -> tuple[list[tuple[float, float | None]], int]:
     """([(timestep, sigma) of every distinct timestep in the order of the loop], index of the first forward in it).
 
     pipe: with a scheduler; nothing is known without one. timestep: what the denoiser is told, in its own scale; rising: whether
-    that grows while the scheduler's falls.
+    that grows while the scheduler's falls. runs: whether a call of `pipe` is going on; a loop of the user's own may use its
+    scheduler, or another one, of which nothing is known.
     """
     scheduler = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or not timesteps.numel():
         return [], 0
-    values = timesteps.tolist()
-    count = _count(pipe, len(values))
-    start, is_sure = _start(pipe, scheduler, values, count, timestep, rising)
+    if not runs and not is_listed(pipe, timestep, rising):
+        return [], 0
+    values, tells = timesteps.tolist(), pipe if runs else None
+    count = _count(tells, len(values))
+    start, is_sure = _start(tells, scheduler, values, count, timestep, rising)
     first = start if count is None else min(start, len(values) - count)
     last = len(values) if count is None else first + count
     sigmas = _sigmas(scheduler, timesteps) if is_sure or count in (None, len(values)) else []
@@ -36,6 +42,15 @@ def visits(pipe: Any, timestep: float | None, rising: bool = False) -> tuple[lis
         if index == start:
             place = len(kept) - 1
     return kept, place
+
+
+def is_listed(pipe: Any, timestep: float | None, rising: bool = False) -> bool:
+    """Whether the scheduler's list has `timestep`, up to rounding; true where there is nothing to compare."""
+    scheduler = getattr(pipe, "scheduler", None)
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timestep is None or not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or not timesteps.numel():
+        return True
+    return _compare(None, scheduler, timesteps.tolist(), timestep, rising) is not None
 
 
 def _count(pipe: Any, most: int) -> int | None:

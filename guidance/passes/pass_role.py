@@ -156,7 +156,7 @@ class PassReader:
             return batch == 2 * run.samples  # the pipeline's own latents say whether guidance doubled them
         if _calls_twice(run):
             return False
-        guided = _guided(pipe)
+        guided = _guided(pipe) if run.in_call else None  # what it keeps of an earlier call says nothing of this loop
         known = (batch, run.pass_name, guided)
         if known not in self._halves:
             # comparing reads from the device, so it is done once per run

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import genattn
+from genattn.guidance.softpag import SoftPAG
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
 from genattn.seam.denoiser import CacheContexts
 from genattn.seam.handle import apply
@@ -302,13 +303,20 @@ def test_a_third_pass_of_a_step_is_not_named() -> None:
     class Pipe:
         do_classifier_free_guidance = True
 
+        def __init__(self) -> None:
+            self.scheduler, self.transformer = None, torch.nn.Identity()
+
+        def __call__(self, tracker: StepTracker) -> list[str | None]:
+            return [self.forward(tracker) for _ in range(3)]
+
+        def forward(self, tracker: StepTracker) -> str | None:
+            tracker.observe(0.5, {}, None, model=self.transformer)
+            return tracker.guess_pass("two_pass")
+
     pipe = Pipe()
     tracker = StepTracker(pipe)
-    names = []
-    for _ in range(3):
-        tracker.observe(0.5, {}, None)
-        names.append(tracker.guess_pass("two_pass"))
-    assert names == ["cond", "uncond", None]
+    assert pipe(tracker) == ["cond", "uncond", None]
+    assert pipe.forward(tracker) is None  # a loop of the user's own
 
 
 def test_two_threads_know_their_own_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,3 +375,84 @@ def test_cache_contexts_of_threads_and_of_equal_names() -> None:
     assert contexts.innermost() == ("cond", first[1])
     contexts.leave(first)
     assert CacheContexts().innermost() == (None, {})
+
+
+# ---- loops of the user's own, after calls of the pipeline
+
+
+class Stopped(Exception):
+    """Ends a call in the middle."""
+
+
+def call_until(pipe: Any, kwargs: dict[str, Any], steps: int, stop: int | None = None) -> None:
+    def at_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == stop:
+            raise Stopped
+        return tensors
+
+    more = {"num_inference_steps": steps, "output_type": "latent", "callback_on_step_end": at_step_end}
+    pipe(**{**kwargs, **more}, generator=torch.Generator().manual_seed(0))
+
+
+def own_loop(pipe: Any, scheduler: Any, steps: int) -> list[Any]:
+    """What there is to know of each step of a loop over `scheduler`."""
+    scheduler.set_timesteps(steps)
+    inputs = build_inputs("wan")
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            pipe.transformer(**{**inputs, "timestep": timestep[None]}, return_dict=False)
+    return [(step, steps, pytest.approx(float(scheduler.sigmas[step]))) for step in range(steps)]
+
+
+def told(log: Log) -> list[tuple[int, int | None, float | None]]:
+    return [(run.step, run.num_steps, run.sigma) for run in log.take()]
+
+
+@pytest.mark.parametrize("before", ["nothing", "fewer", "more", "stopped"])
+def test_a_loop_over_the_pipelines_scheduler(before: str) -> None:
+    pipe, kwargs = build_pipeline("wan")
+    log = Log()
+    with apply(pipe, log):
+        if before == "stopped":
+            with pytest.raises(Stopped):
+                call_until(pipe, kwargs, 6, stop=1)
+        elif before != "nothing":
+            call_until(pipe, kwargs, {"fewer": 2, "more": 8}[before])
+        told(log)
+        wanted = own_loop(pipe, pipe.scheduler, 6)
+        assert told(log) == wanted
+        wanted = own_loop(pipe, pipe.scheduler, 3)
+        assert told(log) == wanted
+
+
+def test_a_loop_over_another_scheduler() -> None:
+    pipe, kwargs = build_pipeline("wan")
+    log, other = Log(), diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    with apply(pipe, log):
+        call_until(pipe, kwargs, 3)
+        told(log)
+        wanted = own_loop(pipe, other, 6)
+        seen = told(log)
+    assert [step for step, _, _ in seen] == list(range(6))
+    assert seen[0][2] == wanted[0][2]  # both lists begin with the same timestep
+    assert [entry[1:] for entry in seen[1:]] == [(None, None)] * 5  # never a number of another list
+
+
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+def test_the_guidance_of_an_earlier_call_says_nothing_of_a_loop(scale: float) -> None:
+    pipe, kwargs = build_pipeline("unet")
+    inputs = build_inputs("unet")
+    noise = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *inputs["sample"].shape[1:], generator=noise)
+    texts = torch.randn(2, *inputs["encoder_hidden_states"].shape[1:], generator=noise)
+
+    def forward(sample: torch.Tensor, text: torch.Tensor, **settings: Any) -> torch.Tensor:
+        with apply(pipe, SoftPAG("L0", u=1.0, **settings)), torch.no_grad():
+            if not settings:
+                call_until(pipe, {**kwargs, "guidance_scale": scale}, 1)
+            return pipe.unet(sample, torch.tensor(500), encoder_hidden_states=text, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    alone = [forward(latents[i : i + 1], texts[i : i + 1], layout="single") for i in (0, 1)]
+    torch.testing.assert_close(forward(latents, texts), torch.cat(alone), atol=1e-5, rtol=1e-4)
+    twice = latents[:1].repeat(2, 1, 1, 1)  # [uncond, cond]
+    torch.testing.assert_close(forward(twice, texts), forward(twice, texts, layout="uncond_cond"))
