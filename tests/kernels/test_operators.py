@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genattn.kernels.block_sparse import block_sparse_attention
-from genattn.kernels.operators import block_sparse_backward, block_sparse_forward
+from genattn.kernels.operators import NAMED_IMPLS, block_sparse_backward, block_sparse_forward
 from genattn.kernels.plan.block_plan import plan_of_handle
 from genattn.kernels.plan.random_plan import random_plan
 from genattn.kernels.reference.attention import reference_attention
@@ -120,3 +120,12 @@ def test_reasons_reach_the_caller():
         block_sparse_forward(query, key, value, None, plan.handle, 1.0, "cpu")
     with pytest.raises(ValueError, match="needs a GPU"):
         block_sparse_attention(query.float(), key.float(), value.float(), plan, impl="triton")
+
+
+def test_a_kernel_without_a_backward_says_so():
+    plan = random_plan(0)
+    inputs = _inputs(plan)
+    out, lse = block_sparse_forward(*inputs, None, plan.handle, 0.3, "grouped")
+    for impl in NAMED_IMPLS:
+        with pytest.raises(ValueError, match=f"impl='{impl}' has no backward; use impl='triton' where gradients are wanted"):
+            block_sparse_backward(out, lse, *inputs, None, out, lse, plan.handle, 0.3, impl)

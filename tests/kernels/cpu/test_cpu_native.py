@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,3 +154,11 @@ def test_two_processes_may_race_for_the_build(tmp_path):
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) for _ in range(2)]
     assert [run.communicate(timeout=200)[0].strip() for run in runs] == [b"4", b"4"]
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+
+
+def test_a_workspace_that_cannot_be_had_is_told(monkeypatch):
+    plan = dense_plan(40, 50, 16, 16)
+    library = SimpleNamespace(genattn_block_sparse_forward=lambda call: 1)
+    monkeypatch.setattr(cpu_native, "native_library", lambda: library)
+    with pytest.raises(MemoryError, match=r"could not allocate its workspace for \(1, 50, 2, 24\) keys"):
+        cpu_native.native_attention(*_inputs(plan), plan)

@@ -49,3 +49,16 @@ def test_one_list_for_heads_that_differ_is_their_union() -> None:
     assert plan.num_heads == 1
     assert sorted(plan.columns.tolist()) == [0, 1]
     assert int(plan.num_full) == 0, "full is what every head sees whole"
+
+
+def test_rules_that_cannot_be_joined_are_refused() -> None:
+    each, one = BlockRule(TABLE, 3, PLACE), BlockRule(TABLE[:1], 3, PLACE)
+    with pytest.raises(ValueError, match="op must be 'any' or 'all', got 'some'"):
+        CombinedRule((one, one), "some")
+    with pytest.raises(ValueError, match="a combined rule needs at least one rule, got none"):
+        CombinedRule(())
+    with pytest.raises(ValueError, match=r"each rule must serve all heads, got num_heads \[1, 2\]"):
+        PerHeadRule((one, each), (0, 1))
+    for choice in ((), (0, 2), (-1, 0)):
+        with pytest.raises(ValueError, match=r"choice must name rules 0\.\.1 for every head"):
+            PerHeadRule((one, one), choice)

@@ -12,10 +12,11 @@ import torch
 from genattn.geometry.token_layout import TokenLayout
 from genattn.kernels.plan.block_plan import dense_plan
 from genattn.kernels.plan.random_plan import random_plan
-from genattn.kernels.triton import launch as launch_module, tables
+from genattn.kernels.triton import halo as halo_module, launch as launch_module, tables
 from genattn.kernels.triton.block_sparse import dkv_arguments, dq_arguments, forward_arguments, why_not_triton
 from genattn.kernels.triton.config import arch_of, chip_of, launch_of, measured_table, most_lanes, settings_of, tile_sizes
-from genattn.kernels.triton.halo import why_not_triton_halo
+from genattn.kernels.triton.full_tiles import full_tiles_forward
+from genattn.kernels.triton.halo import halo_arguments, triton_halo_attention, why_not_triton_halo
 from genattn.kernels.triton.launch import alignment, is_wide, launch
 from genattn.patterns.combine import PerHead
 from genattn.patterns.halo import halo_plan
@@ -175,3 +176,16 @@ def test_steps_and_warps_follow_the_tiles_of_the_plan():
     assert wide.split == 2 * launch_of("forward", "sm_80", 128, *settings_of("sm_80")["128"]["tile"]).split
     assert most_lanes("cpu", 128, torch.float32) == (1024, 1024)
     assert most_lanes("sm_80", 128, torch.float32)[0] < 128
+
+
+def test_calls_that_a_kernel_does_not_serve_are_refused_before_a_launch(monkeypatch):
+    query, key, value = (torch.randn(1, 60, 2, 16) for _ in range(3))
+    with pytest.raises(ValueError, match="impl='triton-full' serves no key mask: a hidden key makes its tile partial"):
+        full_tiles_forward(query, key, value, dense_plan(60, 60, 64, 64), key_mask=torch.ones(1, 60, dtype=torch.bool))
+    plan = halo_plan(NeighborhoodPattern(3), TokenLayout.from_grid((3, 4, 5)))
+    with pytest.raises(ValueError, match="the halo kernel cannot serve this call: .*; use halo_attention"):
+        triton_halo_attention(query, key, value, plan)
+    monkeypatch.setattr(halo_module, "halo_tables", lambda plan: "its boxes overlap")
+    out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
+    with pytest.raises(ValueError, match="its boxes overlap"):
+        halo_arguments(query, key, value, out, lse, plan, None, None, arch="sm_90")
