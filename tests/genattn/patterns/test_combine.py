@@ -168,6 +168,8 @@ def test_bad_settings() -> None:
         GlobalTokens(DensePattern())
     with pytest.raises(GenAttnError, match="every must be a step"):
         GlobalTokens(DensePattern(), every=(1, 0, 2))
+    with pytest.raises(GenAttnError, match=r"every must give a step >= 1 for frames, height and width, got \(1, 2\)"):
+        GlobalTokens(DensePattern(), every=(1, 2))
     with pytest.raises(GenAttnError, match=r"between -5 and 4, got \[5\]"):
         GlobalTokens(DensePattern(), frames=(0, 5)).plan(VIDEO)
     with pytest.raises(GenAttnError, match=r"between -5 and 4, got \[-6\]"):

@@ -1,6 +1,7 @@
 """Profiling a pipeline: a map that is met, resumes, refuses what it must, and runs as a static plan."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from safetensors.torch import save_file
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.layouts.site import AttentionSite, SiteKind
 from genattn.one_writer import only_writer
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.pipelines.tiny.random.build import build_pipeline
 from genattn.profiling.draw import draw_profile, worst_heads
 from genattn.profiling.profile import profile
+from genattn.profiling.recorder import Recorder
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 from genattn.selection.profile_map import read_map
 
@@ -169,6 +172,10 @@ def test_a_damaged_unfinished_profile_is_refused(tmp_path: Path) -> None:
     changed += [
         (record, tensors | {name: tensors[first].clone()}) for name in ("x", "mass.99.0.key", "mass.0.9.key", "what.0.0.key")
     ]
+    whole = {part: tensors[f"{first.rsplit('.', 1)[0]}.{part}"].clone() for part in ("offset", "key", "query")}
+    changed += [
+        (record, tensors | {f"{name}.{part}": x for part, x in whole.items()}) for name in ("mass.99.0", "mass.0.9", "what.0.0")
+    ]
     model.seen = []
     for about, content in changed:
         save_file(content, part, metadata={"record": json.dumps(about)})
@@ -260,3 +267,32 @@ def test_picture(path: Path, tmp_path: Path) -> None:
     layer, head = worst_heads(errors, 1)[0]
     assert titles[:3] == ["share of the scores", "expected error", f"layer {layer} head {head}"]
     assert float(errors[layer, head]) == pytest.approx(float(errors.max()))
+
+
+def _sites(*heads: int, kind: SiteKind = "self") -> list[AttentionSite]:
+    return [AttentionSite(f"blocks.{depth}", "blocks", depth, depth, kind, count) for depth, count in enumerate(heads)]
+
+
+class Other(torch.nn.Module):
+    """A model of another class."""
+
+
+def test_models_that_share_no_map() -> None:
+    with pytest.raises(GenAttnError, match="Module has no self or joint attention in its blocks; nothing to profile"):
+        Recorder((1.0,), 4).attach(torch.nn.Module(), _sites(2, 2, kind="cross"))
+    with pytest.raises(GenAttnError, match=r"the same number of heads in every layer, got \[2, 3\]; not served yet"):
+        Recorder((1.0,), 4).attach(torch.nn.Module(), _sites(2, 3, 2))
+    recorder = Recorder((1.0,), 4)
+    recorder.attach(torch.nn.Module(), _sites(2, 2))
+    recorder.attach(torch.nn.Module(), _sites(2, 2))
+    with pytest.raises(GenAttnError, match="all denoisers of a pipeline must be alike to share a map, got Module and Other"):
+        recorder.attach(Other(), _sites(2, 2))
+    for heads in ((2, 2, 2), (3, 3)):
+        with pytest.raises(GenAttnError, match="must be alike to share a map, got Module and Module"):
+            recorder.attach(torch.nn.Module(), _sites(*heads))
+
+
+def test_a_picture_needs_matplotlib(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(GenAttnError, match="drawing a map needs matplotlib; pip install matplotlib"):
+        draw_profile(read_map(path), tmp_path / "map.png")

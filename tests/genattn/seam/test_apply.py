@@ -379,6 +379,12 @@ def test_explain_runs_nothing() -> None:
     handle.remove()
     with pytest.raises(GenAttnError, match="explain needs an active handle"):
         handle.explain(**kwargs)
+    pipe.transformer, other = None, pipe.transformer
+    handle = apply(other, RadialPattern())
+    handle.target = lambda **call: pipe
+    with pytest.raises(GenAttnError, match="function returned without a forward of its denoiser; nothing to explain"):
+        handle.explain(**kwargs)
+    handle.remove()
 
 
 # ---- nothing left behind
