@@ -12,8 +12,10 @@ from genattn.errors import GenAttnError
 from genattn.guidance.broadway.blocks import choose_sites
 from genattn.guidance.broadway.broadway import BroadWay
 from genattn.guidance.broadway.calls import conditional_part
+from genattn.guidance.broadway.forward_maps import ForwardMaps
 from genattn.guidance.broadway.motion import motion_attention, motion_map
 from genattn.guidance.broadway.temporal_map import MapEdit, edit_map, published_edit
+from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import AttentionCall, Inner, Plugin
 
 
@@ -238,3 +240,31 @@ def test_image_unets_are_refused() -> None:
             make_unet((8, 16)),
             {"sample": torch.randn(1, 4, 8, 8), "timestep": 5, "encoder_hidden_states": torch.randn(1, 5, 32)},
         )
+
+
+class Skipped(Plugin):
+    """Answers the anchor's calls by itself, as a cache would."""
+
+    def wants(self, site: AttentionSite) -> bool:
+        return site.kind == "temporal"
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        return torch.zeros_like(call.query) if call.site.name.startswith("up_blocks.1") else inner(call)
+
+
+def test_an_anchor_that_did_not_run_is_told() -> None:
+    guided = BroadWay(blocks=["up_blocks.2"], anchor="up_blocks.1", stop=1.0)
+    model = motion_model()
+    with (
+        genattn.apply(model, Skipped(), guided).set(num_steps=4),
+        pytest.raises(GenAttnError, match="must run before the blocks"),
+    ):
+        run_model(model)
+
+
+def test_maps_of_another_resolution_need_the_clips_shape() -> None:
+    maps, large, small = ForwardMaps((0.0, 1.0), None, None), torch.rand(64, 2, 9, 9), torch.rand(16, 2, 9, 9)  # type: ignore[arg-type]
+    maps.maps[None, "up_blocks.1", 0] = large
+    assert maps.motion_anchor(large, None, "up_blocks.1", 0) is large
+    with pytest.raises(GenAttnError, match=r"needs latents of shape .*, got maps \(64, 2, 9, 9\) and \(16, 2, 9, 9\)"):
+        maps.motion_anchor(small, None, "up_blocks.1", 0)

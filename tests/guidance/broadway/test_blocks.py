@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.guidance.broadway.blocks import block_name, choose_sites, pick_blocks
+from genattn.guidance.broadway.blocks import block_name, checked_blocks, choose_sites, pick_blocks
 from genattn.guidance.broadway.calls import ClipShape, clip_shape, conditional_part, entries
 from genattn.layouts.site import AttentionSite
 
@@ -133,3 +133,10 @@ def test_entries() -> None:
     assert entries((1 / 3, 2 / 3), 3) == slice(1, 2)
     with pytest.raises(GenAttnError, match="at least one sample, got"):
         entries((0.0, 0.1), 2)
+
+
+def test_no_blocks_are_not_all_blocks() -> None:
+    assert checked_blocks(None) is None
+    assert checked_blocks(["up_blocks.2", 3]) == ("up_blocks.2", 3)
+    with pytest.raises(GenAttnError, match=r"blocks must be a list of blocks by name or position .*, got \[\]"):
+        checked_blocks([])

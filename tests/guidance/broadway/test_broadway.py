@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from genattn.errors import GenAttnError
 from genattn.functional.masks import key_mask
 from genattn.guidance.broadway.blocks import choose_sites
 from genattn.guidance.broadway.broadway import BroadWay
+from genattn.guidance.broadway.enhance_a_video import EnhanceAVideo
 from genattn.guidance.broadway.frame_marginal_reference import frame_rows, full_map, reference_edit
 from genattn.guidance.broadway.key_frames import KeyFrames, key_frames
 from genattn.guidance.broadway.temporal_map import MapEdit
@@ -335,3 +337,29 @@ def test_maps_do_not_outlive_the_forward() -> None:
         assert not plugin._forwards
         assert not plugin._last
     assert not plugin._guided
+
+
+class Changed(Plugin):
+    """Hands calls on with other settings, or answers those of some sites by itself."""
+
+    def __init__(self, *skipped: str, **changes: Any) -> None:
+        self.skipped, self.changes = skipped, changes
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        if call.site.name in self.skipped:
+            return torch.zeros_like(call.query)
+        return inner(replace(call, **self.changes))
+
+
+def test_calls_that_cannot_be_guided_are_refused() -> None:
+    model, inputs = build_model("wan"), build_inputs("wan")
+    names = [f"blocks.{layer}.attn1" for layer in range(len(model.blocks))]
+    with refused(model, Changed(is_causal=True), BroadWay(stop=1.0), words="in both directions, got a causal call at 'blocks"):
+        model(**inputs)
+    with refused(model, Changed(layout=None), BroadWay(stop=1.0), words="needs the token layout of 'blocks.*, got none for"):
+        model(**inputs)
+    with refused(model, Changed(layout=None), EnhanceAVideo(), words="Enhance-A-Video needs the token layout of 'blocks"):
+        model(**inputs)
+    guided = BroadWay(blocks=[1, 2], anchor=1, stop=1.0)
+    with refused(model, Changed(names[1]), guided, words=f"the anchor must run before .*, got no call of '{names[1]}'"):
+        model(**inputs)

@@ -81,3 +81,10 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
         HeadSet.load(tmp_path / "broken.json")
     with pytest.raises(GenAttnError, match="must have format"):
         HeadSet.from_dict([])
+
+
+@pytest.mark.parametrize("notes", [{"at": Path()}, {"score": float("nan")}])
+def test_notes_that_json_does_not_hold_are_refused(tmp_path: Path, notes: dict) -> None:
+    with pytest.raises(GenAttnError, match="notes of a head set must be what JSON holds, got others .*; leave them out"):
+        replace(make(), notes=notes).save(tmp_path / "set.json")
+    assert not list(tmp_path.iterdir())

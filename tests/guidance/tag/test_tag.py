@@ -157,6 +157,8 @@ def test_refuses_other_shapes() -> None:
         amplified(torch.zeros(1, 4, 8, 6), torch.zeros(1, 4, 8, 8), 1.2)
     with pytest.raises(GenAttnError, match="TAG needs predictions of the latents' shape"):
         amplified(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8, 8), 1.2)
+    with pytest.raises(GenAttnError, match="TAG needs latents of one shape, got a list of several; run them one at a time"):
+        amplified(torch.zeros(2, 4, 8, 8), [torch.zeros(4, 8, 8), torch.zeros(4, 8, 6)], 1.2)
 
 
 def test_small_latents_have_a_direction_too_and_none_at_all_has_none() -> None:

@@ -37,7 +37,9 @@ def test_queries_that_stand_in_no_tile(lost: int) -> None:
 
 def test_lists_that_do_not_fit_their_tiles_are_refused() -> None:
     whole = random_plan(3)
-    with pytest.raises(ValueError, match=rf"row_ptr must be \[N, NQ \+ 1\] and num_full \[N, NQ\] for {len(whole.query_tiles)}"):
+    with pytest.raises(
+        ValueError, match=rf"row_ptr must be \[N, NQ \+ 1\] and num_full \[N, NQ\] for {len(whole.query_tiles)}"
+    ):
         replace(whole, row_ptr=whole.row_ptr[:, :-1])
     with pytest.raises(ValueError, match=f"for {len(whole.query_tiles) - 1} query tiles, got"):
         replace(whole, query_tiles=whole.query_tiles[1:])
