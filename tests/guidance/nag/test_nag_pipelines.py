@@ -10,11 +10,15 @@ import torch
 import genattn
 from genattn.errors import GenAttnError
 from genattn.guidance.nag import NAG
+from genattn.guidance.nag.carriers import Carried, _with_tokens
 from genattn.guidance.nag.encode import encode
+from genattn.guidance.nag.ways import WAYS
 from genattn.guidance.passes.prediction import leaves
 from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.layouts.site import AttentionSite
 from genattn.patterns.neighborhood import NeighborhoodPattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline, pipeline_families
+from genattn.seam.plugin import AttentionCall, Inner, Plugin
 from genattn.seam.report import GenAttnWarning
 
 TEMPLATE = {"prompt_template": {"template": "{}", "crop_start": 0}}
@@ -456,3 +460,41 @@ def test_the_length_of_clip_is_the_pipelines_own() -> None:
     positive = told(pipe, call)
     found = encode(pipe, pipe.transformer, ["red dog"], positive, {})
     assert found["encoder_hidden_states"].shape[1] == positive["encoder_hidden_states"].shape[1] == 24 + 16
+
+
+def test_refuses_an_input_that_the_modular_text_step_does_not_have() -> None:
+    from test_guider import modular
+
+    pipe, _, call = modular("sd3")
+    asked = {name: call[name] for name in ("prompt", "height", "width", "num_inference_steps", "max_sequence_length")}
+    with genattn.apply(pipe, NAG("red dog", encode={"nonsense": 1})):  # noqa: SIM117
+        with pytest.raises(GenAttnError, match=r"encode settings must be inputs of the text step \(.*\), got \['nonsense'\]"):
+            pipe(**asked, negative_prompt="", output="latents")
+
+
+class Swallows(Plugin):
+    """Answers every call by itself, as a processor of another kind would."""
+
+    def attention(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
+        return torch.zeros_like(call.query)
+
+
+def test_refuses_where_no_attention_over_text_comes_by() -> None:
+    pipe, call = unguided("sd3")
+    with genattn.apply(pipe, Swallows(), nag("sd3")):  # noqa: SIM117
+        with pytest.raises(GenAttnError, match="NAG must reach attention over text, got no such call in SD3Transformer2DModel"):
+            sampled(pipe, call)
+
+
+def test_refuses_text_that_is_out_of_reach() -> None:
+    model = build_model("sd3")
+    site = AttentionSite("blocks.0.attn", "blocks", 0, 0, "joint", 2, unreachable="an old processor computes it")
+    with pytest.raises(GenAttnError, match="NAG cannot reach the text of SD3Transformer2DModel: an old processor computes it"):
+        nag("sd3").attach(model, [site])
+
+
+def test_texts_of_two_lengths_cannot_be_further_samples() -> None:
+    mine, theirs = torch.zeros(1, 512, 4), torch.zeros(1, 100, 4)
+    carried = Carried(WAYS["WanTransformer3DModel"], torch.tensor([True]), {}, {}, doubled=True)
+    with pytest.raises(GenAttnError, match="got a negative text of 100 tokens beside 512; encode both to the same length"):
+        _with_tokens(mine, theirs, carried, carried.way.streams[0])

@@ -9,6 +9,8 @@ from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import TokenLayout
 from genattn.guidance.softpag.perturbation import TARGETS, HeadMix, image_rows, key_mask, perturb_heads
 from genattn.guidance.softpag.perturbation_maps import perturbed_attention
+from genattn.guidance.softpag.softpag import SoftPAG
+from genattn.guidance.softpag.tap import _spread
 from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import AttentionCall, Run
 
@@ -163,3 +165,21 @@ def test_refusals() -> None:
         key_mask(call.with_tensors(mask=triangle))
     with pytest.raises(GenAttnError, match="must be of one attention call"):
         perturbed_attention(call, torch.rand(4), "skip")
+
+
+def test_a_selection_for_each_conditional_sample_or_one_for_all() -> None:
+    rows = torch.tensor([2, 3])
+    assert _spread(torch.rand(1, 4), 4, rows).shape == (4, 4)
+    with pytest.raises(GenAttnError, match="per_sample must hold one selection per conditional sample, got 3 for 2"):
+        _spread(torch.rand(3, 4), 4, rows)
+
+
+def test_heads_of_a_model_that_it_was_not_applied_to() -> None:
+    plugin = SoftPAG("L0H0")
+    with pytest.raises(GenAttnError, match="SoftPAG must be applied to the denoiser first, got Module"):
+        plugin.model(torch.nn.Module())
+    with pytest.raises(GenAttnError, match="SoftPAG must be applied to the denoiser first, got NoneType"):
+        plugin.model(None)
+    site = AttentionSite("blocks.0.attn2", "blocks", 0, 0, "cross", 2)
+    with pytest.raises(GenAttnError, match="head guidance needs self- or joint attention in blocks, got none in Module"):
+        plugin.attach(torch.nn.Module(), [site])
