@@ -13,6 +13,7 @@ from diffusers import WanPipeline
 from genattn.apps.cli.finetune import finetune_command
 from genattn.apps.sampling.output_files import write_video
 from genattn.errors import GenAttnError
+from genattn.pipelines.tiny.random.build import build_pipeline
 
 pytest.importorskip("peft", reason="LoRA training needs peft, the train extra")
 
@@ -72,3 +73,13 @@ def test_what_the_command_refuses(random_wan_folder: Path, clips: Path, tmp_path
         run(random_wan_folder, clips, tmp_path / "run", frames=13)
     with pytest.raises(GenAttnError, match="rank must be >= 1"):
         run(random_wan_folder, clips, tmp_path / "run", lora_rank=0)
+    for seed in (-1, 2**32):
+        with pytest.raises(GenAttnError, match=f"--seed must lie in 0 to 4294967295 for a training, got {seed}"):
+            run(random_wan_folder, clips, tmp_path / "run", seed=seed)
+    for name in ("frames", "height", "width"):
+        with pytest.raises(GenAttnError, match=f"--{name} must be >= 1, got 0; leave it out for the model's own"):
+            run(random_wan_folder, clips, tmp_path / "run", **{name: 0})
+    pictures, _ = build_pipeline("sd3")
+    pictures.save_pretrained(tmp_path / "sd3")
+    with pytest.raises(GenAttnError, match="StableDiffusion3Pipeline makes pictures; finetune is for video models"):
+        run(tmp_path / "sd3", clips, tmp_path / "run")

@@ -52,6 +52,7 @@ def test_hunts_and_writes_a_head_set(
         (("--floor", "contrast"), "must be NAME=NUMBER"),
         (("--call", "[1]"), "must be a JSON object"),
         (("--call", "{"), "must be a JSON object"),
+        (("--call", '{"heigth": 16}'), "--call names heigth, and StableDiffusion3Pipeline takes no such argument"),
         (("--heads", "L9"), "it has L0-2"),
         (("--scale", "nan"), "scale must be a finite number"),
     ],

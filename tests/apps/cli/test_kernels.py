@@ -54,3 +54,5 @@ def test_doctor_takes_every_head_that_can_be(capsys: pytest.CaptureFixture[str])
     for head_dim in (0, 4097):
         with pytest.raises(GenAttnError, match=f"--head-dim must be >= 1 and at most 4096, got {head_dim}"):
             doctor_command(head_dim=head_dim)
+    with pytest.raises(GenAttnError, match="give --report or --json, got both: a report is text"):
+        doctor_command(report=True, as_json=True)

@@ -80,3 +80,7 @@ def test_check_out_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GenAttnError, match="cannot be written"):
         check_out(tmp_path / "file" / "a.mp4", VIDEO_SUFFIXES)
+    longest = 255 - 32
+    check_out(tmp_path / ("a" * (longest - 4) + ".mp4"), VIDEO_SUFFIXES)
+    with pytest.raises(GenAttnError, match=f"must have a file name of at most {longest} bytes, got {longest + 1}; what stands"):
+        check_out(tmp_path / ("ä" * 110 + ".mp4"), VIDEO_SUFFIXES)

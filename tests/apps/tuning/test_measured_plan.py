@@ -9,6 +9,7 @@ from genattn.apps.cli.patterns import plan_command
 from genattn.apps.sampling.run import SamplingSettings
 from genattn.apps.tuning.measured_plan import measured_plan
 from genattn.errors import GenAttnError
+from genattn.pipelines.tiny.random.build import build_pipeline
 from genattn.seam.settings_file import load_sparse
 
 SIZE = {"frames": 17, "height": 128, "width": 128, "steps": 2}
@@ -44,5 +45,9 @@ def test_the_command(random_wan_folder: Path, tmp_path: Path, capsys: pytest.Cap
 def test_refusals(random_wan_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(GenAttnError, match=r"--out must end in \.json"):
         plan_command(str(random_wan_folder), auto=True, out=tmp_path / "s.txt")
+    pictures, _ = build_pipeline("sd3")
+    pictures.save_pretrained(tmp_path / "sd3")
+    with pytest.raises(GenAttnError, match="plan --auto needs a video pipeline, got StableDiffusion3Pipeline"):
+        measured_plan(SamplingSettings(model=str(tmp_path / "sd3")), "a cat")
     with pytest.raises(GenAttnError, match="target_density must be between"):
         measured_plan(SamplingSettings(model=str(random_wan_folder), **SIZE), "a cat", target_density=0.001)

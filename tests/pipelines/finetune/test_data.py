@@ -11,7 +11,7 @@ import pytest
 
 from genattn.apps.sampling.output_files import write_video
 from genattn.errors import GenAttnError
-from genattn.pipelines.finetune.data import find_clips, read_clip
+from genattn.pipelines.finetune.data import ClipSource, find_clips, read_clip
 
 
 def video(path: Path, frames: int = 9, height: int = 32, width: int = 48, level: int = 120) -> Path:
@@ -176,3 +176,14 @@ def test_what_only_looks_like_a_clip_is_told_and_not_waited_for(tmp_path: Path) 
     found = find_clips(tmp_path)
     assert names(found) == ["a.mp4"]
     assert found.skipped == [(name, "it is no file") for name in ("folder.mp4", "gone.mp4", "pipe.mp4")]
+
+
+def test_a_member_that_is_no_file_any_more_is_told(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a.mp4"), io.BytesIO())
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        folder = tarfile.TarInfo("a.mp4")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with pytest.raises(OSError, match="a.mp4 is no file"):
+        ClipSource("a", "a cat", tmp_path / "s.tar", "a.mp4").read_bytes()

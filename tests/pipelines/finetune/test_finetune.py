@@ -198,7 +198,7 @@ def test_clips_are_encoded_once(clips: Path, tmp_path: Path, monkeypatch: pytest
         load_clip(files[0])
 
 
-def test_what_cannot_be_trained_says_why(clips: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_says_why(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for family, reason in {
         "wan-experts": "two experts",
         "animatediff": "no transformer",
@@ -215,6 +215,17 @@ def test_what_cannot_be_trained_says_why(clips: Path, tmp_path: Path) -> None:
         add_lora(None, 0, 1.0)
     with pytest.raises(GenAttnError, match="no attention projection"):
         add_lora(torch.nn.Linear(2, 2), 2, 1.0)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        with pytest.raises(
+            GenAttnError, match=r"fine-tuning needs peft, which is not installed; pip install 'genattn\[train\]'"
+        ):
+            add_lora(torch.nn.Linear(2, 2), 2, 1.0)
+    monkeypatch.setattr(
+        type(trainable(build_pipeline("wan")[0])), "limits", lambda self, latents: f"{latents} latents are too many"
+    )
+    with pytest.raises(GenAttnError, match="cannot fine-tune at 9 frames of 8 x 6 latents: 3 latents are too many"):
+        run(clips, tmp_path)
     for wrong, match in (
         ({"batch": 0}, "must be >= 1"),
         ({"caption_dropout": 2.0}, "caption_dropout"),

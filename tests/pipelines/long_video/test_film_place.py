@@ -8,6 +8,8 @@ import genattn
 from genattn import NeighborhoodPattern
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.generate import long_video, resume_video
+from genattn.pipelines.long_video.output.film_path import film_path
+from genattn.pipelines.long_video.settings import LongVideoSettings
 
 SMALL = {"height": 32, "width": 32, "window": 3, "num_inference_steps": 4, "guidance_scale": 1.0, "progress": False}
 
@@ -97,3 +99,26 @@ def test_a_length_that_the_decoder_is_past_is_refused(tmp_path):
             break
     with pytest.raises(GenAttnError, match="those in the decoder included, and cannot become shorter"):
         long_video(other, resume=tmp_path, num_frames=29, progress=False)
+
+
+def test_a_film_that_may_not_be_written_is_refused_before_any_work(pipe, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append(path))
+    with pytest.raises(GenAttnError, match="output must be a file that may be written, got .*film.mp4.; choose another place"):
+        film_path(tmp_path / "film.mp4", None)
+    (tmp_path / "film.mp4").touch()
+    with pytest.raises(GenAttnError, match="output must be a file that may be written"):
+        film_path(tmp_path / "film.mp4", None)
+    assert asked == [tmp_path, tmp_path / "film.mp4"]
+
+
+def test_a_window_beyond_the_models_limit_is_refused(pipe):
+    class Short:
+        def default_window(self):
+            return 9
+
+        def limits(self, latents):
+            return f"the position table ends before {latents} latents"
+
+    with pytest.raises(GenAttnError, match="the position table ends before 9 latents"):
+        LongVideoSettings("a cat", num_frames=99).queue_shape(Short())

@@ -136,3 +136,16 @@ def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, part):
         assert back.keys() == tensors.keys()
         assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
     assert refused > 150
+
+
+def test_a_record_that_is_no_object_and_tensors_that_are_none_are_refused(tmp_path):
+    state = checkpoint.save_checkpoint(tmp_path, {"a": torch.ones(2)}, {"tick": 1})
+    record = checkpoint.read_record(tmp_path)
+    state.write_bytes(b"not safetensors")
+    with pytest.raises(GenAttnError, match=r"is damaged \(its check sum is another one\); copy the run's folder again"):
+        checkpoint.read_tensors(tmp_path, record)
+    with pytest.raises(GenAttnError, match="is damaged .*; copy the run's folder again"):
+        checkpoint.read_tensors(tmp_path, record | {checkpoint._TENSOR_SUM: checkpoint._sum_of(state)})
+    (tmp_path / "checkpoint.json").write_text("[1]")
+    with pytest.raises(GenAttnError, match="must hold an object, got list; it was changed by hand"):
+        checkpoint.read_record(tmp_path)

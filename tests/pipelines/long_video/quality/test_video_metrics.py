@@ -1,5 +1,8 @@
 """The measures on clips whose faults are known: each fault is found by its measure, and not where there is none."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -154,3 +157,15 @@ def test_without_opencv_the_error_says_what_to_install(monkeypatch):
     with pytest.raises(GenAttnError, match="pip install opencv-python-headless"):
         metrics.motion_smoothness(clip())
     assert metrics.temporal_flickering(clip()) == 1.0
+
+
+def test_a_film_without_a_frame_is_refused(tmp_path, monkeypatch):
+    import av
+
+    metrics_file = tmp_path / "film.mp4"
+    metrics_file.touch()
+    streams = SimpleNamespace(video=[SimpleNamespace(average_rate=8)])
+    empty = SimpleNamespace(streams=streams, decode=lambda video: iter(()))
+    monkeypatch.setattr(av, "open", lambda name: contextlib.nullcontext(empty))
+    with pytest.raises(GenAttnError, match="film.mp4 holds no frames"):
+        metrics.read_video(metrics_file)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.long_video.solvers import frame_solvers
 from genattn.pipelines.long_video.solvers.frame_solvers import SingleStepSolver, solver_from_scheduler
 from genattn.pipelines.long_video.solvers.noise_grid import NoiseGrid
 
@@ -278,3 +279,12 @@ def test_direction_gain_is_what_a_push_does_to_the_result(case: str, eta: float)
     gain = solver.direction_gain(levels, sample)
     torch.testing.assert_close(moved, gain.expand_as(moved).to(moved), atol=1e-5, rtol=1e-5)
     assert float(gain.flatten()[0]) == pytest.approx(0.0, abs=0.05)
+
+
+def test_a_schedule_of_another_length_than_asked_for_is_refused(monkeypatch):
+    fresh = frame_solvers.fresh_scheduler
+    monkeypatch.setattr(
+        frame_solvers, "fresh_scheduler", lambda scheduler, levels, **more: fresh(scheduler, levels - 1, **more)
+    )
+    with pytest.raises(GenAttnError, match="the scheduler made 4 steps of the 5 asked for; pass num_levels=4"):
+        solver_from_scheduler(diffusers.DDIMScheduler(), 5)
