@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from genattn.apps.bench import attention as bench_attention
+from genattn.apps.cli import evidence
 from genattn.apps.cli.kernels import bench_attention_command, doctor_command
+from genattn.apps.cli.long import _picture_statistics
 from genattn.errors import GenAttnError, RunFailed
 
 
@@ -56,3 +59,18 @@ def test_doctor_takes_every_head_that_can_be(capsys: pytest.CaptureFixture[str])
             doctor_command(head_dim=head_dim)
     with pytest.raises(GenAttnError, match="give --report or --json, got both: a report is text"):
         doctor_command(report=True, as_json=True)
+
+
+def test_a_picture_too_small_to_measure(tmp_path: Path) -> None:
+    for size in ((7, 64), (64, 7)):
+        Image.new("RGB", size).save(tmp_path / "small.png")
+        with pytest.raises(GenAttnError, match=f"a picture must be at least 8 x 8 to be measured, got {size[0]} x {size[1]}"):
+            _picture_statistics(tmp_path / "small.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    assert _picture_statistics(tmp_path / "small.png")["height"] == 8
+
+
+def test_evidence_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "find_spec", lambda name: None)
+    with pytest.raises(GenAttnError, match="an installed genattn comes without what makes them; run it in a checkout"):
+        evidence.evidence_command(root=None, check=True, as_json=False)

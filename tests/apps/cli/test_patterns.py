@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import genattn
-from genattn.apps.cli.patterns import plan_command, show_command, simulate_command
+from genattn.apps.cli.patterns import _save_first, plan_command, show_command, simulate_command
 from genattn.apps.sampling.shapes import parse_shape
 from genattn.errors import GenAttnError
 from genattn.patterns.radial import RadialPattern
@@ -108,3 +108,9 @@ def test_the_version_and_the_help_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     done = subprocess.run([sys.executable, "-m", "genattn", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"genattn {genattn.__version__}\n")
+
+
+def test_a_plan_without_a_setting_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GenAttnError, match="no setting comes near this density, .*; try another --target-density"):
+        _save_first([], tmp_path / "settings.json")
+    assert not list(tmp_path.iterdir())

@@ -20,8 +20,18 @@ import torch
 from genattn.apps.sampling.attention_names import attention_from_name, pattern_from_name
 from genattn.apps.sampling.generate import GenerateRequest, generate, without_folders
 from genattn.apps.sampling.output_files import read_video
-from genattn.apps.sampling.run import DENSE, AttentionSettings, SamplingSettings, call_arguments, open_pipeline, to_uint8
+from genattn.apps.sampling.run import (
+    DENSE,
+    AttentionSettings,
+    SamplingSettings,
+    call_arguments,
+    default_size,
+    open_pipeline,
+    run_once,
+    to_uint8,
+)
 from genattn.errors import GenAttnError
+from genattn.pipelines.tiny.random.build import build_pipeline
 
 RADIAL = AttentionSettings("radial", pattern_from_name("radial"), dense_steps=1, dense_layers=0)
 
@@ -276,3 +286,26 @@ def test_oracle_scores_of_a_true_clip() -> None:
 )
 def test_a_clip_names_files_without_their_folders(told: str, wanted: str) -> None:
     assert without_folders(told) == wanted.replace("/home/me/", "")
+
+
+def test_frames_for_a_picture_model_are_refused(random_wan_folder: Path) -> None:
+    pictures, _ = build_pipeline("sd3")
+    with pytest.raises(GenAttnError, match="StableDiffusion3Pipeline makes pictures, got --frames 9; leave it out"):
+        call_arguments(pictures, SamplingSettings(frames=9))
+
+
+def test_a_model_that_tells_no_size_asks_for_one() -> None:
+    class Sizeless:
+        config: dict[str, str] = {}  # noqa: RUF012
+
+        def __call__(self, prompt: str, height: int | None = None, width: int | None = None, num_frames: int = 5) -> None: ...
+
+    with pytest.raises(GenAttnError, match="Sizeless has no default height and width; give --height"):
+        default_size(Sizeless())
+
+
+def test_what_the_pipeline_itself_refuses_is_one_line(settings: SamplingSettings, tmp_path: Path) -> None:
+    pipe = open_pipeline(settings)
+    call = call_arguments(pipe, settings) | {"height": 33}
+    with pytest.raises(GenAttnError, match="WanPipeline refuses this call: `height` and `width` have to be divisible by"):
+        run_once(pipe, call, "a cat", 0, DENSE, "dense")

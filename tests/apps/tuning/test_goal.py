@@ -1,10 +1,13 @@
 """The choice among measured settings, for any figures."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
+from genattn.apps.tuning.draw import draw_front
 from genattn.apps.tuning.goal import Goal, Row, choose, front, hopeless, nearest_miss, parse_budget, still_running, summed
 from genattn.errors import GenAttnError
 
@@ -147,3 +150,12 @@ def test_a_goal_of_speed_alone_takes_the_nearest_and_any_other_the_fastest(goal:
     found = choose(rows, goal)
     assert found is not None
     assert found.name == expected
+
+
+def test_a_front_of_nothing_and_one_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GenAttnError, match="there is nothing to draw: no setting was measured"):
+        draw_front([], None, Goal(budget=2.0), tmp_path / "front.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(GenAttnError, match=r"the picture of a tuning run needs matplotlib; pip install 'genattn\[plots\]'"):
+        draw_front([row("a", 2.0, 30.0)], None, Goal(budget=2.0), tmp_path / "front.png")
+    assert not list(tmp_path.iterdir())

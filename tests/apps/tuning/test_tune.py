@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import genattn
 from genattn.apps.cli import root as cli
 from genattn.apps.sampling.load_pipeline import shipped_model
-from genattn.apps.sampling.run import SamplingSettings
+from genattn.apps.sampling.run import SamplingSettings, call_arguments, open_pipeline
 from genattn.apps.sampling.saved_settings import attention_from_file
 from genattn.apps.tuning import tune as tuning
 from genattn.apps.tuning.candidates import Ground, candidates, with_dense_start
@@ -24,6 +24,7 @@ from genattn.errors import GenAttnError
 from genattn.one_writer import only_writer
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.planning.ladder import Model
+from genattn.seam.handle import Handle
 
 PROMPTS = ["a cat", "a dog"]
 WAN = Model("WanTransformer3DModel", 2, 2)
@@ -255,3 +256,12 @@ def test_a_map_without_a_journal_is_put_aside_unless_it_is_asked_for(
     with pytest.raises(KeyboardInterrupt):
         tune(SamplingSettings("m"), ["a"], Goal(budget=2), tmp_path, profile_map=own if given else None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.jsonl", left]
+
+
+def test_a_model_without_a_known_grid_is_refused(settings: SamplingSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = open_pipeline(settings)
+    tuned = object.__new__(tuning._Search)
+    tuned.pipe, tuned.call, tuned.texts = pipe, call_arguments(pipe, settings), PROMPTS
+    monkeypatch.setattr(Handle, "explain", lambda self, **call: SimpleNamespace(grid=None))
+    with pytest.raises(GenAttnError, match="tune needs a model whose token grid is known, and that of .* is not"):
+        tuned.ground((), None, Path())

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers.configuration_utils
 import diffusers.utils.hub_utils
 import pytest
+import torch
 
 from genattn import GenAttnError, NeighborhoodPattern, RadialPattern, Schedule
 from genattn.guidance.broadway.broadway import BroadWay
@@ -18,6 +19,7 @@ from genattn.guidance.passes.delta import Projection
 from genattn.guidance.s2 import S2Guidance
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.guidance.tag import TAG
+from genattn.layouts.site import AttentionSite
 from genattn.pipelines.tiny.random.build import build_model
 from genattn.seam.handle import apply
 from genattn.seam.plugin import Plugin
@@ -213,3 +215,9 @@ def test_the_way_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how
     (there / "genattn_config.json").write_text(uploaded["genattn_config.json"])
     again = PluginConfig.from_pretrained(there).plugins()
     assert [plugin.settings() for plugin in again] == [plugin.settings() for plugin in PLUGINS.values()]
+
+
+def test_a_pattern_needs_attention_over_the_grid() -> None:
+    sites = [AttentionSite("blocks.0.attn2", "blocks", 0, 0, "cross", 2)]
+    with pytest.raises(GenAttnError, match="Module has no self or joint attention for a pattern; its sites are .*cross"):
+        SparsePlugin(RadialPattern()).attach(torch.nn.Module(), sites)

@@ -11,6 +11,7 @@ import torch
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.functional.planned import planned_attention
 from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.peers import optional as optional_peers
 from genattn.kernels.peers.optional import GridWindows, natten_attention, peer_attention, why_not_natten, why_not_peer
@@ -199,3 +200,10 @@ def test_natten_windows_refuse_what_it_lacks() -> None:
         natten_windows(genattn.RadialPattern(), genattn.TokenLayout.from_grid((4, 4)))
     with pytest.raises(GenAttnError, match="wrap around"):
         natten_windows(genattn.NeighborhoodPattern(3, circular=True), genattn.TokenLayout.from_grid((4, 4)))
+
+
+def test_natten_has_no_log_sum_exp_to_give():
+    windows = GridWindows((2, 4), (2, 2), (1, 1), (1, 1), (False, False))
+    query = torch.zeros(1, 8, 2, 16)
+    with pytest.raises(GenAttnError, match="impl='natten' returns no log-sum-exp; use return_lse=False or another impl"):
+        planned_attention(query, query, query, windows, "natten", return_lse=True)
