@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from genattn.apps.bench import autotune as module
 from genattn.apps.bench.autotune import autotune, autotune_here, keep, summed, tuning_cases
+from genattn.apps.bench.cases import AttentionCase
 from genattn.apps.cli.kernels import autotune_command
 from genattn.errors import GenAttnError
 from genattn.kernels.triton.config import launch_of, measured_table, settings_of
+from genattn.patterns.radial import RadialPattern
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +163,32 @@ def test_a_damaged_table_is_told_and_the_shipped_one_serves(content: str) -> Non
     with pytest.warns(UserWarning, match="cannot be used"):
         keep("sm_90", 128, {"dq": [4, 1, 1, 1]})
     assert json.loads(path.read_text()) == {"128": {"dq": [4, 1, 1, 1]}}, "and is written anew"
+
+
+CASE = AttentionCase("toy", (2, 8, 8), RadialPattern(), 5, 2, 16, torch.float32)
+RESULTS = {"forward": ("OUT",), "dq": ("DQ",), "dkv": ("DK", "DV")}
+
+
+@pytest.mark.parametrize("kernel", RESULTS)
+def test_each_setting_is_launched_and_its_result_compared(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, int]] = []
+    gives = [1.0]
+
+    def launch(jitted: Any, grid: Any, call: dict[str, Any], query: torch.Tensor) -> None:
+        launched.append((call["num_warps"], call["num_stages"]))
+        if call["num_stages"] == 4:
+            raise RuntimeError
+        for name in RESULTS[kernel]:
+            call[name].fill_(gives[0])
+
+    monkeypatch.setattr(module, "launch", launch)
+    timer = module.gpu_timer(CASE, 2, "cpu")
+    assert timer(kernel, (4, 2, 1, 1)) > 0
+    gives[0] = 1.005  # rounding
+    assert timer(kernel, (8, 2, 1, 1)) > 0
+    assert launched == [(4, 2)] * 4 + [(8, 2)] * 4, "one to compile and compare, one to warm up, then two rounds"
+    gives[0] = 1.02
+    with pytest.raises(RuntimeError, match="another result than the shipped setting's"):
+        timer(kernel, (8, 2, 1, 1))
+    with pytest.raises(RuntimeError, match="^RuntimeError$"):  # an error without a word of its own
+        timer(kernel, (8, 4, 1, 1))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genattn.apps.bench import gpu_check, lease
+from genattn.apps.bench import gpu_check, lease, timing
 from genattn.apps.bench.cases import AttentionCase, lease_cases, toy_cases
 from genattn.apps.bench.denoising_step import HUNYUAN, WAN_14B, StepShape
 from genattn.apps.bench.gpu import DeviceLost, forward_jobs, jobs_of, main, option_jobs, run_jobs, step_jobs
@@ -300,6 +300,15 @@ def test_rounds_on_a_cpu_are_single_calls() -> None:
     assert calls == ["a", "b", "a", "b", "a", "b"], "one to warm up, then in turns"
     assert all(len(t) == 2 for t in times.values())
     assert timed(lambda: time.sleep(0.01), "cpu", 2) >= 0.009
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.0007, 3), (0.0, 200), (10.0, 1)])
+def test_rounds_on_a_gpu_repeat_short_calls(seconds: float, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch has a cost of its own; a call of seconds is not made twice to warm up."""
+    made: list[int] = []
+    monkeypatch.setattr(timing, "timed", lambda call, device, repeats=1: made.append(repeats) or seconds)
+    assert interleaved({"a": lambda: None}, 2, "cuda:0") == {"a": [seconds, seconds]}
+    assert made == [1] * (2 if seconds < 1 else 1) + [repeats] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: the whole benchmark would run")
