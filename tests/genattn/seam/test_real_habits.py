@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import genattn
 from genattn import DensePattern, GenAttnError, NeighborhoodPattern, RadialPattern, apply
 from genattn.pipelines.tiny.random.build import build_inputs, build_model, build_pipeline
-from genattn.seam.cores import _under
+from genattn.seam import processors
+from genattn.seam.cores import _under, is_ours
 from genattn.seam.denoiser import INJECTION
 from genattn.seam.plugin import AttentionCall, Inner, Plugin, Run
 from genattn.seam.report import GenAttnWarning
@@ -447,3 +448,18 @@ def test_a_backend_that_cannot_serve_is_told_at_the_first_forward() -> None:
         pytest.raises(GenAttnError, match="impl='triton' cannot serve"),
     ):
         pipe(**{**call, "num_inference_steps": 4})
+
+
+def test_what_ended_under_a_compiler_is_undone_by_the_next_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    assert not is_ours(transformer_wan.dispatch_attention_fn), "a test before this one has left a plugin applied"
+    model = build_model("wan")
+    apply(model, DensePattern())
+    with monkeypatch.context() as compiling:
+        compiling.setattr(processors.CompileContext, "current_compile_id", lambda: 1)
+        del model
+        gc.collect()
+    assert is_ours(transformer_wan.dispatch_attention_fn), "nothing changes while a compiler looks names up"
+    other = apply(build_model("sd3"), DensePattern())
+    assert not is_ours(transformer_wan.dispatch_attention_fn)
+    other.remove()

@@ -336,6 +336,11 @@ def test_maps_do_not_outlive_the_forward() -> None:
         run_model(model, "wan")
         assert not plugin._forwards
         assert not plugin._last
+        with genattn.apply(model, SoftPAG("L0H0", scale=1.0)).set(num_steps=2):  # its extra pass may ask for them
+            run_model(model, "wan")
+            assert plugin._last
+        run_model(model, "wan")
+        assert not plugin._last
     assert not plugin._guided
 
 
