@@ -95,8 +95,9 @@ class HaloPlan:
         index = (line[..., None] * self.extent[2] + columns[:, None, None, :]).flatten(1)
         return index if self.places is None else self.places[index]
 
-    def to(self, device: torch.device) -> "HaloPlan":
+    def to(self, device: torch.device | str) -> "HaloPlan":
         """The plan with its tensors on `device`; the copy is kept."""
+        device = torch.empty(0, device=device).device
         if device == self.shared_keys.device:
             return self
         if device not in self._copies:
