@@ -95,6 +95,9 @@ def test_the_inner_patterns_tail_is_the_whole_ones(around):
     assert around(inner).with_measured_tail().plan(layout, 16, 16).tail.kind == "mean2"
     assert Union(around(inner), WINDOW).plan(layout, 16, 16).tail.kind == "mean2"
     assert around(inner).with_tail(None).plan(layout, 16, 16).tail is None
+    assert around(inner).measured_tail == Union(around(inner), WINDOW).measured_tail == "mean2"
+    assert around(WINDOW).measured_tail == Union(around(WINDOW), inner).measured_tail == WINDOW.measured_tail
+    assert around(WINDOW.with_tail(None)).measured_tail is None
     per_head = around(PerHead((genattn.RadialPattern(decay=0.1, tail=None), inner)))
     for pattern in (per_head, per_head.with_measured_tail(), Union(per_head, WINDOW).with_measured_tail()):
         assert pattern.tail_of_heads() == (None, "mean2")

@@ -190,6 +190,7 @@ def test_unknown_names_are_listed(make):
 def test_causal_keys_stay_hidden(wrap):
     causal = NeighborhoodPattern((3, 4, 4), is_causal=(True, False, False))
     assert wrap(causal).with_measured_tail().tail_of_heads() is None
+    assert wrap(causal).measured_tail is None
     with pytest.raises(GenAttnError, match="a causal axis hides them on purpose; use tail=None"):
         wrap(causal).with_tail("mean")
 

@@ -320,3 +320,10 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert sum(forwards) == pytest.approx(one.forwards)
     for rank in range(2):
         assert HeadSet.load(tmp_path / f"set{rank}.json") == expected
+
+
+def test_a_picture_holds_the_samples_values(tmp_path: Path) -> None:
+    clip = torch.linspace(-0.5, 1.5, 5 * 3 * 4 * 6).reshape(5, 3, 4, 6)
+    for sample, frame in ((clip, clip[2]), (clip[:4], clip[2]), (clip[0], clip[0])):
+        wanted = (frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        assert np.array_equal(pixels(write_picture(sample, tmp_path / "clip.png")), wanted)

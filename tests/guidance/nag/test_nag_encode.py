@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.guidance.nag import ways
 from genattn.guidance.nag.encode import encode, for_samples
 from genattn.guidance.nag.sequences import ending_there, like_these
 from genattn.guidance.nag.ways import WAYS
@@ -96,3 +97,16 @@ def test_an_encoder_is_asked_for_one_plain_text_a_sample() -> None:
         "prompt": ["x", "y"], "num_images_per_prompt": 1, "num_videos_per_prompt": 1, "batch_size": 2,
         "do_classifier_free_guidance": False, "clean_caption": False, "clip_skip": 2, "max_sequence_length": 9,
     }  # fmt: skip
+
+
+def test_a_class_of_ones_own_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine:
+        """A denoiser that nobody else has."""
+
+    class Derived(Mine):
+        """Known by its base."""
+
+    monkeypatch.setattr(ways, "WAYS", dict(WAYS))
+    assert ways.way_of(Mine()) is None
+    ways.register_way("Mine", WAYS["WanTransformer3DModel"])
+    assert ways.way_of(Mine()) is ways.way_of(Derived()) is WAYS["WanTransformer3DModel"]
