@@ -143,7 +143,7 @@ MAY_IMPORT = {
     "apps/pages/site": "genattn",
     "apps/sampling": (
         "genattn genattn/patterns genattn/planning genattn/seam genattn/selection "
-        "guidance/broadway guidance/heads guidance/nag guidance/softpag "
+        "guidance/broadway guidance/heads guidance/nag guidance/softpag kernels/cpu "
         "pipelines/long_video/output pipelines/tiny pipelines/video"
     ),
     "apps/tuning": (

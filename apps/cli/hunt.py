@@ -129,6 +129,7 @@ def hunt_command(
 
 def _understood(pipe: Any, settings: "SamplingSettings") -> dict[str, Any]:
     """What was given, and the model's own defaults for the rest, as far as the pipeline's call takes it."""
+    from genattn.apps.sampling.inputs import read_picture
     from genattn.apps.sampling.run import own_defaults
 
     own = own_defaults(pipe)
@@ -139,6 +140,7 @@ def _understood(pipe: Any, settings: "SamplingSettings") -> dict[str, Any]:
         "num_inference_steps": settings.steps or own.get("steps"),
         "guidance_scale": own.get("guidance_scale") if settings.guidance_scale is None else settings.guidance_scale,
         "negative_prompt": settings.negative_prompt,
+        "image": None if settings.image is None else read_picture(settings.image),
     }
     taken = inspect.signature(type(pipe).__call__).parameters
     return {name: value for name, value in known.items() if value is not None and name in taken}

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +59,7 @@ def long_command(
 
     _check_long(context, prompt, folder, resume, fps)
     place = folder if resume is None else resume
-    say_when_stopped(lambda: _how_to_go_on(place, settings.model, settings.lora))
+    say_when_stopped(lambda: _how_to_go_on(place, settings))
     pipe = open_pipeline(settings)
     if resume is not None:
         run = long_video(pipe, num_frames=settings.frames, resume=resume, window_batch=window_batch, stream=True)
@@ -119,10 +118,12 @@ def _check_long(context: typer.Context, prompt: str, folder: Path, resume: Path 
         raise GenAttnError(f"a resumed run keeps its settings, got {options_given} beside --resume; leave them out")
 
 
-def _how_to_go_on(place: Path, model: str | None = None, loras: Sequence[str] = ()) -> str:
+def _how_to_go_on(place: Path, settings: "SamplingSettings") -> str:
     if (place / "checkpoint.json").is_file():
-        model_given = [] if model is None else ["--model", str(model)]
-        command = ["genattn", "long", "--resume", str(place), *model_given, *(f"--lora={lora}" for lora in loras)]
+        same = {"model": settings.model, "device": settings.device, "cpu-offload": settings.cpu_offload}
+        same["dtype"] = None if settings.dtype == "auto" else settings.dtype
+        given = [word for name, value in same.items() if value is not None for word in (f"--{name}", str(value))]
+        command = ["genattn", "long", "--resume", str(place), *given, *(f"--lora={lora}" for lora in settings.lora)]
         return f"stopped; the film so far plays, and this goes on: {shlex.join(command)}"
     return "stopped before the first checkpoint; there is nothing to resume yet, the same command begins anew"
 

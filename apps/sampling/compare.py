@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from genattn.apps.sampling.attention_names import attention_from_name
 from genattn.apps.sampling.clip_quality import is_tiny_world, psnr, ssim
 from genattn.apps.sampling.generate import oracle_scores
-from genattn.apps.sampling.measured_rows import provenance
+from genattn.apps.sampling.measured_rows import machine_of, provenance
 from genattn.apps.sampling.run import (
     DENSE,
     AttentionSettings,
@@ -28,7 +28,7 @@ from genattn.apps.sampling.run import (
     warm_up,
 )
 from genattn.errors import GenAttnError
-from genattn.fingerprint import named_file, pipeline_fingerprint
+from genattn.fingerprint import named_file, pipeline_fingerprint, place_of
 from genattn.patterns.profiled import ProfiledPattern
 
 JUDGED = ("colour", "shape", "motion")
@@ -65,8 +65,8 @@ class Kept(Protocol):
 
     samples: list[dict[str, Any]]
 
-    def made_with(self, weights: str) -> None:
-        """Refuse what was kept of other weights."""
+    def made_with(self, weights: str, machine: str) -> None:
+        """Refuse what was kept of other weights, or on another machine."""
 
     def begin(self) -> None:
         """Make the file where there is none."""
@@ -99,7 +99,7 @@ def compare(
     pipe = open_pipeline(settings)
     call = call_arguments(pipe, settings)
     if kept is not None:
-        kept.made_with(pipeline_fingerprint(pipe))
+        kept.made_with(pipeline_fingerprint(pipe), machine_of(pipe))
     names = {"dense": "dense", **{attention.name: _kept_name(attention) for attention in attentions}}
     known = {(line["prompt"], line["setting"]): line for line in ([] if kept is None else kept.samples)}
     todo = [i for i in range(len(prompts)) if not all((i, name) in known for name in names.values())]
@@ -119,7 +119,7 @@ def compare(
         "model": settings.model or "tiny-wan",
         **{k: call[k] for k in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale") if k in call},
         "seed": seed,
-        **provenance(str(pipe.device)),
+        **provenance(place_of(pipe)),
     }
     return [_row(name, found) | common for name, found in samples.items()]
 

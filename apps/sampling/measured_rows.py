@@ -12,6 +12,8 @@ import genattn
 from genattn.apps.sampling.output_files import check_out
 from genattn.apps.sampling.run import versions
 from genattn.errors import GenAttnError
+from genattn.fingerprint import place_of, precision
+from genattn.kernels.cpu.native_build import native_library
 from genattn.one_writer import only_writer
 from genattn.text_file import read_text
 from genattn.whole_file import whole_file
@@ -30,6 +32,15 @@ def provenance(device: str) -> dict[str, str]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def machine_of(pipe: Any) -> str:
+    """What seconds depend on beside the request: device, precision, the versions of what computes, and whether the C++ kernel
+    serves, in one line."""
+    told = provenance(place_of(pipe))
+    numbers = [f"{name} {told[f'{name}_version']}" for name in ("torch", "diffusers", "triton")]
+    compiled = ["no C++ kernel"] if place_of(pipe) == "cpu" and isinstance(native_library(), str) else []
+    return ", ".join([told["device"], precision(pipe), *numbers, *compiled])
 
 
 def _commit() -> str:

@@ -4,7 +4,8 @@
     {"setting": "radial", "prompt": 0, "seconds": 5.1, ...}       one setting on one prompt, against dense run beside it
 
 A run carries a check of its values: one that was changed is refused. Another goal, or more settings to try, may come back to
-the same journal; another model, other weights under its name, another size, prompt or seed may not.
+the same journal; another model, other weights under its name, another size, prompt or seed may not, nor another machine or
+precision: seconds are compared.
 """
 
 import json
@@ -17,6 +18,8 @@ from typing import Any
 from genattn.errors import GenAttnError
 from genattn.reading import check_of, whole
 from genattn.settings import number, whole_number
+
+_WEIGHTS, _MACHINE = "weights", "machine"  # known when the model is open
 
 
 class Journal:
@@ -38,7 +41,7 @@ class Journal:
         self.begun = lines[0].get("request")
         if not isinstance(self.begun, dict):
             raise GenAttnError(f"{path} must begin with the request that it belongs to; name another --out, or delete the file")
-        self._refuse_others({*self.begun, *self.request} - {"weights"})
+        self._refuse_others({*self.begun, *self.request} - {_WEIGHTS, _MACHINE})
         self.samples = lines[1:]
         for place, sample in enumerate(self.samples, 2):
             with whole(f"line {place} of {path}"):
@@ -46,18 +49,23 @@ class Journal:
                 if sample.pop("check", None) != check_of(sample):
                     raise ValueError("its values are not those that were written; delete the line, and it runs again")
 
-    def made_with(self, weights: str) -> None:
-        """Make a fingerprint of the opened model part of the request. Raises GenAttnError for runs of other weights."""
-        self.request["weights"] = weights
-        self._refuse_others({"weights"})
+    def made_with(self, weights: str, machine: str) -> None:
+        """Make a fingerprint of the opened model, and what it runs on, part of the request.
+
+        Raises GenAttnError for runs of others.
+        """
+        self.request |= {_WEIGHTS: weights, _MACHINE: machine}
+        self._refuse_others({_WEIGHTS, _MACHINE})
 
     def _refuse_others(self, names: set[str]) -> None:
         """Raise GenAttnError if the file was begun with another value under one of these."""
         begun = self.request if self.begun is None else self.begun
         other = sorted(name for name in names if begun.get(name) != self.request.get(name))
         if other:
+            beside = f" ({begun.get(_MACHINE)}; here {self.request.get(_MACHINE)})" if _MACHINE in other else ""
             raise GenAttnError(
-                f"{self.path} belongs to a request with other {', '.join(other)}; name another --out, or delete the file"
+                f"{self.path} belongs to a request with other {', '.join(other)}{beside}; "
+                "name another --out, or delete the file"
             )
 
     def done(self, setting: str, prompt: int) -> bool:

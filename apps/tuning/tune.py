@@ -20,7 +20,7 @@ from typing import Any
 import genattn
 from genattn.apps.sampling.clip_quality import is_tiny_world, psnr, ssim
 from genattn.apps.sampling.generate import oracle_scores
-from genattn.apps.sampling.measured_rows import provenance
+from genattn.apps.sampling.measured_rows import machine_of, provenance
 from genattn.apps.sampling.output_files import check_folder
 from genattn.apps.sampling.pipeline_calls import sample_frames
 from genattn.apps.sampling.run import (
@@ -39,12 +39,12 @@ from genattn.apps.tuning.draw import draw_front
 from genattn.apps.tuning.goal import Goal, Row, choose, front, hopeless, nearest_miss, still_running, summed
 from genattn.apps.tuning.journal import Journal
 from genattn.errors import GenAttnError
-from genattn.fingerprint import named_file, pipeline_fingerprint
+from genattn.fingerprint import named_file, pipeline_fingerprint, place_of
 from genattn.one_writer import only_writer
 from genattn.patterns.pattern import Pattern
 from genattn.patterns.profiled import ProfiledPattern
 from genattn.planning.ladder import Model
-from genattn.profiling.profile import LEAST_PROMPTS, profile
+from genattn.profiling.profile import LEAST_PROMPTS, profile, unfinished
 from genattn.reading import whole
 from genattn.seam.named import describe_model
 from genattn.seam.schedule import Schedule
@@ -123,7 +123,7 @@ def tune(
         journal = Journal(out / JOURNAL, request | {"genattn": genattn.__version__})
         pipe = open_pipeline(settings)
         call = call_arguments(pipe, settings)
-        journal.made_with(pipeline_fingerprint(pipe))
+        journal.made_with(pipeline_fingerprint(pipe), machine_of(pipe))
         if journal.begun is None and profile_map is None and (out / MAP).is_file():
             (out / MAP).replace(out / MAP_BEFORE)  # nothing tells of which weights it is
         journal.begin()
@@ -167,7 +167,7 @@ def timed(
     begun = time.process_time()
     result = run_once(pipe, call, text, seed, setting, title)
     used = time.process_time() - begun
-    return result, used if str(pipe.device) == "cpu" else result.seconds
+    return result, used if place_of(pipe) == "cpu" else result.seconds
 
 
 class _Search:
@@ -206,6 +206,7 @@ class _Search:
     def _profiled(self, path: Path) -> Path:
         """A map from other noise than the settings are judged on; one that is there already is taken."""
         if path.is_file():
+            unfinished(path).unlink(missing_ok=True)  # left where a kill came when the map had just been written
             return path
         import torch
 
@@ -301,7 +302,7 @@ class _Search:
             "front": [row.to_dict() for row in front(rows)],
             "request": self.journal.request,
             "size": {k: self.call[k] for k in ("height", "width", "num_frames", "num_inference_steps") if k in self.call},
-            **provenance(str(self.pipe.device)),
+            **provenance(place_of(self.pipe)),
         }
         save_settings(out / SETTINGS, [SparsePlugin(setting.pattern, Schedule(**setting.schedule))], notes)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from genattn.errors import GenAttnError
-from genattn.fingerprint import pipeline_fingerprint
+from genattn.fingerprint import pipeline_fingerprint, place_of, precision
 from genattn.one_writer import only_writer
 from genattn.profiling.recorder import Recorder
 from genattn.seam.handle import apply
@@ -107,7 +107,8 @@ def profile(
     part = unfinished(out)
     with only_writer(out, "file"), apply(target, recorder):
         about = {"prompts": texts, "bands": list(ends), "samples": samples, "model": recorder.model, "heads": recorder.heads}
-        about["weights"] = pipeline_fingerprint(target)
+        about["weights"], about["precision"] = pipeline_fingerprint(target), precision(target)
+        about["device"] = place_of(target).partition(":")[0]
         about["settings"] = json.loads(json.dumps(dict(settings or {})))
         done = recorder.load(part, about)
         total = len(texts) + CHECKS

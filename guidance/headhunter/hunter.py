@@ -7,6 +7,7 @@ The search itself is `head_search`, its memory `search_log`; here trials become 
 its seed and are made as rows of one batch. With accelerate several processes share the work and find the same heads.
 """
 
+import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+import genattn
 from genattn.errors import GenAttnError
-from genattn.fingerprint import pipeline_fingerprint
-from genattn.guidance.headhunter.objectives import Objective, checked
+from genattn.fingerprint import pipeline_fingerprint, place_of, precision
+from genattn.guidance.headhunter.objectives import Objective, checked, objective_mark
 from genattn.guidance.headhunter.search import HeadSearch, Scores, SearchResult, SearchSettings, Trial
 from genattn.guidance.headhunter.search_log import Chunk, Progress, SearchLog
 from genattn.guidance.headhunter.x0_probe import X0Probe
@@ -171,10 +173,13 @@ class HeadHunter:
             "prompts": self.prompts,
             "seeds": self.seeds,
             "call": {name: _plain(value) for name, value in sorted(self.call.items())},
-            "objectives": sorted(self.objectives),
+            "objectives": sorted(map(objective_mark, self.objectives)),
             "search": {**self.search.to_dict(), "rounds": None, "patience": None, "returned": None},
             "pool": [head_name(head) for head in self.pool],
             "model": pipeline_fingerprint(self.pipe),
+            "precision": precision(self.pipe),
+            "device": place_of(self.pipe).partition(":")[0],
+            "genattn": genattn.__version__,
             "probe_steps": self.probe.steps if self.probe else None,
         }
 
@@ -287,7 +292,11 @@ def _mean(scores: Sequence[Scores]) -> Scores:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if hasattr(value, "tobytes"):  # of a picture repr tells its place in memory
+        return hashlib.sha256(value.tobytes()).hexdigest()[:16]
+    return repr(value)
 
 
 def _version(name: str) -> str:

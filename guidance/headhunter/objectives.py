@@ -7,14 +7,17 @@ An objective is a function (samples, prompts) -> one score per sample, higher is
 A bare statistic is easily gamed by over-saturation: pair it with "unclipped", or set a floor.
 """
 
-import importlib
+import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from genattn.errors import GenAttnError
+from genattn.fingerprint import content_mark
 
 Objective = Callable[[Sequence[torch.Tensor], Sequence[str]], Sequence[float]]
 Statistic = Callable[[torch.Tensor], torch.Tensor]
@@ -169,6 +172,19 @@ def load_objective(name: str) -> Objective:
             f"{', '.join(f'{s}:PATH' for s in _SCORERS)} or module:function, got {name!r}"
         )
     return checked(_negated(found) if flipped else found, name)
+
+
+def objective_mark(name: str) -> str:
+    """An objective's name with marks of the files that it stands for: a picture, weights, a module; no other name has any."""
+    kind, _, where = name.removeprefix("-").partition(":")
+    if kind in ("palette", "style", *_SCORERS):
+        files = [Path(part).expanduser() for part in where.split("+")]
+    else:
+        found = None
+        with contextlib.suppress(ImportError, ValueError):  # a name that is no module's
+            found = importlib.util.find_spec(kind) if where and kind else None
+        files = [Path(found.origin)] if found is not None and found.origin else []
+    return " ".join([name, *(content_mark(file) for file in files if file.exists())])
 
 
 _SCORERS = ("clip_score", "pick_score", "aesthetic", "hps", "image_reward")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
-from genattn.fingerprint import model_fingerprint
+from genattn.fingerprint import model_fingerprint, precision
 from genattn.pipelines.finetune.data import ClipSource, Dataset, check_any, read_clip
 from genattn.pipelines.finetune.places import with_places
 from genattn.pipelines.long_video.bases.frame_denoisers import Embeds, FrameDenoiser
@@ -45,7 +45,7 @@ class LatentCache:
     def __init__(self, base: FrameDenoiser, folder: Path, size: ClipSize) -> None:
         self.base, self.folder, self.size = base, folder, size
         parts = {name: getattr(base.pipe, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
-        self._mark = f"{model_fingerprint({k: v for k, v in parts.items() if v is not None})}|{size}"
+        self._mark = f"{model_fingerprint({k: v for k, v in parts.items() if v is not None})}|{precision(base.pipe)}|{size}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def fill(self, dataset: Dataset, progress: Callable[[int], None] = lambda done: None) -> list[Path]:

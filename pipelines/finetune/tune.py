@@ -21,9 +21,10 @@ from accelerate.utils import set_seed
 
 import genattn
 from genattn.errors import GenAttnError
-from genattn.fingerprint import model_fingerprint
+from genattn.fingerprint import model_fingerprint, named_file, place_of, precision
 from genattn.one_writer import only_writer
 from genattn.patterns.pattern import Pattern
+from genattn.patterns.profiled import ProfiledPattern
 from genattn.pipelines.finetune.cache import ClipSize, LatentCache, load_clip
 from genattn.pipelines.finetune.data import Dataset
 from genattn.pipelines.finetune.lora import LoraTrainer, add_lora, save_lora, why_no_lora
@@ -140,6 +141,10 @@ def _trained(
     identity = {
         **settings.identity(pattern),
         "model": model_fingerprint({"transformer": pipe.transformer, "vae": pipe.vae}),
+        "precision": precision(pipe),
+        "device": place_of(pipe).partition(":")[0],
+        "genattn": genattn.__version__,
+        "maps": [named_file(path) for path in _maps(pattern)],
         "data": dataset.fingerprint(),
     }
     _same_run(out, identity)  # before anything is encoded
@@ -259,6 +264,13 @@ def _tokens(base: FrameDenoiser, size: ClipSize) -> int:
     patch = base.pipe.transformer.config.get("patch_size", 1)
     _, rows, columns = patch if isinstance(patch, (list, tuple)) else (1, patch, patch)
     return base.decoder().latents_for(size.frames) * (height // rows) * (width // columns)
+
+
+def _maps(pattern: Pattern | None) -> list[str]:
+    """The files of the maps in a pattern."""
+    if isinstance(pattern, ProfiledPattern):
+        return [pattern.path]
+    return [path for part in getattr(pattern, "patterns", ()) for path in _maps(part)]
 
 
 def _same_run(out: Path, identity: dict[str, Any]) -> None:

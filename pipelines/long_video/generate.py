@@ -17,7 +17,7 @@ import torch
 
 import genattn
 from genattn.errors import GenAttnError
-from genattn.fingerprint import pipeline_fingerprint
+from genattn.fingerprint import pipeline_fingerprint, precision
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser, frame_denoiser
 from genattn.pipelines.long_video.early import check_window, refuse
 from genattn.pipelines.long_video.forecast import Forecast, forecast_of, teller
@@ -353,6 +353,7 @@ class _Build:
         return {
             "pipeline": type(self.base.pipe).__name__,
             "model": pipeline_fingerprint(self.base.pipe),
+            "precision": precision(self.base.pipe),
             "size": [self.height, self.width],
             **plugins_on(self.base.models),
             **fifo.settings(),

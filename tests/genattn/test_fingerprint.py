@@ -2,12 +2,13 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from genattn.fingerprint import model_fingerprint, named_file, pipeline_fingerprint
+from genattn.fingerprint import content_mark, model_fingerprint, named_file, pipeline_fingerprint, place_of, precision
 from genattn.pipelines.tiny.random.build import build_model, build_pipeline
 
 
@@ -72,3 +73,44 @@ def test_a_named_file_tells_what_stands_there(tmp_path: Path) -> None:
     assert first.startswith(f"{path} (")
     path.write_bytes(b"two")
     assert named_file(path) != first
+
+
+def test_precision_is_told_where_values_do_not_tell_it() -> None:
+    """Weights that were stored in bfloat16 have the same values in float32."""
+    stored, wide = (torch.nn.Linear(3, 3).to(torch.bfloat16) for _ in range(2))
+    wide.load_state_dict(stored.state_dict())
+    wide.to(torch.float32)
+    assert pipeline_fingerprint(stored) == pipeline_fingerprint(wide)
+    assert (precision(stored), precision(wide)) == ("bfloat16", "float32")
+    assert precision(torch.nn.Sequential(stored, wide, torch.nn.Embedding(2, 2))) == "bfloat16, float32"
+    wide.register_buffer("count", torch.zeros(1, dtype=torch.long))
+    assert precision(wide) == "float32"
+
+
+def test_the_place_of_an_offloaded_pipeline_is_where_it_computes() -> None:
+    waiting = SimpleNamespace(device=torch.device("cpu"), _execution_device=torch.device("cuda:1"))
+    assert place_of(waiting) == "cuda:1"
+    assert place_of(SimpleNamespace(device=torch.device("cpu"))) == "cpu"
+    assert place_of(torch.nn.Linear(3, 3)) == "cpu"
+    assert place_of(torch.nn.Linear(3, 3, device="meta")) == "meta"
+    assert place_of(torch.nn.Identity()) == "cpu"
+
+
+def test_a_folder_of_weights_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    file = folder / "a.safetensors"
+    file.write_bytes(bytes(3 << 20))
+    seen = [content_mark(folder), content_mark(file)]
+    for at in (0, (3 << 20) - 1):  # its beginning and its end are read
+        content = bytearray(3 << 20)
+        content[at] = 1
+        file.write_bytes(content)
+        seen += [content_mark(folder), content_mark(file)]
+    file.write_bytes(bytes((3 << 20) + 1))
+    seen += [content_mark(folder), content_mark(file)]
+    file.write_bytes(bytes(3 << 20))
+    assert content_mark(file) == seen[1]
+    file.rename(folder / "b.safetensors")
+    seen.append(content_mark(folder))
+    assert len(set(seen)) == 9

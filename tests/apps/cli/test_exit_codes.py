@@ -15,6 +15,7 @@ import typer
 from typer.models import CommandInfo
 
 from genattn.apps.cli import root as cli, stopping
+from genattn.apps.sampling.run import SamplingSettings
 from genattn.errors import GenAttnError, RunFailed
 
 
@@ -97,11 +98,14 @@ def test_an_interrupt_is_heeded_that_a_shell_script_has_ignored(outcome: Callabl
 def test_a_stopped_long_video_says_how_to_go_on(tmp_path: Path) -> None:
     from genattn.apps.cli.long import _how_to_go_on
 
-    assert "nothing to resume yet, the same command begins anew" in _how_to_go_on(tmp_path)
+    plain = SamplingSettings()
+    assert "nothing to resume yet, the same command begins anew" in _how_to_go_on(tmp_path, plain)
     (tmp_path / "checkpoint.json").write_text("{}")
-    assert _how_to_go_on(tmp_path).endswith(f"genattn long --resume {tmp_path}")
-    told = _how_to_go_on(tmp_path, "my model", ["a.safetensors:0.5"])
-    assert told.endswith(f"genattn long --resume {tmp_path} --model 'my model' --lora=a.safetensors:0.5")
+    assert _how_to_go_on(tmp_path, plain).endswith(f"genattn long --resume {tmp_path}")
+    told = _how_to_go_on(tmp_path, SamplingSettings("my model", lora=("owner/name:0.5",), device="cpu", dtype="bfloat16"))
+    assert told.endswith(
+        f"genattn long --resume {tmp_path} --model 'my model' --device cpu --dtype bfloat16 --lora=owner/name:0.5"
+    )
 
 
 @pytest.mark.parametrize("name", ["hunt", "profile"])

@@ -180,6 +180,7 @@ def test_a_stopped_autotune_says_what_it_keeps(
 ) -> None:
     from genattn.apps.bench import autotune as room
 
+    monkeypatch.setenv("GENATTN_CACHE", str(tmp_path))
     monkeypatch.setattr(room, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True), device=torch.device))
     monkeypatch.setattr(room, "arch_of", lambda device: "sm_90")
     table = tmp_path / "tune-chip.json"

@@ -51,15 +51,18 @@ def test_runs_of_other_weights_are_not_taken(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     first = Journal(path, REQUEST)
     assert first.begun is None
-    first.made_with("aa")
+    first.made_with("aa", "CPU, float32")
     first.begin()
     first.add({"setting": "radial", "prompt": 0})
     again = Journal(path, REQUEST)
-    again.made_with("aa")
-    assert again.begun == {**REQUEST, "weights": "aa"}
+    again.made_with("aa", "CPU, float32")
+    assert again.begun == {**REQUEST, "weights": "aa", "machine": "CPU, float32"}
     assert again.done("radial", 0)
     with pytest.raises(GenAttnError, match="j.jsonl belongs to a request with other weights; name another --out, or delete"):
-        Journal(path, REQUEST).made_with("bb")
+        Journal(path, REQUEST).made_with("bb", "CPU, float32")
+    says = r"other machine \(CPU, float32; here CPU, bfloat16\); name another --out"
+    with pytest.raises(GenAttnError, match=says):
+        Journal(path, REQUEST).made_with("aa", "CPU, bfloat16")
 
 
 def test_refusals(tmp_path: Path) -> None:

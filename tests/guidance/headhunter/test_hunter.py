@@ -327,3 +327,9 @@ def test_a_picture_holds_the_samples_values(tmp_path: Path) -> None:
     for sample, frame in ((clip, clip[2]), (clip[:4], clip[2]), (clip[0], clip[0])):
         wanted = (frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         assert np.array_equal(pixels(write_picture(sample, tmp_path / "clip.png")), wanted)
+
+
+def test_a_picture_to_start_from_is_known_by_what_it_shows(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "red", "blue")]
+    told = [hunter(tmp_path, call={"image": picture}).identity()["call"] for picture in pictures]
+    assert told[0] == told[1] != told[2]

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from genattn.errors import GenAttnError
-from genattn.guidance.headhunter.objectives import STATISTICS, as_frames, checked, load_objective, luma, steadiness
+from genattn.guidance.headhunter.objectives import (
+    STATISTICS,
+    as_frames,
+    checked,
+    load_objective,
+    luma,
+    objective_mark,
+    steadiness,
+)
 from genattn.guidance.headhunter.style_objectives import PaletteObjective, StyleObjective, read_picture
 
 SIZE = 64
@@ -240,3 +248,31 @@ def test_a_palette_is_looked_at_from_32_sides() -> None:
     assert torch.allclose(palette.directions.norm(dim=1), torch.ones(32))
     grey = palette.profile(torch.full((1, 3, 8, 8), 0.5))
     assert torch.allclose(grey, (0.5 * palette.directions.sum(1))[None, :, None].expand_as(grey))
+
+
+def test_an_objective_is_known_by_what_its_name_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of another picture, other weights or a changed function are not gone on with."""
+    for name in (
+        "sharpness",
+        "-warmth",
+        "my own",
+        "no_such_module:function",
+        ":function",
+        ".relative:function",
+        "clip_score:/no",
+    ):
+        assert objective_mark(name) == name
+    module, picture, weights = tmp_path / "my_judge.py", tmp_path / "p.png", tmp_path / "clip"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights.mkdir()
+    seen: dict[str, set[str]] = {}
+    for content in ("x = 1", "x = 2"):
+        for file in (module, picture, weights / "a.safetensors", tmp_path / "head.safetensors"):
+            file.write_text(content)
+        names = ("my_judge:x", "-my_judge:x", f"palette:{picture}", f"style:{picture}", f"hps:{weights}")
+        for name in (*names, f"aesthetic:{weights}+{tmp_path / 'head.safetensors'}"):
+            mark = objective_mark(name)
+            assert mark == objective_mark(name)
+            assert mark.startswith(f"{name} ")
+            seen.setdefault(name, set()).add(mark)
+    assert all(len(marks) == 2 for marks in seen.values())

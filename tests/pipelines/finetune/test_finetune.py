@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 from genattn import RadialPattern
 from genattn.apps.sampling.output_files import write_video
 from genattn.errors import GenAttnError
+from genattn.fingerprint import named_file
 from genattn.one_writer import only_writer
+from genattn.patterns.combine import Union
+from genattn.patterns.profiled import ProfiledPattern
 from genattn.pipelines.finetune import tune as module
 from genattn.pipelines.finetune.cache import ClipSize, LatentCache, load_clip
 from genattn.pipelines.finetune.data import find_clips
@@ -138,6 +141,18 @@ def test_a_killed_run_ends_with_the_same_weights(clips: Path, tmp_path: Path) ->
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     with pytest.raises(GenAttnError, match="holds a run with other settings .*lora_rank was 2"):
         run(clips, tmp_path / "cut", steps=4, lora_rank=3)
+
+
+def test_maps_are_known_by_their_content(tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[3] / "assets" / "maps"
+    path = tmp_path / "map.safetensors"
+    seen = []
+    for name in ("tiny-wan", "tiny-wan-long"):
+        shutil.copy(shipped / f"{name}.safetensors", path)
+        seen.append([named_file(file) for file in module._maps(Union(ProfiledPattern(str(path)), PATTERN))])
+    assert [len(files) for files in seen] == [1, 1]
+    assert seen[0] != seen[1]
+    assert module._maps(None) == module._maps(PATTERN) == []
 
 
 def test_a_folder_that_another_run_writes_is_refused(clips: Path, tmp_path: Path) -> None:
