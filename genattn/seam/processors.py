@@ -32,23 +32,41 @@ _EMPTY_CELL = types.CellType()
 def _marking_call(cls: Any) -> Callable[..., Any]:
     """The call of `cls` with the module's mark current. functools.wraps carries the signature `Attention.forward` filters by.
 
-    `cls.__call__` is looked up in every call, because other packages patch it.
+    `cls.__call__` is looked up in every call, because other packages patch it, and bound as Python binds it: what stands there
+    may be a static method or an object that is called without the processor.
     """
+    under = _called_by_name(cls) if inspect.isfunction(inspect.getattr_static(cls, "__call__")) else _called_as_bound(cls)
 
     @functools.wraps(cls.__call__)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         mark = attn.__dict__.get(MARK)
         if mark is None or not _comes_along(mark):
-            return cls.__call__(self, attn, *args, **kwargs)
+            return under(self, attn, *args, **kwargs)
         before, CURRENT.held[0] = CURRENT.held[0], mark
         try:
-            return cls.__call__(self, attn, *args, **kwargs)
+            return under(self, attn, *args, **kwargs)
         finally:
             CURRENT.held[0] = before
 
     # Dynamo measures the length of __defaults__ when it traces inspect.signature, and stumbles over None
     __call__.__defaults__ = ()  # type: ignore[attr-defined]
     return __call__
+
+
+def _called_by_name(cls: Any) -> Callable[..., Any]:
+    def under(instance: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.__call__(instance, attn, *args, **kwargs)
+
+    return under
+
+
+def _called_as_bound(cls: Any) -> Callable[..., Any]:
+    def under(instance: Any, *args: Any, **kwargs: Any) -> Any:
+        found = inspect.getattr_static(cls, "__call__")
+        bind = getattr(type(found), "__get__", None)
+        return (found if bind is None else bind(found, instance, cls))(*args, **kwargs)
+
+    return under
 
 
 def _comes_along(mark: Any) -> bool:
@@ -109,7 +127,10 @@ def stock_class(instance: Any) -> type:
 def _subclass(stock: Any) -> type:
     """The marking subclass of `stock`, with the signature that its call has now."""
     if stock not in _SUBCLASSES:
-        _SUBCLASSES[stock] = swapped_class(stock, {})
+        try:
+            _SUBCLASSES[stock] = swapped_class(stock, {})
+        except Exception as error:  # its own __init_subclass__ or metaclass may raise anything
+            raise TypeError(f"{stock.__name__} cannot have a subclass: {error}") from error
     made: Any = _SUBCLASSES[stock]
     if made.__dict__.get("_genattn_call") is not stock.__call__:
         made._genattn_call = stock.__call__
@@ -244,7 +265,7 @@ def _namespaces(processor: Any) -> list[dict[str, Any]]:
 def _names_of(item: Any) -> Iterator[dict[str, Any]]:
     function = _plain(item)
     if not inspect.isfunction(function):
-        cls: Any = stock_class(item)
+        cls: Any = item if isinstance(item, type) else stock_class(item)
         yield from (vars(sys.modules[base.__module__]) for base in cls.__mro__ if base.__module__ in sys.modules)
         function = _plain(cls.__call__)
     if hasattr(function, "__globals__"):
@@ -270,24 +291,35 @@ def _held(item: Any) -> Iterator[Any]:
     elif inspect.isfunction(item):
         yield from (cell.cell_contents for cell in item.__closure__ or () if cell != _EMPTY_CELL)
         yield from (*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values())
-        named = (item.__globals__.get(name) for name in item.__code__.co_names)
-        yield from (held for held in named if not inspect.isfunction(held))
+        yield from (held for held in _named(item) if not inspect.isfunction(held))
     else:
-        own = getattr(item, "__dict__", {})
-        yield from (*own.values(), *own.get("_modules", {}).values())
+        own = {} if isinstance(item, type) else getattr(item, "__dict__", {})
+        yield from (*own.values(), *own.get("_modules", {}).values(), _plain(_call_of(item)))
+
+
+def _named(function: Any) -> Iterator[Any]:
+    """What the names in a function's code stand for, in its module and in modules that it names."""
+    names = function.__code__.co_names
+    found = [function.__globals__.get(name) for name in names]
+    yield from found
+    for module in found:
+        if inspect.ismodule(module):
+            yield from (vars(module)[name] for name in names if isinstance(vars(module).get(name), type))
 
 
 def _may_work(held: Any) -> bool:
-    """Whether it may be a processor: a function, or an object that is called with an attention module."""
-    if isinstance(held, type):
-        return False
+    """Whether it may be a processor, or a class of processors: a function, or what is called with an attention module."""
     if isinstance(held, functools.partial) or inspect.ismethod(held) or inspect.isfunction(held):
         return True
-    function: Any = (
-        getattr(type(held), "forward", None) if isinstance(held, torch.nn.Module) else type(held).__dict__.get("__call__")
-    )
-    code = getattr(_plain(function), "__code__", None)
+    code = getattr(_plain(_call_of(held)), "__code__", None)
     return code is not None and "attn" in code.co_varnames[1:2]
+
+
+def _call_of(held: Any) -> Any:
+    """What runs when an object, or one of a class, is called."""
+    cls = held if isinstance(held, type) else stock_class(held)
+    name = "forward" if issubclass(cls, torch.nn.Module) else "__call__"
+    return next((base.__dict__[name] for base in cls.__mro__ if name in base.__dict__), None)
 
 
 def _plain(function: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models import attention_processor
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from genattn import DensePattern, RadialPattern, apply
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
@@ -104,6 +106,77 @@ class Small:
         if fails:
             raise RuntimeError("on purpose")
         return out
+
+
+class Child(AttnProcessor2_0):
+    """Its call is the parent's."""
+
+
+AT_MODULE_LEVEL = Child()
+
+
+class MakesOne:
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, **_: Any) -> Any:
+        return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states)
+
+
+class MakesOneByModule(torch.nn.Module):
+    def forward(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, **_: Any) -> Any:
+        return attention_processor.AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states)
+
+
+class UsesOne:
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, **_: Any) -> Any:
+        return AT_MODULE_LEVEL(attn, hidden_states, encoder_hidden_states)
+
+
+class WithoutSelf:
+    @staticmethod
+    def __call__(attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, **_: Any) -> Any:
+        return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states)
+
+
+class NoChildren(AttnProcessor2_0):
+    def __init_subclass__(cls, **_: Any) -> None:
+        raise RuntimeError("no subclass, please")
+
+
+def with_processor(make: Callable[[], Any]) -> Any:
+    model = build_model("unet")
+    for module in model.modules():
+        if hasattr(module, "processor"):
+            del module.processor
+            module.processor = make()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [MakesOne, MakesOneByModule, UsesOne, WithoutSelf, NoChildren, lambda: Wrapper(Child()), lambda: MakesOne().__call__],
+)
+def test_work_that_stock_classes_do_for_others_is_reached(make: Callable[[], Any]) -> None:
+    inputs, pattern = build_inputs("unet"), RadialPattern(decay=0.2, floor=0)
+    plain = build_model("unet")
+    with apply(plain, pattern, dense_steps=0, dense_layers=0):
+        wanted = output(plain, inputs)
+    model = with_processor(make)
+    stock, before = output(model, inputs), [id(m.processor) for m in model.modules() if hasattr(m, "processor")]
+    assert not torch.equal(wanted, stock)
+    with apply(model, pattern, dense_steps=0, dense_layers=0):
+        assert torch.equal(output(model, inputs), wanted)
+    assert torch.equal(output(model, inputs), stock)
+    assert [id(m.processor) for m in model.modules() if hasattr(m, "processor")] == before
+
+
+def test_a_patch_that_is_no_function_is_called_as_python_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build_model("unet"), build_inputs("unet")
+    plain, original = output(model, inputs), AttnProcessor2_0()
+    with apply(model, DensePattern()):
+        for patch in (functools.partial(original.__call__), staticmethod(original.__call__)):
+            monkeypatch.setattr(AttnProcessor2_0, "__call__", patch)
+            assert torch.equal(output(model, inputs), plain)
+            monkeypatch.undo()
+    assert torch.equal(output(model, inputs), plain)
 
 
 @pytest.mark.parametrize("fails", [False, True])
