@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from genattn.errors import GenAttnError
 from genattn.geometry.token_layout import Segment, SegmentKind, TokenLayout
 from genattn.layouts.site import SiteKind
@@ -24,7 +26,7 @@ class Family:
     site_tokens: (model, site's name, run's layout) -> length, where sites of one kind differ in length.
     timestep: name of the argument. rising: whether it grows while sampling. cfg: how guidance passes come when the pipeline
     gives no cache context. reads_values: inputs of which `layout` reads values, not only shapes.
-    lists: inputs with an entry per sample, whose sizes may differ; then every sample has a layout of its own.
+    lists: inputs with an entry per sample, where samples may differ in size, text or places; each then has a layout of its own.
     text_varies: sequences may hold fewer text tokens than the inputs have. queries: kinds of segments whose tokens ask, where
     the others are keys only (text that joins as keys, cached references); empty when every token asks. side_by_side: the
     stacks run through the layers together, so that block 0 of each is a first block. generic: whether `layout` reads the
@@ -51,7 +53,7 @@ class Family:
 
 
 class MixedGrids(GenAttnError):
-    """The samples of a batch have grids of several sizes: no one layout fits them all."""
+    """The samples of a batch differ in their grids or in the lengths of their texts: no one layout fits them all."""
 
 
 def text(length: int) -> list[Segment]:
@@ -94,3 +96,9 @@ def refuse_mixed(sizes: Sequence[Any]) -> None:
     """Raise MixedGrids when the samples of a batch are not of one size."""
     if any(size != sizes[0] for size in sizes):
         raise MixedGrids("the batch holds images of several sizes, and one grid does not fit them all")
+
+
+def refuse_mixed_rows(told: torch.Tensor) -> None:
+    """Raise MixedGrids when the samples of a batch are told other things than the first; told: [B, ...]."""
+    if bool((told != told[:1]).any()):
+        raise MixedGrids("the samples of the batch differ in where their tokens stand, and one layout does not fit them all")

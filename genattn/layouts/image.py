@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.layouts.family import Family, grid, layout, references, refuse_mixed, registers, text
+from genattn.layouts.family import Family, grid, layout, references, refuse_mixed, refuse_mixed_rows, registers, text
 
 Inputs = Mapping[str, Any]
 
@@ -123,11 +123,10 @@ def hidream(model: Any, inputs: Inputs) -> TokenLayout:
     return layout(grid(height, width), registers(fill), text(words))
 
 
-def lumina2(model: Any, inputs: Inputs) -> TokenLayout | None:
-    """Text cut to its length, then the image; none when the samples' texts differ in length."""
-    lengths = inputs["encoder_attention_mask"].sum(dim=1).tolist()
-    if len(set(lengths)) > 1:
-        return None
+def lumina2(model: Any, inputs: Inputs) -> TokenLayout:
+    """Text cut to its length, then the image."""
+    lengths = inputs["encoder_attention_mask"].sum(dim=1)
+    refuse_mixed_rows(lengths)
     return layout(text(int(lengths[0])), _patches(model, inputs["hidden_states"]))
 
 
@@ -189,6 +188,7 @@ FAMILIES = (
         kinds=(("attn", "joint"),),
         rising=True,
         reads_values=("encoder_attention_mask",),
+        lists=("hidden_states", "encoder_attention_mask"),
         cfg="two_pass",
     ),
     Family(

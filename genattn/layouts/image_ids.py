@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.layouts.family import Family, grid, layout, references, refuse_mixed, text
+from genattn.layouts.family import Family, grid, layout, references, refuse_mixed, refuse_mixed_rows, text
 from genattn.layouts.positions import rasters
 
 Inputs = Mapping[str, Any]
@@ -59,10 +59,10 @@ _IDEOGRAM_IMAGE, _IDEOGRAM_TEXT = 2, 3
 
 
 def ideogram4(model: Any, inputs: Inputs) -> TokenLayout | None:
-    """Padding, text, image, by the role of each token; none when the samples' texts differ in length."""
+    """Padding, text, image, by the role of each token."""
     roles = inputs["indicator"]
-    if bool((roles != roles[:1]).any()):
-        return None
+    refuse_mixed_rows(roles)
+    refuse_mixed_rows(inputs["position_ids"])
     image = int((roles[0] == _IDEOGRAM_IMAGE).sum())
     words, length = int((roles[0] == _IDEOGRAM_TEXT).sum()), roles.shape[1]
     before = length - image - words
@@ -188,6 +188,7 @@ FAMILIES = (
         kinds=(("attention", "joint"),),
         rising=True,
         reads_values=("position_ids", "indicator"),
+        lists=("hidden_states", "indicator", "position_ids"),
         generic=True,
         note="its second denoiser, for the negative pass, has the image alone",
     ),

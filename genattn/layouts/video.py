@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genattn.geometry.token_layout import Segment, TokenLayout
-from genattn.layouts.family import Family, grid, layout, patched, references, text
+from genattn.layouts.family import Family, grid, layout, patched, references, refuse_mixed_rows, text
 from genattn.layouts.positions import spread_table
 from genattn.layouts.site import SiteKind
 
@@ -49,6 +49,7 @@ def ltx(model: Any, inputs: Inputs) -> TokenLayout | None:
         shape = (inputs["num_frames"], inputs["height"], inputs["width"])
         extra = tokens - shape[0] * shape[1] * shape[2]
         return layout(grid(*shape), references((extra,)) if extra > 0 else [])
+    refuse_mixed_rows(inputs["video_coords"])
     coordinates = inputs["video_coords"][0]
     height, width = (int(coordinates[axis].unique().numel()) for axis in (1, 2))
     times = coordinates[0][:: height * width]
@@ -174,7 +175,14 @@ FAMILIES = (
         text_varies=True,
     ),
     Family("cogvideox", ("CogVideoXTransformer3DModel",), ("transformer_blocks",), cogvideox, kinds=(("attn1", "joint"),)),
-    Family("ltx", ("LTXVideoTransformer3DModel",), ("transformer_blocks",), ltx, reads_values=("video_coords",)),
+    Family(
+        "ltx",
+        ("LTXVideoTransformer3DModel",),
+        ("transformer_blocks",),
+        ltx,
+        reads_values=("video_coords",),
+        lists=("hidden_states", "video_coords"),
+    ),
     Family(
         "ltx2",
         ("LTX2VideoTransformer3DModel",),
@@ -182,6 +190,7 @@ FAMILIES = (
         ltx,
         kinds=(("audio_attn1", "refiner"), (r"audio_attn2|attn2|\w+_to_\w+_attn", "cross")),
         reads_values=("video_coords",),
+        lists=("hidden_states", "video_coords"),
         note="the audio's own attention stays dense",
     ),
     Family("consisid", ("ConsisIDTransformer3DModel",), ("transformer_blocks",), consisid, kinds=(("attn1", "joint"),)),

@@ -189,10 +189,13 @@ class SparsePlugin(Plugin):
         return out
 
     def _each_sample(self, call: AttentionCall, inner: Inner) -> torch.Tensor:
-        """A batch of sequences that differ in length and grid, filled up at their ends: every one under its own layout."""
+        """A batch of sequences that differ in grid or in length, filled up at their ends or told where they are: every one
+        under its own layout."""
         layouts, tokens = call.run.sample_layouts, call.query.shape[1]
-        alone = [_one_sample(call, place, layout) for place, layout in enumerate(layouts)]
-        reason = why_not_apart(call.mask, call.query, call.key, layouts) or next(filter(None, map(self.why_not, alone)), "")
+        told = len(layouts) == len(call.query) and all(layout.seqlen == tokens for layout in layouts)
+        alone = [_one_sample(call, place, layout, keeps_mask=told) for place, layout in enumerate(layouts)]
+        reason = "" if told else why_not_apart(call.mask, call.query, call.key, layouts)
+        reason = reason or next(filter(None, map(self.why_not, alone)), "")
         if reason:
             self._say_once(call, reason)
             return _dense(call, inner, reason)
@@ -343,11 +346,14 @@ def _samples_of(call: AttentionCall) -> list[torch.Tensor]:
     return rows_of_samples(call.query.shape[0], call.run.samples, passes)
 
 
-def _one_sample(call: AttentionCall, place: int, layout: TokenLayout) -> AttentionCall:
+def _one_sample(call: AttentionCall, place: int, layout: TokenLayout, keeps_mask: bool = False) -> AttentionCall:
+    mask = call.mask if keeps_mask else None
+    if isinstance(mask, torch.Tensor) and len(mask) > 1:
+        mask = mask[place : place + 1]
     cut = {name: getattr(call, name)[place : place + 1, : layout.seqlen] for name in ("query", "key", "value")}
     run = replace(call.run, layout=layout, sample_layouts=())
     site = replace(call.site, name=f"{call.site.name}[{place}]")  # what a pattern remembers of a sample is that sample's
-    return call.with_tensors(**cut, mask=None, layout=layout, run=run, site=site, record=CallRecord())
+    return call.with_tensors(**cut, mask=mask, layout=layout, run=run, site=site, record=CallRecord())
 
 
 def _dense(call: AttentionCall, inner: Inner, reason: str) -> torch.Tensor:
