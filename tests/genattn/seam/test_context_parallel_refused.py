@@ -12,6 +12,7 @@ from genattn.guidance.broadway.enhance_a_video import EnhanceAVideo
 from genattn.guidance.softpag.softpag import SoftPAG
 from genattn.patterns.adaptive import AdaptivePattern
 from genattn.pipelines.tiny.random.build import build_inputs, build_model
+from genattn.seam import cores
 from genattn.seam.cores import MARK
 from genattn.seam.handle import apply
 from genattn.seam.sparse_plugin import SparsePlugin
@@ -94,3 +95,13 @@ def test_tensor_parallelism_leaves_sequences_whole() -> None:
     with apply(model, RadialPattern(), dense_steps=0, dense_layers=0) as handle:
         forward(model)
         assert handle.report().sparse_calls == handle.report().calls > 0
+
+
+def test_a_graph_names_a_config_by_a_number_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_PARALLEL", [None])
+    configs = [parallel(ulysses_degree=2), parallel(ulysses_degree=2), parallel(ring_degree=2)]
+    numbers = [cores._number_of(config) for config in configs]
+    assert numbers == [1, 2, 3]
+    assert [cores._PARALLEL[number] for number in numbers] == configs
+    assert [cores._number_of(config) for config in configs] == numbers
+    assert cores._number_of(None) == 0
