@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genattn.apps.bench import gpu_check, lease, timing
+from genattn.apps.bench import denoising_step, gpu_check, lease, timing
 from genattn.apps.bench.cases import AttentionCase, lease_cases, toy_cases
 from genattn.apps.bench.denoising_step import HUNYUAN, WAN_14B, StepShape
 from genattn.apps.bench.gpu import DeviceLost, forward_jobs, jobs_of, main, option_jobs, run_jobs, step_jobs
@@ -315,3 +315,22 @@ def test_rounds_on_a_gpu_repeat_short_calls(seconds: float, repeats: int, monkey
 def test_no_gpu_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
     assert "a GPU must be there" in capsys.readouterr().err
+
+
+def test_where_no_dense_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*tensors: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("too long")
+
+    probe, calls = torch.zeros(1, 4, 1, 8), {"sdpa:flash": refuses, "sdpa:cudnn": refuses, "sdpa": lambda *tensors: tensors[0]}
+    monkeypatch.setattr(denoising_step, "dense_backends", lambda probe: (calls, {}))
+    with pytest.raises(RuntimeError, match=r"no dense backend serves \(1, 4, 1, 8\) on cpu, of sdpa:flash, sdpa:cudnn"):
+        denoising_step.fastest_dense(probe, 1.0, "cpu")
+    calls["sdpa:cudnn"] = lambda *tensors: tensors[0]
+    assert denoising_step.fastest_dense(probe, 1.0, "cpu")[0] == "sdpa:cudnn"
+
+    def full(*tensors: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    calls["sdpa:flash"] = full  # no refusal: a larger card would run it
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        denoising_step.fastest_dense(probe, 1.0, "cpu")

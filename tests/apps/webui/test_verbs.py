@@ -19,7 +19,7 @@ from genattn.apps.webui.verbs.job import Update
 from genattn.apps.webui.verbs.limits import Limits
 from genattn.apps.webui.verbs.long import long, resume
 from genattn.apps.webui.verbs.sampling import ClipForm, read_seed
-from genattn.apps.webui.verbs.session import Session
+from genattn.apps.webui.verbs.session import Session, _makes_video
 from genattn.apps.webui.verbs.video import video
 from genattn.errors import GenAttnError
 from genattn.guidance.heads.head_set import HeadSet
@@ -328,3 +328,12 @@ def test_models_are_named_and_told_apart(tmp_path: Path) -> None:
     index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "NoSuchPipeline"))
     with pytest.raises(GenAttnError, match="NoSuchPipeline, which this diffusers does not have"):
         Session(tmp_path / "out", [str(folder)])
+
+
+def test_what_is_no_pipeline_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(GenAttnError, match=f"{str(tmp_path)!r} cannot be opened: "):
+        _makes_video(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PipelineOfTomorrow"}')
+    with pytest.raises(GenAttnError, match="is a PipelineOfTomorrow, which this diffusers does not have; upgrade it"):
+        _makes_video(str(tmp_path))

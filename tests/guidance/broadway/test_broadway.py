@@ -149,9 +149,14 @@ def test_two_passes_share_the_conditional_beta() -> None:
 def test_pipeline_window_and_exact_removal() -> None:
     pipe, kwargs = build_pipeline("wan")
     stock = run_pipe(pipe, kwargs)
-    with genattn.apply(pipe, BroadWay(stop=0.2)) as handle:
+    plugin = BroadWay(stop=0.2)
+    with genattn.apply(pipe, plugin) as handle:
         guided = run_pipe(pipe, kwargs)
         told = handle.report().to_dict()
+        assert plugin._betas
+        assert plugin._frames
+    assert not plugin._betas
+    assert not plugin._frames
     assert told["plugins"][0]["guided_calls"] > 0
     assert {row["step"] for row in told["plugins"][0]["measured"]} == {0}
     assert not torch.allclose(guided, stock, atol=1e-4)

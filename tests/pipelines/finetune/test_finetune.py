@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,16 @@ def test_clips_are_encoded_once(clips: Path, tmp_path: Path, monkeypatch: pytest
     files[0].write_bytes(b"cut off")
     with pytest.raises(GenAttnError, match="cannot be read .* delete it"):
         load_clip(files[0])
+
+
+def test_a_clip_that_has_gone_is_skipped_with_the_reason(clips: Path, tmp_path: Path) -> None:
+    dataset = find_clips(clips)
+    gone = replace(dataset.clips[0], path=tmp_path / "gone.mp4")
+    dataset.clips = [gone, *dataset.clips[1:]]
+    files = LatentCache(trainable(build_pipeline("wan")[0]), tmp_path / "cache", SIZE).fill(dataset)
+    assert len(files) == len(dataset.clips)
+    assert gone not in dataset.clips
+    assert any(name == gone.name and "it cannot be read" in reason for name, reason in dataset.skipped)
 
 
 def test_what_cannot_be_trained_says_why(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
