@@ -360,6 +360,17 @@ def test_what_cannot_run_sparse_is_said_once(caplog: pytest.LogCaptureFixture) -
     ]
 
 
+def test_a_call_left_to_stock_counts_as_one_that_could_have_been_sparse() -> None:
+    model, inputs = build_model("wan"), build_inputs("wan")
+    counted = {}
+    for name, share in (("sparse", 0.0), ("dense", 1.0)):
+        with apply(model, RadialPattern(), dense_steps=share, dense_layers=0).set(num_steps=2) as handle:
+            forward(model, inputs)
+            counted[name] = handle.report()
+    assert (counted["sparse"].sparse_calls > 0) > (counted["dense"].sparse_calls > 0)
+    assert counted["dense"].flops == counted["dense"].flops_dense == counted["sparse"].flops_dense
+
+
 def test_explain_runs_nothing() -> None:
     pipe, kwargs = build_pipeline("wan")
     pipe.set_progress_bar_config(desc="mine", disable=True)

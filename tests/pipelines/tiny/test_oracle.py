@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny import world as world
-from genattn.pipelines.tiny.oracle import judge, read_background
-from genattn.pipelines.tiny.segment import check_clip, find_objects
+from genattn.pipelines.tiny.oracle import judge, read_background, subject_consistency
+from genattn.pipelines.tiny.segment import FoundObject, background_colour, check_clip, find_objects
 
 OBJECT_ATTRIBUTES = ("colour", "shape", "motion", "size")
 
@@ -222,3 +222,23 @@ def test_the_smallest_clip_there_is_and_what_is_none() -> None:
             check_clip(np.zeros(shape, np.uint8))
     with pytest.raises(GenAttnError, match="a clip must be uint8 .*, got float32"):
         check_clip(np.zeros((1, 8, 8, 3), np.float32))  # type: ignore[arg-type]
+
+
+def test_the_background_is_the_median_of_a_rim_of_two_pixels() -> None:
+    clip = np.full((1, 8, 8, 3), 200, np.uint8)
+    rim = np.ones((8, 8), bool)
+    rim[2:-2, 2:-2] = False
+    clip[0, rim] = np.repeat([[10], [20]], 24, 0)  # as many of either: one pixel more and the median is no longer between
+    assert background_colour(clip).tolist() == [15.0] * 3
+
+
+@pytest.mark.parametrize("shift", [0.0, 51.0, 255.0])
+def test_a_subject_that_changes_its_colour_is_less_consistent(shift: float) -> None:
+    """The outline stays, the colour of the second half is `shift` away in one channel of 255."""
+    mask = np.zeros((4, 16, 16), np.float32)
+    mask[:, 5:11, 5:11] = 1
+    frames = np.tile(np.float32([0, 128, 128]), (4, 1))
+    frames[2:, 0] += shift
+    track = np.tile(np.float32([0.5, 0.5, 0.2]), (4, 1))
+    thing = FoundObject("red", np.float32([0, 128, 128]), mask, np.ones(4, bool), track, frames)
+    assert subject_consistency(thing) == pytest.approx(1 - shift / 255 / 2, abs=1e-6)

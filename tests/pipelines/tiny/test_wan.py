@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny import card as tiny_card, wan as tiny_wan
+from genattn.pipelines.tiny import card, card as tiny_card, wan as tiny_wan
 from genattn.pipelines.tiny.curriculum import Curriculum, latent_statistics
 from genattn.pipelines.tiny.denoiser import DenoiserSize
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, assemble, export
@@ -234,3 +234,15 @@ def test_the_shipped_folder_names_no_machine() -> None:
     for file in SHIPPED.rglob("*.json"):
         assert "_name_or_path" not in file.read_text(), file
         assert "/tmp/" not in file.read_text(), file
+
+
+def test_the_card_tells_every_share_of_pairs_once() -> None:
+    entries = [
+        {"phase": "latents", "options": ""},
+        {"phase": "latents 2", "options": "--two-objects 0.5 --seed 1"},
+        {"phase": "denoiser", "options": "--two-objects 0.9"},
+        {"phase": "latents 3", "options": "--clips 9 --two-objects 0.5"},
+        {"phase": "latents 4", "options": "--two-objects 0.25"},
+    ]
+    assert card._pairs([]) == "15 %"
+    assert card._pairs(entries) == "15 %, later 50 %, later 25 %"
