@@ -10,6 +10,7 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_json, print_lines
+from genattn.apps.cli.stopping import say_when_stopped
 from genattn.errors import GenAttnError
 
 
@@ -27,6 +28,8 @@ def evidence_command(
             "evidence rebuilds this project's own pages, and an installed genattn comes without what makes them; "
             "run it in a checkout of the project"
         )
+    if not check:
+        say_when_stopped("stopped; each page is whole, and the same command rebuilds those that are still as before")
     found = import_module("genattn.apps.pages.rebuild").rebuild(root, check)
     if as_json:
         print_json([asdict(e) for e in found])

@@ -62,8 +62,8 @@ def finetune_command(
     from genattn.pipelines.finetune.tune import CHECKPOINT, FinetuneSettings, finetune, longer, trainable
     from genattn.pipelines.training.trainer import TrainSettings
 
-    check_folder(out, "--out")
     same_command_goes_on(out / CHECKPOINT)
+    check_folder(out, "--out")
     if not 0 <= seed < 2**32:
         raise GenAttnError(f"--seed must lie in 0 to {2**32 - 1} for a training, got {seed}")
     for name, value in (("--frames", frames), ("--height", height), ("--width", width)):

@@ -79,6 +79,7 @@ def hunt_command(
     from genattn.guidance.headhunter.hunter import HeadHunter
     from genattn.guidance.headhunter.objectives import load_objective
 
+    same_command_goes_on(log)
     check_out(out, (".json",))
     check_out(log, (".jsonl",), "--log")
     weights = dict(_weighed(text) for text in objective)
@@ -88,7 +89,6 @@ def hunt_command(
     checking = read_prompts(held_out, "--held-out") if held_out else ()
     more, grid = _json(call), _numbers(tune_u)
     refuse_early(settings)
-    same_command_goes_on(log)
     pipe = open_pipeline(settings)
     call_arguments(pipe, settings)  # sizes, and frames for a picture model: refused as `generate` does
     strange = sorted(set(more) - set(taken_arguments(pipe)))

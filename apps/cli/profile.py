@@ -41,11 +41,11 @@ def profile_command(
     from genattn.profiling.draw import draw_profile
     from genattn.profiling.profile import profile, unfinished
 
+    same_command_goes_on(unfinished(out))
     check_out(out, (".safetensors",))
     if picture is not None:
         check_out(picture, (".png", ".svg", ".pdf"), "--picture")
     texts = read_prompts(prompts)
-    same_command_goes_on(unfinished(out))
     pipe = open_pipeline(settings)
     pipe.set_progress_bar_config(disable=True)
     call = call_arguments(pipe, settings)
@@ -53,11 +53,13 @@ def profile_command(
     def run(prompt: str) -> Any:
         return pipe(**call, prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="latent")
 
+    def draw(found: Any) -> None:
+        if picture is not None:
+            draw_profile(found.map, picture)
+
     given = {**settings.request(), "seed": seed}
     with progress_bar("runs") as tell:
-        found = profile(pipe, run, texts, target_density, out, samples=samples, progress=tell, settings=given)
-    if picture is not None:
-        draw_profile(found.map, picture)
+        found = profile(pipe, run, texts, target_density, out, samples=samples, progress=tell, settings=given, written=draw)
     rows = found.rows()
     if as_json:
         print_json({"map": str(found.path), "density": found.density, "prompts": len(texts), "layers": rows})

@@ -8,7 +8,7 @@ import typer
 
 from genattn.apps.cli import options
 from genattn.apps.cli.printing import print_clips, print_json, print_lines, print_table
-from genattn.apps.cli.stopping import same_command_goes_on
+from genattn.apps.cli.stopping import same_command_goes_on, say_when_stopped
 from genattn.errors import GenAttnError
 from genattn.one_writer import only_writer
 
@@ -99,14 +99,15 @@ def compare_command(
         with progress_bar("clips") as on_sample:
             rows = compare(texts, wanted, settings, seed, on_sample)
     else:
-        check_rows(out)
         journal = Path(f"{out}.journal.jsonl")
         same_command_goes_on(journal)
+        check_rows(out)
         request = {"prompts": texts, "seed": seed, "dense_layers": dense_layers, **settings.request(), "genattn": __version__}
         with only_writer(out, "--out"), progress_bar("clips") as on_sample:
             rows = compare(texts, wanted, settings, seed, on_sample, Journal(journal, request))
             if not ends_with(out, rows):
                 append_rows(out, rows)
+            say_when_stopped(f"stopped when all was done; the rows are in {out}")
             journal.unlink(missing_ok=True)
     if as_json:
         print_json(rows)

@@ -5,8 +5,9 @@
 Nothing is written before every frame of the run is there and finite.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path, PureWindowsPath
@@ -91,9 +92,32 @@ def _generate_one(pipe: Any, call: dict[str, Any], request: GenerateRequest) -> 
     wanted = [request.attention] + ([dense] if request.compare_dense else [])
     results = [_sample(request, pipe, call, attention) for attention in wanted]
     report = _report(request, pipe, call, results, warnings)
-    _write_clips(request, report, results)
-    write_json(request.out.with_suffix(".json"), report)
+    report_path = request.out.with_suffix(".json")
+    with _put_aside(report_path, request.out):
+        _write_clips(request, report, results)
+        write_json(report_path, report)
     return report
+
+
+@contextlib.contextmanager
+def _put_aside(report: Path, clip: Path) -> Iterator[None]:
+    """While entered there is no earlier report: it must not stand beside another clip. It comes back where the clip stays."""
+    aside, before = report.with_name(f".{report.name}.before"), _number_of(clip)
+    if report.is_file():
+        report.replace(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.is_file() and _number_of(clip) == before:
+            aside.replace(report)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _number_of(path: Path) -> int | None:
+    """The file that has this name now: whole files come by another one's taking the name."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def numbered(out: Path, count: int) -> list[Path]:

@@ -76,6 +76,7 @@ def profile(
     samples: int = SAMPLES,
     progress: Callable[[int, int], None] = lambda done, total: None,
     settings: Mapping[str, Any] | None = None,
+    written: Callable[[Profile], None] = lambda found: None,
 ) -> Profile:
     """Run the pipeline or model `target` dense on each prompt and write the map.
 
@@ -83,6 +84,7 @@ def profile(
     (0, 1] that the map visits. bands: ends of the parts of the run that get maps of their own, rising in (0, 1], the last 1.
     samples: queries per cell that are answered exactly. progress: called with (runs done, runs in all).
     settings: what else `run` depends on, JSON-ready (steps, sizes, seed): an interrupted profile of others is refused.
+    written: called when the map is there; should that be stopped, the same call has no prompt to run but the checks.
 
     Raises GenAttnError, before anything runs, for arguments out of range and an `out` that another run writes, and while
     running for activations that are not finite, for a layout that changes between prompts, and for a model whose token grid is
@@ -122,7 +124,8 @@ def profile(
         for number, text in enumerate(texts[:CHECKS], len(texts) + 1):
             run(text)
             progress(number, total)
-        found = recorder.map(target_density, len(texts))
-        path = write_map(found, out)
+        made = recorder.map(target_density, len(texts))
+        found = Profile(made, write_map(made, out))
+        written(found)
         part.unlink(missing_ok=True)
-        return Profile(found, path)
+        return found

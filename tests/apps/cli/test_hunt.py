@@ -3,10 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from PIL import Image
 
 from genattn.apps.cli import root as cli
+from genattn.apps.cli.hunt import _understood
+from genattn.apps.sampling.run import SamplingSettings
 from genattn.guidance.heads.head_set import HeadSet
 from genattn.pipelines.tiny.random.build import build_pipeline
 
@@ -68,3 +72,15 @@ def test_refuses(
     assert hunt(monkeypatch, model, tmp_path, *more) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_the_picture_to_start_from_reaches_the_call(tmp_path: Path) -> None:
+    class Starts:
+        config: ClassVar[dict[str, Any]] = {}
+
+        def __call__(self, prompt: str, image: Any, num_inference_steps: int = 3) -> None: ...
+
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "a.png")
+    call = _understood(Starts(), SamplingSettings(steps=2, image=tmp_path / "a.png", height=16))
+    assert call.pop("image").getpixel((0, 0)) == (255, 0, 0)
+    assert call == {"num_inference_steps": 2}

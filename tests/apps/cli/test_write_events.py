@@ -4,22 +4,36 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from genattn.apps.bench import attention as bench
 from genattn.apps.bench.cases import AttentionCase
 from genattn.apps.cli import root as cli
+from genattn.apps.comfyui.install import install, pack_folder
+from genattn.apps.sampling import compare as comparing
+from genattn.apps.sampling.output_files import read_metadata
+from genattn.apps.tuning import tune as tuning
+from genattn.guidance.headhunter.hunter import HeadHunter
+from genattn.guidance.heads.head_set import HeadSet
 from genattn.patterns.radial import RadialPattern
+from genattn.pipelines.tiny.random.build import build_pipeline
+from genattn.profiling import draw
+from genattn.profiling.recorder import Recorder
+from genattn.seam.settings_file import load_sparse
+from genattn.selection.profile_map import read_map
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -202,3 +216,179 @@ def test_a_stopped_autotune_says_what_it_keeps(
         f"genattn: stopped; what was found so far is in use from {table}, and the same command begins from it",
     )
     assert json.loads(table.read_text()) == {"64": {"dq": [4, 1, 1, 1]}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders wan and sd3, each a whole pipeline with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("wan", "sd3"):
+        build_pipeline(name)[0].save_pretrained(folder / name)
+    (folder / "p.txt").write_text("a cat\na dog\n")
+    return folder
+
+
+WAN = "--model {models}/wan --frames 9 --height 64 --width 64 --steps 1 --guidance-scale 1 --device cpu"
+
+
+@pytest.fixture
+def finished(
+    run: Callable[..., Run], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Run, Callable[[int], Path]]]:
+    """A command that ran to its end once; gives runs of it, and folders in which only what `lost` names is missing."""
+
+    def of(line: str, lost: Sequence[str], room: Any, engine: str) -> tuple[Run, Callable[[int], Path]]:
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        again = run(line.replace("{models}", str(models)))
+        assert again(whole, 0, 0)[0] == 0
+        monkeypatch.setattr(room, engine, lambda *_, **__: pytest.fail("it was measured already"))
+
+        def folder_of(at: int) -> Path:
+            folder = tmp_path / str(at)
+            shutil.copytree(whole, folder)
+            for name in lost:
+                (folder / name).unlink()
+            return folder
+
+        return again, folder_of
+
+    return of
+
+
+def test_tune_stopped_at_its_last_writes_measures_nothing_again(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tuning.run_once
+
+    def timed(pipe: Any, call: Any, prompt: str, seed: int, setting: Any, title: str) -> Any:
+        found = real(pipe, call, prompt, seed, setting, title)
+        return found, 3.0 if setting.pattern is None else 1.0
+
+    monkeypatch.setattr(tuning, "timed", timed)
+    monkeypatch.setattr(tuning, "warm_up", lambda *_: None)
+    line = f"tune {WAN} --steps 2 --prompt cat --prompt dog --budget 1x --try profiled --densities 0.5 --out {{folder}}"
+    lost = ["settings.json", "front.png"]
+    again, folder_of = finished(line, lost, tuning, "timed")
+    left = "map.safetensors.part.safetensors"
+    (tmp_path / "whole" / left).write_bytes(b"of a kill that came when the map had just been written")
+    monkeypatch.setattr(tuning, "profile", lambda *_, **__: pytest.fail("the map is there"))
+
+    def check(folder: Path, told: str) -> None:
+        if (folder / "front.png").is_file():
+            Image.open(folder / "front.png").load()
+        if (folder / "settings.json").is_file():
+            assert load_sparse(folder / "settings.json").pattern.path == str(folder / "map.safetensors")
+        assert not told or told.endswith(f"the same command goes on from {folder / 'journal.jsonl'}")
+        assert told or (not (folder / left).exists() and all((folder / name).is_file() for name in lost))
+
+    assert at_every_event(again, folder_of, check) >= 5
+
+
+def test_a_profile_stopped_at_its_picture_has_no_prompt_to_run_again(
+    run: Callable[..., Run], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"profile {WAN} --prompts {{models}}/p.txt --out {{folder}}/m.safetensors --picture {{folder}}/m.png"
+    again = run(line.replace("{models}", str(models)))
+    real = draw.draw_profile
+
+    def stopped(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draw, "draw_profile", stopped)
+    code, told, _ = again(tmp_path, 0, 0)
+    assert (code, told) == (130, f"genattn: stopped; the same command goes on from {tmp_path}/m.safetensors.part.safetensors")
+    assert read_map(tmp_path / "m.safetensors").header.prompts == 2
+    whole = load_file(tmp_path / "m.safetensors")
+    monkeypatch.setattr(draw, "draw_profile", real)
+    monkeypatch.setattr(Recorder, "save", lambda *_: pytest.fail("both prompts were looked at"))
+    assert again(tmp_path, 0, 0)[0] == 0
+    again_made = load_file(tmp_path / "m.safetensors")
+    assert all(torch.equal(again_made[name], tensor) for name, tensor in whole.items())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.png", "m.safetensors"]
+
+
+def test_hunt_stopped_at_its_last_writes_tries_no_head_again(finished: Any) -> None:
+    call = '{{"max_sequence_length":16}}'
+    line = (
+        f"hunt --model {{models}}/sd3 --height 16 --width 16 --steps 1 --device cpu --prompts {{models}}/p.txt --call {call} "
+    )
+    line += "--objective contrast --heads L1H0-1 --top-k 1 --log {folder}/log.jsonl --out {folder}/heads.json"
+    again, folder_of = finished(line, ["heads.json"], HeadHunter, "evaluate")
+
+    def check(folder: Path, told: str) -> None:
+        if not told or (folder / "heads.json").exists():
+            assert len(HeadSet.load(folder / "heads.json").heads) == 1
+        assert not told or told.endswith(f"the same command goes on from {folder / 'log.jsonl'}")
+
+    assert at_every_event(again, folder_of, check) >= 6
+
+
+def test_compare_stopped_at_its_last_writes_adds_its_rows_once(
+    finished: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def kept(path: Path, missing_ok: bool = False) -> None:
+        if not path.name.endswith(".journal.jsonl"):
+            unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", kept)
+        again, folder_of = finished(
+            f"compare {WAN} --prompt cat --attention radial@0 --out {{folder}}/c.csv", ["c.csv"], comparing, "run_once"
+        )
+
+    def check(folder: Path, told: str) -> None:
+        assert [row["attention"] for row in rows_of(folder / "c.csv")] in ([], ["dense", "radial@0"])
+        done = not told or told.endswith(f"the rows are in {folder / 'c.csv'}")
+        assert done or "the same command goes on from" in told
+        assert not done or len(rows_of(folder / "c.csv")) == 2
+        if not (folder / "c.csv.journal.jsonl").is_file():  # all was done: who gives the command again measures again
+            (folder / "c.csv.journal.jsonl").write_bytes((folder.parent / "whole" / "c.csv.journal.jsonl").read_bytes())
+
+    assert at_every_event(again, folder_of, check) >= 6
+
+
+def test_a_report_is_of_the_clip_beside_it(run: Callable[..., Run], models: Path, tmp_path: Path) -> None:
+    line = f"generate {WAN} --attention dense --out {{folder}}/a.mp4 --prompt".replace("{models}", str(models))
+    assert run(f"{line} cat")(tmp_path, 0, 0)[0] == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ("a.mp4", "a.json")}
+
+    def folder_of(at: int) -> Path:
+        for name, content in before.items():
+            (tmp_path / str(at)).mkdir(exist_ok=True)
+            (tmp_path / str(at) / name).write_bytes(content)
+        return tmp_path / str(at)
+
+    seen: set[tuple[str, str]] = set()
+
+    def check(folder: Path, told: str) -> None:
+        clip = read_metadata(folder / "a.mp4")["prompt"]
+        report = json.loads((folder / "a.json").read_text())["prompt"] if (folder / "a.json").is_file() else ""
+        seen.add((clip, report))
+        assert report in ("", clip), "the report of another clip stands beside this one"
+        assert told or report == "dog"
+
+    assert at_every_event(run(f"{line} dog"), folder_of, check) >= 5
+    assert seen == {("cat", "cat"), ("dog", ""), ("dog", "dog")}
+
+
+def test_the_node_pack_is_whole_or_as_before(tmp_path: Path, run: Callable[..., Run]) -> None:
+    def folder_of(at: int) -> Path:
+        nodes = tmp_path / str(at) / "custom_nodes"
+        nodes.mkdir(parents=True)
+        if at % 2:
+            install(nodes)
+        return tmp_path / str(at)
+
+    wanted = sorted(file.name for file in pack_folder().rglob("*") if "__pycache__" not in str(file))
+
+    def check(folder: Path, told: str) -> None:
+        nodes = folder / "custom_nodes"
+        assert {each.name for each in nodes.iterdir()} <= {"genattn", "genattn.new.disabled", "genattn.old.disabled"}
+        if (nodes / "genattn").exists():
+            assert sorted(file.name for file in (nodes / "genattn").rglob("*")) == wanted
+        assert told or [each.name for each in nodes.iterdir()] == ["genattn"]
+
+    assert at_every_event(run("comfyui install {folder}"), folder_of, check) >= 10

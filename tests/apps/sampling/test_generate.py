@@ -1,5 +1,6 @@
 """`genattn generate` from the outside: files, report, refusals, and nothing left behind by a run that fails."""
 
+import errno
 import json
 import os
 import pty
@@ -62,6 +63,22 @@ def test_files_and_report(settings: SamplingSettings, tmp_path: Path) -> None:
     assert {"psnr", "ssim"} <= set(sparse)
     assert sparse["speedup"] == pytest.approx(dense["seconds"] / sparse["seconds"], rel=0.05)
     assert {"torch", "diffusers", "genattn"} <= set(report["versions"])
+
+
+def test_a_clip_that_cannot_be_written_keeps_the_report_of_the_one_before(
+    settings: SamplingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = _request(settings, tmp_path / "a.mp4", attention=DENSE)
+    generate(request)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("genattn.apps.sampling.generate.write_video", full)
+    with pytest.raises(OSError, match="No space"):
+        generate(request)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_name_takes_the_models_own_window(settings: SamplingSettings, tmp_path: Path) -> None:
