@@ -231,6 +231,7 @@ def test_draws_an_atlas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"prompts": [""]}, "prompts must be texts"),
         ({"call": {"num_inference_steps": 0}}, "num_inference_steps >= 1"),
+        ({"call": {"num_inference_steps": 2.5}}, "num_inference_steps >= 1, got 2.5"),
         ({"call": {"prompt": "x"}}, r"leave prompt, .* to the hunt, got \['prompt'\]"),
         ({"seeds": [1]}, "one per prompt, got 1 for 2"),
         ({"batch": 0}, "batch must be >= 1"),
