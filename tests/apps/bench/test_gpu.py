@@ -334,3 +334,25 @@ def test_where_no_dense_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls["sdpa:flash"] = full  # no refusal: a larger card would run it
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         denoising_step.fastest_dense(probe, 1.0, "cpu")
+
+
+def test_a_gpus_milliseconds_are_told_as_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("record")
+
+        def synchronize(self) -> None:
+            happened.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("all done"))
+    assert timed(lambda: happened.append("call"), "cuda:0", 4) == 0.125
+    assert happened == ["all done", "record", *["call"] * 4, "record", "wait"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AnimateDiffPipeline, AutoencoderKL
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import genattn
@@ -125,6 +126,9 @@ def test_frames_keep_their_places_outside_their_clip() -> None:
 
 def test_export_is_a_stock_folder(run_dir: Path, tmp_path: Path) -> None:
     assert tiny.export(run_dir, tmp_path / "tiny-animatediff", SMALL) == 4
+    for part in ("unet", "vae", "motion_adapter"):
+        (file,) = (tmp_path / "tiny-animatediff" / part).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}, part
     pipe = AnimateDiffPipeline.from_pretrained(tmp_path / "tiny-animatediff").to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_frames": 4, "height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 4.0}
