@@ -26,7 +26,8 @@ def open_picture(path: str | Path, what: str) -> Any:
 
 
 def upright_rgb(picture: Any) -> Any:
-    """A PIL picture as a viewer shows it: turned as its camera was held, grey of 16 bits or of floats scaled to 8."""
+    """A PIL picture as a viewer shows it: turned as its camera was held, on white where it is transparent, grey of 16 bits or
+    of floats scaled to 8."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -36,4 +37,7 @@ def upright_rgb(picture: Any) -> Any:
         whole = turned.mode == "F" and (grey.max(initial=0.0) > 1.0 or not grey.any())
         grey = grey * np.float32(1 if whole else 255 if turned.mode == "F" else 1 / 257)
         turned = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if turned.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in turned.info:
+        over = turned.convert("RGBA")  # what lies under the transparent parts is seen by nobody
+        turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
     return turned.convert("RGB")

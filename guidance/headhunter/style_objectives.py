@@ -68,7 +68,7 @@ class StyleObjective:
         return -torch.stack(terms).sum(0).mean().item()
 
 
-_PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")  # the others hold indices, inks or grey beside alpha
+_PLAIN_MODES = ("L", "RGB", "I;16")  # the others hold indices, inks or alpha
 
 
 def read_picture(path: str | Path) -> torch.Tensor:
@@ -78,10 +78,11 @@ def read_picture(path: str | Path) -> torch.Tensor:
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
-            pixels = np.asarray(picture if picture.mode in _PLAIN_MODES else upright_rgb(picture))
+            plain = picture.mode in _PLAIN_MODES and "transparency" not in picture.info
+            pixels = np.asarray(picture if plain else upright_rgb(picture))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise GenAttnError(f"a reference must be a readable picture, got {path} ({error}); check the path") from error
-    pixels = np.repeat(pixels[..., None], 3, -1) if pixels.ndim == 2 else pixels[..., :3]
+    pixels = np.repeat(pixels[..., None], 3, -1) if pixels.ndim == 2 else pixels
     peak = np.iinfo(pixels.dtype).max if np.issubdtype(pixels.dtype, np.integer) else 1.0
     return torch.from_numpy(pixels.astype(np.float32) / peak).movedim(-1, 0).contiguous()
 

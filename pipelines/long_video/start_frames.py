@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from genattn.errors import GenAttnError
+from genattn.picture_file import upright_rgb
 from genattn.pipelines.long_video.bases.frame_denoisers import FrameDenoiser
 
 StartFrames = (
@@ -28,7 +29,7 @@ def frames_to_tensor(start: StartFrames, size: tuple[int, int]) -> torch.Tensor:
             )
     else:
         pictures = start if isinstance(start, (list, tuple)) else [start] if getattr(start, "ndim", 3) == 3 else list(start)
-        arrays = [np.asarray(p.convert("RGB") if hasattr(p, "convert") else p) for p in pictures]
+        arrays = [np.asarray(upright_rgb(p) if hasattr(p, "convert") else p) for p in pictures]
         if not arrays or any(a.dtype != np.uint8 or a.ndim != 3 or a.shape[2] != 3 for a in arrays):
             raise GenAttnError(f"start must be pictures, uint8 [H, W, 3] each, got {[(a.dtype, a.shape) for a in arrays[:2]]}")
         if len({a.shape for a in arrays}) > 1:

@@ -112,6 +112,30 @@ def test_grey_of_sixteen_bits_keeps_its_shades(kind: str, tmp_path: Path) -> Non
     assert np.asarray(read_picture(tmp_path / "a.png"))[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_what_is_transparent_stands_on_white(mode: str, kind: str, tmp_path: Path) -> None:
+    """Black hides under the transparent half in every file that keeps it."""
+    clear = {} if mode in ("RGBA", "LA") else {"transparency": (0, 0, 0) if mode == "RGB" else 0}
+    if kind != "PNG" and mode != {"WEBP": "RGBA", "GIF": "P"}[kind]:
+        pytest.skip(f"Pillow writes no {kind} of this kind")
+    ink: Any = {"RGBA": (64, 64, 64, 255), "LA": (64, 255), "P": 1, "RGB": (64, 64, 64)}[mode]
+    picture = Image.new(mode, (8, 4), 0)
+    if mode == "P":
+        picture.putpalette([0, 0, 0, 64, 64, 64])
+    picture.paste(ink, (0, 0, 4, 4))
+    picture.save(tmp_path / "a", kind, **clear, **({"lossless": True} if kind == "WEBP" else {}))
+    seen = np.asarray(read_picture(tmp_path / "a"))
+    assert seen.shape == (4, 8, 3)
+    assert (seen[:, :4] == 64).all()
+    assert (seen[:, 4:] == 255).all()
+
+
+def test_what_is_half_transparent_lets_the_white_through(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(tmp_path / "a.png")  # a fifth of red
+    assert np.asarray(read_picture(tmp_path / "a.png"))[0, 0].tolist() == [255, 204, 204]
+
+
 def test_a_pipeline_without_a_start_picture_says_so(random_wan_folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     settings = SamplingSettings(str(random_wan_folder), frames=5, height=64, width=64, image=tmp_path / "a.png")

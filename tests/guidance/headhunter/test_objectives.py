@@ -120,6 +120,8 @@ def test_pictures_of_every_kind_are_read_as_seen(tmp_path: Path) -> None:
     torch.testing.assert_close(read_picture(path), torch.full((3, 4, 8), 0.2))
     Image.fromarray(np.full((4, 8), 13107, np.uint16)).save(path)
     torch.testing.assert_close(read_picture(path), torch.full((3, 4, 8), 0.2))
+    Image.new("RGBA", (8, 4), (0, 0, 0, 0)).save(path)
+    torch.testing.assert_close(read_picture(path), torch.ones(3, 4, 8))
     exif = Image.Exif()
     exif[0x0112] = 6  # filmed upright: a quarter turn to the right
     red.save(path, exif=exif)
