@@ -20,12 +20,12 @@ import torch.nn.functional as F
 
 from genattn.errors import GenAttnError
 from genattn.functional.log_sum_exp import dense_with_lse, is_native
+from genattn.functional.pass_throughs import SDPA, core_of, is_pass_through, numbered, under
 from genattn.kernels.block_sparse import as_autocast
 from genattn.layouts.site import AttentionSite
 from genattn.seam.plugin import AttentionCall
 
 MARK = "_genattn_mark"
-SDPA = -1
 
 
 class Owner(Protocol):
@@ -77,8 +77,6 @@ CURRENT = _Current()
 # ---- the names in the processors' modules
 
 _OPEN: dict[int, tuple[int, dict[str, Any], set[str]]] = {}  # by identity: users, the module's dict, the names that are ours
-_SHIMS: dict[int, Callable[..., Any]] = {}
-_CORES: list[tuple[Callable[..., Any], bool]] = []  # (function, whether it is heads-first like scaled_dot_product_attention)
 _SDPA_NAME = "scaled_dot_product_attention"
 _DISPATCH_NAME = "dispatch_attention_fn"
 
@@ -121,15 +119,14 @@ def close_namespace(names: dict[str, Any]) -> None:
 
 def is_ours(value: Any) -> bool:
     """Whether it is one of our pass-throughs."""
-    return isinstance(value, _Functional) or getattr(value, "_genattn_core", None) is not None
+    return isinstance(value, _Functional) or is_pass_through(value)
 
 
 def _under(value: Any) -> Any:
     """What stands under one of our pass-throughs; anything else as it is."""
     if isinstance(value, _Functional):
         return F
-    number = getattr(value, "_genattn_core", None)
-    return value if number is None else _CORES[number][0]
+    return under(value)
 
 
 class _Functional(types.ModuleType):
@@ -158,18 +155,6 @@ def _functional() -> types.ModuleType:
     return _Functional("torch.nn.functional", F.__doc__)
 
 
-def _numbered(stock: Callable[..., Any], heads_first: bool, make: Callable[[int], Callable[..., Any]]) -> Callable[..., Any]:
-    """The one pass-through for `stock`."""
-    if is_ours(stock):
-        return stock
-    if id(stock) not in _SHIMS:
-        _CORES.append((stock, heads_first))
-        shim = make(len(_CORES) - 1)
-        shim._genattn_core = len(_CORES) - 1  # type: ignore[attr-defined]
-        _SHIMS[id(stock)] = shim
-    return _SHIMS[id(stock)]
-
-
 def _sdpa_shim(stock: Callable[..., Any]) -> Callable[..., Any]:
     def make(number: int) -> Callable[..., Any]:
         def scaled_dot_product_attention(
@@ -190,7 +175,7 @@ def _sdpa_shim(stock: Callable[..., Any]) -> Callable[..., Any]:
 
         return scaled_dot_product_attention
 
-    return _numbered(stock, True, make)
+    return numbered(stock, True, make)
 
 
 def _dispatch_shim(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +202,7 @@ def _dispatch_shim(stock: Callable[..., Any]) -> Callable[..., Any]:
 
         return dispatch_attention_fn
 
-    return _numbered(stock, False, make)
+    return numbered(stock, False, make)
 
 
 # ---- from the seam to the owner
@@ -254,7 +239,7 @@ def _hand_over(
         if mask is not None and not isinstance(mask, torch.Tensor):
             # a block mask cannot pass an operator; stock code's answer under it can
             more = {"backend": backend, "parallel_config": parallel_config}
-            answer = _CORES[core][0](q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, **more)
+            answer = core_of(core)[0](q, k, v, mask, 0.0, is_causal, scale, enable_gqa, None, **more)
             if parallel_config is not None:
                 return answer  # type: ignore[no-any-return]
             mask = None
@@ -287,9 +272,8 @@ class StockCore:
         """Heads-last in and out; `mask` as the processor gave it."""
         before, CURRENT.held[0] = CURRENT.held[0], None  # a patch that calls one of our pass-throughs must not come back here
         try:
-            found = _CORES[self.number] if self.number != SDPA else (F.scaled_dot_product_attention, True)
-            stock: Callable[..., Any] = found[0]
-            if found[1]:
+            stock, heads_first = core_of(self.number)
+            if heads_first:
                 flags = {"enable_gqa": True} if enable_gqa else {}
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
                 return stock(q, k, v, mask, 0.0, is_causal, scale=scale, **flags).transpose(1, 2)  # type: ignore[no-any-return]
@@ -312,7 +296,7 @@ class StockCore:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(answer, log-sum-exp [B, Sq, H]) by the kernels behind PyTorch's own backend; None for any other."""
-        stock, heads_first = _CORES[self.number] if self.number != SDPA else (F.scaled_dot_product_attention, True)
+        stock, heads_first = core_of(self.number)
         if heads_first:
             native = stock is torch._C._nn.scaled_dot_product_attention  # type: ignore[attr-defined]
         else:

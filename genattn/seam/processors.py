@@ -19,10 +19,14 @@ import torch
 from torch._guards import CompileContext
 
 from genattn.errors import GenAttnError
+from genattn.holding import may_hold
 from genattn.seam.cores import CURRENT, MARK, close_namespace, has_seam, open_namespace
 from genattn.seam.plugin import Plugin
 
-_SUBCLASSES: dict[type, type] = {}
+# a class that may hold objects of the user's goes with its processors; others stay, so that compiled graphs fit again
+_SUBCLASSES: "weakref.WeakValueDictionary[int, type]" = weakref.WeakValueDictionary()
+_KEPT: dict[type, type] = {}
+_SIGNATURES: "weakref.WeakKeyDictionary[type, inspect.Signature]" = weakref.WeakKeyDictionary()
 _CLAIMS: dict[int, "Claim"] = {}
 _ENDED: deque[Any] = deque()  # claims of models that went, and keys of processors that went
 _LOCK = threading.Lock()
@@ -126,12 +130,16 @@ def stock_class(instance: Any) -> type:
 
 def _subclass(stock: Any) -> type:
     """The marking subclass of `stock`, with the signature that its call has now."""
-    if stock not in _SUBCLASSES:
+    made: Any = _SUBCLASSES.get(id(stock))  # by identity: made holds stock, and goes before it
+    if made is None:
         try:
-            _SUBCLASSES[stock] = swapped_class(stock, {})
+            made = _SUBCLASSES[id(stock)] = swapped_class(stock, {})
         except Exception as error:  # its own __init_subclass__ or metaclass may raise anything
             raise TypeError(f"{stock.__name__} cannot have a subclass: {error}") from error
-    made: Any = _SUBCLASSES[stock]
+    if "<locals>" in stock.__qualname__ or may_hold(inspect.getattr_static(stock, "__call__")):
+        _KEPT.pop(stock, None)
+    else:
+        _KEPT[stock] = made
     if made.__dict__.get("_genattn_call") is not stock.__call__:
         made._genattn_call = stock.__call__
         made.__call__ = _marking_call(stock)
@@ -337,12 +345,9 @@ def _plain(function: Any) -> Any:
 
 def signature_of(stock: type) -> inspect.Signature:
     """Signature of the denoiser's forward, decorators looked through."""
-    return _signature(stock)
-
-
-@functools.cache
-def _signature(stock: type) -> inspect.Signature:
-    return inspect.signature(inspect.unwrap(stock.forward))  # type: ignore[attr-defined]
+    if stock not in _SIGNATURES:
+        _SIGNATURES[stock] = inspect.signature(inspect.unwrap(stock.forward))  # type: ignore[attr-defined]
+    return _SIGNATURES[stock]
 
 
 # ---- torch.export

@@ -12,7 +12,6 @@ that was applied is asked as long as its list has the timesteps that come, and w
 
 import contextlib
 import dataclasses
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -207,8 +206,14 @@ def unwatch_parts(pipe: Any, told: Told) -> None:
         set_class(pipe, stock_class(pipe))
 
 
-@functools.cache
+_WATCHED: "weakref.WeakValueDictionary[int, type]" = weakref.WeakValueDictionary()  # as _SUBCLASSES of processors
+
+
 def _watched(stock: Any) -> type:
+    made = _WATCHED.get(id(stock))
+    if made is not None:
+        return made
+
     def __setattr__(self: Any, name: str, value: Any) -> None:
         stock.__setattr__(self, name, value)
         for ref in tuple(_WATCHERS.get(self, ())):
@@ -216,4 +221,5 @@ def _watched(stock: Any) -> type:
             if told is not None:
                 told(name)
 
-    return swapped_class(stock, {"__setattr__": __setattr__})
+    made = _WATCHED[id(stock)] = swapped_class(stock, {"__setattr__": __setattr__})
+    return made

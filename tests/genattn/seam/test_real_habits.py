@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers import transformer_wan
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -282,6 +283,112 @@ def test_a_refused_apply_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # ---- what holds memory
+
+
+class Big:
+    """Stands for a model that a user's code holds."""
+
+
+def holds_by_class(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Processor(AttnProcessor2_0):
+        def __call__(self, *args: Any, **named: Any) -> Any:
+            assert big
+            return super().__call__(*args, **named)
+
+    model = build_model("unet")
+    model.set_attn_processor(Processor())
+    apply_and_remove(model, "unet")
+
+
+def holds_by_patch(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = F.scaled_dot_product_attention
+
+    def patched(*args: Any, **named: Any) -> Any:
+        assert big
+        return stock(*args, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", patched)
+    apply_and_remove(build_model("unet"), "unet")
+
+
+def holds_by_dispatch(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = transformer_wan.dispatch_attention_fn
+
+    def patched(*args: Any, **named: Any) -> Any:
+        assert big
+        return stock(*args, **named)
+
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", patched)
+    apply_and_remove(build_model("wan"), "wan")
+
+
+def holds_by_method(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = transformer_wan.WanAttnProcessor.__call__
+
+    def patched(self: Any, *args: Any, **named: Any) -> Any:
+        assert big
+        return stock(self, *args, **named)
+
+    monkeypatch.setattr(transformer_wan.WanAttnProcessor, "__call__", patched)
+    apply_and_remove(build_model("wan"), "wan")
+
+
+def holds_by_model(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build_model("wan")
+
+    class Model(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **named: Any) -> Any:
+            assert big
+            return super().forward(*args, **named)
+
+    model.__class__ = Model
+    apply_and_remove(model, "wan")
+
+
+def holds_by_pipeline(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = build_pipeline("wan")
+
+    class Pipeline(type(pipe)):  # type: ignore[misc]
+        held = big
+
+    pipe.__class__ = Pipeline
+    apply(pipe, DensePattern()).remove()
+
+
+def apply_and_remove(model: Any, family: str) -> None:
+    handle = apply(model, RadialPattern(decay=0.2, floor=0), dense_steps=0, dense_layers=0)
+    forward(model, build_inputs(family))
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "holds", [holds_by_class, holds_by_patch, holds_by_dispatch, holds_by_method, holds_by_model, holds_by_pipeline]
+)
+def test_what_a_users_code_holds_is_freed_with_it(holds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = Big()
+    held = weakref.ref(big)
+    holds(big, monkeypatch)
+    monkeypatch.undo()
+    del big
+    gc.collect()
+    assert held() is None
+
+
+def test_a_patch_that_wears_our_attributes_is_no_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build_model("wan"), build_inputs("wan")
+    stock = forward(model, inputs)
+    with apply(model, DensePattern()):
+        ours = transformer_wan.dispatch_attention_fn
+
+        @functools.wraps(ours)
+        def patched(*args: Any, **named: Any) -> Any:
+            return 2 * ours(*args, **named)
+
+        monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", patched)
+        doubled = forward(model, inputs)
+    assert transformer_wan.dispatch_attention_fn is patched
+    assert torch.equal(forward(model, inputs), doubled)
+    assert not torch.equal(doubled, stock)
 
 
 @pytest.mark.parametrize("swap", [True, False])
