@@ -305,7 +305,7 @@ class HeadSearch:
         return {name: np.array([self.known[t][name] for t in trials]) for name in self.settings.objectives}
 
     def _trial(self, heads: tuple[Head, ...], prompt: int, kind: TrialKind, u: float | None = None) -> Trial:
-        return Trial(heads, prompt, kind, u if heads else None, self._base if heads and kind == "probe" else ())
+        return Trial(heads, prompt, kind, u, self._base if heads and kind == "probe" else ())
 
     def _ask(self, trials: Sequence[Trial]) -> None:
         new = list(dict.fromkeys(t for t in trials if t not in self.known))

@@ -107,6 +107,34 @@ def test_the_probe_of_later_rounds_looks_from_the_heads_chosen_so_far() -> None:
     assert {t.base for t in world.asked if t.kind == "full"} == {()}
 
 
+def test_unguided_pictures_are_made_once_for_all_rounds_and_strengths() -> None:
+    world = World(dict(zip(POOL, range(12))))
+    _, result = search(world, probe_keep=4, rounds=3, top_k=1, u_grid=(0.25, 0.5), held_out=2)
+    assert len(result.rounds) == 3
+    unguided = [t for t in world.asked if not t.heads]
+    wanted = [Trial((), prompt, "probe") for prompt in range(4)] + [Trial((), prompt, "full") for prompt in range(6)]
+    assert sorted(unguided, key=lambda t: t.key) == sorted(wanted, key=lambda t: t.key)
+    assert len(set(world.asked)) == len(world.asked)
+
+
+def test_the_set_that_was_chosen_is_tried_at_each_strength_and_judged_at_the_best() -> None:
+    class InOneGo(World):
+        """Several processes share what is asked in one go."""
+
+        def __call__(self, trials: list[Trial]) -> list[dict[str, float]]:
+            requests.append([(t.u, t.prompt) for t in trials])
+            return super().__call__(trials)
+
+    requests: list[list[tuple[float | None, int]]] = []
+    world = InOneGo(dict(zip(POOL, range(12))))
+    _, result = search(world, rounds=1, u_grid=(0.25, 0.5), held_out=2)
+    assert [(u, prompt) for u in (0.25, 0.5) for prompt in range(4)] in requests
+    final = tuple(sorted(result.heads))
+    at = {u: sorted(t.prompt for t in world.asked if t.heads == final and t.u == u) for u in (None, 0.25, 0.5)}
+    assert at == {None: [0, 1, 2, 3], 0.25: [0, 1, 2, 3], 0.5: [0, 1, 2, 3, 4, 5]}
+    assert {t.heads for t in world.asked if t.u is not None} == {final}
+
+
 def test_keeps_the_best_round_and_stops_when_nothing_is_gained() -> None:
     worth = dict.fromkeys(POOL, -1.0) | {(0, 0): 5.0, (0, 1): 4.0}
     _, result = search(World(worth), rounds=5, patience=2)

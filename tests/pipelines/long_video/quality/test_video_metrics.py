@@ -169,3 +169,91 @@ def test_a_film_without_a_frame_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "open", lambda name: contextlib.nullcontext(empty))
     with pytest.raises(GenAttnError, match="film.mp4 holds no frames"):
         metrics.read_video(metrics_file)
+
+
+def ramp(down, right, channel=slice(None)):
+    """Brightness that rises by `down` a row and `right` a column, in some channels; all of it in the darkest sixth."""
+    y, x = np.mgrid[:8, :8]
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[..., channel] = ((y if down >= 0 else 7 - y) * abs(down) + (x if right >= 0 else 7 - x) * abs(right))[..., None]
+    return picture
+
+
+def unit(values):
+    return np.asarray(values) / np.linalg.norm(values)
+
+
+def test_a_subjects_colours_are_counted_by_their_roots():
+    frame = np.zeros((8, 8, 3), np.uint8)
+    frame[:, :4], frame[:, 4:] = (255, 0, 43), (42, 128, 213)
+    mask = np.zeros((8, 8), bool)
+    mask[0:6, 0:2] = mask[0:4, 6:7] = True  # away from the border: no edge is inside
+    wanted = np.zeros((6, 6, 6))
+    wanted[5, 0, 1], wanted[0, 3, 4] = np.sqrt(12 / 16), np.sqrt(4 / 16)
+    found = metrics.subject_features(frame, mask)
+    assert found.shape == (216 + 9,)
+    assert np.allclose(found, np.concatenate([wanted.ravel(), np.zeros(9)]))
+
+
+@pytest.mark.parametrize(("down", "right", "part"), [(0, 3, 0), (3, 0, 4), (2, 2, 2), (2, -2, 6), (0, -3, 0), (-3, 0, 4)])
+@pytest.mark.parametrize(
+    ("channel", "weight"), [(slice(None), 1.0), (slice(0, 1), 0.299), (slice(1, 2), 0.587), (slice(2, 3), 0.114)]
+)
+def test_a_subjects_edges_are_counted_by_their_direction_and_strength(down, right, part, channel, weight):
+    mask = np.zeros((8, 8), bool)
+    mask[1:5, 2:7] = True
+    wanted = np.zeros(225)
+    wanted[0] = 1  # one colour
+    wanted[216 + part] = weight * np.hypot(down, right) / 255
+    assert np.allclose(metrics.subject_features(ramp(down, right, channel), mask), unit(wanted), atol=1e-7)
+
+
+def test_a_subject_of_one_pixel_has_features():
+    mask = np.zeros((8, 8), bool)
+    mask[3, 3] = True
+    wanted = np.zeros(225)
+    wanted[0], wanted[216] = 1, 3 / 255
+    assert np.allclose(metrics.subject_features(ramp(0, 3), mask), unit(wanted), atol=1e-7)
+
+
+def test_no_subject_has_no_features():
+    assert not metrics.subject_features(ramp(1, 1), np.zeros((8, 8), bool)).any()
+
+
+def test_a_background_is_told_by_the_colours_of_sixteen_places():
+    frame, mask = np.zeros((8, 12, 3), np.uint8), np.zeros((8, 12), bool)
+    levels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 10
+    frame[...] = np.repeat(np.repeat(levels, 2, 0), 3, 1)[..., None] * np.array([1, 0, 1], np.uint8)
+    frame[0, 0], mask[0, 0] = 255, True  # what is masked does not count
+    mask[2:4, 3:6] = True  # nor does a place that is masked as a whole
+    found = metrics.background_features(frame, mask).reshape(4, 4, 15)
+    wanted = np.zeros((4, 4, 6))
+    wanted[..., 0] = wanted[..., 2] = 2 * (levels / 255) - 1
+    wanted[..., 1] = -1
+    wanted[1, 1] = 0
+    scale = found[3, 3, 10] / -1.0  # the second mean is -1 everywhere
+    assert scale > 0
+    assert np.allclose(found[..., 9:], wanted * scale, atol=1e-7)
+    assert not found[1, 1].any()
+    assert np.linalg.norm(found) == pytest.approx(1)
+
+
+def test_a_backgrounds_edges_and_spread_are_means_over_each_place():
+    mask = np.zeros((8, 8), bool)
+    mask[:, 0] = True
+    found = metrics.background_features(ramp(0, 3), mask).reshape(4, 4, 15)
+    wanted = np.zeros((4, 4, 15))
+    wanted[..., 0] = 3 / 64
+    wanted[..., 9:12] = 2 * (np.array([3, 7.5, 13.5, 19.5]) / 255)[None, :, None] - 1
+    wanted[:, 1:, 12:] = 1.5 / 255
+    assert np.allclose(found.ravel(), unit(wanted.ravel()), atol=1e-7)
+
+
+def test_a_mask_is_where_some_channel_moved_by_more_than_the_threshold():
+    video = np.full((5, 8, 8, 3), 100, np.uint8)
+    video[3, 0, 0, 1], video[3, 1, 1, 2], video[3, 2, 2] = 118, 119, 81  # 18 is not more than 18
+    wanted = np.zeros((5, 8, 8), bool)
+    video[[2, 4], 5, 5] = 200  # two frames of five: the median looks at all of them
+    wanted[3, 1, 1] = wanted[3, 2, 2] = wanted[[2, 4], 5, 5] = True
+    assert (metrics.motion_masks(video) == wanted).all()
+    assert metrics.motion_masks(video, 17.5)[3, 0, 0]
