@@ -10,6 +10,7 @@ from typing import Any
 
 from genattn.apps.sampling.run import SamplingSettings, call_arguments, makes_video, open_pipeline
 from genattn.errors import GenAttnError
+from genattn.fingerprint import place_of
 from genattn.functional.planned import tile_size
 from genattn.patterns.as_json import pattern_to_dict, save_pattern
 from genattn.patterns.pattern import Pattern
@@ -71,7 +72,7 @@ def measured_plan(
         generator = torch.Generator().manual_seed(seed)
         return pipe(**call, prompt=prompt, generator=generator, output_type="pt").frames
 
-    found = measure_patterns(pipe, frames, candidates(str(pipe.config._name_or_path), call, pipe.device.type))
+    found = measure_patterns(pipe, frames, candidates(str(pipe.config._name_or_path), call, place_of(pipe).partition(":")[0]))
     if min_psnr is None:
         plan = MeasuredPlan(found.choose(target_density=target_density), target_density, None, found)
     else:

@@ -11,6 +11,7 @@ from genattn.apps.webui.verbs.job import Job
 from genattn.apps.webui.verbs.limits import number, whole
 from genattn.apps.webui.verbs.session import Model, Session
 from genattn.errors import GenAttnError
+from genattn.fingerprint import place_of
 
 LARGEST_SEED = 2**31 - 1
 
@@ -118,7 +119,7 @@ def describe_call(model: Model, pipe: Any, call: dict[str, Any], prompt: str, se
         "prompt": prompt,
         "seed": seed,
         **call,
-        "device": str(pipe.device),
+        "device": place_of(pipe),
         "versions": versions(),
         "warnings": prompt_warnings(pipe, prompt),
     }
