@@ -77,14 +77,18 @@ def launch_of(
     dtype: torch.dtype = torch.bfloat16,
     masked: bool = False,
 ) -> Launch:
-    """Settings for `kernel` ("forward", "dq" or "dkv") on a plan with tiles of block_q x block_k tokens.
+    """Settings for `kernel` ("forward", "dq", "dkv" or "tail dkv") on a plan with tiles of block_q x block_k tokens.
 
     What is walked is taken in steps of as many lanes as in the tuned tile, however large the plan's tiles are; with fewer lanes
-    to hold than tuned for, fewer warps. masked: a mask per sample, packed bits or a tail take registers; steps half as long.
+    to hold than tuned for, fewer warps. masked: a mask per sample, packed bits or a tail take registers; steps half as long, or
+    as the row says for "forward masked". "tail dkv" is as "dkv" where the row has none of its own.
     """
     row = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim, dtype)]
-    warps, stages, split, fine, *rest = row[kernel]
-    walked, held = (1, 0) if kernel != "dkv" else (0, 1)
+    warps, stages, split, fine, *rest = row.get(kernel) or row[kernel.removeprefix("tail ")]
+    if masked and f"{kernel} masked" in row:
+        warps, stages, split, fine = row[f"{kernel} masked"]
+        masked = False
+    walked, held = (0, 1) if kernel.endswith("dkv") else (1, 0)
     block, tuned = (block_q, block_k)[walked], row["tile"][walked]
     # a step of a matrix product needs 16 lanes
     steps = (max(1, min(block // 16, n * block // tuned)) for n in (split << masked, fine << masked))

@@ -83,7 +83,7 @@ def tail_dkv_arguments(
     tables, dim = triton_tables(plan), query.shape[-1]
     tail = tail_arguments(pseudo, plan, scale, query)
     name = arch or arch_of(query.device)
-    setting = launch_of("dkv", name, dim, plan.block_q, plan.block_k, query.dtype)
+    setting = launch_of("tail dkv", name, dim, plan.block_q, plan.block_k, query.dtype)
     return {
         **{"Q": query, "DO": grad_out, "LSE": lse, "DELTA": delta, "DK": found[0], "DV": found[1]},
         **tail,

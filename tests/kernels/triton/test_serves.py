@@ -189,3 +189,16 @@ def test_calls_that_a_kernel_does_not_serve_are_refused_before_a_launch(monkeypa
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
     with pytest.raises(ValueError, match="its boxes overlap"):
         halo_arguments(query, key, value, out, lse, plan, None, None, arch="sm_90")
+
+
+def test_masks_and_the_tails_backward_have_settings_of_their_own_where_the_usual_ones_spill():
+    row = settings_of("sm_100")["128"]
+    masked = launch_of("forward", "sm_100", 128, *row["tile"], masked=True)
+    assert [masked.warps, masked.stages, masked.split, masked.fine] == row["forward masked"]
+    plain = launch_of("forward", "sm_100", 128, *row["tile"])
+    assert [plain.warps, plain.stages, plain.split, plain.fine] == row["forward"] != row["forward masked"]
+    assert "forward masked" not in settings_of("sm_80")["128"]
+    row = settings_of("hip")["128"]
+    assert launch_of("tail dkv", "hip", 128, *row["tile"]).split == row["tail dkv"][2] != row["dkv"][2]
+    tile = settings_of("sm_80")["128"]["tile"]
+    assert launch_of("tail dkv", "sm_80", 128, *tile) == launch_of("dkv", "sm_80", 128, *tile)
