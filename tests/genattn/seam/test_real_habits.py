@@ -300,36 +300,28 @@ def holds_by_class(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
     apply_and_remove(model, "unet")
 
 
-def holds_by_patch(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = F.scaled_dot_product_attention
+def patch(owner: Any, name: str, big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = getattr(owner, name)
 
     def patched(*args: Any, **named: Any) -> Any:
         assert big
         return stock(*args, **named)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", patched)
+    monkeypatch.setattr(owner, name, patched)
+
+
+def holds_by_patch(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch(F, "scaled_dot_product_attention", big, monkeypatch)
     apply_and_remove(build_model("unet"), "unet")
 
 
 def holds_by_dispatch(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = transformer_wan.dispatch_attention_fn
-
-    def patched(*args: Any, **named: Any) -> Any:
-        assert big
-        return stock(*args, **named)
-
-    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", patched)
+    patch(transformer_wan, "dispatch_attention_fn", big, monkeypatch)
     apply_and_remove(build_model("wan"), "wan")
 
 
 def holds_by_method(big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = transformer_wan.WanAttnProcessor.__call__
-
-    def patched(self: Any, *args: Any, **named: Any) -> Any:
-        assert big
-        return stock(self, *args, **named)
-
-    monkeypatch.setattr(transformer_wan.WanAttnProcessor, "__call__", patched)
+    patch(transformer_wan.WanAttnProcessor, "__call__", big, monkeypatch)
     apply_and_remove(build_model("wan"), "wan")
 
 

@@ -31,18 +31,6 @@ class Kind:
 
 
 @dataclass
-class Schema:
-    node_id: str
-    display_name: str
-    category: str
-    description: str
-    inputs: list[Any]
-    outputs: list[Any]
-    is_output_node: bool = False
-    search_aliases: list[str] = field(default_factory=list)
-
-
-@dataclass
 class OldSchema:
     """Of versions without search names."""
 
@@ -53,6 +41,11 @@ class OldSchema:
     inputs: list[Any]
     outputs: list[Any]
     is_output_node: bool = False
+
+
+@dataclass
+class Schema(OldSchema):
+    search_aliases: list[str] = field(default_factory=list)
 
 
 class NodeOutput:
