@@ -81,7 +81,8 @@ def launch_of(
 
     What is walked is taken in steps of as many lanes as in the tuned tile, however large the plan's tiles are; with fewer lanes
     to hold than tuned for, fewer warps. masked: a mask per sample, packed bits or a tail take registers; steps half as long, or
-    as the row says for "forward masked", also where "forward" was measured on this machine: that was without a mask. "tail dkv" is as "dkv" where the row has none of its own.
+    as the row says for "forward masked", also where "forward" was measured on this machine: that was without a mask. "tail dkv"
+    is as "dkv" where the row has none of its own.
     """
     row = settings_of("sm_90" if arch == "cpu" else arch)[table_row(head_dim, dtype)]
     warps, stages, split, fine, *rest = row.get(kernel) or row[kernel.removeprefix("tail ")]
