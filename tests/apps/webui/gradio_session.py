@@ -50,6 +50,7 @@ def served(session: Session) -> Iterator[str]:
         page.close(verbose=False)
         os.environ.clear()
         os.environ.update(before)
-        for loop in [found for found in gc.get_objects() if isinstance(found, asyncio.BaseEventLoop)]:
+        # by its type alone: `isinstance` asks a weak proxy of another test for the class of an object that may be gone
+        for loop in [found for found in gc.get_objects() if issubclass(type(found), asyncio.BaseEventLoop)]:
             if not loop.is_running():  # else it is closed with a warning wherever the collector comes by
                 loop.close()
