@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from genattn.errors import GenAttnError
+from genattn.pipelines.video.film_stream import film_of
 from genattn.pipelines.video.upright import upright
 from genattn.whole_file import write_picture, write_whole
 
@@ -82,7 +83,7 @@ def read_video(path: Path) -> tuple[Frames, dict[str, Any]]:
     import av
 
     with av.open(str(path)) as container:
-        frames: Frames = np.stack([upright(frame) for frame in container.decode(video=0)])
+        frames: Frames = np.stack([upright(frame) for frame in container.decode(film_of(container))])
     return frames, read_metadata(path)
 
 

@@ -12,9 +12,10 @@ import lzma
 import tarfile
 import unicodedata
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from genattn.errors import GenAttnError, first_line
+from genattn.pipelines.video.film_stream import film_of
 from genattn.pipelines.video.upright import is_turned, pixel_of, shown_size, upright
 from genattn.text_file import decoded
 
@@ -248,20 +250,14 @@ def read_clip(source: ClipSource, frames: int, height: int, width: int) -> Frame
 
     try:
         with av.open(io.BytesIO(source.read_bytes())) as container:
-            pixel = pixel_of(container)
-            found = [_fitted(frame, height, width, pixel) for frame in _first(container, frames)]
-    except (av.FFmpegError, OSError, IndexError, *_BROKEN_TAR) as error:
+            film = film_of(container)
+            pixel = pixel_of(film)
+            found = [_fitted(frame, height, width, pixel) for frame in islice(container.decode(film), frames)]
+    except (av.FFmpegError, OSError, GenAttnError, *_BROKEN_TAR) as error:
         raise GenAttnError(f"it cannot be read as a video ({first_line(error)})") from None
     if len(found) < frames:
         raise GenAttnError(f"it has {len(found)} frames and {frames} are needed")
     return np.stack(found)
-
-
-def _first(container: "av.container.InputContainer", count: int) -> Iterator["av.VideoFrame"]:  # type: ignore[name-defined] # noqa: F821
-    for index, frame in enumerate(container.decode(video=0)):
-        if index == count:
-            return
-        yield frame
 
 
 def _fitted(frame: "av.VideoFrame", height: int, width: int, pixel: Fraction | None) -> Frames:  # type: ignore[name-defined] # noqa: F821

@@ -48,9 +48,8 @@ def is_turned(frame: Any) -> bool:
     return matrix is not None and bool(abs(matrix[0, 0]) < abs(matrix[0, 1]))
 
 
-def pixel_of(container: Any) -> Fraction | None:
-    """Width over height of the pixels of a container's video."""
-    stream = container.streams.video[0]
+def pixel_of(stream: Any) -> Fraction | None:
+    """Width over height of the pixels of a video stream."""
     found = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
     return Fraction(found) if found else None
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.long_video.quality.drift import DriftMonitor
+from genattn.pipelines.video.film_stream import film_of
 from genattn.pipelines.video.upright import upright
 
 Video = np.ndarray  # uint8 [T, H, W, 3]
@@ -55,13 +56,14 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> t
         raise GenAttnError(f"{path} is no file; give a video that exists")
     try:
         with av.open(os.fspath(path)) as container:
-            rate = container.streams.video[0].average_rate
+            film = film_of(container)
+            rate = film.average_rate
             frames = []
-            for frame in container.decode(video=0):
+            for frame in container.decode(film):
                 frames.append(upright(frame))
                 if max_frames is not None and len(frames) >= max_frames:
                     break
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, GenAttnError) as error:
         raise GenAttnError(f"{path} could not be read as a video ({error})") from error
     if not frames:
         raise GenAttnError(f"{path} holds no frames")
