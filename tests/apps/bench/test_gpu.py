@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -292,6 +293,20 @@ def test_the_whole_lease_without_a_gpu(tmp_path: Path) -> None:
     before = (out / "attention.csv").read_text()
     subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=True)
     assert (out / "attention.csv").read_text() == before
+
+
+@pytest.mark.parametrize("cases", [toy_cases, lease_cases])
+def test_cases_are_what_their_names_say(cases: Any) -> None:
+    """Two shapes of windows, with and without a step of their own; masked ones hide keys."""
+    found = {case.name: case for case in cases()}
+    assert len(found) == len(cases())
+    for name, case in found.items():
+        assert (case.hidden > 0) == ("masked" in name)
+        if "sliding" in name:
+            strided = found[name.replace("sliding", "strided")]
+            assert case.pattern.stride == 1
+            assert strided.pattern.stride != 1
+            assert strided.pattern.window_size == case.pattern.window_size
 
 
 def test_rounds_on_a_cpu_are_single_calls() -> None:

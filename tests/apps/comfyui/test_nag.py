@@ -306,6 +306,19 @@ def test_refused_before_anything_is_done(wan: Guided) -> None:
         report(wan, {})
 
 
+def test_one_of_the_two_nodes_is_enough_for_a_report(wan: Guided) -> None:
+    from genattn.apps.comfyui.patching.seam import patch_model
+
+    alone = nag_model(wan, text(3))
+    alone.sample(X)
+    assert (report(alone, {}).text or "").startswith("NAG (scale 9")
+    windowed = patch_model(wan, sparse())
+    windowed.sample(X)
+    told = report(windowed, {}).text or ""
+    assert told.startswith("6 of 6 attention calls ran sparse")
+    assert "NAG" not in told
+
+
 def test_the_node_takes_0_for_the_familys_own(wan: Guided) -> None:
     (patched,) = nag_node(wan, text(3), 0.0, 0.0, 0.0, 0.0, 1.0)
     found = nag_of(patched)

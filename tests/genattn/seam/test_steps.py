@@ -119,6 +119,22 @@ def test_samplers_of_unets(scheduler: str) -> None:
     assert log.begun == 1
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize("num_steps", [3, 10])
+def test_a_rise_within_a_step_is_no_new_run_where_the_list_falls_far_after_it(num_steps: int) -> None:
+    """Three and ten Karras steps hold a rise by less than a rounding, and the evaluation after it is far below."""
+    pipe, kwargs = build_pipeline("unet")
+    stock = diffusers.KDPM2AncestralDiscreteScheduler(use_karras_sigmas=True)
+    pipe.scheduler = stock
+    log = Log()
+    with apply(pipe, log):
+        sample(pipe, kwargs, num_inference_steps=num_steps)
+    times = stock.timesteps.tolist()
+    assert any(times[i] < times[i + 1] and times[i + 2] < times[i] for i in range(len(times) - 2)), "what is tried"
+    assert log.begun == 1
+    assert [run.step for run in log.take()][-1] == len(set(times)) - 1
+
+
 def test_two_experts_count_as_one_run() -> None:
     pipe, kwargs = build_pipeline("wan-experts")
     log = Log()

@@ -13,6 +13,7 @@ from PIL import Image
 
 import genattn
 from genattn.errors import GenAttnError
+from genattn.guidance.headhunter import atlas
 from genattn.guidance.headhunter.atlas import HeadAtlas, heat_map, write_picture
 from genattn.guidance.headhunter.hunter import HeadHunter, as_samples, layer_map
 from genattn.guidance.headhunter.search import Trial, rank_correlation
@@ -328,6 +329,26 @@ def test_a_picture_holds_the_samples_values(tmp_path: Path) -> None:
     for sample, frame in ((clip, clip[2]), (clip[:4], clip[2]), (clip[0], clip[0])):
         wanted = (frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         assert np.array_equal(pixels(write_picture(sample, tmp_path / "clip.png")), wanted)
+
+
+def test_a_heat_map_shows_every_score_around_white(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(atlas, "save_figure", lambda figure, path, dots: drawn.append(figure) or Path(path))
+    heads = HeadSet.from_names("L2H1", {1: 3, 2: 2}, scores={(1, 0): 0.25, (2, 1): -0.5})
+    heat_map(heads, tmp_path / "heat.png")
+    axes, bar = drawn[-1].axes
+    (image,) = axes.images
+    assert image.get_clim() == (-0.5, 0.5), "a score of zero has the middle colour"
+    assert image.get_array().filled(0).tolist() == [[0.25, 0.0, 0.0], [0.0, -0.5, 0.0]]
+    assert image.get_array().mask.tolist() == [[False, True, True], [True, False, True]], "what was not tried stays blank"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
+    (frame,) = axes.patches
+    assert (frame.get_xy(), frame.get_width(), frame.get_height(), frame.get_fill()) == ((0.5, 0.5), 1, 1, False)
+    assert bar.get_ylabel() == "score"
+    heat_map(heads, tmp_path / "heat.png", {(1, 2): 0.0})
+    (image,) = drawn[-1].axes[0].images
+    assert image.get_clim() == (-1, 1), "scores of nothing but zero have the middle colour too"
+    assert image.get_array()[0, 2] == 0.0
 
 
 def test_a_picture_to_start_from_is_known_by_what_it_shows(tmp_path: Path) -> None:

@@ -217,6 +217,18 @@ def test_frames_go_through_the_vae_and_back(built):
     assert torch.isfinite(frames).all()
 
 
+def test_the_vae_gets_back_the_latents_it_made(built, monkeypatch):
+    """The scale of the queue's latents is taken off again as it was put on."""
+    vae, made = built.pipe.vae, []
+    stock = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda *args, **kwargs: made.append(stock(*args, **kwargs)) or made[-1])
+    video = torch.rand(1, 3, built.base.decoder().frames_for(3), built.size, built.size) * 2 - 1
+    with torch.no_grad():
+        found = built.base.to_vae(built.base.encode_frames(video))
+    own = torch.cat([answer.latent_dist.mode() for answer in made])
+    torch.testing.assert_close(found, own if own.ndim == 5 else own.transpose(0, 1)[None], atol=1e-5, rtol=1e-4)
+
+
 def test_image_to_video_models_with_extra_channels_are_refused():
     pipe = video_pipes.wan_ti2v()
     pipe.register_to_config(expand_timesteps=False)
@@ -319,6 +331,21 @@ def test_latte_without_a_negative_prompt_is_guided_by_the_empty_one():
     shown, hidden = bad["encoder_hidden_states"], empty["encoder_hidden_states"]
     assert shown.shape != hidden.shape or not torch.equal(shown, hidden)
     assert base.encode_prompt("a cat", "bad", False).uncond is None
+
+
+@pytest.mark.parametrize(("holds", "length"), [(16, 16), (int(1e30), 1024)])
+def test_ltx2_reads_as_many_words_as_the_stock_call_where_its_tokenizer_holds_them(holds, length, monkeypatch):
+    pipe = video_pipes.ltx2()
+    pipe.tokenizer.model_max_length = holds
+    told, stock = [], pipe.encode_prompt
+
+    def encode(*args, max_sequence_length, **kwargs):
+        told.append(max_sequence_length)
+        return stock(*args, max_sequence_length=16, **kwargs)
+
+    monkeypatch.setattr(pipe, "encode_prompt", encode)
+    frame_denoiser(pipe).encode_prompt("a cat", None, False)
+    assert told == [length]
 
 
 def test_two_experts_are_routed_by_level():
