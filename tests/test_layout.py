@@ -87,7 +87,7 @@ MAY_IMPORT = {
         "pipelines/tiny pipelines/training"
     ),
     "pipelines/training": "genattn",
-    "pipelines/video": "",
+    "pipelines/video": "genattn",
     "apps/bench": (
         "apps/sampling "
         "genattn genattn/functional genattn/geometry genattn/patterns "
