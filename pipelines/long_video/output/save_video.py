@@ -11,8 +11,10 @@ import av
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from genattn.errors import GenAttnError
+from genattn.picture_file import upright_rgb
 from genattn.pipelines.video import colours
 from genattn.whole_file import whole_file
 
@@ -26,8 +28,8 @@ def save_video(
     """Write H.264 video to `path` and return it; the file appears when it is whole.
 
     Args:
-        frames: what a video pipeline gives for one clip (`pipe(...).frames[0]`): a list of PIL pictures, an array
-            [T, H, W, 3], or a tensor [T, 3, H, W]; uint8, or floating in [0, 1].
+        frames: what a video pipeline gives for one clip (`pipe(...).frames[0]`): a list of PIL pictures (on white
+            where they are transparent), an array [T, H, W, 3], or a tensor [T, 3, H, W]; uint8, or floating in [0, 1].
         path: ends in .mp4, .mkv or .mov; its folder is made.
         fps: frames per second, in (0, 240].
         metadata: stands as JSON in the file's comment, e.g. prompt and seed.
@@ -57,7 +59,7 @@ def as_frames(frames: Any) -> Frames:
         frames = (frames.float() if frames.is_floating_point() else frames).numpy()
         frames = np.moveaxis(frames, 1, -1) if frames.ndim == 4 else frames
     if isinstance(frames, Sequence):
-        pictures = [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in frames]
+        pictures = [np.asarray(upright_rgb(frame) if isinstance(frame, Image.Image) else frame) for frame in frames]
         sizes = {picture.shape for picture in pictures}
         if len(sizes) > 1:
             raise GenAttnError(f"all frames of a clip must have one size, got {sorted(sizes)}")

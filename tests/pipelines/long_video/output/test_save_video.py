@@ -35,6 +35,17 @@ def test_every_form_is_the_same_frames(form: Any) -> None:
     assert np.array_equal(as_frames(form(CLIP)), CLIP)
 
 
+def test_transparent_pictures_stand_on_white() -> None:
+    """Black hides under them; an array of four channels may be latents and is refused."""
+    clear = Image.new("RGBA", (16, 8), (0, 0, 0, 0))
+    clear.paste((200, 0, 0, 255), (0, 0, 8, 8))
+    frames = as_frames([clear, clear])
+    assert (frames[:, :, :8] == (200, 0, 0)).all()
+    assert (frames[:, :, 8:] == 255).all()
+    with pytest.raises(GenAttnError, match=r"must be one clip: .* got \(1, 8, 16, 4\)"):
+        as_frames(np.asarray(clear)[None])
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "deep/b.mkv", "c.mov"])
 def test_the_file_holds_the_frames_and_the_words(tmp_path: Path, name: str) -> None:
     path = genattn.save_video(CLIP, tmp_path / name, fps=12.5, metadata={"prompt": "a cat", "seed": 3})
