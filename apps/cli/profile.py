@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from genattn.apps.sampling.run import SamplingSettings
 
 
-@options.sampling_options()
+@options.sampling_options(model=options.FirstModel)
 def profile_command(
     prompts: Annotated[Path, typer.Option(help="A text file with at least two prompts, one per line.")],
     settings: "SamplingSettings",
@@ -35,6 +35,7 @@ def profile_command(
     """
     import torch
 
+    from genattn.apps.sampling.first_run import first_model
     from genattn.apps.sampling.load_pipeline import shipped_model
     from genattn.apps.sampling.output_files import check_out
     from genattn.apps.sampling.run import call_arguments, open_pipeline
@@ -45,7 +46,7 @@ def profile_command(
     check_out(out, (".safetensors",))
     if picture is not None:
         check_out(picture, (".png", ".svg", ".pdf"), "--picture")
-    texts = read_prompts(prompts)
+    texts, settings = read_prompts(prompts), first_model(settings)
     pipe = open_pipeline(settings)
     pipe.set_progress_bar_config(disable=True)
     call = call_arguments(pipe, settings)

@@ -1,6 +1,7 @@
-"""What `genattn generate` takes where no model is named: the shipped model on which sparse attention pays, and its map."""
+"""What `genattn generate` takes where no model is named, and `profile`: the shipped model on which sparsity pays, its map."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from genattn.apps.sampling.load_pipeline import shipped_model
@@ -12,6 +13,16 @@ FIRST_MODEL = "tiny-wan-long"
 DENSITY = 0.4  # as near to dense as 30 dB, and the oracle finds no less (docs/adaptive.md)
 
 
+def first_model(settings: SamplingSettings) -> SamplingSettings:
+    """The settings with the model filled in; unchanged where one is named, or where this one is not shipped."""
+    if settings.model is not None:
+        return settings
+    try:
+        return replace(settings, model=str(shipped_model(FIRST_MODEL)))
+    except GenAttnError:  # an installation without it has tiny-wan
+        return settings
+
+
 def first_run(settings: SamplingSettings, attention: AttentionSettings) -> tuple[SamplingSettings, AttentionSettings]:
     """The settings with what was left out filled in; unchanged where a model is named, or where none is shipped.
 
@@ -19,13 +30,10 @@ def first_run(settings: SamplingSettings, attention: AttentionSettings) -> tuple
         settings: its model is None where the user named none.
         attention: `given` says which of its parts the user named; they stay.
     """
-    if settings.model is not None:
+    found = first_model(settings)
+    if settings.model is not None or found.model is None:
         return settings, attention
-    try:
-        folder = shipped_model(FIRST_MODEL)
-    except GenAttnError:  # an installation without it has tiny-wan
-        return settings, attention
-    settings = replace(settings, model=str(folder))
+    settings, folder = found, Path(found.model)
     profile = folder.parent / "maps" / f"{FIRST_MODEL}.safetensors"
     if "attention" in attention.given or not profile.is_file():
         return settings, attention

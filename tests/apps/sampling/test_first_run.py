@@ -53,6 +53,23 @@ def test_what_is_named_stays(asked) -> None:
     assert request.attention.pattern == RadialPattern(decay=0.3)
 
 
+@pytest.mark.parametrize(("named", "wanted"), [((), FIRST_MODEL), (("--model", "mine"), "mine")])
+def test_profile_measures_the_model_that_generate_takes(
+    named: tuple[str, ...], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    opened: list[SamplingSettings] = []
+
+    def stop(settings: SamplingSettings) -> None:
+        opened.append(settings)
+        raise GenAttnError("far enough")
+
+    monkeypatch.setattr("genattn.apps.sampling.run.open_pipeline", stop)
+    words = ["profile", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "map.safetensors"), *named]
+    CliRunner().invoke(app, words)
+    assert [Path(str(settings.model)).name for settings in opened] == [wanted]
+
+
 def test_a_named_model_gets_its_own_preset_or_what_is_named(asked) -> None:
     request = asked("--model", str(shipped_model()))
     assert request.settings.model == str(shipped_model())
