@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny.denoiser import tokenize
 from genattn.pipelines.tiny.latents import load_latents
-from genattn.pipelines.tiny.text import build_tokenizer
+from genattn.pipelines.tiny.text import build_tokenizer, tokenize
 from genattn.pipelines.training.places import LATENT_FRAMES, with_positions
 
 

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
 from torch import nn
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from genattn.errors import GenAttnError
-from genattn.pipelines.tiny.text import build_text_encoder
+from genattn.pipelines.tiny.text import build_text_encoder, encode_text
 from genattn.pipelines.training.places import loss_weight
 
-TEXT_TOKENS = 20
 FLOW_SHIFT = 5.0
 CAPTION_DROPOUT = 0.1
 PADDED_LENGTHS = (512, 512, 512, 226, 64)
@@ -116,12 +114,6 @@ def build_transformer(z_dim: int, text_dim: int, size: DenoiserSize) -> WanTrans
     return transformer
 
 
-def encode_text(text_encoder: UMT5EncoderModel, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings [B, L, D] of token ids [B, L], zero where padded, as `WanPipeline` makes them."""
-    mask = (ids != 0).long()
-    return text_encoder(ids, mask).last_hidden_state * mask[..., None]
-
-
 def padding_bias(mask: torch.Tensor, padded_length: int, dtype: torch.dtype) -> torch.Tensor:
     """What to add to the logits so that the few pads kept weigh as all of them: [B, 1, 1, L] for mask [B, L].
 
@@ -145,11 +137,6 @@ def with_training_attention(transformer: WanTransformer3DModel, bias: torch.Tens
         if not isinstance(block.attn2.processor, FoldedPaddingProcessor):
             block.attn2.set_processor(FoldedPaddingProcessor())
         block.attn2.processor.bias = bias
-
-
-def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
-    """Token ids int64 [B, 20] of captions, padded with 0."""
-    return tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
 
 
 def sample_sigma(batch: int, generator: torch.Generator) -> torch.Tensor:

@@ -29,7 +29,8 @@ from genattn.pipelines.tiny.oracle import ObjectVerdict, Reading, Verdict, judge
 from genattn.pipelines.tiny.world import Scene, TinyObject, caption, is_held_out, sample_scene
 
 TRAINING_SCENES = 8192
-TRAINING_TWO_OBJECTS = (0.15, 0.5)  # shares of two-object scenes that the shipped models were shown
+# shares of two-object scenes that the shipped models were shown; a share in between draws each scene as one of these does
+TRAINING_TWO_OBJECTS = (0.15, 0.5)
 FIRST_SEED = 1_000_000
 ATTRIBUTES = ("colour", "shape", "motion", "size")
 

@@ -1,6 +1,7 @@
 """Train, export and evaluate `tiny-wan`: a stock `WanPipeline` small enough to ship, trained on the tiny world.
 
     vae          stills, then short clips -> run/vae
+    text         captions alone: which word goes with which -> run/text.safetensors
     latents      training clips through the autoencoder -> run/stills, run/clips
     transformer  stills, then single frames from anywhere in a clip, then whole clips
     export       the averaged weights as a pipeline folder in 16 bit
@@ -26,6 +27,7 @@ from accelerate.utils import set_seed
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from torch import nn
+from transformers import UMT5EncoderModel
 
 import genattn
 from genattn import Pattern
@@ -37,12 +39,13 @@ from genattn.pipelines.tiny.evaluate import FIRST_SEED, Sampling, append_rows, e
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults, export
 from genattn.pipelines.tiny.latents import SHARD, cache_latents, load_latents, measure_latents
 from genattn.pipelines.tiny.resume import adopt, start_from
+from genattn.pipelines.tiny.text import CaptionReader, build_text_encoder, build_tokenizer
 from genattn.pipelines.tiny.vae import CLIP_FRAMES, build_vae, psnr, still_convolutions, training_clips, vae_loss
 from genattn.pipelines.training.command import run_command, training_parser
 from genattn.pipelines.training.places import POSITION_CHANNELS
 from genattn.pipelines.training.trainer import TrainSettings, step_generator, train
 
-PHASES = ("vae", "latents", "transformer", "export")
+PHASES = ("vae", "text", "latents", "transformer", "export")
 
 
 def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, still_steps: int) -> int:
@@ -65,6 +68,29 @@ def train_vae(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, 
         model.save_pretrained(run_dir / "vae")
 
     return train(vae, loss_of, settings, accelerator, run_dir / "vae.safetensors", on_save)
+
+
+def train_text(run_dir: Path, accelerator: Accelerator, settings: TrainSettings, begin_with: Path | None = None) -> int:
+    """Teach the text encoder on captions alone which word goes with which (`text.CaptionReader`); saves run_dir/text_encoder.
+
+    `begin_with` is an exported pipeline whose encoder to go on with; its embeddings are held. Returns the steps done.
+    """
+    set_seed(settings.seed)
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(len(tokenizer))
+    if begin_with is not None:
+        encoder = UMT5EncoderModel.from_pretrained(begin_with / "text_encoder", dtype=torch.float32)
+    reader = CaptionReader(encoder, tokenizer, 0.0 if begin_with is None else 1.0)
+
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> torch.Tensor:
+        return model(*(part.to(accelerator.device) for part in reader.draw(128, generator)))
+
+    def on_save(model: Any, step: int) -> None:
+        ids, labels = (part.to(accelerator.device) for part in reader.draw(512, step_generator(12345, 0)))
+        accelerator.print(f"text step {step}: {model.accuracy(ids, labels):.3f} of the words tell all", flush=True)
+        model.text_encoder.save_pretrained(run_dir / "text_encoder")
+
+    return train(reader, loss_of, settings, accelerator, run_dir / "text.safetensors", on_save)
 
 
 def make_latents(
@@ -131,6 +157,9 @@ def train_transformer(
     model = TinyDenoiser(batches.mean.shape[0] + POSITION_CHANNELS, len(batches.tokenizer), size)
     if begin_with is not None and not (run_dir / "transformer.safetensors").exists():
         start_from(model, begin_with)
+    if (run_dir / "text_encoder").exists() and not (run_dir / "transformer.safetensors").exists():
+        encoder = UMT5EncoderModel.from_pretrained(run_dir / "text_encoder", dtype=torch.float32)
+        model.text_encoder.load_state_dict(encoder.state_dict())
     if compile_blocks:
         model.transformer.compile_repeated_blocks(dynamic=False)
 
@@ -158,6 +187,10 @@ def run_training(options: argparse.Namespace) -> None:
         settings = TrainSettings(options.vae_steps, learning_rate=8e-4, save_minutes=2.0, **common)
         with journal(run_dir, stage("vae"), device, typed) as done:
             done["steps"] = train_vae(run_dir, accelerator, settings, options.vae_still_steps)
+    if "text" in options.phases:
+        settings = TrainSettings(options.text_steps, learning_rate=2e-3, decay=0.5, **common)
+        with journal(run_dir, stage("text"), device, typed) as done:
+            done["steps"] = train_text(run_dir, accelerator, settings, options.begin_with)
     if "latents" in options.phases:
         clips, stills = (range(*shards) for shards in (options.clip_shards, options.still_shards))
         with journal(run_dir, stage("latents"), device, typed) as done:
@@ -242,6 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     training.add_argument("--vae-steps", type=int, default=1650, help="last step of the autoencoder")
     training.add_argument("--vae-still-steps", type=int, default=950, help="of these, on stills")
+    training.add_argument("--text-steps", type=int, default=1200, help="last step of the text encoder on captions alone")
     training.add_argument("--clip-shards", type=int, nargs=2, default=(0, 64), help="first and end shard of 64 clips")
     training.add_argument("--still-shards", type=int, nargs=2, default=(0, 100), help="the same for stills")
     training.add_argument(

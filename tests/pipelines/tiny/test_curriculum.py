@@ -6,9 +6,9 @@ from safetensors.torch import save_file
 
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny.curriculum import Curriculum, LatentBatches, draw_step
-from genattn.pipelines.tiny.denoiser import DenoiserSize, TinyDenoiser, tokenize
+from genattn.pipelines.tiny.denoiser import DenoiserSize, TinyDenoiser
 from genattn.pipelines.tiny.resume import refine_patches
-from genattn.pipelines.tiny.text import build_tokenizer
+from genattn.pipelines.tiny.text import build_tokenizer, tokenize
 from genattn.pipelines.training.places import POSITION_CHANNELS, with_positions
 from genattn.pipelines.training.trainer import step_generator
 

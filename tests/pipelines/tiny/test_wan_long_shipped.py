@@ -13,25 +13,31 @@ from genattn.pipelines.tiny import wan as tiny_wan
 from genattn.pipelines.tiny.card import folder_bytes, read_journal, training_line
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults
 
-SHIPPED = Path(__file__).resolve().parents[3] / "assets" / "tiny-wan-long"
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+NAMES = ("tiny-wan-long", "tiny-wan-long-bound")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request):
+    return ASSETS / request.param
 
 
 @pytest.fixture(scope="module")
-def shipped():
-    pipeline = WanPipeline.from_pretrained(SHIPPED, local_files_only=True)
+def shipped(folder):
+    pipeline = WanPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def test_the_shipped_folder_is_stock_small_and_of_safetensors():
-    assert folder_bytes(SHIPPED) < 12e6
-    assert {path.suffix for path in SHIPPED.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors", ".md"}
-    for file in SHIPPED.rglob("*.json"):
+def test_the_shipped_folder_is_stock_small_and_of_safetensors(folder):
+    assert folder_bytes(folder) < 12e6
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors", ".md"}
+    for file in folder.rglob("*.json"):
         assert "_name_or_path" not in file.read_text(), file
 
 
-def test_a_clip_at_the_defaults_has_four_thousand_tokens(shipped):
-    defaults = GenerationDefaults(**json.loads((SHIPPED / DEFAULTS_FILE).read_text()))
+def test_a_clip_at_the_defaults_has_four_thousand_tokens(shipped, folder):
+    defaults = GenerationDefaults(**json.loads((folder / DEFAULTS_FILE).read_text()))
     seen = []
     hook = shipped.transformer.blocks[0].attn1.register_forward_pre_hook(
         lambda module, arguments: seen.append(arguments[0].shape[1])
@@ -54,26 +60,26 @@ def test_a_clip_at_the_defaults_has_four_thousand_tokens(shipped):
     assert video.std() > 0.01
 
 
-def test_the_card_agrees_with_the_journal_and_the_folder():
-    card = (SHIPPED / "README.md").read_text()
-    assert card.splitlines()[5] == "# tiny-wan-long"
-    entries = read_journal(SHIPPED)
+def test_the_card_agrees_with_the_journal_and_the_folder(folder):
+    card = (folder / "README.md").read_text()
+    assert card.splitlines()[5] == f"# {folder.name}"
+    entries = read_journal(folder)
     for entry in entries:
         assert training_line(entry) in card
     assert f"for {sum(float(entry['minutes']) for entry in entries):.0f} minutes in all" in card
-    patch = json.loads((SHIPPED / "transformer" / "config.json").read_text())["patch_size"]
+    patch = json.loads((folder / "transformer" / "config.json").read_text())["patch_size"]
     assert f"patch {' x '.join(map(str, patch))}" in card
-    defaults = GenerationDefaults(**json.loads((SHIPPED / DEFAULTS_FILE).read_text()))
+    defaults = GenerationDefaults(**json.loads((folder / DEFAULTS_FILE).read_text()))
     frames, side = (defaults.frames - 1) // 4 + 1, defaults.height // 4
     tokens = frames * side * side // math.prod(patch)
     assert f"{frames} frames of {tokens // frames} tokens, {tokens} in all" in card
-    assert 'from_pretrained("assets/tiny-wan-long")' in card
+    assert f'from_pretrained("assets/{folder.name}")' in card
 
 
-def test_the_cards_commands_are_ones_that_the_recipe_takes():
-    lines = [line for line in (SHIPPED / "README.md").read_text().splitlines() if "tiny.wan train" in line]
+def test_the_cards_commands_are_ones_that_the_recipe_takes(folder):
+    lines = [line for line in (folder / "README.md").read_text().splitlines() if "tiny.wan train" in line]
     assert any("--phases transformer" in line for line in lines)
     for line in lines:
         options = tiny_wan.build_parser().parse_args(shlex.split(line)[3:])
-        assert options.patch == 1 or "latents" in options.phases
-        assert (options.frames - 1) // 4 + 1 == 16
+        assert options.patch == 1 or not {"latents", "text"}.isdisjoint(options.phases)
+        assert (options.frames - 1) // 4 + 1 == 16 or "text" in options.phases
