@@ -249,7 +249,7 @@ def read_clip(source: ClipSource, frames: int, height: int, width: int) -> Frame
     import av
 
     try:
-        with av.open(io.BytesIO(source.read_bytes())) as container:
+        with av.open(io.BytesIO(source.read_bytes()), "r") as container:
             film = film_of(container)
             pixel = pixel_of(film)
             found = [_fitted(frame, height, width, pixel) for frame in islice(container.decode(film), frames)]
