@@ -24,6 +24,7 @@ from genattn.pipelines.tiny.world import BACKGROUNDS, COLOURS, ENDLESS, MOTIONS,
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 TEXT_TOKENS = 20
+ENDLESS_TEXT_TOKENS = 24  # two objects whose motions go on take more words
 PAIRS = 0.7
 _ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS | ENDLESS), "size": tuple(SIZES)}
 _ORDER = ("alone", "first", "second")
@@ -152,7 +153,7 @@ class CaptionReader(nn.Module):
         seeds = torch.randint(*_CAPTION_SEEDS, (batch,), generator=generator).tolist()
         motions = [ENDLESS if index % 4 == 3 else MOTIONS for index in range(batch)]
         scenes = [sample_scene(seed, False, PAIRS, tuple(known)) for seed, known in zip(seeds, motions, strict=True)]
-        ids = tokenize(tokenizer, [caption(scene) for scene in scenes], TEXT_TOKENS + 4)
+        ids = tokenize(tokenizer, [caption(scene) for scene in scenes], ENDLESS_TEXT_TOKENS)
         return ids, word_labels(scenes, [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()])
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -162,13 +163,15 @@ class CaptionReader(nn.Module):
             ids: int [B, L].
             labels: int [B, L, 5] of `word_labels`.
         """
-        embeds, before = encode_text(self.text_encoder, ids), encode_text(self._outside[0], ids)
-        real = ids != 0
-        change = (embeds - before)[real].square().mean() / before[real].var()
-        told = labels[..., 0] >= 0
+        embeds, told = encode_text(self.text_encoder, ids), labels[..., 0] >= 0
         read = self.heads(embeds[told]).split(self.sizes, -1)
         wrong = [F.cross_entropy(part, right) for part, right in zip(read, labels[told].unbind(-1), strict=True)]
-        return torch.stack(wrong).mean() + self.hold * change
+        loss = torch.stack(wrong).mean()
+        if not self.hold:
+            return loss
+        # outside of this module, so it does not move with it
+        before, real = encode_text(self._outside[0].to(ids.device), ids), ids != 0
+        return loss + self.hold * (embeds - before)[real].square().mean() / before[real].var()
 
     @torch.no_grad()
     def accuracy(self, ids: torch.Tensor, labels: torch.Tensor) -> float:

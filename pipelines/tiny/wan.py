@@ -149,8 +149,9 @@ def train_transformer(
 
     Every other step after the stills shows settled scenes: where an object wanders, its shape can hardly be told from its
     caption while the noise hides the place, and shapes are learned last or never; where it does not, they are learned with
-    the colours. `begin_with` is an exported pipeline whose weights a run without a checkpoint begins with. With a `pattern`
-    every self-attention is trained through it. Returns the steps done.
+    the colours. `begin_with` is an exported pipeline whose weights a run without a checkpoint begins with; an encoder that
+    phase text has taught takes the place of its own. With a `pattern` every self-attention is trained through it. Returns the
+    steps done.
     """
     set_seed(settings.seed)
     batches = LatentBatches(run_dir)

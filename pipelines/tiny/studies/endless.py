@@ -27,11 +27,11 @@ from genattn.pipelines.finetune.tune import trainable
 from genattn.pipelines.tiny.denoiser import TinyDenoiser, flow_loss
 from genattn.pipelines.tiny.export import DEFAULTS_FILE, GenerationDefaults
 from genattn.pipelines.tiny.studies.finetune import write_clip
+from genattn.pipelines.tiny.text import ENDLESS_TEXT_TOKENS, tokenize
 from genattn.pipelines.tiny.world import ENDLESS, MOTIONS, Scene, sample_scene, settle
 from genattn.pipelines.training.trainer import TrainSettings, train
 
 PAIRS = 0.1
-TEXT_TOKENS = 24
 # latent frames of each clip and clips in a step; 0 frames: whole clips
 STEPS = ((0, 1), (1, 12), (4, 3), (1, 12), (4, 3))
 
@@ -56,10 +56,7 @@ def encoded_clips(pipe: Any, folder: Path, count: int, size: ClipSize, fps: floa
 
 def token_ids(pipe: Any, captions: Sequence[str]) -> torch.Tensor:
     """Token ids int64 [N, 24], padded with 0: room for two objects with endless motions."""
-    ids: torch.Tensor = pipe.tokenizer(
-        list(captions), padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt"
-    ).input_ids
-    return ids
+    return tokenize(pipe.tokenizer, list(captions), ENDLESS_TEXT_TOKENS)
 
 
 def draw_pieces(

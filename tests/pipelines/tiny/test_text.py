@@ -10,6 +10,7 @@ from transformers import UMT5EncoderModel
 from genattn.errors import GenAttnError
 from genattn.pipelines.tiny import wan as tiny_wan
 from genattn.pipelines.tiny.text import (
+    ENDLESS_TEXT_TOKENS,
     TEXT_TOKENS,
     CaptionReader,
     build_text_encoder,
@@ -42,7 +43,7 @@ def tokenizer():
 
 
 def labels_of(text, tokenizer):
-    ids = tokenize(tokenizer, [text], TEXT_TOKENS + 4)
+    ids = tokenize(tokenizer, [text], ENDLESS_TEXT_TOKENS)
     return word_labels([parse_caption(text)], [tokenizer.convert_ids_to_tokens(ids[0].tolist())])[0]
 
 
@@ -131,6 +132,25 @@ def test_the_loss_is_what_is_read_wrong_and_how_far_the_embeddings_moved(tokeniz
     blind = torch.tensor([float(size) for size in free.sizes]).log().mean()
     torch.testing.assert_close(free(ids, labels), blind)
     assert not any("outside" in name for name, _ in reader.named_parameters())
+
+
+def test_the_encoder_that_is_held_to_follows_the_words_to_their_device(tokenizer):
+    encoder = build_text_encoder(len(tokenizer), 8, 1, 2)
+    reader = CaptionReader(encoder, tokenizer)
+    ids, labels = reader.draw(2, step_generator(0, 0))
+    before, moved = reader._outside[0], []
+
+    class Elsewhere:
+        def to(self, device):
+            moved.append(device)
+            return before
+
+    reader._outside = Elsewhere(), tokenizer
+    reader(ids, labels)
+    assert moved == [ids.device]
+    reader.hold = 0.0
+    reader(ids, labels)
+    assert len(moved) == 1, "an encoder that nothing holds is not asked for what it was"
 
 
 def test_what_is_read_right_is_counted_by_whole_words(tokenizer):

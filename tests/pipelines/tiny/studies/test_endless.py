@@ -52,7 +52,7 @@ def test_two_objects_with_endless_motions_fit_into_the_tokens() -> None:
     pipe = WanPipeline.from_pretrained(MODEL, transformer=None, vae=None, text_encoder=None)
     text = "a small red triangle moves left and right and a small blue square moves up and down on a dark background"
     ids = endless.token_ids(pipe, [text, ""])
-    assert ids.shape == (2, endless.TEXT_TOKENS)
+    assert ids.shape == (2, endless.ENDLESS_TEXT_TOKENS)
     assert (ids == 0).any(1).all()  # the loss needs a pad in each row
 
 
