@@ -26,6 +26,7 @@ constexpr int VL = 4, MR = 6, NV = 4;
 constexpr int VL = 4, MR = 4, NV = 2;
 #endif
 constexpr int NR = VL * NV;
+constexpr int NEAR = 4 * MR;  // query rows whose scores of one tile stay in the nearest cache
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -57,10 +58,9 @@ struct Call {
   const int32_t* slots;         // [slot_rows, nnz], rows 1 or heads: index into bits and spans, -1 for full tiles; or null
   uint16_t* bits;               // [slots, BQ, words] one bit per lane
   int16_t* spans;               // [slots, 4] see Span
-  const int32_t* tail_tokens;   // [pseudo, tail_lanes] what a pseudo-key is the mean of, -1 unused; or null
+  const int32_t* tail_tokens;   // [pseudo, tail_lanes] what the pseudo-keys of a tile are means of, -1 unused; or null
   const int32_t* tail_skipped;  // [lists, tiles_q, ceil(tiles_k / 32)] one bit per key tile
   const uint8_t* tail_counted;  // [Sk] which tokens weigh, or null for all
-  int32_t* tail_members;        // [batch, kv_heads, pseudo, tail_lanes] filled here: tail_tokens by likeness; or null for as they are
   const int32_t* fade_window;   // [tiles_q, 2] first and last place inside, or null
   const int32_t* fade_span;     // [tiles_k, 2] first and last place of a key tile
   int64_t stride[4][3];         // query, key, value, out: batch, token, head (elements)
@@ -105,29 +105,7 @@ struct F16 {
   }
 };
 
-// ---- 2^x; -inf and deep underflow give 0, NaN stays NaN
-
-static inline vf exp2v(vf x) {
-  // minimax on [-0.5, 0.5], relative error 9e-8
-  const vf c5 = splat(1.32646971e-3f), c4 = splat(9.67151101e-3f), c3 = splat(5.55073404e-2f), c2 = splat(2.40222426e-1f),
-           c1 = splat(6.93146980e-1f), c0 = splat(1.0f);
-#ifdef __AVX512F__
-  vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0);
-  vf f = x - whole;
-  vf p = (((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
-  // lanes below the normal range are zeroed, not scaled: an underflow costs hundreds of cycles. NaN is "not less than"
-  __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
-  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
-#else
-  const vf floor_ = splat(-126.f), magic = splat(12582912.f);
-  vf y = x < floor_ ? floor_ : x;
-  vf t = y + magic, f = y - (t - magic);
-  vi whole = (vi)t - (vi)magic;
-  vf p = (((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
-  vf r = (vf)((vi)p + (whole << 23));
-  return x >= floor_ ? r : (x < floor_ ? vf{} : x);
-#endif
-}
+// ---- across lanes
 
 #if defined(__AVX512F__)
 static inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -150,6 +128,29 @@ static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 static inline float max_of(vf v) { float m = v[0]; for (int j = 1; j < VL; j++) m = v[j] > m ? v[j] : m; return m; }
 static inline float sum_of(vf v) { float s = 0; for (int j = 0; j < VL; j++) s += v[j]; return s; }
 #endif
+
+// ---- 2^x; -inf and deep underflow give 0, NaN stays NaN
+
+static inline vf exp2v(vf x) {
+  // minimax on [-0.5, 0.5], relative error 9e-8
+  const vf c5 = splat(1.32646971e-3f), c4 = splat(9.67151101e-3f), c3 = splat(5.55073404e-2f), c2 = splat(2.40222426e-1f),
+           c1 = splat(6.93146980e-1f), c0 = splat(1.0f);
+#ifdef __AVX512F__
+  vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0);
+  vf f = x - whole;
+  vf p = (((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
+  // lanes below the normal range are zeroed, not scaled: an underflow costs hundreds of cycles. NaN is "not less than"
+  __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
+#else
+  const vf floor_ = splat(-126.f), magic = splat(12582912.f);
+  vf y = larger(floor_, x);  // in this order NaN stays
+  vf t = y + magic, f = y - (t - magic);
+  vf p = (((((c5 * f + c4) * f + c3) * f + c2) * f + c1) * f + c0);
+  vf scale = (vf)(((vi)t - (vi)magic + 127) << 23);
+  return (vf)((vi)(p * scale) & ~(vi)(x < floor_));
+#endif
+}
 
 // ---- matrix product: C[rows, W*VL] (+)= A[rows, depth] * B[depth, W*VL], B packed as one panel
 
@@ -200,6 +201,39 @@ static void product(const float* A, int lda, const float* B, float* C, int ldc, 
     case 2: panel<ADD, 2>(A, lda, rest, C + at, ldc, rows, depth); break;
     case 3: panel<ADD, 3>(A, lda, rest, C + at, ldc, rows, depth); break;
     default: break;
+  }
+}
+
+// to[d, n] = from[n, d] for n below VL, rows `lda` and `ldt` apart
+static inline void transpose_strip(const float* from, int lda, float* to, int ldt, int depth) {
+  int d = 0;
+#ifdef __AVX__
+  for (; d + 8 <= depth; d += 8)
+    for (int n = 0; n < VL; n += 8) {
+      const float* a = from + (size_t)n * lda + d;
+      __m256 r[8], u[8];
+      for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(a + (size_t)i * lda);
+      for (int i = 0; i < 8; i += 2) u[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), u[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+      for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+          r[i + 2 * j] = _mm256_shuffle_ps(u[i + j], u[i + j + 2], 0x44);
+          r[i + 2 * j + 1] = _mm256_shuffle_ps(u[i + j], u[i + j + 2], 0xee);
+        }
+      for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + (size_t)(d + i) * ldt + n, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(to + (size_t)(d + i + 4) * ldt + n, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+      }
+    }
+#endif
+  for (; d < depth; d++)
+    for (int n = 0; n < VL; n++) to[(size_t)d * ldt + n] = from[(size_t)n * lda + d];
+}
+
+// rows [lanes, depth] as columns, in panels of NR, the last one narrower; lanes in whole vectors
+static void as_panels(const float* rows, float* panels, int lanes, int depth) {
+  for (int at = 0; at < lanes; at += NR) {
+    const int width = std::min(NR, lanes - at);
+    for (int n = 0; n < width; n += VL) transpose_strip(rows + (size_t)(at + n) * depth, depth, panels + (size_t)at * depth + n, width, depth);
   }
 }
 
@@ -312,7 +346,8 @@ static inline vf hide(vf x, const uint16_t* words, int at) {  // -inf where the 
 // ---- one query tile
 
 struct Scratch {
-  std::vector<float> q, s, acc, m, l, tail_bias;
+  std::vector<float> q, s, acc, m, l, tail_rows, tail_keys, tail_values, tail_bias;
+  std::vector<int32_t> chosen;
   std::vector<uint16_t> bits;
 };
 
@@ -368,48 +403,73 @@ struct Packed {  // keys and values of one (batch, key head), tile after tile
   float *keys, *values, *bias;
   uint8_t* holes;
   int16_t* used;  // lanes up to the last one in use, in whole vectors
-  float *tail_keys, *tail_values, *tail_bias;  // pseudo-keys in tiles of their own; bias is log2 of the count
+  float *tail_keys, *tail_values, *tail_bias;  // pseudo-keys, a row each; bias is log2 of the count
 };
-
-static int tail_tiles(const Call& c) { return (c.pseudo + round_up(c.block_k, VL) - 1) / round_up(c.block_k, VL); }
 
 // one visited tile pair: scores, softmax, and the weighted values into the accumulator
 static void visit(const Call& c, const Packed& kv, Scratch& w, int kt, int next_kt, Span span, const uint16_t* bits, Fade fade) {
   const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), words = (c.block_k + 15) / 16;
   const float* bias = kv.holes[kt] ? kv.bias + (size_t)kt * BK : nullptr;
   const float *keys = kv.keys + (size_t)kt * BK * D, *values = kv.values + (size_t)kt * BK * DP, *next = kv.keys + (size_t)next_kt * BK * D;
-  float *s = &w.s[(size_t)span.top * BK], *acc = &w.acc[(size_t)span.top * DP];
-  const int rows = span.bottom - span.top;
-  product<false>(&w.q[(size_t)span.top * D], D, keys, s, BK, rows, D, BK, D, 0, span.left, span.right);
-  for (int i = 0; i < rows; i++) {
-    fetch_share(values + (size_t)span.left * NR, (span.right - span.left) * DP, i, rows);
-    fetch_share(next, BK * D, i, rows);
-    const uint16_t* seen = bits ? bits + (size_t)(span.top + i) * words : nullptr;
-    softmax_row(s + (size_t)i * BK, span.left, span.right, w.m[span.top + i], w.l[span.top + i], acc + (size_t)i * DP, DP, bias, seen, fade);
+  float* s = w.s.data();
+  for (int top = span.top; top < span.bottom; top += NEAR) {
+    const int rows = std::min(NEAR, span.bottom - top);
+    float* acc = &w.acc[(size_t)top * DP];
+    product<false>(&w.q[(size_t)top * D], D, keys, s, BK, rows, D, BK, D, 0, span.left, span.right);
+    for (int i = 0; i < rows; i++) {
+      if (top == span.top) fetch_share(values + (size_t)span.left * NR, (span.right - span.left) * DP, i, rows);
+      fetch_share(next, BK * D, top - span.top + i, span.bottom - span.top);
+      const uint16_t* seen = bits ? bits + (size_t)(top + i) * words : nullptr;
+      softmax_row(s + (size_t)i * BK, span.left, span.right, w.m[top + i], w.l[top + i], acc + (size_t)i * DP, DP, bias, seen, fade);
+    }
+    product<true>(s + span.left, BK, values, acc, DP, rows, span.right - span.left, DP, BK, span.left, 0, DP);
   }
-  product<true>(s + span.left, BK, values, acc, DP, rows, span.right - span.left, DP, BK, span.left, 0, DP);
 }
 
-// pseudo-keys [at, at + BK) of the tiles that the query tile skips and that are outside or not, as one more tile whose lanes
-// have weights
-static void visit_tail(const Call& c, const Packed& kv, Scratch& w, const int32_t* skipped, int used, int at, int of_tile, bool outside) {
-  const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), lanes = std::min(BK, c.pseudo - at);
-  const Fade fade = fade_of(c, outside);
-  int left = BK, right = 0;
-  std::fill(w.tail_bias.begin(), w.tail_bias.end(), -INFINITY);
-  for (int i = 0; i < lanes; i++) {
-    const int tile = (at + i) / c.tail_parts;
+// the pseudo-keys of the tiles that the query tile skips and that are outside or not, into w.chosen; how many
+static int choose_pseudo(const Call& c, const Packed& kv, Scratch& w, const int32_t* skipped, int of_tile, bool outside) {
+  int n = 0;
+  for (int tile = 0; tile < c.pseudo / c.tail_parts; tile++) {
     if (!((uint32_t)skipped[tile / 32] >> (tile % 32) & 1) || is_outside(c, of_tile, tile) != outside) continue;
-    w.tail_bias[i] = kv.tail_bias[at + i] / fade.factor;  // a weight is no logit
-    left = std::min(left, i / VL * VL);
-    right = round_up(i + 1, VL);
+    for (int lane = tile * c.tail_parts; lane < (tile + 1) * c.tail_parts; lane++)
+      if (kv.tail_bias[lane] != -INFINITY) w.chosen[n++] = lane;
   }
-  if (right <= left) return;
+  return n;
+}
+
+// n chosen pseudo-keys side by side in w, as panels of keys and of channels; lanes up to a whole vector are hidden
+static void gather_pseudo(const Call& c, const Packed& kv, Scratch& w, const int32_t* chosen, int n, Fade fade) {
+  const int D = c.dim, DP = round_up(D, VL), lanes = round_up(n, VL);
+  std::fill(w.tail_rows.begin() + (size_t)n * D, w.tail_rows.begin() + (size_t)lanes * D, 0.f);
+  std::fill(w.tail_bias.begin() + n, w.tail_bias.begin() + lanes, -INFINITY);
+  for (int i = 0; i < n; i++) {
+    w.tail_bias[i] = kv.tail_bias[chosen[i]] / fade.factor;  // a weight is no logit
+    memcpy(&w.tail_rows[(size_t)i * D], kv.tail_keys + (size_t)chosen[i] * D, (size_t)D * 4);
+    for (int d = 0; d < DP; d += NR) {
+      const int wide = std::min(NR, DP - d);
+      memcpy(&w.tail_values[(size_t)d * n + (size_t)i * wide], kv.tail_values + (size_t)chosen[i] * DP + d, (size_t)wide * 4);
+    }
+  }
+  as_panels(w.tail_rows.data(), w.tail_keys.data(), lanes, D);
+}
+
+// the pseudo-keys of skipped tiles, outside or not, as few more tiles whose lanes have weights
+static void visit_tail(const Call& c, const Packed& kv, Scratch& w, const int32_t* skipped, int used, int of_tile, bool outside) {
+  const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), all = choose_pseudo(c, kv, w, skipped, of_tile, outside);
+  const Fade fade = fade_of(c, outside);
   float* s = w.s.data();
-  product<false>(w.q.data(), D, kv.tail_keys + (size_t)at * D, s, BK, used, D, BK, D, 0, left, right);
-  for (int i = 0; i < used; i++)
-    softmax_row(s + (size_t)i * BK, left, right, w.m[i], w.l[i], &w.acc[(size_t)i * DP], DP, w.tail_bias.data(), nullptr, fade);
-  product<true>(s + left, BK, kv.tail_values + (size_t)at * DP, w.acc.data(), DP, used, right - left, DP, BK, left, 0, DP);
+  for (int at = 0; at < all; at += BK) {
+    const int n = std::min(BK, all - at), lanes = round_up(n, VL);
+    gather_pseudo(c, kv, w, &w.chosen[at], n, fade);
+    for (int top = 0; top < used; top += NEAR) {
+      const int rows = std::min(NEAR, used - top);
+      float* acc = &w.acc[(size_t)top * DP];
+      product<false>(&w.q[(size_t)top * D], D, w.tail_keys.data(), s, BK, rows, D, lanes, D, 0, 0, lanes);
+      for (int i = 0; i < rows; i++)
+        softmax_row(s + (size_t)i * BK, 0, lanes, w.m[top + i], w.l[top + i], acc + (size_t)i * DP, DP, w.tail_bias.data(), nullptr, fade);
+      product<true>(s, BK, w.tail_values.data(), acc, DP, rows, n, DP, n, 0, 0, DP);
+    }
+  }
 }
 
 template <typename T>
@@ -448,8 +508,7 @@ static void query_tile(const Call& c, const Packed& kv, const std::vector<KeyTil
   }
   if (c.pseudo) {
     const int32_t* skipped = c.tail_skipped + ((size_t)list * c.tiles_q + tile) * ((c.tiles_k + 31) / 32);
-    for (int outside = 0; outside < (c.fade_window ? 2 : 1); outside++)
-      for (int at = 0; at < c.pseudo; at += BK) visit_tail(c, kv, w, skipped, used, at, tile, outside);
+    for (int outside = 0; outside < (c.fade_window ? 2 : 1); outside++) visit_tail(c, kv, w, skipped, used, tile, outside);
   }
   for (int i = 0; i < BQ; i++) {
     if (lanes[i] < 0) continue;
@@ -458,6 +517,15 @@ static void query_tile(const Call& c, const Packed& kv, const std::vector<KeyTil
     for (int d = 0; d < D; d++) dst[d].set(w.acc[(size_t)i * DP + d] * inverse);
     c.lse[((size_t)b * c.seqlen_q + lanes[i]) * c.heads + h] = l == 0.f ? -INFINITY : (w.m[i] + log2f(l)) * 0.69314718055994531f;
   }
+}
+
+// ---- packing
+
+// n numbers of any format as floats; null stands for zeros
+template <typename T>
+static inline void as_floats(const T* __restrict from, float* __restrict to, int n) {
+  if (!from) { memset(to, 0, (size_t)n * 4); return; }
+  for (int d = 0; d < n; d++) to[d] = from[d].get();
 }
 
 // gather one key tile: K transposed into panels of keys, V into panels of channels; hidden lanes are zero with bias -inf
@@ -474,37 +542,36 @@ static void pack_tile(const Call& c, const Packed& kv, std::vector<float>& rows,
     if (used) kv.used[kt] = (int16_t)round_up(i + 1, VL);
     else kv.holes[kt] = 1;
     const T* k = used ? (const T*)c.key + b * c.stride[1][0] + lanes[i] * c.stride[1][1] + kh * c.stride[1][2] : nullptr;
-    for (int d = 0; d < D; d++) rows[(size_t)i * D + d] = used ? k[d].get() : 0.f;
+    as_floats(k, &rows[(size_t)i * D], D);
   }
-  for (int at = 0; at < BK; at += NR) {
-    const int width = std::min(NR, BK - at);
-    float* dst = keys + (size_t)at * D;
-    for (int n0 = 0; n0 < width; n0 += VL)  // short runs keep the transposing reads in cache
-      for (int d = 0; d < D; d++)
-        for (int n = n0; n < n0 + VL; n++) dst[(size_t)d * width + n] = rows[(size_t)(at + n) * D + d];
-  }
+  as_panels(rows.data(), keys, BK, D);
   for (int i = 0; i < BK; i++) {
     const T* v = bias[i] == 0.f ? (const T*)c.value + b * c.stride[2][0] + lanes[i] * c.stride[2][1] + kh * c.stride[2][2] : nullptr;
     for (int at = 0; at < DP; at += NR) {
       const int width = std::min(NR, DP - at);
+      const int there = std::min(width, D - at);
       float* dst = values + (size_t)at * BK + (size_t)i * width;
-      for (int d = 0; d < width; d++) dst[d] = v && at + d < D ? v[at + d].get() : 0.f;
+      as_floats(v ? v + at : nullptr, dst, there);
+      memset(dst + there, 0, (size_t)(width - there) * 4);
     }
   }
 }
 
-// ---- parts of a tile by likeness, as kernels/reference/likeness.py defines them: in double, so that all backends cut alike
+// ---- what stands in for a tile: parts by likeness, as kernels/reference/likeness.py defines them, in double, so that all
+// backends cut alike; then the mean key and mean value of each
 
-constexpr int DL = 8, AT_ONCE = 4;
+constexpr int DL = VL / 2, AT_ONCE = 4;
 typedef double vd __attribute__((vector_size(DL * 8)));
 typedef double vdu __attribute__((vector_size(DL * 8), aligned(8), may_alias));
-typedef float vwu __attribute__((vector_size(DL * 4), aligned(4), may_alias));
 
-static inline vd wide(const float* p) { return __builtin_convertvector(*(const vwu*)p, vd); }
+static inline vd loadd(const double* p) { return *(const vdu*)p; }
 
 static inline double sum_of(vd x) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   return _mm512_reduce_add_pd((__m512d)x);
+#elif defined(__AVX__)
+  __m128d h = _mm_add_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
 #else
   double total = 0;
   for (int i = 0; i < DL; i++) total += x[i];
@@ -512,17 +579,20 @@ static inline double sum_of(vd x) {
 #endif
 }
 
-struct Spread {  // rows of one tile, `width` floats each, whole groups of AT_ONCE rows; what is not a key is zero
-  std::vector<float> rows;
-  std::vector<double> mean, direction, place;
+struct Spread {  // rows of one tile, `width` numbers each, whole groups of AT_ONCE rows; what is not a key is zero
+  std::vector<double> rows, mean, direction, place;
+  std::vector<float> values, narrow;
   std::vector<int64_t> rank;
-  std::vector<int32_t> tokens;
-  int width;
+  std::vector<int32_t> tokens, order;
+  int width, value_width;
   void resize(int lanes, int dim) {
-    const int most = round_up(lanes, DL);
+    const int most = round_up(lanes, std::max(DL, AT_ONCE));
     width = round_up(dim, DL * AT_ONCE);
+    value_width = round_up(dim, VL * AT_ONCE);
     rows.resize((size_t)most * width);
-    mean.resize(width); direction.resize(width); place.resize(most); rank.resize(most);
+    values.resize((size_t)most * value_width);
+    mean.resize(width); direction.resize(width); place.resize(most); rank.resize(most); order.resize(most); tokens.resize(most);
+    narrow.resize(std::max(width, value_width));
   }
 };
 
@@ -530,15 +600,17 @@ struct Spread {  // rows of one tile, `width` floats each, whole groups of AT_ON
 template <bool SQUARE>
 static void project(Spread& w, int n, const double* along) {
   for (int i = 0; i < n; i += AT_ONCE) {
-    const float* row = &w.rows[(size_t)i * w.width];
+    const double* row = &w.rows[(size_t)i * w.width];
     vd sum[AT_ONCE] = {};
     for (int d = 0; d < w.width; d += DL) {
-      const vd other = *(const vdu*)(along + d);
+      const vd other = loadd(along + d);
+#pragma GCC unroll 4
       for (int j = 0; j < AT_ONCE; j++) {
-        const vd x = wide(row + (size_t)j * w.width + d), away = x - other;
+        const vd x = loadd(row + (size_t)j * w.width + d), away = x - other;
         sum[j] += SQUARE ? away * away : x * other;
       }
     }
+#pragma GCC unroll 4
     for (int j = 0; j < AT_ONCE; j++) w.place[i + j] = sum_of(sum[j]);
   }
 }
@@ -547,8 +619,12 @@ static void project(Spread& w, int n, const double* along) {
 static void combine(const Spread& w, int n, const double* factor, double* to) {
   for (int d = 0; d < w.width; d += DL * AT_ONCE) {
     vd sum[AT_ONCE] = {};
-    for (int i = 0; i < n; i++)
-      for (int j = 0; j < AT_ONCE; j++) sum[j] += wide(&w.rows[(size_t)i * w.width + d + j * DL]) * factor[i];
+    for (int i = 0; i < n; i++) {
+      const double* row = &w.rows[(size_t)i * w.width + d];
+#pragma GCC unroll 4
+      for (int j = 0; j < AT_ONCE; j++) sum[j] += loadd(row + j * DL) * factor[i];
+    }
+#pragma GCC unroll 4
     for (int j = 0; j < AT_ONCE; j++) *(vdu*)(to + d + j * DL) = sum[j];
   }
 }
@@ -584,25 +660,10 @@ static void along_the_spread(Spread& w, int n) {
   centred();
 }
 
-template <typename T>
-static void cut_tile(const Call& c, Spread& w, int b, int kh, int tile) {
-  const int lanes = c.tail_parts * c.tail_lanes, D = c.dim, tiles = c.pseudo / c.tail_parts;
-  const int32_t* from = c.tail_tokens + (size_t)tile * lanes;
-  int32_t* to = c.tail_members + (((size_t)b * c.kv_heads + kh) * tiles + tile) * lanes;
-  std::fill(to, to + lanes, -1);
-  w.tokens.clear();
-  for (int i = 0; i < lanes; i++) {
-    if (from[i] < 0 || (c.key_mask && !c.key_mask[(size_t)b * c.seqlen_k + from[i]])) continue;
-    const T* key = (const T*)c.key + b * c.stride[1][0] + from[i] * c.stride[1][1] + kh * c.stride[1][2];
-    float* row = &w.rows[w.tokens.size() * w.width];
-    for (int d = 0; d < D; d++) row[d] = key[d].get();
-    w.tokens.push_back(from[i]);
-  }
-  const int n = (int)w.tokens.size(), whole = round_up(n, DL);
-  if (!n) return;
-  along_the_spread(w, n);
-  // floats that compare like integers, equal ones by their lane; NaN is last of all. How many are less says where each belongs:
-  // without a branch that cannot be foreseen
+// rows in the order of their places: floats that compare like integers, equal ones by their lane, NaN last of all. How many
+// are less says where each belongs: without a branch that cannot be foreseen
+static void sort_by_place(Spread& w, int n) {
+  const int whole = round_up(n, DL);
   for (int i = 0; i < whole; i++) {
     const float place = i < n ? (float)w.place[i] : INFINITY;
     const float clear = place != place ? FLT_MAX : std::min(std::max(place, -FLT_MAX), FLT_MAX) + 0.f;
@@ -614,41 +675,79 @@ static void cut_tile(const Call& c, Spread& w, int b, int kh, int tile) {
     int64_t rank = 0;
     const int64_t own = w.rank[i];
     for (int j = 0; j < whole; j++) rank += w.rank[j] < own;
-    for (int part = 0; part < c.tail_parts; part++) {
-      const int first = (part * n + c.tail_parts - 1) / c.tail_parts, last = ((part + 1) * n + c.tail_parts - 1) / c.tail_parts;
-      if (rank >= first && rank < last) to[part * c.tail_lanes + rank - first] = w.tokens[i];
-    }
+    w.order[rank] = i;
   }
 }
 
-// mean key and mean value of one pseudo-key into its lane of the packed tail
-template <typename T>
-static void pack_pseudo(const Call& c, const Packed& kv, std::vector<float>& rows, int b, int kh, int lane) {
-  const int D = c.dim, DP = round_up(D, VL), BK = round_up(c.block_k, VL), tile = lane / BK, place = lane % BK;
-  const size_t table = ((size_t)b * c.kv_heads + kh) * c.pseudo;
-  const int32_t* tokens = (c.tail_members ? c.tail_members + table * c.tail_lanes : c.tail_tokens) + (size_t)lane * c.tail_lanes;
-  float *key = rows.data(), *value = key + D;
-  std::fill(key, value + D, 0.f);
-  int count = 0, counted = 0;
-  auto row = [&](const void* x, int which, int token) { return (const T*)x + b * c.stride[which][0] + token * c.stride[which][1] + kh * c.stride[which][2]; };
-  auto seen = [&](int token) { return token >= 0 && (!c.key_mask || c.key_mask[(size_t)b * c.seqlen_k + token]); };
-  for (int i = 0; lane < c.pseudo && i < c.tail_lanes; i++) {
-    if (!seen(tokens[i])) continue;
-    count++;
-    counted += !c.tail_counted || c.tail_counted[tokens[i]];
-    const T *k = row(c.key, 1, tokens[i]), *v = row(c.value, 2, tokens[i]);
-    for (int d = 0; d < D; d++) key[d] += k[d].get(), value[d] += v[d].get();
+// narrow = mean of some rows
+static void mean_key(Spread& w, const int32_t* some, int n) {
+  const double share = n ? 1. / n : 0.;
+  for (int d = 0; d < w.width; d += DL * AT_ONCE) {
+    vd sum[AT_ONCE] = {};
+    for (int i = 0; i < n; i++) {
+      const double* row = &w.rows[(size_t)some[i] * w.width + d];
+#pragma GCC unroll 4
+      for (int j = 0; j < AT_ONCE; j++) sum[j] += loadd(row + j * DL);
+    }
+    for (int j = 0; j < AT_ONCE; j++)
+      for (int i = 0; i < DL; i++) w.narrow[d + j * DL + i] = (float)(sum[j][i] * share);
   }
-  const float share = count ? 1.f / count : 0.f;
-  for (int d = 0; d < D; d++) key[d] *= share, value[d] *= share;
-  kv.tail_bias[lane] = counted ? log2f((float)counted) : -INFINITY;
-  const int at = place / NR * NR, width = std::min(NR, BK - at);
-  const size_t first = (size_t)tile * BK * D + (size_t)at * D + place - at;
-  for (int d = 0; d < D; d++) kv.tail_keys[first + (size_t)d * width] = key[d];
-  for (int from = 0; from < DP; from += NR) {
-    const int wide = std::min(NR, DP - from);
-    float* dst = kv.tail_values + (size_t)tile * BK * DP + (size_t)from * BK + (size_t)place * wide;
-    for (int d = 0; d < wide; d++) dst[d] = from + d < D ? value[from + d] : 0.f;
+}
+
+static void mean_value(Spread& w, const int32_t* some, int n) {
+  const float share = n ? 1.f / n : 0.f;
+  for (int d = 0; d < w.value_width; d += VL * AT_ONCE) {
+    vf sum[AT_ONCE] = {};
+    for (int i = 0; i < n; i++) {
+      const float* row = &w.values[(size_t)some[i] * w.value_width + d];
+#pragma GCC unroll 4
+      for (int j = 0; j < AT_ONCE; j++) sum[j] += load(row + j * VL);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < AT_ONCE; j++) store(&w.narrow[d + j * VL], sum[j] * share);
+  }
+}
+
+// the keys of a tile that count, with their values; how many
+template <typename T>
+static int read_members(const Call& c, Spread& w, int b, int kh, int tile) {
+  const int lanes = c.tail_parts * c.tail_lanes, D = c.dim;
+  const int32_t* from = c.tail_tokens + (size_t)tile * lanes;
+  int n = 0;
+  for (int i = 0; i < lanes; i++) {
+    const int32_t token = from[i];
+    if (token < 0 || (c.key_mask && !c.key_mask[(size_t)b * c.seqlen_k + token])) continue;
+    const T* __restrict key = (const T*)c.key + b * c.stride[1][0] + token * c.stride[1][1] + kh * c.stride[1][2];
+    double* __restrict row = &w.rows[(size_t)n * w.width];
+    for (int d = 0; d < D; d++) row[d] = key[d].get();
+    as_floats((const T*)c.value + b * c.stride[2][0] + token * c.stride[2][1] + kh * c.stride[2][2], &w.values[(size_t)n * w.value_width], D);
+    w.order[n] = n;
+    w.tokens[n++] = token;
+  }
+  return n;
+}
+
+// mean key and mean value of each part of a tile into its row of the tail
+template <typename T>
+static void stand_in(const Call& c, const Packed& kv, Spread& w, int b, int kh, int of_tile) {
+  const int D = c.dim, DP = round_up(D, VL), parts = c.tail_parts;
+  const int n = read_members<T>(c, w, b, kh, of_tile);
+  if (parts > 1 && n) {
+    along_the_spread(w, n);
+    sort_by_place(w, n);
+  }
+  for (int part = 0; part < parts; part++) {
+    const int first = (part * n + parts - 1) / parts, members = ((part + 1) * n + parts - 1) / parts - first;
+    const int32_t* some = &w.order[first];
+    const int lane = of_tile * parts + part;
+    int counted = 0;
+    for (int i = 0; i < members; i++) counted += !c.tail_counted || c.tail_counted[w.tokens[some[i]]];
+    kv.tail_bias[lane] = counted ? log2f((float)counted) : -INFINITY;
+    mean_key(w, some, members);
+    memcpy(kv.tail_keys + (size_t)lane * D, w.narrow.data(), (size_t)D * 4);
+    mean_value(w, some, members);
+    memcpy(kv.tail_values + (size_t)lane * DP, w.narrow.data(), (size_t)D * 4);
+    memset(kv.tail_values + (size_t)lane * DP + D, 0, (size_t)(DP - D) * 4);
   }
 }
 
@@ -659,7 +758,7 @@ static int run(const Call& c) {
   const int DP = round_up(c.dim, VL), BK = round_up(c.block_k, VL), group = c.heads / c.kv_heads;
   const size_t key_floats = (size_t)c.tiles_k * BK * c.dim, value_floats = (size_t)c.tiles_k * BK * DP, lane_floats = (size_t)c.tiles_k * BK;
   const int64_t total = (int64_t)c.batch * c.kv_heads;
-  const size_t tail_lanes = (size_t)tail_tiles(c) * BK, tail_floats = tail_lanes * (c.dim + DP + 1);
+  const size_t tail_floats = (size_t)c.pseudo * (c.dim + DP + 1);
   const int64_t fit = std::max<int64_t>(1, c.workspace / (int64_t)((key_floats + value_floats + lane_floats + tail_floats) * 4));
   const int64_t chunk = std::min(total, fit);
   const int rules = c.rules && !c.slots ? rule_count(c) : 0;
@@ -672,19 +771,22 @@ static int run(const Call& c) {
     if (!c.pseudo) continue;
     p.tail_keys = (float*)take(tail_floats * 4);
     ok = ok && p.tail_keys;
-    p.tail_values = p.tail_keys + tail_lanes * c.dim;
-    p.tail_bias = p.tail_values + tail_lanes * DP;
+    p.tail_values = p.tail_keys + (size_t)c.pseudo * c.dim;
+    p.tail_bias = p.tail_values + (size_t)c.pseudo * DP;
   }
   if (ok) {
 #pragma omp parallel num_threads(c.threads)
     {
       Scratch w;
       Spread spread;
-      w.q.resize((size_t)c.block_q * c.dim); w.s.resize((size_t)c.block_q * BK); w.acc.resize((size_t)c.block_q * DP);
+      w.q.resize((size_t)c.block_q * c.dim); w.s.resize((size_t)NEAR * BK); w.acc.resize((size_t)c.block_q * DP);
       w.m.resize(c.block_q); w.l.resize(c.block_q); w.bits.resize((size_t)c.block_q * ((c.block_k + 15) / 16));
-      w.tail_bias.resize(BK);
+      if (c.pseudo) {
+        w.tail_rows.resize((size_t)BK * c.dim); w.tail_keys.resize((size_t)BK * c.dim); w.tail_values.resize((size_t)BK * DP); w.tail_bias.resize(BK);
+        w.chosen.resize(c.pseudo);
+      }
       std::vector<float> rows((size_t)BK * c.dim);
-      if (c.tail_members) spread.resize(c.tail_parts * c.tail_lanes, c.dim);
+      if (c.pseudo) spread.resize(c.tail_parts * c.tail_lanes, c.dim);
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < (int64_t)tiles.size(); t++) read_tile(tiles[t], c, t);
       for (int64_t start = 0; start < total; start += chunk) {
@@ -692,18 +794,9 @@ static int run(const Call& c) {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < now * c.tiles_k; t++) {
           const int64_t z = start + t / c.tiles_k;
-          pack_tile<T>(c, packed[t / c.tiles_k], rows, (int)(z / c.kv_heads), (int)(z % c.kv_heads), (int)(t % c.tiles_k));
-        }
-        const int64_t cut = c.tail_members ? c.pseudo / c.tail_parts : 0;
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < now * cut; t++) {
-          const int64_t z = start + t / cut;
-          cut_tile<T>(c, spread, (int)(z / c.kv_heads), (int)(z % c.kv_heads), (int)(t % cut));
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < now * (int64_t)tail_lanes; t++) {
-          const int64_t z = start + t / (int64_t)tail_lanes;
-          pack_pseudo<T>(c, packed[t / tail_lanes], rows, (int)(z / c.kv_heads), (int)(z % c.kv_heads), (int)(t % tail_lanes));
+          const int b = (int)(z / c.kv_heads), kh = (int)(z % c.kv_heads), tile = (int)(t % c.tiles_k);
+          pack_tile<T>(c, packed[t / c.tiles_k], rows, b, kh, tile);
+          if (c.pseudo) stand_in<T>(c, packed[t / c.tiles_k], spread, b, kh, tile);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < now * group * c.tiles_q; t++) {

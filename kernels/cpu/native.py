@@ -31,7 +31,7 @@ class _Rule(ctypes.Structure):
 class _Call(ctypes.Structure):
     _tensors = ("query", "key", "value", "out", "lse", "key_mask")
     _lists = ("query_tiles", "key_tiles", "row_ptr", "columns", "num_full", "rules", "rule_of_head", "slots", "bits", "spans")
-    _tail = ("tail_tokens", "tail_skipped", "tail_counted", "tail_members")
+    _tail = ("tail_tokens", "tail_skipped", "tail_counted")
     _fade = ("fade_window", "fade_span")
     _tail_shape = ("pseudo", "tail_lanes", "tail_parts")
     _shape = ("batch", "heads", "kv_heads", "dim", "seqlen_q", "seqlen_k")
@@ -80,7 +80,7 @@ def native_attention(
         lse.fill_(float("-inf"))
     mask = None if key_mask is None else key_mask.contiguous()
     call = _Call()
-    alive = [*_point_at_plan(call, plan, query.shape[2]), *_point_at_tail(call, plan, key), *_point_at_fade(call, plan)]
+    alive = [*_point_at_plan(call, plan, query.shape[2]), *_point_at_tail(call, plan), *_point_at_fade(call, plan)]
     for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out), ("lse", lse), ("key_mask", mask)):
         setattr(call, name, None if tensor is None else tensor.data_ptr())
     for row, tensor in zip(call.stride, (query, key, value, out)):
@@ -121,16 +121,13 @@ def _point_at_plan(call: _Call, plan: BlockPlan, heads: int) -> list[object]:
     return alive
 
 
-def _point_at_tail(call: _Call, plan: BlockPlan, key: torch.Tensor) -> list[object]:
+def _point_at_tail(call: _Call, plan: BlockPlan) -> list[object]:
     tail = plan.tail
     if tail is None:
         return []
     tables = {"tail_tokens": tail.tokens.contiguous(), "tail_skipped": tail.skipped.contiguous()}
     if tail.counted is not None:
         tables["tail_counted"] = tail.counted.contiguous()
-    if tail.parts > 1:
-        # the kernel writes here which keys it averages
-        tables["tail_members"] = torch.empty(key.shape[0], key.shape[2], *tail.tokens.shape, dtype=torch.int32)
     for name, tensor in tables.items():
         setattr(call, name, tensor.data_ptr())
     call.pseudo, call.tail_lanes = tail.tokens.shape
