@@ -257,7 +257,8 @@ def _serve(part: Group, bias: torch.Tensor | None, call: _Call) -> None:
             if end > part.whole and spans:
                 _hide(by_run[..., : listed - begin], part.whole - begin, spans)
             if end > listed:
-                _weigh(by_run, listed - begin, rows, keys[:, max(listed, begin) : end] - call.first_pseudo, call)
+                some = rows[:, :1] if part.tail_alike else rows
+                _weigh(by_run, listed - begin, some, keys[:, max(listed, begin) : end] - call.first_pseudo, call)
             for seen, key_bias in zip(by_run, call.key_bias):
                 seen.add_(key_bias[chosen].view(runs, 1, -1))
             probs = _softmax(scores, (ends[0][place], ends[1][place]) if with_lse else None)
@@ -323,11 +324,16 @@ def _hide(scores: torch.Tensor, whole: int, spans: list[tuple[int, int, torch.Te
 
 
 def _weigh(scores: torch.Tensor, first: int, rows: torch.Tensor, places: torch.Tensor, call: _Call) -> None:
-    """Add the weights of pseudo-keys `places` [G, p], from `first` on in scores [N, G, Lq, n], for queries `rows` [G, Lq]."""
+    """Add the weights of pseudo-keys `places` [G, p], from `first` on in scores [N, G, Lq, n].
+
+    rows: the queries [G, Lq], or one of each run [G, 1] where all of them see the same.
+    """
     begin, tiles = max(0, first), call.tile_of_query[rows]
-    in_order = len(places) == 1 or bool((places[1:] == places[:1]).all())
+    alike = len(places) == 1 or bool((places[1:] == places[:1]).all())
+    one_run = bool((places[0].diff() == 1).all())
+    columns = slice(int(places[0, 0]), int(places[0, -1]) + 1) if one_run else places[0]
     for seen, weights in zip(scores if len(call.tail) > 1 else (scores,), call.tail):
-        some = weights[:, places[0]][tiles] if in_order else weights[tiles[:, :, None], places[:, None, :]]
+        some = weights[:, columns][tiles] if alike else weights[tiles[:, :, None], places[:, None, :]]
         seen[..., begin:].add_(some)
 
 

@@ -39,6 +39,7 @@ class Group:
     [U, Lq, Lk - whole], the different ones, U = 0 when every query sees all keys. mask_ends: the runs up to
     mask_ends[u] from the last end have mask u. again: a group before has answered for these queries with other keys.
     tail: the last so many keys are places of pseudo-keys, seen or not by query tile, and not part of the masks.
+    tail_alike: all queries of a run see the same pseudo-keys.
     """
 
     queries: torch.Tensor
@@ -48,6 +49,7 @@ class Group:
     mask_ends: tuple[int, ...]
     again: bool
     tail: int = 0
+    tail_alike: bool = False
 
     @functools.cached_property
     def all_see(self) -> bool:
@@ -118,7 +120,9 @@ def _with_tail(plan: BlockPlan, head: int, groups: list[Group]) -> list[Group]:
 def _tailed(plan: BlockPlan, group: Group, seen: torch.Tensor) -> Group:
     """The group with pseudo-keys behind its keys: all of them, or those that each run sees, if they are much fewer."""
     count = len(seen[0])
-    wanted = torch.stack([seen[tile_of_query(plan)[row].unique()].any(0) for row in group.queries])
+    of_runs = [seen[tile_of_query(plan)[row].unique()] for row in group.queries]
+    wanted = torch.stack([of_run.any(0) for of_run in of_runs])
+    alike = all(bool((of_run == of_run[:1]).all()) for of_run in of_runs)
     most = -(-int(wanted.sum(1).max()) // LINE) * LINE
     if not most and group.keys.shape[1]:
         return group
@@ -126,7 +130,8 @@ def _tailed(plan: BlockPlan, group: Group, seen: torch.Tensor) -> Group:
     if most < _FEW * count:
         # in order, then some that nobody sees
         places = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)[:, : max(most, LINE)]
-    return replace(group, tail=places.shape[1], keys=torch.cat([group.keys, plan.seqlen_k + places], 1))
+    keys = torch.cat([group.keys, plan.seqlen_k + places], 1)
+    return replace(group, tail=places.shape[1], tail_alike=alike, keys=keys)
 
 
 def tile_of_query(plan: BlockPlan) -> torch.Tensor:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from genattn.kernels.plan.tail import Tail
-from genattn.kernels.reference.likeness import parts_by_likeness
+from genattn.kernels.reference.likeness import parts_by_likeness, rows_by_head
 
 _GATHERED_AT_ONCE = 1 << 24
 
@@ -111,11 +111,8 @@ def _sums(x: torch.Tensor, members: torch.Tensor, compute: torch.dtype) -> torch
 
 def _sums_by_head(x: torch.Tensor, members: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
     """[B, p, Hk, D]: the same for members [B, Hk or 1, p, L]."""
-    batch, seqlen, heads, dim = x.shape
-    index, weight = _rows_and_weights(members.expand(batch, heads, -1, -1), compute)
-    sample, head = torch.arange(batch, device=x.device), torch.arange(heads, device=x.device)
-    index = (index + (sample * seqlen)[:, None, None, None]) * heads + head[:, None, None]
-    rows = x.reshape(-1, dim).index_select(0, index.flatten()).unflatten(0, index.shape).to(compute)
+    index, weight = _rows_and_weights(members, compute)
+    rows = rows_by_head(x, index).to(compute)
     return (weight[..., None, :] @ rows)[..., 0, :].transpose(1, 2)
 
 
