@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from genattn.kernels.plan.block_plan import run_tiles
 from genattn.kernels.plan.random_plan import plan_from_states
 from genattn.kernels.plan.tail import Tail
-from genattn.kernels.reference.likeness import parts_by_likeness
+from genattn.kernels.reference.likeness import parts_by_likeness, parts_of_tiles
 from genattn.kernels.reference.tail import members_of, tail_keys
 
 
@@ -106,3 +106,16 @@ def test_one_part_is_the_tile_without_its_hidden_keys():
     expected = torch.where(mask[0][one.tokens.long()], one.tokens, -1)
     assert torch.equal(members_of(key, one, mask)[0, 0], expected)
     assert members_of(key, tail).shape == (1, 1, 8, 4)
+
+
+@pytest.mark.parametrize("hidden", [1, 5, 11])
+def test_keys_that_do_not_count_leave_no_trace_where_all_others_are_far_from_zero(hidden):
+    """Their rows are zeros: seen from keys with a common offset they would be the farthest of all."""
+    draw = torch.Generator().manual_seed(hidden)
+    key = 40.0 + torch.randn(1, 16, 2, 8, generator=draw)
+    mask = torch.rand(1, 16, generator=draw).argsort() >= hidden
+    kept = mask[0].nonzero()[:, 0]
+    found = parts_of_tiles(key, torch.arange(16)[None], 2, mask)
+    alone = parts_of_tiles(key[:, kept], torch.arange(len(kept))[None], 2)
+    for part, expected in zip(found.flatten(0, 2), alone.flatten(0, 2)):
+        assert part[part >= 0].tolist() == kept[expected[expected >= 0].long()].tolist()
