@@ -108,7 +108,7 @@ def test_one_part_is_the_tile_without_its_hidden_keys():
     assert members_of(key, tail).shape == (1, 1, 8, 4)
 
 
-@pytest.mark.parametrize("hidden", [1, 5, 11])
+@pytest.mark.parametrize("hidden", [2, 6, 12])
 def test_keys_that_do_not_count_leave_no_trace_where_all_others_are_far_from_zero(hidden):
     """Their rows are zeros: seen from keys with a common offset they would be the farthest of all."""
     draw = torch.Generator().manual_seed(hidden)
