@@ -292,7 +292,7 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     laboratory = tuple(f"genattn/{name}/" for name in LABORATORY)
     for room in TOPS:
         for path in (source / room).rglob("*"):
-            if path.suffix in {".py", ".pyi", ".json", ".cpp", ".typed"}:
+            if path.suffix in {".py", ".pyi", ".json", ".cpp", ".h", ".typed"}:
                 inside = str(path.relative_to(source) if room == "genattn" else Path("genattn") / path.relative_to(source))
                 assert (inside in names) == (not inside.startswith(laboratory)), f"the wheel lacks {inside}, or should"
     assert "genattn/assets/tiny-wan/model_index.json" in names

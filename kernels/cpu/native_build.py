@@ -67,7 +67,8 @@ def _flags(arch: str) -> list[str]:
 
 def _fingerprint(compiler: str, flags: list[str]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
-    parts = [_SOURCE.read_text(), *flags, os.path.realpath(compiler), version, _processor()]
+    texts = [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
+    parts = [*texts, *flags, os.path.realpath(compiler), version, _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

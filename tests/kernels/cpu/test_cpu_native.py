@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,10 @@ def test_every_instruction_set(arch, dim, monkeypatch):
     assert lanes == {"x86-64-v4": 16, "x86-64-v3": 8, "x86-64": 4}[arch]
     for seed, scattered in ((1, False), (2, True)):
         _check(random_plan(seed, scattered=scattered, block_q=40, block_k=24), dim=dim)
+        for tail in ("mean", "mean2"):
+            tailed = random_plan(seed, scattered=scattered, block_q=40, block_k=24).with_tail(tail)
+            assert tailed.tail is not None
+            _check(tailed, dim=dim)
     _check(dense_plan(150, 133, 64, 72), dim=dim)
 
 
@@ -162,3 +167,15 @@ def test_a_workspace_that_cannot_be_had_is_told(monkeypatch):
     monkeypatch.setattr(cpu_native, "native_library", lambda: library)
     with pytest.raises(MemoryError, match=r"could not allocate its workspace for \(1, 50, 2, 24\) keys"):
         cpu_native.native_attention(*_inputs(plan), plan)
+
+
+def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
+    """The library's name hashes all that is compiled, not the one file that the compiler is given."""
+    for file in (*native_build._SOURCE.parent.glob("*.h"), native_build._SOURCE):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(native_build, "_SOURCE", tmp_path / native_build._SOURCE.name)
+    names = [native_build._fingerprint(sys.executable, [])]
+    for header in sorted(tmp_path.glob("*.h")):
+        header.write_text(header.read_text() + "\n")
+        names.append(native_build._fingerprint(sys.executable, []))
+    assert len(set(names)) == len(names) > 1
