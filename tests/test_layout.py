@@ -298,8 +298,8 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     assert "genattn/assets/tiny-wan/model_index.json" in names
     assert not any(n.startswith(("kernels/", "tests/", "assets/")) for n in names)
     models = {name.split("/")[2] for name in names if name.endswith("model_index.json")}
-    assert models == {"tiny-wan", "tiny-wan-long"}, "the other tiny models come with a checkout"
-    assert "genattn/assets/maps/tiny-wan-long.safetensors" in names  # what a first run takes
+    assert models == {"tiny-wan", "tiny-wan-long-bound"}, "the other tiny models come with a checkout"
+    assert "genattn/assets/maps/tiny-wan-long-bound.safetensors" in names  # what a first run takes
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert "Author: The genattn authors" in metadata

@@ -23,7 +23,7 @@ Model = Annotated[
 ]
 FirstModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Folder or hub id of a diffusers pipeline; default: the shipped tiny-wan-long."),
+    typer.Option("--model", "-m", help="Folder or hub id of a diffusers pipeline; default: the shipped tiny-wan-long-bound."),
 ]
 Prompt = Annotated[str, typer.Option(help="What to show.")]
 NegativePrompt = Annotated[

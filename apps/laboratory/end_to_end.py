@@ -4,8 +4,8 @@
     python -m genattn.apps.laboratory.end_to_end clock                  seconds and peak memory, a process for each setting
     python -m genattn.apps.laboratory.end_to_end table                  assets/bench/end_to_end.csv from both
 
-The model is tiny-wan-long: 4,096 tokens in a clip of 61 frames, 8,192 in one of 125 (`--frames`). That is twice its trained
-length, where motion stops; there every run, dense ones too, has its frames stretched over the trained positions.
+The model is tiny-wan-long-bound: 4,096 tokens in a clip of 61 frames, 8,192 in one of 125 (`--frames`). That is twice its
+trained length, where motion stops; there every run, dense ones too, has its frames stretched over the trained positions.
 Held-out captions, the same noise for all settings of a caption. Dense is torch's fastest attention here; the oracle's
 difference to dense is paired by caption.
 """
@@ -42,7 +42,7 @@ from genattn.selection.estimate import PooledScore
 from genattn.selection.rules import TopK
 from genattn.selection.tiling import Clusters
 
-MODEL = "tiny-wan-long"
+MODEL = "tiny-wan-long-bound"
 FRAMES = 61
 ORACLE = ("colour", "shape", "motion", "size")
 SAMPLES, CLOCK = Path("out/end_to_end.jsonl"), Path("out/end_to_end_clock.jsonl")
@@ -270,11 +270,12 @@ def table_command(
     samples: Annotated[Path, typer.Option(help="Samples of `run`.")] = SAMPLES,
     clocked: Annotated[Path, typer.Option(help="Lines of `clock`.")] = CLOCK,
     table: Annotated[Path, typer.Option(help="The file to write.")] = TABLE,
+    model: Annotated[str, typer.Option(help="The model they are of.")] = MODEL,
 ) -> None:
     """Write the table: rows that the samples speak of anew, the others as they stand."""
     facts = provenance("cpu")
-    new = [row | facts for row in summary(read_samples(samples), read_samples(clocked))]
-    rows = merged(read_rows(table), new, ("frames", "setting"))
+    new = [{"model": model} | row | facts for row in summary(read_samples(samples), read_samples(clocked))]
+    rows = merged(read_rows(table), new, ("model", "frames", "setting"))
     table.unlink(missing_ok=True)
     append_rows(table, rows)
 

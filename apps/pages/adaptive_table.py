@@ -111,12 +111,12 @@ def break_even_table(file: Path) -> str:
 
 
 def end_to_end_table(file: Path) -> str:
-    """Whole calls of tiny-wan-long, sparse against dense: a block per length, every setting and every column."""
+    """Whole calls of a trained model, sparse against dense: a block per model and length, every setting and every column."""
     rows = read_rows(file)
-    lengths = sorted({int(row["frames"]) for row in rows})
-    blocks = [_whole_calls([row for row in rows if int(row["frames"]) == frames]) for frames in lengths]
+    grounds = sorted({(int(row["frames"]), row["model"]) for row in rows})
+    blocks = [_whole_calls([row for row in rows if (int(row["frames"]), row["model"]) == ground]) for ground in grounds]
     note = (
-        "tiny-wan-long, 8 steps, every step and layer sparse unless the name says otherwise; held-out captions, the same "
+        "8 steps, every step and layer sparse unless the name says otherwise; held-out captions, the same "
         "noise for all settings of a caption; dense is torch's own. Times faster than dense: the first figure is by the clock, "
         "the one in round brackets by processor time over all captions. Oracle: share of colour, shape, motion and "
         "size found as asked, and its change against dense, paired by caption. Square brackets: 95 % bootstrap intervals."
@@ -143,7 +143,7 @@ def _whole_calls(rows: Sequence[Row]) -> str:
     timed = next((r for r in rows if r.get("seconds")), rows[0])
     clock = f" Seconds by the clock, {timed['threads']} threads." if timed.get("seconds") else ""
     first = rows[0]
-    title = f"**{first['frames']} frames, {int(first['tokens']):,} tokens**"
+    title = f"**{first['model']}, {first['frames']} frames, {int(first['tokens']):,} tokens**"
     note = f"{first['captions']} captions.{clock}"
     return f"{title}\n\n{_with_note(header, body, rows, note)}"
 
@@ -176,8 +176,8 @@ def first_screen_table(file: Path) -> str:
     ]
     first = rows[0]
     note = (
-        f"tiny-wan-long, a clip of {int(first['tokens']):,} tokens, {first['captions']} held-out captions. {first['device']}, "
-        f"torch {first['torch_version']}, {first['date']}. "
+        f"{first['model']}, a clip of {int(first['tokens']):,} tokens, {first['captions']} held-out captions. "
+        f"{first['device']}, torch {first['torch_version']}, {first['date']}. "
         "All settings, with intervals: [by content](docs/adaptive.md#a-whole-call)."
     )
     return f"{markdown_table(header, body)}\n\n<sub>{note}</sub>"

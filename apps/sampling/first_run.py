@@ -9,7 +9,7 @@ from genattn.apps.sampling.run import AttentionSettings, SamplingSettings
 from genattn.errors import GenAttnError
 from genattn.patterns.profiled import ProfiledPattern
 
-FIRST_MODEL = "tiny-wan-long"
+FIRST_MODEL = "tiny-wan-long-bound"
 DENSITY = 0.4  # as near to dense as 30 dB, and the oracle finds no less (docs/adaptive.md)
 
 

@@ -206,9 +206,11 @@ def _copied(tensor: torch.Tensor, dtype: torch.dtype, tail: torch.Tensor | None)
     if tail is None:
         return tensor.transpose(1, 2).to(dtype).contiguous()
     batch, seqlen, heads, dim = tensor.shape
-    whole = tensor.new_zeros(batch, heads, seqlen + _whole_lines(tail.shape[1]), dim, dtype=dtype)
+    last = seqlen + tail.shape[1]
+    whole = tensor.new_empty(batch, heads, seqlen + _whole_lines(tail.shape[1]), dim, dtype=dtype)
     whole[:, :, :seqlen] = tensor.transpose(1, 2)
-    whole[:, :, seqlen : seqlen + tail.shape[1]] = tail.transpose(1, 2)
+    whole[:, :, seqlen:last] = tail.transpose(1, 2)
+    whole[:, :, last:] = 0.0
     return whole
 
 

@@ -32,13 +32,17 @@ def parts_of_tiles(key: torch.Tensor, tiles: torch.Tensor, parts: int, key_mask:
     count is cut after n / parts, 2 n / parts, ... of them, rounded up.
     """
     tiles = torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % parts), value=-1)
+    key = key.contiguous()  # once, not for every gather
     limit = _AT_ONCE.get(key.device.type, _ON_OTHERS)
     at_once = max(1, limit // max(1, key[:, 0].numel() * tiles.shape[1]))
     return torch.cat([_parts(key, some, parts, key_mask) for some in tiles.to(torch.int32).split(at_once)], 2)
 
 
 def rows_by_head(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, Hk, ..., D]: the rows `tokens`, int64 [B or 1, Hk or 1, ...], of x [B, S, Hk, D], contiguous whatever x is."""
+    """[B, Hk, ..., D], contiguous: the rows `tokens`, int64 [B or 1, Hk or 1, ...], of x [B, S, Hk, D].
+
+    Who asks often has x contiguous: it is copied here otherwise.
+    """
     batch, seqlen, heads, dim = x.shape
     shape = (batch, heads, *tokens.shape[2:])
     later = (1,) * (tokens.dim() - 2)
@@ -50,11 +54,12 @@ def rows_by_head(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _parts(key: torch.Tensor, lanes: torch.Tensor, parts: int, key_mask: torch.Tensor | None) -> torch.Tensor:
     """The same for some tiles, lanes int32 [T, M]."""
-    index = lanes.long().clamp_min(0)
+    # an unused lane takes the tile's first token, whose row weighs nothing there
+    index = lanes.where(lanes >= 0, lanes[:, :1]).long().clamp_min(0)
     used = (lanes >= 0)[None] if key_mask is None else (lanes >= 0) & key_mask[:, index]
     rows = rows_by_head(key, index[None, None]).to(torch.float64 if key.device.type == "cpu" else torch.float32)
-    if key.device.type != "cpu" or not bool(used.all()):  # elsewhere the question would wait for the device
-        rows.masked_fill_(~used[:, None, ..., None], 0.0)
+    if key_mask is not None:  # no weight undoes a NaN
+        rows = rows.masked_fill(~used[:, None, ..., None], 0.0)
     place = _along_the_spread(rows, used[:, None]).float().nan_to_num(nan=_LAST, posinf=_LAST)
     place = place.masked_fill(~used[:, None], torch.inf).argsort(dim=-1, stable=True)
     count = used.sum(-1)[:, None, :, None]
@@ -69,14 +74,14 @@ def _parts(key: torch.Tensor, lanes: torch.Tensor, parts: int, key_mask: torch.T
 def _along_the_spread(rows: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """[..., M]: the coordinate of each of the rows [..., M, D] along their first principal component; used bool [..., M].
 
-    Rows that are not used must be zero; theirs is undefined.
+    Rows that are not used must be finite; their coordinate is undefined.
     """
-    centre = rows.sum(-2, keepdim=True) / used.sum(-1).clamp_min(1)[..., None, None]
     # products of a single row are several times faster than those of a single column
-    away = (rows - centre).square_().sum(-1).masked_fill_(~used, -1.0)
+    centre = (used.to(rows.dtype)[..., None, :] @ rows) / used.sum(-1).clamp_min(1)[..., None, None]
+    away = (rows - centre).square().sum(-1).masked_fill(~used, -1.0)
     farthest = rows.take_along_dim(away.argmax(-1)[..., None, None], -2)
     direction = _of_length_one(farthest - centre)
-    along = ((direction @ rows.mT) - (direction * centre).sum(-1, keepdim=True)).masked_fill_(~used[..., None, :], 0.0)
+    along = ((direction @ rows.mT) - (direction * centre).sum(-1, keepdim=True)).masked_fill(~used[..., None, :], 0.0)
     direction = _of_length_one(along @ rows - along.sum(-1, keepdim=True) * centre)
     return ((direction @ rows.mT) - (direction * centre).sum(-1, keepdim=True))[..., 0, :]
 

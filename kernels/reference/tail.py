@@ -96,6 +96,7 @@ def means_of_parts(x: torch.Tensor, members: torch.Tensor, tokens: torch.Tensor)
 
     members: int [B or 1, Hk or 1, P, L], -1 for an unused lane. tokens: [B, P], how many they are, in the dtype of the sums.
     """
+    x = x.contiguous()  # once, not for every gather
     step = max(1, _GATHERED_AT_ONCE // max(1, x[:, :1].numel() * members.shape[-1]))
     sums = _sums_by_head if members.shape[1] > 1 or members.shape[0] > 1 else _sums
     found = torch.cat([sums(x, some, tokens.dtype) for some in members.split(step, 2)], 1)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from genattn.kernels.block_sparse import block_sparse_attention
 from genattn.kernels.plan.block_plan import run_tiles
-from genattn.kernels.plan.random_plan import plan_from_states
+from genattn.kernels.plan.random_plan import plan_from_states, random_plan
 from genattn.kernels.plan.tail import Tail
+from genattn.kernels.reference import likeness, tail as tail_module
 from genattn.kernels.reference.likeness import parts_by_likeness, parts_of_tiles
 from genattn.kernels.reference.tail import members_of, tail_keys
 
@@ -119,3 +121,41 @@ def test_keys_that_do_not_count_leave_no_trace_where_all_others_are_far_from_zer
     alone = parts_of_tiles(key[:, kept], torch.arange(len(kept))[None], 2)
     for part, expected in zip(found.flatten(0, 2), alone.flatten(0, 2)):
         assert part[part >= 0].tolist() == kept[expected[expected >= 0].long()].tolist()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_transforms_and_a_whole_graph_go_through_the_definition(masked):
+    """No question whose answer a tensor holds, and nothing written in place into what is not batched."""
+    plan = random_plan(3, keep=0.4).with_tail("mean2")
+    assert plan.tail is not None
+    query, key = (torch.randn(3, 1, plan.seqlen_k, 2, 8) for _ in range(2))
+    mask = torch.rand(3, 1, plan.seqlen_k) < 0.7
+
+    def answer(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        key_mask = mask if masked else None
+        return block_sparse_attention(query, key, key, plan, key_mask=key_mask, impl="reference")  # type: ignore[return-value]
+
+    expected = torch.stack([answer(*each) for each in zip(query, key, mask)])
+    torch.testing.assert_close(torch.func.vmap(answer)(query, key, mask), expected)
+    whole = torch.compile(answer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(query[0], key[0], mask[0]), expected[0])
+
+
+def test_keys_of_a_fused_projection_are_copied_once(monkeypatch):
+    """Not for every few tiles that are gathered: the time would grow with the square of the length."""
+    fused = torch.randn(1, 96, 3 * 2 * 8, generator=torch.Generator().manual_seed(2))
+    key = fused.chunk(3, -1)[1].unflatten(-1, (2, 8))
+    assert not key.is_contiguous()
+    tail = tail_over(run_tiles(96, 16), 96)
+    expected = tail_keys(key.contiguous(), key.contiguous(), tail)
+    asked: list[bool] = []
+    gather = likeness.rows_by_head
+    for place in (likeness, tail_module):
+        monkeypatch.setattr(place, "rows_by_head", lambda x, rows: (asked.append(x.is_contiguous()), gather(x, rows))[1])
+    monkeypatch.setattr(likeness, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(tail_module, "_GATHERED_AT_ONCE", 1)
+    found = tail_keys(key, key, tail)
+    assert len(asked) > 12
+    assert all(asked)
+    assert torch.equal(found.key, expected.key)
+    assert torch.equal(found.members, expected.members)

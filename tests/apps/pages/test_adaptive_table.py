@@ -125,7 +125,15 @@ def test_two_means_must_gain_for_every_pattern(tmp_path: Path) -> None:
 
 
 def _call(setting: str, psnr: float | None, **more: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"frames": 61, "tokens": 4096, "setting": setting, "captions": 20, "density": 0.25, "ssim": 0.9}
+    row: dict[str, Any] = {
+        "model": "tiny",
+        "frames": 61,
+        "tokens": 4096,
+        "setting": setting,
+        "captions": 20,
+        "density": 0.25,
+        "ssim": 0.9,
+    }
     row |= {"peak_gb": 1.25, "threads": 2}
     row |= {"speedup_processor": 2.5, "speedup_denoiser_processor": 3.5, "seconds": 4.0, "denoiser_seconds": 3.0}
     row |= {"speedup": 2.0, "speedup_denoiser": 3.0, "psnr": "" if psnr is None else psnr}
@@ -139,7 +147,7 @@ def test_whole_calls_show_both_clocks_and_the_paired_oracle(tmp_path: Path) -> N
     rows.append(_call("dense", None, frames=125, tokens=8192))
     file = _write(tmp_path, "whole", rows)
     lines = end_to_end_table(file).splitlines()
-    assert lines[0] == "**61 frames, 4,096 tokens**"
+    assert lines[0] == "**tiny, 61 frames, 4,096 tokens**"
     assert "| profiled 0.25 + mean2 | 25% | 2.00x, 4.0 s (2.50x) | 3.00x, 3.0 s (3.50x) | 27.0 [26.0, 28.0] |" in lines[5]
     assert lines[5].endswith("| 0.900 | 0.88 | -0.05 [-1.05, 0.95] | 1.25 |")
     assert "| window | 25% | (2.50x) |" in lines[6]

@@ -1,9 +1,12 @@
 """The log-sum-exp that is told is that of the scores, and merging by it is attention over all keys."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from genattn.functional import log_sum_exp
 from genattn.functional.log_sum_exp import attention_with_lse, dense_with_lse, is_native, merged
 
 
@@ -82,3 +85,32 @@ def test_autocast_casts_as_stock_does(learning: bool) -> None:
     torch.testing.assert_close(out, stock, atol=2e-2, rtol=0)
     want = attention_with_lse(query.bfloat16(), key.bfloat16(), value, None, None)
     torch.testing.assert_close(lse, want[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "capability", "expected"),
+    [
+        (torch.float16, 64, 8, "flash"),
+        (torch.bfloat16, 256, 9, "flash"),
+        (torch.float16, 8, 8, "flash"),
+        (torch.float16, 264, 9, "efficient"),  # wider than flash takes
+        (torch.float16, 100, 8, "efficient"),  # flash wants whole groups of eight channels
+        (torch.float32, 64, 9, "efficient"),
+        (torch.float16, 64, 7, None),  # torch's flash needs Ampere
+    ],
+)
+def test_a_gpu_takes_the_operator_that_serves_its_inputs(dtype, dim, capability, expected, monkeypatch):
+    """Which of torch's operators is asked on CUDA; what they answer cannot run here."""
+
+    def operator(name):
+        return lambda q, *_, **__: (name, torch.zeros(1, 1, q.shape[2] + 7))  # efficient pads its sums
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", operator("flash"), raising=False)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", operator("efficient"), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    heads_first = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=dtype, shape=(1, 1, 5, dim))
+    found = log_sum_exp._fused(heads_first, heads_first, heads_first, None, None)
+    assert (None if found is None else found[0]) == expected
+    if expected == "efficient":
+        assert found[1].shape == (1, 1, 5)
+    assert log_sum_exp._fused(heads_first, heads_first, heads_first, torch.zeros(1), None) is None, "a mask"
