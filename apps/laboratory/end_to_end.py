@@ -47,6 +47,7 @@ FRAMES = 61
 ORACLE = ("colour", "shape", "motion", "size")
 SAMPLES, CLOCK = Path("out/end_to_end.jsonl"), Path("out/end_to_end_clock.jsonl")
 TABLE = Path("assets/bench/end_to_end.csv")
+_TIMED = 3  # calls of which the fastest counts: another program's work only ever adds
 # (share visited, tail, dense steps)
 _PROFILED: tuple[tuple[float, TailName, int], ...] = (
     (0.15, "mean2", 0),
@@ -166,11 +167,11 @@ def run_samples(model: str, count: int, names: Sequence[str], profile: Path, out
 
 
 def clock_one(model: str, name: str, profile: Path, frames: int = FRAMES) -> dict[str, Any]:
-    """Seconds by the clock of a second call (the first pays for plans and kernels), and the process's peak memory."""
+    """Seconds by the clock of the fastest call after the first, which pays for plans and kernels; the process's peak memory."""
     pipe, call = opened(model, frames)
-    text = captions(1)[0]
-    for _ in range(2):
-        result, clock = timed_run(pipe, call, text, 0, settings_by_name(profile, frames)[name])
+    text, settings = captions(1)[0], settings_by_name(profile, frames)[name]
+    runs = [timed_run(pipe, call, text, 0, settings) for _ in range(1 + _TIMED)]
+    result, clock = min(runs[1:], key=lambda run: run[1]["seconds"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     facts = {"frames": frames, "setting": name, "threads": torch.get_num_threads()}
     return {**facts, "peak_gb": peak, "density": result.density, **clock}

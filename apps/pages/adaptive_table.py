@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genattn.apps.pages.tables import Row, markdown_table, read_rows
+from genattn.apps.sampling.first_run import FIRST_MODEL
 
 _NAMES = {
     "window": "window (static)",
@@ -159,9 +160,10 @@ SHOWN_FRAMES = 61
 SHOWN_FIRST = ("dense", "profiled 0.4 + mean2", "profiled 0.25 + mean2", "window + mean2", "narrow window + mean2", "window")
 
 
-def first_screen_table(file: Path) -> str:
-    """What matters, for README: how much faster a whole call is, and what of the clip is kept."""
-    found = {row["setting"]: row for row in read_rows(file) if int(row["frames"]) == SHOWN_FRAMES}
+def first_screen_table(file: Path, model: str = FIRST_MODEL) -> str:
+    """What matters, for README: how much faster a whole call of `model` is, and what of the clip is kept."""
+    shown = [row for row in read_rows(file) if row["model"] == model and int(row["frames"]) == SHOWN_FRAMES]
+    found = {row["setting"]: row for row in shown}
     rows = [found[name] for name in SHOWN_FIRST if name in found]
     header = ["attention", "whole call", "faster", "PSNR to dense", "clip shows what was asked"]
     body = [

@@ -10,7 +10,7 @@ from genattn.errors import GenAttnError
 from genattn.patterns.profiled import ProfiledPattern
 
 FIRST_MODEL = "tiny-wan-long-bound"
-DENSITY = 0.4  # as near to dense as 30 dB, and the oracle finds no less (docs/adaptive.md)
+DENSITY = 0.4  # as near to dense as 30 dB, and the oracle finds hardly less (docs/adaptive.md)
 
 
 def first_model(settings: SamplingSettings) -> SamplingSettings:

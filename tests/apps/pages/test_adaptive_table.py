@@ -161,8 +161,9 @@ def test_the_first_screen_shows_few_settings_in_words_of_a_visitor(tmp_path: Pat
         _call("radial + mean", 16.0),
         _call("dense", None),
         _call("profiled 0.25 + mean2", 27.4),
+        _call("window", 30.0, model="another"),
     ]
-    lines = first_screen_table(_write(tmp_path, "whole", rows)).splitlines()
+    lines = first_screen_table(_write(tmp_path, "whole", rows), "tiny").splitlines()
     assert lines[2:5] == [
         "| dense | 4.0 s | - | - | 88% |",
         "| profiled 0.25 + tail | 4.0 s | 2.0x | 27 dB | 88% |",
