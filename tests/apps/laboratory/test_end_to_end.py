@@ -36,12 +36,11 @@ def _sample(caption: int, setting: str, oracle: float, speed: float, frames: int
 def test_rows_are_paired_with_dense_by_caption() -> None:
     samples = [_sample(n, "dense", float(n % 2), 1.0) for n in range(4)]
     samples += [_sample(n, "window", 0.5, 2.0) for n in (1, 3)]
-    clocked = [
-        {"frames": 61, "setting": "dense", "seconds": 9.0, "denoiser_seconds": 8.0, "peak_gb": 1.0, "threads": 2},
-        {"frames": 61, "setting": "window", "seconds": 3.0, "denoiser_seconds": 2.0, "peak_gb": 0.5, "threads": 2},
-    ]
+    told = {"seconds": 3.0, "denoiser_seconds": 2.0, "peak_gb": 0.5, "threads": 2, "speedup": 3.0, "denoiser_speedup": 4.0}
+    clocked = [{"frames": 61, "setting": "window"} | told, {"frames": 125, "setting": "dense"} | told]
     rows = {row["setting"]: row for row in summary(samples, clocked)}
     assert rows["dense"]["oracle_change"] == 0
+    assert "seconds" not in rows["dense"], "the clock was read at another length"
     assert "psnr" not in rows["dense"]
     # captions 1 and 3 have 1.0 dense: the change is -0.5 in each, whatever dense has on the others
     assert rows["window"]["oracle_change"] == rows["window"]["oracle_change_high"] == -0.5
@@ -132,10 +131,27 @@ def test_a_run_goes_on_and_the_dense_clip_is_the_measure(tmp_path: Path, monkeyp
     assert 0.2 < sparse["density"] < 0.6
     for sample in (dense, sparse):
         assert 0 < sample["denoiser_seconds"] < sample["seconds"]
-    once = clock_one("tiny-wan", "window", MAP, 13)
+    once = _clocked_with(monkeypatch, {"dense": [9.0, 5.0, 8.0, 6.0], "window": [7.0, 2.0, 2.0, 3.0]})
+    # the first call of each does not count; ratios 5 / 2, 8 / 2, 6 / 3 of neighbours
+    assert (once["seconds"], once["speedup"]) == (2.0, 2.5)
+    assert (once["denoiser_seconds"], once["denoiser_speedup"]) == (1.0, 2.5)
     assert once["setting"] == "window"
     assert 0.05 < once["peak_gb"] < 20
     assert once["density"] == sparse["density"]
+
+
+def _clocked_with(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """`clock_one` where the calls of each setting take so long, one after the other."""
+    timed, left = end_to_end.timed_run, {name: iter(some) for name, some in seconds.items()}
+
+    def run(*given: Any) -> Any:
+        result, clock = timed(*given)
+        name = "dense" if given[-1] is DENSE else given[-1].name
+        took = next(left[name])
+        return result, clock | {"seconds": took, "denoiser_seconds": took / 2}
+
+    monkeypatch.setattr(end_to_end, "timed_run", run)
+    return clock_one("tiny-wan", "window", MAP, 13)
 
 
 def test_an_unknown_setting_is_refused_with_the_names(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_the_first_screen_shows_few_settings_in_words_of_a_visitor(tmp_path: Pat
         _call("dense", None),
         _call("profiled 0.25 + mean2", 27.4),
         _call("window", 30.0, model="another"),
+        _call("narrow window + mean2", 22.0, seconds="", speedup=""),  # nobody looked at a clock
     ]
     lines = first_screen_table(_write(tmp_path, "whole", rows), "tiny").splitlines()
     assert lines[2:5] == [
