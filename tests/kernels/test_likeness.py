@@ -123,6 +123,7 @@ def test_keys_that_do_not_count_leave_no_trace_where_all_others_are_far_from_zer
         assert part[part >= 0].tolist() == kept[expected[expected >= 0].long()].tolist()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("masked", [False, True])
 def test_transforms_and_a_whole_graph_go_through_the_definition(masked):
     """No question whose answer a tensor holds, and nothing written in place into what is not batched."""
